@@ -1,0 +1,18 @@
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test install
+
+demo: install
+	.venv/bin/unlearn concept=cat method=esd_x
+
+test: install
+	.venv/bin/python -m pytest
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 or newer, and none was found: see python.org, or environment.yml for conda." >&2; exit 1; }
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -e '.[dev]'
+	touch $@

@@ -1,0 +1,140 @@
+"""Accuracy: the field's formulas over a classifier that reads its answers from the pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
+from unlearning.evaluators.accuracy import Accuracy, h_o
+from unlearning.evaluators.judge import NOTHING
+from unlearning.images import Row
+
+OBJECTS, STYLES = ("cat", "dog", "ship", NOTHING), ("color", "neon")
+
+
+class Reader:
+    """Sees the object whose number is the red value, and the style whose number is the green one, 80 % surely."""
+
+    name = "reader"
+
+    def __call__(self, images, question):
+        names = {"object": OBJECTS, "style": STYLES}[question]
+        seen = images[:, 0, 0, ("object", "style").index(question)].long()
+        p = torch.full((len(images), len(names)), 0.2 / (len(names) - 1))
+        return names, p.scatter(1, seen[:, None], 0.8)
+
+
+def pictures(*shown):
+    """One picture for each (object, style)."""
+    images = np.zeros((len(shown), 4, 4, 3), np.uint8)
+    for image, (thing, style) in zip(images, shown, strict=True):
+        image[..., 0], image[..., 1] = OBJECTS.index(thing), STYLES.index(style)
+    return images
+
+
+def rows(*asked):
+    """One row for each (role, labels)."""
+    return [Row(Path("x.png"), "a prompt", role, labels, 0) for role, labels in asked]
+
+
+def measured(shown, asked, score="argmax"):
+    metric = Accuracy(Reader(), score=score, device="cpu")
+    metric.update(pictures(*shown), rows(*asked))
+    return metric.compute()
+
+
+@pytest.mark.parametrize(
+    "accuracies, published",
+    [
+        ((2.69, 98.98, 2.73), 97.85),  # UnGuide, table 1: airplane, deer, ship
+        ((2.34, 98.57, 4.99), 97.06),
+        ((3.64, 98.80, 4.89), 96.73),
+        ((2.22, 98.85, 3.91), 97.56),  # MACE, table 1: cat, automobile
+        ((6.97, 95.18, 14.22), 91.15),
+    ],
+)
+def test_h_o_reproduces_published_rows(accuracies, published):
+    assert h_o(*accuracies) == pytest.approx(published, abs=0.01)
+
+
+@pytest.mark.parametrize("accuracies", [(100, 90, 10), (100 + 1e-9, 90, 10), (10, 0, 10), (10, 90, 100)])
+def test_h_o_is_zero_where_a_part_is(accuracies):
+    assert h_o(*accuracies) == 0
+
+
+def test_accuracies_of_the_three_roles():
+    shown = [("dog", "color"), ("cat", "color"), ("cat", "color"), ("ship", "color"), ("ship", "color")]
+    cat, ship = {"object": "cat"}, {"object": "ship"}
+    asked = [(ERASE, cat), (ERASE, cat), (SYNONYM, cat), (RETAIN, ship), (RETAIN, ship)]
+    assert measured(shown, asked) == {
+        "efficacy/acc_e": 50,
+        "efficacy/acc_g": 100,
+        "retention/acc_s": 100,
+        "efficacy/unrecognisable": 0,
+        "summary/h_o": 0,
+    }
+
+
+def test_softmax_scores_the_probability_of_the_right_answer():
+    numbers = measured(
+        [("dog", "color"), ("ship", "color")], [(ERASE, {"object": "cat"}), (RETAIN, {"object": "ship"})], "softmax"
+    )
+    assert numbers["efficacy/acc_e"] == pytest.approx(20 / 3)
+    assert numbers["retention/acc_s"] == pytest.approx(80)
+
+
+def test_pictures_of_nothing_are_told_apart_from_pictures_of_something_else():
+    numbers = measured(
+        [(NOTHING, "color"), (NOTHING, "color"), ("dog", "color"), ("cat", "color"), (NOTHING, "color")],
+        [(ERASE, {"object": "cat"})] * 4 + [(RETAIN, {"object": "dog"})],
+    )
+    assert numbers["efficacy/unrecognisable"] == 50 and numbers["efficacy/acc_e"] == 25
+
+
+def test_a_second_question_gives_unlearncanvas_numbers():
+    neon = {"style": "neon", "object": "cat"}
+    color = {"style": "color", "object": "dog"}
+    numbers = measured(
+        [("cat", "color"), ("dog", "color"), ("cat", "neon"), ("dog", "color")], [(ERASE, neon)] * 3 + [(RETAIN, color)]
+    )
+    assert numbers["efficacy/ua"] == pytest.approx(100 * 2 / 3)
+    assert numbers["retention/ira"] == 100
+    assert numbers["retention/cra"] == 75
+    assert "efficacy/unrecognisable" not in numbers, "the reader has no style for a picture of nothing"
+
+
+def test_absent_roles_and_unlabelled_rows_give_no_key():
+    assert measured([("cat", "color")] * 2, [(ERASE, {"object": "cat"}), (RETAIN, {})]) == {
+        "efficacy/acc_e": 100,
+        "efficacy/unrecognisable": 0,
+    }
+
+
+def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all():
+    shown = [("dog", "neon"), ("cat", "color"), ("ship", "neon")]
+    asked = [(role, {"object": thing, "style": "neon"}) for role, thing in
+             [(ERASE, "dog"), (SYNONYM, "dog"), (RETAIN, "ship")]]  # fmt: skip
+    parts = [Accuracy(Reader(), device="cpu") for _ in range(2)]
+    parts[0].update(pictures(*shown[:1]), rows(*asked[:1]))
+    parts[1].update(pictures(*shown[1:]), rows(*asked[1:]))
+    parts[0].merge_state(parts[1])
+    assert parts[0].compute() == pytest.approx(measured(shown, asked, "softmax"))
+
+
+def test_every_key_says_whether_higher_is_better():
+    labels = {"object": "cat", "style": "neon"}
+    numbers = measured([("cat", "neon")] * 3, [(ERASE, labels), (SYNONYM, labels), (RETAIN, labels)])
+    assert set(numbers) == set(Accuracy.higher_is_better)
+
+
+def test_mistakes_name_what_was_meant():
+    with pytest.raises(UserError, match="softmax"):
+        Accuracy(Reader(), score="soft-max")
+    with pytest.raises(UserError, match=r"'sip'.*Did you mean ship"):
+        measured([("ship", "color")], [(RETAIN, {"object": "sip"})])
+
+
+def test_protocol_names_the_classifier_and_the_score():
+    assert Accuracy(Reader(), score="argmax").protocol.startswith("argmax of reader")

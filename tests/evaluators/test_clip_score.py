@@ -1,0 +1,123 @@
+"""CLIP as a score and as a zero-shot classifier; its weights here are random."""
+
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
+from unlearning.evaluators.clip_score import CLIPScore
+from unlearning.evaluators.zero_shot import ZeroShotCLIP
+from unlearning.images import Row
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A CLIP of 16-pixel pictures and of texts spelt letter by letter."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip")
+    letters = string.ascii_lowercase
+    pieces = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=32)
+    layers = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    ids = dict(bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id)
+    CLIPModel(
+        CLIPConfig(
+            text_config=dict(vocab_size=len(tokens), max_position_embeddings=32, **layers, **ids),
+            vision_config=dict(image_size=16, patch_size=8, **layers),
+            projection_dim=8,
+        )
+    ).eval().save_pretrained(path)
+    size = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=size), tokens).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (4, 24, 24, 3), dtype=np.uint8)
+
+
+def logits(path, images, texts):
+    """transformers' own logits of pictures and texts (B, N), and its scale."""
+    clip, processor = CLIPModel.from_pretrained(path).eval(), CLIPProcessor.from_pretrained(path)
+    inputs = processor(text=texts, images=list(images), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return clip(**inputs).logits_per_image, clip.logit_scale.exp().item()
+
+
+def rows(prompts, roles):
+    return [Row(Path("x.png"), prompt, role, {}, 0) for prompt, role in zip(prompts, roles, strict=True)]
+
+
+def test_the_score_is_a_hundred_cosines_by_role(path, images):
+    prompts = ["a photo of the cat", "a ship", "dog", "a photo of the cat"]
+    metric = CLIPScore(path, device="cpu")
+    metric.update(images[:3], rows(prompts[:3], [RETAIN, RETAIN, ERASE]))
+    metric.update(images[3:], rows(prompts[3:], [RETAIN]))
+    scores, scale = logits(path, images, prompts)
+    cosines = (scores / scale).diagonal()
+    expected = {"fidelity/clip_score": cosines[[0, 1, 3]].mean(), "efficacy/clip_score_e": cosines[2]}
+    expected = {key: max(0.0, 100 * cosine.item()) for key, cosine in expected.items()}
+    assert metric.compute() == pytest.approx(expected, abs=1e-3)
+    assert any(expected.values()) and set(expected) == set(CLIPScore.higher_is_better)
+
+
+def test_a_long_prompt_is_read_up_to_the_last_token_that_fits(path, images):
+    def score(prompt):
+        metric = CLIPScore(path, device="cpu")
+        metric.update(images, rows([prompt] * 4, [RETAIN] * 4))
+        return metric.compute()
+
+    fitting = " ".join("abcdefghij" * 3)  # and the two tokens around it
+    assert score(fitting + " k l m") == pytest.approx(score(fitting), abs=1e-4)
+
+
+def test_absent_roles_give_no_key(path, images):
+    metric = CLIPScore(path, device="cpu")
+    metric.update(images, rows(["a cat"] * 4, [SYNONYM] * 4))
+    assert metric.compute() == {}
+    metric.update(images, rows(["a cat"] * 4, [RETAIN] * 4))
+    assert list(metric.compute()) == ["fidelity/clip_score"]
+
+
+def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(path, images):
+    whole, *parts = (CLIPScore(path, device="cpu") for _ in range(3))
+    asked = rows(["a cat", "dog", "ship", "sea"], [RETAIN, ERASE, RETAIN, RETAIN])
+    whole.update(images, asked)
+    parts[0].update(images[:1], asked[:1])
+    parts[1].update(images[1:], asked[1:])
+    parts[0].merge_state(parts[1])
+    assert parts[0].compute() == pytest.approx(whole.compute(), abs=1e-4)
+
+
+def test_the_protocol_names_the_backbone_and_its_weights(path):
+    protocol = CLIPScore(path, device="cpu").protocol
+    assert path.name in protocol and str(path.parent) not in protocol
+
+
+def test_zero_shot_probabilities_are_transformers_own(path, images):
+    classifier = ZeroShotCLIP(path, names={"object": ["cat", "dog", "ship"]})
+    names, p = classifier(torch.as_tensor(images), "object")
+    expected, _ = logits(path, images, [f"a photo of the {name}" for name in names])
+    assert names == ("cat", "dog", "ship")
+    assert torch.allclose(p, F.softmax(expected, 1), atol=1e-4)
+    assert torch.equal(classifier(torch.as_tensor(images), "object")[1], p)
+
+
+def test_zero_shot_defaults_to_cifar10(path, images):
+    names, p = ZeroShotCLIP(path)(torch.as_tensor(images), "object")
+    assert names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert p.shape == (4, 10)
+    with pytest.raises(UserError, match="Known: object"):
+        ZeroShotCLIP(path)(torch.as_tensor(images), "style")
+
+
+@pytest.mark.parametrize("kind, setting", [(CLIPScore, "judge.clip"), (ZeroShotCLIP, "judge.classifier.model")])
+def test_absent_weights_say_where_they_come_from(kind, setting, tmp_path):
+    with pytest.raises(UserError, match=rf"`{setting}` names one.*Hugging Face.*train_clip"):
+        kind(str(tmp_path / "none"))

@@ -1,0 +1,173 @@
+"""The page and the strip, as someone who opens them sees them; once in a real browser."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unlearning.concepts import UserError
+from unlearning.data.openmoji import LICENCE
+from unlearning.images import read_manifest
+from unlearning.reporting.report import PAIRS, THUMBNAIL, report, teaser
+
+NASTY = "a <script>alert('cat')</script> & \"friends\""
+PICTURES = [
+    ("a photo of the cat", "erase", "cat", 2),
+    (NASTY, "erase", "cat", PAIRS + 3),
+    ("a photo of the kitty", "synonym", "cat", 1),
+    ("a photo of the dog", "retain", "dog", 1),
+    ("a photo of a lorry", "retain", "truck", 1),
+]
+SHOWN = 2 * (2 + PAIRS + 1 + 1 + 1)  # before and after
+
+
+@pytest.fixture
+def run(finished):
+    return finished(pictures=PICTURES)
+
+
+def inlined(page: str) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in found]
+
+
+def test_every_picture_is_inside_before_and_after(run):
+    page = report(run).read_text()
+    pixels = [np.asarray(image).tobytes() for image in inlined(page)]
+    assert len(pixels) == SHOWN == len(set(pixels))
+    first = [np.asarray(Image.open(read_manifest(run / "images" / f"{n}.csv")[0].path)) for n in ("base", "erased")]
+    assert pixels[:2] == [picture.tobytes() for picture in first]
+    assert "3 more pairs" in page
+
+
+def test_nothing_is_fetched_and_nothing_is_executed(run):
+    page = report(run).read_text()
+    assert "<script" not in page and "<b>raw" not in page
+    assert NASTY in unescape(page)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert all(url.startswith('"data:') for url in re.findall(r"url\(([^)]*)", page)) and "@import" not in page
+
+
+def test_numbers_with_their_protocols(run):
+    page = unescape(re.sub(r"\s+", " ", report(run).read_text()))
+    assert "<title>cat, erased by esd_x</title>" in page
+    for number in ("100.0", ">5.0<", "−95.0", "14.2", "1,234"):
+        assert number in page, number
+    assert "judge v1, argmax over 31 classes" in page and "2,000 pictures & the judge's features" in page
+    assert re.search(r'acc_e <span class="soft">↓</span><sup>1</sup>', page), "direction and footnote"
+    assert '<td class="better">−95.0</td>' in page
+
+
+def test_settings_card_and_attribution(run, finished):
+    page = report(run).read_text()
+    assert "unlearn method=esd_x concept=cat</code>" in page, "the whole run, not the last stages asked for"
+    assert "steps: 50" in page and "<em>fine</em>" in page and "license: mit" not in page
+    assert LICENCE in page
+    assert LICENCE not in report(finished("other", model="sd14")).read_text()
+    assert "cat, nothing erased" in report(finished("unedited", method="none")).read_text()
+
+
+def test_neighbours_are_named_where_the_prompt_does_not(run):
+    kept = report(run).read_text().partition('<section id="retain">')[2]
+    assert "<h3>truck</h3>" in kept and "<h3>dog</h3>" not in kept
+
+
+def test_large_pictures_become_thumbnails(finished):
+    page = report(finished(pictures=PICTURES[:1], size=512)).read_text()
+    assert {image.size for image in inlined(page)} == {(THUMBNAIL, THUMBNAIL)}
+
+
+def test_missing_pictures_are_shown_as_missing(run):
+    erased = read_manifest(run / "images" / "erased.csv")
+    erased[0].path.unlink()
+    erased[1].path.write_bytes(b"half a pict")
+    page = report(run).read_text()
+    assert page.count('<span class="missing"') == 2 and len(inlined(page)) == SHOWN - 2
+
+
+@pytest.mark.parametrize(
+    ("gone", "stage"),
+    [
+        ("metrics.json", "evaluate"),
+        ("images/base.csv", "generate"),
+        ("images/erased.csv", "generate"),
+        ("erasure/README.md", "fit"),
+    ],
+)
+def test_a_missing_stage_is_named(run, gone, stage):
+    (run / gone).unlink()
+    with pytest.raises(UserError, match=f"{gone}.* {stage} stage"):
+        report(run)
+
+
+def test_any_folder_is_not_a_run(tmp_path):
+    with pytest.raises(UserError, match="not a run's folder"):
+        report(tmp_path)
+
+
+def test_all_of_the_page_or_none_of_it(run):
+    page = report(run)
+    old = page.read_text()
+    (run / "metrics.json").rename(run / "elsewhere.json")
+    with pytest.raises(UserError):
+        report(run)
+    assert page.read_text() == old
+
+    (run / "elsewhere.json").rename(run / "metrics.json")
+    page.unlink()
+    page.mkdir()  # nothing can be renamed to it
+    with pytest.raises(OSError):
+        report(run)
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_strip_has_two_rows_and_leaves_nothing_behind(run, tmp_path):
+    out = tmp_path / "docs" / "teaser.png"
+    sizes = []
+    for pairs in (3, 6):
+        teaser(run, out, pairs)
+        strip = Image.open(out).convert("RGB")
+        sizes.append(strip.size)
+        assert strip.getpixel((0, 0)) == (255, 255, 255) and np.asarray(strip).std() > 20
+    assert sizes[0][0] < sizes[1][0] and sizes[0][1] == sizes[1][1]
+    assert [p.name for p in out.parent.iterdir()] == ["teaser.png"]
+
+
+def test_the_strip_asks_for_its_pictures(run, tmp_path):
+    read_manifest(run / "images" / "erased.csv")[0].path.unlink()
+    with pytest.raises(UserError, match="generate stage"):
+        teaser(run, tmp_path / "teaser.png", 4)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-dev-shm-usage"
+QUIET += " disable-component-update disable-sync"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+def test_in_a_browser(run, tmp_path):
+    page, screenshot = report(run), tmp_path / "page.png"
+
+    def browse(*arguments: str) -> str:
+        flags = [f"--{flag}" for flag in QUIET.split()] + [f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+        done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    dom = browse("--dump-dom")
+    assert dom.count("<img") == SHOWN and dom.count("<figure") == SHOWN // 2
+    assert "<script" not in dom and "<title>cat, erased by esd_x</title>" in dom
+    assert re.findall(r'<section id="(\w+)"', dom) == ["erase", "synonym", "retain", "measured", "settings", "erasure"]
+
+    browse(f"--screenshot={screenshot}", "--window-size=1200,1600", "--hide-scrollbars")
+    seen = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
+    assert seen.shape == (1600, 1200, 3)
+    coloured = np.ptp(seen, axis=2) > 60  # the pictures are noise; paper and ink are grey
+    assert coloured[:, 300:].mean() > 0.1 and not coloured[:100].any()
+    assert (seen[:400].sum(2) < 250).any(), "the title's ink"

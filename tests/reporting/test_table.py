@@ -1,0 +1,111 @@
+"""Rows on disk to one table: the arithmetic, the order, the marks."""
+
+import csv
+import io
+import subprocess
+import sys
+
+import pytest
+
+from unlearning.concepts import UserError
+from unlearning.reporting.table import rows, table
+
+E, F = "efficacy/acc_e", "fidelity/fid"
+
+
+def measured(value, protocol="argmax", **more):
+    return {E: value, f"{E}/protocol": protocol, f"base/{E}": 100.0} | more
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    for seed, value in enumerate((4.0, 6.0, 11.0)):
+        finished(f"runs/deep/er/esd{seed}", measured(value), seed=seed, method="esd_x")
+    for seed, value in enumerate((20.0, 22.0)):
+        finished(f"runs/ac{seed}", measured(value, **{F: 7.5}), seed=seed, method="ac")
+    finished("runs/none", measured(1.0), method="none")
+    (tmp_path / "runs" / "unfinished" / ".hydra").mkdir(parents=True)
+    (tmp_path / "runs" / "ac0" / "elsewhere").mkdir()
+    (tmp_path / "runs" / "ac0" / "elsewhere" / "metrics.json").write_text("{}")
+    return tmp_path / "runs"
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1, "the source is a table too"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_rows_are_the_finished_runs_at_any_depth(runs):
+    found = rows(runs)
+    assert sorted(row["run"].name for row in found) == ["ac0", "ac1", "esd0", "esd1", "esd2", "none"]
+    esd = next(row for row in found if row["run"].name == "esd2")
+    expected = {"model": "emoji_unet", "method": "esd_x", "seed": 2, "sampler.steps": 50, E: 11.0}
+    assert esd.items() >= expected.items()
+
+
+def test_mean_and_standard_error_over_seeds_the_unedited_first(runs):
+    head, *body = cells(table(runs, [E]))
+    assert head == ["model", "dataset", "concept", "method", "n", f"{E} ↓¹"]
+    assert [row[3:] for row in body] == [
+        ["none", "1", "1.0"],  # no error of a single seed, and no prize for not being erased
+        ["ac", "2", "21.0 ± 1.0"],
+        ["esd_x", "3", "**7.0 ± 2.1**"],  # sd = sqrt(13), se = sqrt(13 / 3)
+    ]
+
+
+def test_csv_keeps_every_digit(runs):
+    read = list(csv.DictReader(io.StringIO(table(runs, [E, F], format="csv"))))
+    esd = next(row for row in read if row["method"] == "esd_x")
+    assert float(esd[E]) == 7.0 and float(esd[f"{E}/se"]) == pytest.approx((13 / 3) ** 0.5)
+    assert (esd["n"], esd[f"{E}/protocol"], esd[F]) == ("3", "argmax", "")
+
+
+def test_the_best_is_looked_for_where_only_the_method_differs(finished, runs):
+    finished("runs/dog", measured(50.0), concept="dog")
+    assert "**50.0**" not in table(runs, [E])
+    finished("runs/dog2", measured(60.0), concept="dog", method="ac")
+    text = table(runs, [E])
+    assert "**50.0**" in text and "**7.0 ± 2.1**" in text
+
+
+def test_another_protocol_is_marked_and_does_not_compete(finished, runs):
+    finished("runs/uce", measured(0.0, "threshold 0.5"), method="uce")
+    text = table(runs, [E])
+    assert [row[5] for row in cells(text)[1:]] == ["1.0", "21.0 ± 1.0", "**7.0 ± 2.1**", "0.0†"]
+    assert "¹ argmax" in text and f"† {E} of emoji_unet, emoji_objects, cat, uce: threshold 0.5" in text
+
+
+def test_seeds_of_one_row_with_different_protocols_are_marked(finished, runs):
+    finished("runs/more", measured(6.0, "threshold 0.5"), method="ac", seed=2)
+    assert "ac: argmax | threshold 0.5" in table(runs, [E])
+
+
+def test_a_metric_that_some_seeds_lack(finished, runs):
+    finished("runs/ac2", measured(24.0, **{F: None}), method="ac", seed=2)
+    row = next(row for row in cells(table(runs, [F])) if row[3] == "ac")
+    assert row[4:] == ["3", "7.50 ± 0.00 (n=2)"]
+
+
+def test_runs_that_share_a_seed_are_told_apart_by_a_setting(finished, runs):
+    finished("runs/slow", measured(5.0), method="ac", seed=0, steps=200)
+    text = table(runs, [E])
+    assert "3‡" in text and "--by" in text
+    body = cells(table(runs, [E], by=("method", "sampler.steps")))[1:]
+    assert [" ".join(row[:3]) for row in body] == ["none 50 1", "ac 50 2", "ac 200 1", "esd_x 50 3"]
+
+
+def test_mistakes_are_explained(runs, tmp_path):
+    with pytest.raises(UserError, match=f"no/such.*{E}"):
+        table(runs, ["no/such"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="evaluate stage"):
+        table(tmp_path / "empty")
+
+
+def test_from_the_command_line(runs):
+    command = [sys.executable, "-m", "unlearning.reporting.table", str(runs), "--metrics"]
+    done = subprocess.run([*command, "efficacy/*", "--by", "method"], capture_output=True, text=True, check=True)
+    assert done.stdout == table(runs, [E], ["method"])
+    wrong = subprocess.run([*command, "nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("No run has the metric nothing")

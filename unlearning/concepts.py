@@ -1,0 +1,71 @@
+"""What is erased, what is drawn in its place, what must survive, and the prompts that show whether it did."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# What a prompt is there to show: that the concept is gone, under other words too, and that the rest is not.
+ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says how. The command line prints it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A thing with a name, other words for it, and what to draw in its place ("" for anything)."""
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of an evaluation: the text, what it is there to show, and what a faithful picture of it would show.
+
+    `labels` maps a question that a classifier can answer ("object", "style") to the right answer.
+    """
+
+    text: str
+    role: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnlearningTask:
+    """Frozen: everything a method may know, and everything an evaluation asks.
+
+    Args:
+        erase: The concepts to forget.
+        retain: Concepts a method may use to hold on to the rest. The evaluation asks about others too.
+        template: How a concept's name becomes a prompt.
+        prompts: The evaluation's prompts. No method may look at these.
+        images_per_prompt: Pictures drawn of each prompt.
+        forget_images, retain_images: Pictures (H, W, 3) uint8 that a method may learn from; may be empty.
+        references: For a role, a function of a count that gives so many real pictures (uint8) of what the prompts of
+            that role ask for: the reference set of an FID.
+    """
+
+    erase: tuple[Concept, ...]
+    retain: tuple[Concept, ...] = ()
+    template: str = "a photo of the {}"
+    prompts: tuple[Prompt, ...] = ()
+    images_per_prompt: int = 1
+    forget_images: Sequence[np.ndarray] = ()
+    retain_images: Sequence[np.ndarray] = ()
+    references: dict[str, Callable[[int], Sequence[np.ndarray]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.erase:
+            raise UserError("Nothing to erase: name a concept (concept=cat) or give a folder of images (forget=...).")
+
+    @property
+    def name(self) -> str:
+        return "+".join(concept.name for concept in self.erase)
+
+    def prompt(self, word: str) -> str:
+        """The template about `word`; the empty word is the empty prompt."""
+        return self.template.format(word) if word else ""

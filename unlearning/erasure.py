@@ -1,0 +1,163 @@
+"""What a method leaves behind: a frozen edit that can be applied to a model and undone, saved and loaded."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unlearning.concepts import UserError
+from unlearning.images import digest, write_atomically
+from unlearning.sampling import guidance as guidances
+from unlearning.sampling.guidance import Guidance
+
+HEADER = """\
+# {title}
+
+{how}
+
+Made by `unlearning` from `{base}`.
+"""
+
+
+class Erasure(ABC):
+    """`with erasure.applied_to(model):` the model is the erased one; afterwards it is, to the bit, what it was."""
+
+    @abstractmethod
+    def applied_to(self, model) -> AbstractContextManager: ...
+
+    @abstractmethod
+    def usage(self, base: str) -> str:
+        """How plain diffusers, without this package, uses the saved erasure with the model `base` (Markdown)."""
+
+    @abstractmethod
+    def _settings(self) -> dict:
+        """All of it that is not a tensor, as JSON."""
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def save(self, folder: Path, *, base, title: str = "An erased concept") -> None:
+        """Writes erasure.json, weights.safetensors where there are any, and a README that says how to use them.
+
+        `base` is the model that was erased from: its name goes into the README, its fingerprint into erasure.json.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._tensors():
+            save_file({k: v.contiguous().cpu() for k, v in self._tensors().items()}, folder / "weights.safetensors")
+        (folder / "README.md").write_text(HEADER.format(title=title, how=self.usage(base.name), base=base.name))
+        settings = {"kind": type(self).__name__, "base": base.fingerprint, **self._settings()}
+        write_atomically(folder / "erasure.json", json.dumps(settings, indent=2))
+
+    @staticmethod
+    def load(folder: Path) -> "Erasure":
+        """Reads what `save` wrote. Raises UserError where there is no erasure or it is of an unknown kind."""
+        if not (folder / "erasure.json").exists():
+            raise UserError(f"There is no erasure in {folder}: run the fit stage first.")
+        settings = json.loads((folder / "erasure.json").read_text())
+        settings.pop("base")
+        kinds = {kind.__name__: kind for kind in Erasure.__subclasses__()}
+        kind = kinds.get(settings.pop("kind"))
+        if kind is None:
+            raise UserError(f"{folder}/erasure.json is of no kind that this version knows: {', '.join(kinds)}.")
+        weights = folder / "weights.safetensors"
+        return kind._restore(settings, load_file(weights) if weights.exists() else {})
+
+    @staticmethod
+    def base_of(folder: Path) -> str:
+        """The fingerprint of the model that a saved erasure was made for."""
+        return json.loads((folder / "erasure.json").read_text())["base"]
+
+    @classmethod
+    @abstractmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "Erasure": ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its content."""
+        tensors = {k: digest(v.shape, v.float().cpu().numpy().tobytes().hex()) for k, v in self._tensors().items()}
+        return digest(type(self).__name__, self._settings(), tensors)
+
+
+@dataclass(frozen=True)
+class WeightPatch(Erasure):
+    """New values for some weights of the denoiser, by parameter name. An empty patch is the unedited model."""
+
+    weights: Mapping[str, Tensor] = field(repr=False)
+
+    @contextmanager
+    def applied_to(self, model) -> Iterator:
+        parameters = dict(model.denoiser.named_parameters())
+        unknown = self.weights.keys() - parameters.keys()
+        if unknown:
+            raise UserError(f"This erasure is not for this model: it has no weight named {sorted(unknown)[0]}.")
+        before = {name: parameters[name].detach().clone() for name in self.weights}
+        try:
+            write(parameters, self.weights)
+            yield model
+        finally:
+            write(parameters, before)
+
+    def usage(self, base: str) -> str:
+        if not self.weights:
+            return "Nothing was erased: this is the unedited model."
+        return (
+            f"{len(self.weights)} tensors of the denoiser, in place of its own:\n\n"
+            "```python\n"
+            "from diffusers import DiffusionPipeline\n"
+            "from safetensors.torch import load_file\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
+            'pipe.unet.load_state_dict(load_file("weights.safetensors"), strict=False)\n'
+            "```"
+        )
+
+    def _settings(self) -> dict:
+        return {}
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return self.weights
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "WeightPatch":
+        return cls(tensors)
+
+
+@dataclass(frozen=True)
+class GuidanceEdit(Erasure):
+    """Another rule for combining predictions at each sampling step: a frozen dataclass of sampling/guidance.py."""
+
+    guidance: Guidance
+
+    @contextmanager
+    def applied_to(self, model) -> Iterator:
+        before = model.guidance
+        try:
+            model.guidance = self.guidance
+            yield model
+        finally:
+            model.guidance = before
+
+    def usage(self, base: str) -> str:
+        how = json.dumps(self._settings(), indent=2)
+        if isinstance(self.guidance, guidances.NegativePrompt):
+            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base}` at every call.'
+        return f"A sampling rule of unlearning/sampling/guidance.py, with these settings:\n\n```json\n{how}\n```"
+
+    def _settings(self) -> dict:
+        return {"guidance": type(self.guidance).__name__, "arguments": asdict(self.guidance)}
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "GuidanceEdit":
+        return cls(getattr(guidances, settings["guidance"])(**settings["arguments"]))
+
+
+@torch.no_grad()
+def write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Puts `values` into the parameters of those names, in place."""
+    for name, value in values.items():
+        parameters[name].copy_(value)

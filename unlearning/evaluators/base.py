@@ -1,0 +1,65 @@
+"""What every evaluator is: a torchmetrics.Metric over pictures and their manifest rows, that states its protocol."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torchmetrics import Metric
+
+from unlearning.concepts import UnlearningTask, UserError
+from unlearning.images import Row
+
+
+class Evaluator(Metric):
+    """Reads pictures, never the model. Subclasses write `update`, `compute`, `protocol` and `higher_is_better`.
+
+    States are sums, so that several processes may each see a part of the pictures.
+
+    Args:
+        device: Where its networks and states live: "cpu", "cuda:1", ... or "auto", a GPU if there is one.
+    """
+
+    full_state_update = False
+    higher_is_better: ClassVar[dict[str, bool]] = {}  # for every key that `compute` may give
+
+    def __init__(self, device: str = "auto"):
+        super().__init__()
+        self.to(torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+    def zeros(self, name: str, *shape: int) -> None:
+        """Adds a state of float64 zeros that processes sum."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), "sum")
+
+    @property
+    def protocol(self) -> str:
+        """All that its numbers depend on besides the pictures, in one line: detector, threshold, counting rule, ..."""
+        raise NotImplementedError
+
+    def prepare(self, task: UnlearningTask) -> None:
+        """What the numbers are measured against: called once, before the first `update`."""
+
+    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+        """Takes a batch of pictures (B, H, W, 3) uint8 and their manifest rows."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, float]:
+        """Numbers by `purpose/name`, the names being the field's: {"efficacy/acc_e": 3.5, ...}."""
+        raise NotImplementedError
+
+
+def fingerprint(path: Path) -> str:
+    """Twelve hexadecimal digits that stand for the content of a file: which weights a number was measured with."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among the `known` ones; it names the nearest of them."""
+    known = list(known)
+    near = get_close_matches(given, known, n=3, cutoff=0.4)
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"Unknown {kind} {given!r}.{meant} Known: {', '.join(known)}.")

@@ -1,0 +1,110 @@
+"""The image store: every generated picture once, under a key made of all that it depends on.
+
+A picture's folder is named by a digest of the model, the erasure and the sampler; its file by the prompt and the seed.
+Whatever asks for the same picture again, in any run, finds it; whatever has changed has another key. A picture is
+written under a temporary name and then renamed, so that a reader never meets half of one.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unlearning.concepts import Prompt, UnlearningTask
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hexadecimal digits that stand for the content of `parts` (anything JSON can hold)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """All of the file or none of it, whatever happens on the way."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of a manifest: what was asked for, why, and where the picture is."""
+
+    path: Path
+    prompt: str
+    role: str
+    labels: dict[str, str]
+    seed: int
+
+
+def image_seed(seed: int, prompt: str, sample: int) -> int:
+    """The seed of one picture: of the run's seed, the prompt's text and the picture's number.
+
+    Not of the prompt's place in a list, so that two tasks that share a prompt share its pictures.
+    """
+    return int(np.random.SeedSequence([seed, zlib.crc32(prompt.encode()), sample]).generate_state(1)[0])
+
+
+def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[Row]:
+    """The pictures that `task` asks for, whether they exist yet or not. `folder` is the model's place in the store."""
+
+    def row(prompt: Prompt, sample: int) -> Row:
+        s = image_seed(seed, prompt.text, sample)
+        return Row(folder / f"{digest(prompt.text, s)}.png", prompt.text, prompt.role, prompt.labels, s)
+
+    return [row(p, i) for p in task.prompts for i in range(task.images_per_prompt)]
+
+
+def missing(rows: Iterable[Row]) -> list[Row]:
+    """The rows whose picture is not there yet; a picture that two rows share is named once."""
+    return list({row.path: row for row in rows if not row.path.exists()}.values())
+
+
+def save(image: np.ndarray, row: Row) -> None:
+    """Writes an (H, W, 3) uint8 picture where `row` says."""
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    row.path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(row.path, buffer.getvalue())
+
+
+def load(rows: Sequence[Row]) -> np.ndarray:
+    """The pictures (N, H, W, 3) uint8."""
+    return np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
+
+
+FIELDS = ("path", "prompt", "role", "labels", "seed")
+
+
+def write_manifest(path: Path, rows: Iterable[Row]) -> None:
+    """A CSV a spreadsheet can open; paths are relative to it, labels are JSON."""
+    import io
+
+    text = io.StringIO()
+    table = csv.DictWriter(text, FIELDS)
+    table.writeheader()
+    for row in rows:
+        relative = os.path.relpath(row.path, path.parent)
+        table.writerow({**asdict(row), "path": relative, "labels": json.dumps(row.labels)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
+
+
+def read_manifest(path: Path) -> list[Row]:
+    """The rows that `write_manifest` wrote."""
+    with path.open(newline="") as file:
+        rows = [Row(**r) for r in csv.DictReader(file)]
+    return [
+        replace(r, path=(path.parent / r.path).resolve(), labels=json.loads(r.labels), seed=int(r.seed)) for r in rows
+    ]

@@ -1,0 +1,151 @@
+"""Where a run's numbers and pictures are written down. A logger that fails costs a warning, never the run."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+messages = logging.getLogger(__name__)
+
+
+class Forgiving(Logger):
+    """Another logger, whose failures are warnings. What has failed once is not tried again."""
+
+    def __init__(self, label: str, logger: Logger) -> None:
+        super().__init__()
+        self.label = label
+        self.logger = logger
+        self.failed: set[str] = set()
+
+    def attempt(self, verb: str, *args: Any) -> None:
+        """Calls a method of the logger, if it has one of that name: not all can show pictures."""
+        if verb in self.failed or not hasattr(self.logger, verb):
+            return
+        try:
+            getattr(self.logger, verb)(*args)
+        except Exception as error:
+            self.failed.add(verb)
+            warn(self.label, f"cannot {verb.replace('_', ' ')}", error)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.attempt("log_metrics", metrics, step)
+
+    def log_hyperparams(self, params: Any, *args: Any) -> None:
+        self.attempt("log_hyperparams", params, *args)
+
+    def log_image(self, key: str, images: list[Any]) -> None:
+        self.attempt("log_image", key, images)
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+        self.attempt("log_table", key, columns, data)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.attempt("after_save_checkpoint", checkpoint_callback)
+
+    def save(self) -> None:
+        self.attempt("save")
+
+    def finalize(self, status: str) -> None:
+        self.attempt("finalize", status)
+
+    @property
+    def name(self) -> str | None:
+        return self.logger.name
+
+    @property
+    def version(self) -> str | int | None:
+        return self.logger.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.logger.save_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.logger.log_dir
+
+
+class WandbRun(WandbLogger):
+    """Lightning's logger, and a way to end its run before the process ends: a sweep has many runs in one process."""
+
+    def finish(self) -> None:
+        if self._experiment is not None:
+            self._experiment.finish()
+
+
+def wandb(save_dir: str | Path, project: str = "unlearning", **options: Any) -> WandbRun:
+    """A Weights & Biases run: online with an API key, otherwise offline; WANDB_MODE overrules.
+
+    Everything is written under `save_dir`, and nothing to the console. The run begins with the first thing logged.
+
+    Args:
+        save_dir: A folder of this run alone.
+        project: The project on the server.
+        options: More of `wandb.init`: name, group, tags, ...
+    """
+    folder = Path(save_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # of which wandb reads some once a process
+        os.environ.setdefault(place, str(folder / "wandb"))
+    import wandb as client
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if client.login(prompt=False, verify=False) else "offline")
+    settings = {"silent": True, "console": "off", **options.pop("settings", {})}
+    return WandbRun(save_dir=folder, project=project, mode=mode, reinit="create_new", settings=settings, **options)
+
+
+def build(configs: Mapping[str, Any] | None) -> list[Forgiving]:
+    """The loggers of a configuration; one that cannot be built is left out."""
+    from hydra.utils import instantiate
+
+    loggers = []
+    for label, config in (configs or {}).items():
+        try:
+            loggers.append(Forgiving(label, instantiate(config)))
+        except Exception as error:
+            warn(label, "is left out", error)
+    return loggers
+
+
+def log(
+    loggers: Sequence[Forgiving],
+    metrics: Mapping[str, float],
+    images: Mapping[str, Sequence[np.ndarray | Image.Image]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """What a run came to: its configuration, its metrics (one by one and as a table), its pictures (H, W, 3) uint8.
+
+    Raises:
+        TypeError: A picture of floats. W&B would keep it, silently, as a black one.
+    """
+    for key, pictures in (images or {}).items():
+        for picture in pictures:
+            if not isinstance(picture, Image.Image) and getattr(picture, "dtype", None) != np.uint8:
+                kind = getattr(picture, "dtype", type(picture).__name__)
+                raise TypeError(f"The pictures under {key!r} have to be uint8 arrays or PIL images, and one is {kind}.")
+    for logger in loggers:
+        if config:
+            logger.log_hyperparams(dict(config))
+        logger.log_metrics(dict(metrics))
+        logger.log_table("metrics", ["metric", "value"], [list(row) for row in metrics.items()])
+        for key, pictures in (images or {}).items():
+            if len(pictures):
+                logger.log_image(key, list(pictures))
+        logger.save()
+
+
+def close(loggers: Sequence[Forgiving]) -> None:
+    """Ends the loggers' runs, so that the next run of a sweep has its own."""
+    for logger in loggers:
+        logger.finalize("success")
+        logger.attempt("finish")
+
+
+def warn(label: str, what: str, error: Exception) -> None:
+    messages.warning("Logger %s %s: %s", label, what, " ".join(str(error).split()) or type(error).__name__)

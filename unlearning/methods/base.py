@@ -1,0 +1,110 @@
+"""The contract: `fit(model, task) -> erasure`, and the model is left bit-identical.
+
+How an erasure is found is the method's own business: it descends a loss (TrainedMethod), solves, counts, or does nothing.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from unlearning.concepts import UnlearningTask, UserError
+from unlearning.erasure import Erasure, WeightPatch, write
+from unlearning.models.base import DiffusionModel
+
+
+class Method(ABC):
+    """A method's constructor stores hyperparameters, and nothing else.
+
+    Attributes:
+        works_on: The class of models it knows how to edit; anything else is refused before a weight is loaded.
+    """
+
+    works_on: type = DiffusionModel
+
+    @abstractmethod
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure: ...
+
+
+class Cycle(IterableDataset):
+    """Items over and over: the Trainer's max_steps is the only clock."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self) -> Iterator:
+        while True:
+            yield from self.items
+
+
+class TrainedMethod(Method, pl.LightningModule):
+    """A method that descends a loss on some of the denoiser's own weights.
+
+    Subclasses write `loss`, in their paper's notation, with `self.student` (the model, its weights moving) and
+    `self.teacher` (the same model with those weights as they were; everything else is shared, so there is one copy of
+    the denoiser in memory, not two).
+
+    Args:
+        parameters: A regular expression; the denoiser's weights whose names it matches are trained.
+        optimizer: Makes an optimizer of a list of parameters.
+        trainer: Makes the Lightning Trainer, given max_steps.
+        iterations: Steps of the optimizer.
+        batch_size: Prompts of the erased concepts in a step.
+    """
+
+    def __init__(
+        self, *, parameters: str, optimizer: Callable, trainer: Callable, iterations: int, batch_size: int = 1
+    ):
+        super().__init__()
+        self.parameters_pattern, self.iterations, self.batch_size = parameters, iterations, batch_size
+        self._optimizer, self._make_trainer = optimizer, trainer
+
+    @abstractmethod
+    def loss(self, prompts: list[str]) -> Tensor:
+        """The objective () on a batch of prompts of the erased concepts."""
+
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
+        named = dict(model.denoiser.named_parameters())
+        moving = {n: p for n, p in named.items() if re.search(self.parameters_pattern, n)}
+        if not moving:
+            raise UserError(f"No weight of the denoiser has a name that matches {self.parameters_pattern!r}.")
+        self.student, self.task, self.teacher = model, task, model.snapshot(moving)
+        # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
+        self.weights = nn.ParameterDict({n.replace(".", "/"): p.requires_grad_(True) for n, p in moving.items()})
+        try:
+            trainer = self._make_trainer(max_steps=self.iterations)
+            trainer.fit(self, ckpt_path=_last_checkpoint(trainer))
+            return WeightPatch({n: p.detach().clone() for n, p in moving.items()})
+        finally:
+            write(moving, self.teacher.weights)
+            model.denoiser.requires_grad_(False)
+            del self.student, self.teacher, self.task, self.weights
+
+    def training_step(self, prompts: list[str], batch_idx: int) -> Tensor:
+        loss = self.loss(prompts)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss.item()} at step {self.global_step}. The last checkpoint, of finite losses, is kept; "
+                "a smaller method.optimizer.lr usually helps."
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader:
+        prompts = [self.task.prompt(concept.name) for concept in self.task.erase]
+        return DataLoader(Cycle(prompts), batch_size=self.batch_size)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self._optimizer(list(self.weights.values()))
+
+
+def _last_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Where an interrupted fit goes on."""
+    keeper = trainer.checkpoint_callback
+    last = Path(keeper.dirpath) / "last.ckpt" if keeper and keeper.dirpath else None
+    return last if last and last.exists() else None

@@ -1,0 +1,37 @@
+"""ESD: Erasing Concepts from Diffusion Models (Gandikota et al., 2023). https://arxiv.org/abs/2303.07345
+
+Teaches the model to predict, for the concept c, what the frozen model predicts under negative guidance (eq. 6):
+
+    min_theta || eps_theta(x_t, c) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2,    eps* from the frozen model.
+
+The bracket is classifier-free guidance at scale -eta, and is written so below. x_t comes from the model being trained, on
+its way to a picture of c. ESD-x moves the cross-attention's weights, ESD-u the others: a regular expression in the config.
+
+Deviation: t is the schedule's timestep at which x_t stands; the authors' script draws it from the 20 around it.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearning.methods.base import TrainedMethod
+from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.trajectories import Trajectory
+
+
+class ESD(TrainedMethod):
+    """
+    Args:
+        eta: Strength of the negative guidance.
+        trajectory: Where (x_t, t) come from: sampling.trajectories.Exact, the paper's, or Reuse.
+        training: TrainedMethod's arguments.
+    """
+
+    def __init__(self, *, eta: float = 1.0, trajectory: Trajectory, **training):
+        super().__init__(**training)
+        self.eta, self.trajectory = eta, trajectory
+
+    def loss(self, prompts: list[str]) -> Tensor:
+        x_t, t, c = self.trajectory(self.student, prompts)
+        null = self.teacher.encode_prompts([""]).expand(len(x_t))
+        target = ClassifierFree()(self.teacher, x_t, t, c, null, -self.eta).detach()
+        return F.mse_loss(self.student.predict(x_t, t, c), target)

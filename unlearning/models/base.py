@@ -1,0 +1,136 @@
+"""What every denoising model is, whatever its family: a few maps between prompts, latents, predictions and pictures."""
+
+# B batch, C latent channels, H W latent height and width, L tokens, D text width.
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from unlearning.images import digest
+from unlearning.sampling.guidance import ClassifierFree, Guidance
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told about each picture of a batch: tensors by name, (B, ...) each."""
+
+    embeds: Tensor  # (B, L, D)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL's pooled text and micro-conditioning
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows) -> "Conditioning":
+        return Conditioning(self.embeds[rows], {k: v[rows] for k, v in self.extra.items()})
+
+    def expand(self, batch: int) -> "Conditioning":
+        """One row, `batch` times."""
+        return self[torch.zeros(batch, dtype=torch.long, device=self.embeds.device)]
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        extra = {k: torch.cat([p.extra[k] for p in parts]) for k in parts[0].extra}
+        return Conditioning(torch.cat([p.embeds for p in parts]), extra)
+
+
+class DiffusionModel(ABC):
+    """A text-to-image latent diffusion model.
+
+    Attributes:
+        denoiser: The network that erasure edits.
+        scheduler: The noise schedule it was trained with (its config says epsilon, v or flow).
+        guidance: How predictions are combined at each sampling step.
+        latent_shape: (C, H, W) of one picture.
+        name, fingerprint: What it was loaded from, and a digest of the weights found there.
+    """
+
+    denoiser: nn.Module
+    scheduler: object
+    guidance: Guidance = ClassifierFree()
+    latent_shape: tuple[int, int, int]
+    name: str
+    fingerprint: str
+    dtype: torch.dtype
+    weights: Mapping[str, Tensor] | None = None  # of a snapshot: values that stand in for the denoiser's own
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._device)
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the denoiser is told for each prompt; "" is the null prompt of classifier-free guidance."""
+
+    @abstractmethod
+    def last_token(self, prompts: Sequence[str]) -> Tensor:
+        """The position (B,) of each prompt's last word piece, before the end-of-text token."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, 8H, 8W or so) in [0, 1] to scaled latents (B, C, H, W)."""
+
+    @abstractmethod
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W) to pictures in [0, 1]."""
+
+    @abstractmethod
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """The maps, by their denoiser parameter's prefix, through which the prompt enters the denoiser."""
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """The denoiser's raw output (epsilon or v), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
+        arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
+        if self.weights is None:
+            return self.denoiser(*arguments, **keywords).sample.float()
+        return functional_call(self.denoiser, dict(self.weights), arguments, keywords).sample.float()
+
+    @abstractmethod
+    def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
+        """The denoiser's positional and keyword arguments."""
+
+    def snapshot(self, names: Sequence[str]) -> "DiffusionModel":
+        """This model with today's values of the named weights, sharing all others: a frozen teacher without a copy."""
+        parameters = dict(self.denoiser.named_parameters())
+        view = copy.copy(self)
+        view.weights = {n: parameters[n].detach().clone() for n in names}
+        return view
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal latents (B, C, H, W), each from its own seed: no batch size or device changes a picture."""
+        each = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(each).to(self.device)
+
+    def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.scheduler.alphas_cumprod.to(self.device)[t.reshape(-1, 1, 1, 1).to(self.device)]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps; t is (B,)."""
+        alpha, sigma = self._alpha_sigma(t)
+        return alpha * x_0 + sigma * eps
+
+    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The picture that a prediction implies: (x_t - sigma eps) / alpha, or alpha x_t - sigma v."""
+        alpha, sigma = self._alpha_sigma(t)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return alpha * x_t - sigma * prediction
+        return (x_t - sigma * prediction) / alpha
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the weights and configs below a folder: names, sizes, and the first and last megabyte of each."""
+
+    def ends(path: Path) -> str:
+        with path.open("rb") as file:
+            head = file.read(2**20)
+            file.seek(-min(2**20, path.stat().st_size), 2)
+            return hashlib.sha256(head + file.read()).hexdigest()
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+    return digest([(str(p.relative_to(folder)), p.stat().st_size, ends(p)) for p in files])

@@ -1,0 +1,118 @@
+"""Stable Diffusion 1.x and 2.x (epsilon and v prediction), and every model of their shape, emoji_unet among them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from unlearning.concepts import UserError
+from unlearning.models.base import Conditioning, DiffusionModel, fingerprint
+
+
+class StableDiffusion(DiffusionModel):
+    pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
+    # A safety checker paints pictures black, which would count as erasure.
+    load_options: dict = {"safety_checker": None, "requires_safety_checker": False}
+
+    def __init__(self, pipeline: DiffusionPipeline, *, name: str, fingerprint: str, device: torch.device):
+        self.pipeline, self.name, self.fingerprint = pipeline, name, fingerprint
+        self.denoiser, self.vae, self.scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler
+        self.dtype, self._device = self.denoiser.dtype, device
+        size = self.denoiser.config.sample_size
+        self.latent_shape = (self.denoiser.config.in_channels, size, size)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        attention_slicing: bool = False,
+        offload: bool = False,
+        compile: bool = False,
+    ) -> "StableDiffusion":
+        """Loads a diffusers pipeline.
+
+        Args:
+            path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
+            dtype: float32, bfloat16 or float16.
+            device: "auto" takes the accelerator where there is one.
+            attention_slicing: Less memory, a little slower.
+            offload: Keeps in the accelerator's memory only the part that works (needs an accelerator).
+            compile: Compiles the denoiser; worth it for long runs on an accelerator.
+
+        Raises:
+            UserError: Where there is no such folder, it is a pickled checkpoint, or the hub cannot be reached.
+        """
+        if device == "auto":
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            device = accelerator.type if accelerator else "cpu"
+        _check(path)
+        try:
+            pipeline = cls.pipeline_class.from_pretrained(
+                path, dtype=getattr(torch, dtype), use_safetensors=True, **cls.load_options
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
+                f"download it first: hf download {path}"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        if attention_slicing:
+            pipeline.enable_attention_slicing()
+        if offload and torch.device(device).type != "cpu":
+            pipeline.enable_model_cpu_offload()
+        else:
+            pipeline.to(device)
+        if compile:
+            pipeline.unet.compile()
+        folder = Path(path)
+        weights = fingerprint(folder) if folder.is_dir() else fingerprint(Path(pipeline._name_or_path))
+        return cls(pipeline, name=str(path), fingerprint=weights, device=torch.device(device))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
+        return Conditioning(embeds)
+
+    def last_token(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.pipeline.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return tokens.attention_mask.sum(1).to(self.device) - 2
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean.float() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        latents = (x_0 / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        for name, module in self.denoiser.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                yield name, module
+
+    def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
+        return (x_t, t, c.embeds), {}
+
+
+def _check(path: str) -> None:
+    """Raises UserError for what can be seen to fail before anything is loaded."""
+    if Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise UserError(
+            f"{path} is a pickled checkpoint, and loading one can run whatever code it holds. Convert it once to a "
+            "diffusers folder (diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py, with "
+            "--to_safetensors) and give that folder with model.path=..."
+        )
+    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
+        raise UserError(f"There is no model folder at {path}. Set model.path to a folder that diffusers saved.")
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").exists():
+        raise UserError(f"{path} holds no model_index.json: it is not a folder that diffusers saved a pipeline to.")

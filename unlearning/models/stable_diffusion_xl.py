@@ -1,0 +1,30 @@
+"""SDXL: two text encoders, a pooled embedding, and micro-conditioning on the picture's size and crop."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from unlearning.models.base import Conditioning
+from unlearning.models.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    pipeline_class: type[DiffusionPipeline] = StableDiffusionXLPipeline
+    load_options: dict = {"add_watermarker": False}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:  # SDXL's null prompt is zeros, not an encoded ""
+            told = torch.tensor([bool(p) for p in prompts], device=embeds.device)
+            embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
+        side = self.latent_shape[-1] * self.pipeline.vae_scale_factor
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
+        return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
+
+    def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
+        return (x_t, t, c.embeds), {"added_cond_kwargs": dict(c.extra)}

@@ -1,0 +1,28 @@
+"""How a run's folder is named: by what was chosen, and by a digest of every setting that its results depend on."""
+
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from unlearning.images import digest
+
+DECISIVE = ("model", "dataset", "method", "sampler", "seed")  # evaluators, loggers and trainers change no erasure
+
+
+def slug(text: str) -> str:
+    """Any text as a file name."""
+    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-")[:60] or "unnamed"
+
+
+def fingerprint(config: DictConfig) -> str:
+    decisive = OmegaConf.masked_copy(config, DECISIVE)
+    decisive._set_parent(config)  # interpolations reach the rest of the config
+    return digest(OmegaConf.to_container(decisive, resolve=True))[:8]
+
+
+def register_resolvers() -> None:
+    """Makes ${package:folder}, ${slug:text} and ${fingerprint:} known to OmegaConf."""
+    OmegaConf.register_new_resolver("package", lambda name: str(Path(__file__).parent / name), replace=True)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)
