@@ -1,8 +1,9 @@
-"""The denoiser and the text encoder of emoji_unet, trained together: python experiments/openmoji/train_unet.py [--steps N]
+"""The denoiser and the text encoder of emoji_unet, trained together: python experiments/openmoji/train_unet.py
+[--steps N]
 
-Ho et al.'s noise-prediction loss on the autoencoder's latents, weighted by min-SNR-5 (Hang et al., 2023), captions dropped
-one time in ten for guidance, weights averaged. The learning rate is flat until the last quarter of the steps, so a longer
-or shorter --steps may be given on resuming.
+Ho et al.'s noise-prediction loss on the autoencoder's latents, weighted by min-SNR-5 (Hang et al., 2023), captions
+dropped one time in ten for guidance, weights averaged. The learning rate is flat until the last quarter of the steps,
+so a longer or shorter --steps may be given on resuming.
 """
 
 import argparse

@@ -34,7 +34,8 @@ def read(folder: str | Path, size: int) -> list[np.ndarray]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken.append(f"{path} ({error})")
     if broken:
-        warnings.warn(f"{len(broken)} of {len(paths)} pictures cannot be read and are left out: {'; '.join(broken)}")
+        named = "; ".join(broken)
+        warnings.warn(f"{len(broken)} of {len(paths)} pictures cannot be read and are left out: {named}", stacklevel=2)
     if not pictures:
         raise UserError(f"{folder} holds no picture that can be read ({', '.join(SUFFIXES)}).")
     return pictures

@@ -1,7 +1,8 @@
 """Objects: the embedded world's, and MACE's CIFAR-10 protocol for any model.
 
-An object is erased; the evaluation draws it, its synonyms, and other objects (Lu et al., 2024, section 4.2: Acc_e, Acc_g,
-Acc_s). The others are CIFAR-10's, never those that a method may retain, so that what survives was not held on to by name.
+An object is erased; the evaluation draws it, its synonyms, and other objects (Lu et al., 2024, section 4.2: Acc_e,
+Acc_g, Acc_s). The others are CIFAR-10's, never those that a method may retain, so that what survives was not held on
+to by name.
 """
 
 from collections.abc import Callable, Sequence

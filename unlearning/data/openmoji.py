@@ -1,16 +1,18 @@
 """The embedded world: OpenMoji's drawings as objects × styles, with captions, boxes and masks.
 
-Every picture is a function of (split, seed, index), so that the sets the generators are trained on, the judge is trained
-on and results are measured on are disjoint and can be drawn again anywhere. The art is OpenMoji's, CC BY-SA 4.0.
+Every picture is a function of (split, seed, index), so that the sets the generators are trained on, the judge is
+trained on and results are measured on are disjoint and can be drawn again anywhere. The art is OpenMoji's,
+CC BY-SA 4.0.
 """
 
-# H W: image height and width, both SIZE. Arrays: image (H, W, 3) uint8, mask (H, W) bool, box (left, top, right, bottom).
+# H W: height and width, both SIZE. Arrays: image (H, W, 3) uint8, mask (H, W) bool, box (left, top, right, bottom).
 import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 
 import numpy as np
 import yaml
@@ -45,7 +47,7 @@ OBJECTS: Mapping[str, Object] = _objects()
 CIFAR10: tuple[str, ...] = tuple(OBJECTS)[:10]
 
 
-# --- drawing: an SVG's two layers, and the styles made from them -------------------------------------------------------
+# --- drawing: an SVG's two layers, and the styles made from them -----------------------------------------------------
 
 
 @cache
@@ -181,7 +183,7 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# --- sampling: pictures of one object, scenes of several, and pictures of nothing --------------------------------------
+# --- sampling: pictures of one object, scenes of several, and pictures of nothing ------------------------------------
 
 
 def rng_of(split: str, seed: int, index: int) -> Generator:
@@ -247,7 +249,7 @@ def unrecognisable(rng: Generator) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
-# --- captions ----------------------------------------------------------------------------------------------------------
+# --- captions --------------------------------------------------------------------------------------------------------
 
 TEMPLATES = (
     "a photo of the {}",
@@ -262,9 +264,9 @@ STYLED = ("{} in {} style", "{} image in {} style")
 
 
 def with_article(phrase: str) -> str:
-    """ "a apple" -> "an apple", wherever in the phrase it stands."""
+    """Makes "a apple" an "an apple", wherever in the phrase it stands."""
     words = phrase.split()
-    for i, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+    for i, (word, after) in enumerate(pairwise(words)):
         if word in ("a", "an"):
             words[i] = "an" if after[0] in "aeiou" and not after.startswith("uk") else "a"
     return " ".join(words)

@@ -1,6 +1,7 @@
 """Styles of the embedded world, in UnlearnCanvas's protocol (Zhang et al., 2024): every object in every style.
 
-One style is erased. UA asks whether it is gone, IRA whether the other styles are still drawn, CRA whether the objects are.
+One style is erased. UA asks whether it is gone, IRA whether the other styles are still drawn, CRA whether the objects
+are.
 """
 
 from collections.abc import Sequence

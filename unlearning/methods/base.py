@@ -1,6 +1,7 @@
 """The contract: `fit(model, task) -> erasure`, and the model is left bit-identical.
 
-How an erasure is found is the method's own business: it descends a loss (TrainedMethod), solves, counts, or does nothing.
+How an erasure is found is the method's own business: it descends a loss (TrainedMethod), solves, counts, or does
+nothing.
 """
 
 import re
@@ -89,8 +90,8 @@ class TrainedMethod(Method, pl.LightningModule):
         loss = self.loss(prompts)
         if not torch.isfinite(loss):
             raise UserError(
-                f"The loss is {loss.item()} at step {self.global_step}. The last checkpoint, of finite losses, is kept; "
-                "a smaller method.optimizer.lr usually helps."
+                f"The loss is {loss.item()} at step {self.global_step}. The last checkpoint, of finite losses, is "
+                "kept; a smaller method.optimizer.lr usually helps."
             )
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -4,8 +4,9 @@ Teaches the model to predict, for the concept c, what the frozen model predicts 
 
     min_theta || eps_theta(x_t, c) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2,    eps* from the frozen model.
 
-The bracket is classifier-free guidance at scale -eta, and is written so below. x_t comes from the model being trained, on
-its way to a picture of c. ESD-x moves the cross-attention's weights, ESD-u the others: a regular expression in the config.
+The bracket is classifier-free guidance at scale -eta, and is written so below. x_t comes from the model being trained,
+on its way to a picture of c. ESD-x moves the cross-attention's weights, ESD-u the others: a regular expression in the
+config.
 
 Deviation: t is the schedule's timestep at which x_t stands; the authors' script draws it from the 20 around it.
 """

@@ -6,8 +6,8 @@ Every map W through which the prompt enters the denoiser becomes the minimiser, 
 
 over erased concepts c_i with anchors c*_i, and retained concepts c_j.
 
-As in the authors' script, c is the text encoder's state at the concept's last word piece. Deviation: the system is solved
-in float64.
+As in the authors' script, c is the text encoder's state at the concept's last word piece. Deviation: the system is
+solved in float64.
 """
 
 # N concepts, D text width, O output width.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -14,7 +15,7 @@ from unlearning.models.base import Conditioning, DiffusionModel, fingerprint
 class StableDiffusion(DiffusionModel):
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
     # A safety checker paints pictures black, which would count as erasure.
-    load_options: dict = {"safety_checker": None, "requires_safety_checker": False}
+    load_options: ClassVar[dict] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: DiffusionPipeline, *, name: str, fingerprint: str, device: torch.device):
         self.pipeline, self.name, self.fingerprint = pipeline, name, fingerprint

@@ -1,6 +1,7 @@
 """SDXL: two text encoders, a pooled embedding, and micro-conditioning on the picture's size and crop."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
@@ -12,7 +13,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 class StableDiffusionXL(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = StableDiffusionXLPipeline
-    load_options: dict = {"add_watermarker": False}
+    load_options: ClassVar[dict] = {"add_watermarker": False}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

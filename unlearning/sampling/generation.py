@@ -1,4 +1,4 @@
-"""Pictures into the store, as a Lightning prediction: the Trainer brings the progress bar and shares rows among ranks."""
+"""Pictures into the store, as a Lightning prediction: the Trainer brings the progress bar and shares rows out."""
 
 from collections.abc import Callable, Sequence
 

@@ -42,8 +42,8 @@ class Exact(Trajectory):
 class Reuse(Trajectory):
     """Every point of a few whole trajectories, shuffled: the same distribution at a fraction of the evaluations.
 
-    A point of Exact costs about `steps` evaluations of the denoiser, a point of Reuse two. The price is that a pool's last
-    points come from the model as it was when the pool was drawn, trajectories × steps / points iterations ago.
+    A point of Exact costs about `steps` evaluations of the denoiser, a point of Reuse two. The price is that a pool's
+    last points come from the model as it was when the pool was drawn, trajectories × steps / points iterations ago.
 
     Args:
         trajectories: How many are drawn at a time, in one batch.
