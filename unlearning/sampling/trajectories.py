@@ -34,8 +34,9 @@ class Exact(Trajectory):
 
     def __call__(self, model, prompts):
         c = model.encode_prompts(prompts)
+        path = self._denoise(model, c)
         stop = int(torch.randint(self.steps, ()))
-        t, x_t = next(islice(self._denoise(model, c), stop, None))
+        t, x_t = next(islice(path, stop, None))
         return x_t, t.expand(len(x_t)), c
 
 

@@ -1,0 +1,240 @@
+"""What each dataset asks for, what it lets a method know, and what it says to somebody who asked for the impossible."""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
+from unlearning.data import openmoji
+from unlearning.data.folder import folder
+from unlearning.data.objects import cifar10_objects, emoji_objects
+from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
+from unlearning.data.prompt import task as prompt
+from unlearning.data.styles import styles
+
+
+def roles(task: UnlearningTask) -> Counter:
+    return Counter(p.role for p in task.prompts)
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concept", ["cat", "apple"])
+def test_emoji_objects_ask_for_the_object_its_synonyms_and_cifar10s_others(concept):
+    task = emoji_objects(concept)
+    thing = OBJECTS[concept]
+    assert task.erase == (Concept(concept, thing.synonyms, thing.anchor),) and task.name == concept
+    asked = {p.text: (p.role, p.labels) for p in task.prompts}
+    assert asked.pop(f"a photo of the {concept}") == (ERASE, {"object": concept})
+    for synonym in thing.synonyms:
+        assert asked.pop(f"a photo of the {synonym}") == (SYNONYM, {"object": concept})
+    others = [name for name in CIFAR10 if name != concept]
+    assert asked == {f"a photo of the {name}": (RETAIN, {"object": name}) for name in others}
+
+
+@pytest.mark.parametrize("concept", ["cat", "apple", "sky"])
+def test_what_a_method_may_retain_is_never_asked_about(concept):
+    task = emoji_objects(concept)
+    retained = {c.name for c in task.retain}
+    assert len(retained) >= 30 and concept not in retained
+    assert not retained & {p.labels["object"] for p in task.prompts}
+    texts = {p.text for p in task.prompts}
+    assert not texts & {task.prompt(word) for c in task.retain for word in (c.name, *c.synonyms)}
+
+
+def test_references_are_real_drawings_of_the_evaluations_split():
+    task = emoji_objects("cat")
+    assert set(task.references) == {ERASE, RETAIN}
+    [first, second] = task.references[ERASE](2)
+    assert (first == openmoji.picture("cat", "color", openmoji.rng_of("eval", 0, 0)).image).all()
+    assert (second == openmoji.picture("cat", "color", openmoji.rng_of("eval", 0, 1)).image).all()
+    others = [name for name in CIFAR10 if name != "cat"]
+    for i, image in enumerate(task.references[RETAIN](9)):
+        assert (image == openmoji.picture(others[i], "color", openmoji.rng_of("eval", 0, i)).image).all()
+    assert len(task.references[RETAIN](20)) == 20
+
+
+def test_a_template_reaches_every_prompt():
+    task = emoji_objects("cat", template="a drawing of a {}", images_per_prompt=3)
+    assert task.prompt("dog") == "a drawing of a dog" and task.prompt("") == "" and task.images_per_prompt == 3
+    assert all(p.text.startswith("a drawing of a ") for p in task.prompts)
+
+
+@pytest.mark.parametrize("concept", CIFAR10)
+def test_cifar10_has_maces_counts(concept):
+    task = cifar10_objects(concept)
+    assert roles(task) == {ERASE: 1, SYNONYM: 3, RETAIN: 9}
+    assert len(task.prompts) * task.images_per_prompt == (1 + 3 + 9) * 200
+    assert task.retain == (), "nothing is held on to by name"
+    assert {p.labels["object"] for p in task.prompts} == set(CIFAR10)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "near"),
+    [
+        (emoji_objects, "kat", "cat"),
+        (emoji_objects, "kity", "cat"),  # a synonym leads to its object
+        (emoji_objects, "elefant", "elephant"),
+        (cifar10_objects, "aeroplane", "airplane"),
+        (styles, "neonn", "neon"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(make, name, near):
+    with pytest.raises(UserError) as caught:
+        make(name)
+    message = str(caught.value)
+    assert repr(name) in message and near in message.split("Did you mean")[1].split("?")[0]
+    assert "dataset=prompt" in message, "any text can be erased all the same"
+
+
+def test_a_name_like_no_other_is_answered_with_all():
+    with pytest.raises(UserError) as caught:
+        styles("zzzz")
+    assert all(style in str(caught.value) for style in STYLES)
+    with pytest.raises(UserError, match="zebra|apple"):  # an embedded object is none of CIFAR-10's classes
+        cifar10_objects("apple")
+
+
+# --- styles -----------------------------------------------------------------------------------------------------------
+
+
+def test_emoji_styles_ask_for_every_object_in_every_style():
+    task = styles("neon")
+    assert len(task.prompts) == len(STYLES) * len(CIFAR10)
+    assert {(p.labels["style"], p.labels["object"]) for p in task.prompts} == {(s, o) for s in STYLES for o in CIFAR10}
+    assert all((p.role == ERASE) == (p.labels["style"] == "neon") for p in task.prompts)
+    assert {next(iter(p.labels)) for p in task.prompts} == {"style"}, "the erasure is about the style"
+    assert "an airplane image in neon style" in {p.text for p in task.prompts}
+    assert "a cat image in pixel art style" in {p.text for p in task.prompts}
+
+
+def test_a_style_is_erased_by_its_own_prompt():
+    task = styles("neon")
+    assert task.prompt(task.erase[0].name) == "an image in neon style"
+    assert {c.name for c in task.retain} == {f"{s} style" for s in STYLES if s != "neon"}
+    assert task.erase[0].anchor in {c.name for c in task.retain}
+    erased, kept = task.references[ERASE](2), task.references[RETAIN](2)
+    assert (erased[1] == openmoji.picture("automobile", "neon", openmoji.rng_of("eval", 0, 1)).image).all()
+    assert (kept[1] == openmoji.picture("automobile", "color", openmoji.rng_of("eval", 0, 1)).image).all()
+
+
+# --- free text --------------------------------------------------------------------------------------------------------
+
+
+def test_any_text_can_be_erased():
+    task = prompt(
+        "Van Gogh", synonyms=["Vincent"], anchor="art", retain=["Monet"], others=["Degas"], template="a painting by {}"
+    )
+    assert task.erase == (Concept("Van Gogh", ("Vincent",), "art"),) and task.retain == (Concept("Monet"),)
+    assert [(p.text, p.role, p.labels) for p in task.prompts] == [
+        ("a painting by Van Gogh", ERASE, {}),
+        ("a painting by Vincent", SYNONYM, {}),
+        ("a painting by Degas", RETAIN, {}),
+    ]
+
+
+def test_a_task_without_a_concept_is_refused():
+    with pytest.raises(UserError, match="Nothing to erase"):
+        UnlearningTask(erase=())
+
+
+# --- a folder of pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mugs(tmp_path):
+    """Ten pictures of one grey each: 10, 20, ... 100; wide, tall, in subfolders and in several formats."""
+    for i in range(10):
+        place = tmp_path / "mugs" / ("more" if i % 2 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        size = (12, 8) if i % 3 else (8, 20)
+        Image.new("RGB" if i % 2 else "L", size, (10 * i + 10,) * 3 if i % 2 else 10 * i + 10).save(
+            place / f"{i}.{('png', 'bmp', 'PNG', 'webp')[i % 4]}", **({"lossless": True} if i % 4 == 3 else {})
+        )
+    (tmp_path / "mugs" / "notes.txt").write_text("not a picture")
+    return tmp_path / "mugs"
+
+
+def greys(pictures) -> set[int]:
+    assert all(p.shape == (16, 16, 3) and p.dtype == np.uint8 and (p == p[0, 0, 0]).all() for p in pictures)
+    return {int(p[0, 0, 0]) for p in pictures}
+
+
+def test_every_fifth_picture_is_set_apart(mugs):
+    task = folder("mug", str(mugs), str(mugs), size=16, others=["cup"])
+    taught, apart = greys(task.forget_images), greys(task.references[ERASE](100))
+    assert len(task.forget_images) == 8 and len(apart) == 2
+    assert taught | apart == set(range(10, 101, 10)) and not taught & apart
+    assert greys(task.retain_images) == taught and greys(task.references[RETAIN](1)) < apart
+    assert task.name == "mug" and [p.text for p in task.prompts] == ["a photo of the mug", "a photo of the cup"]
+
+
+def test_retained_pictures_are_optional(mugs):
+    task = folder("mug", str(mugs), size=16)
+    assert len(task.retain_images) == 0 and len(task.references[RETAIN](3)) == 0
+
+
+def test_pictures_are_cut_square_not_squeezed(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    [picture] = folder("mug", str(tmp_path), size=10).forget_images
+    assert (picture == 255).all()
+
+
+def test_broken_pictures_are_named_and_left_out(mugs):
+    whole = (mugs / "0.png").read_bytes()
+    (mugs / "corrupt.png").write_bytes(b"no picture at all")
+    (mugs / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
+    (mugs / "empty.jpg").touch()
+    with pytest.warns(UserWarning) as caught:
+        task = folder("mug", str(mugs), size=16)
+    [message] = [str(w.message) for w in caught]
+    assert message.startswith("3 of 13 pictures cannot be read and are left out")
+    assert all(str(mugs / name) in message for name in ("corrupt.png", "truncated.png", "empty.jpg"))
+    assert len(task.forget_images) + len(task.references[ERASE](100)) == 10
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_a_picture_cut_anywhere_is_left_out_or_whole(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    for i, part in enumerate(np.linspace(0, len(whole) - 20, 12).astype(int)):
+        (tmp_path / f"cut{i}.{suffix}").write_bytes(whole[:part])
+    with pytest.warns(UserWarning, match=r"cannot be read"):
+        task = folder("mug", str(tmp_path), size=8)
+    assert len(task.forget_images) == 1
+
+
+def test_whole_pictures_are_read_without_a_warning(mugs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder("mug", str(mugs), size=16)
+
+
+def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no picture") as caught:
+        folder("mug", str(tmp_path / "empty"))
+    assert str(tmp_path / "empty") in str(caught.value)
+    with pytest.raises(UserError, match=f"no folder {tmp_path}/gone"):
+        folder("mug", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="gone"):
+        folder("mug", str(mugs), str(tmp_path / "gone"))
+
+
+def test_a_folder_of_nothing_but_broken_pictures_is_refused(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.warns(UserWarning, match="broken.png"), pytest.raises(UserError, match="holds no picture"):
+        folder("mug", str(tmp_path))
+
+
+@pytest.mark.parametrize(("concept", "where", "what"), [("", "here", "concept="), ("mug", "", "forget=")])
+def test_a_folder_needs_a_word_and_a_place(concept, where, what):
+    with pytest.raises(UserError, match=what):
+        folder(concept, where)

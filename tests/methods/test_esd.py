@@ -1,0 +1,111 @@
+"""ESD's theorems (Gandikota et al., 2023, eq. 6)."""
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from unlearning.concepts import Concept, UnlearningTask, UserError
+from unlearning.methods.esd import ESD
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.trajectories import Exact, Reuse
+
+ESD_X, ESD_U = "attn2", r"^(?!.*attn2)(?!time_embedding)(?!conv_norm_out)(?!conv_out)"
+
+
+@pytest.fixture(scope="module")
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+def esd(*, iterations=2, lr=1e-2, parameters=ESD_X, trajectory=None, eta=1.0, **trainer) -> ESD:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return ESD(
+        eta=eta,
+        trajectory=trajectory or Exact(steps=4),
+        parameters=parameters,
+        iterations=iterations,
+        optimizer=partial(torch.optim.Adam, lr=lr),
+        trainer=partial(pl.Trainer, enable_model_summary=False, **{**quiet, **trainer}),
+    )
+
+
+TASK = UnlearningTask(erase=(Concept("cat"),))
+
+
+def test_the_target_is_guidance_away_from_the_concept(model):
+    """With the student still the teacher, the loss is || (1 + eta) (eps_c - eps_0) ||^2."""
+    method = esd(eta=2.0)
+    method.student, method.teacher = model, model.snapshot([])
+    x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["a photo of the cat"])
+    method.trajectory = lambda *_: (x_t, t, c)
+    eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
+    expected = (3 * (eps_c - eps_0)).pow(2).mean()
+    torch.testing.assert_close(method.loss(["a photo of the cat"]), expected, atol=1e-6, rtol=1e-3)
+
+
+def test_training_brings_the_concepts_prediction_to_the_target(model):
+    torch.manual_seed(0)
+    patch = esd(iterations=60, lr=3e-3, trajectory=Reuse(steps=10, trajectories=2, points=10)).fit(model, TASK)
+    c, null = model.encode_prompts(["a photo of the cat"] * 16), model.encode_prompts([""] * 16)
+    x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
+    target = model.predict(x, t, null) - (model.predict(x, t, c) - model.predict(x, t, null))
+    before = (model.predict(x, t, c) - target).pow(2).mean()
+    with patch.applied_to(model):
+        after = (model.predict(x, t, c) - target).pow(2).mean()
+    assert after < 0.5 * before
+
+
+@pytest.mark.parametrize(("parameters", "crosses"), [(ESD_X, True), (ESD_U, False)])
+def test_only_the_named_weights_move(model, parameters, crosses):
+    patch = esd(parameters=parameters).fit(model, TASK)
+    assert all(("attn2" in name) == crosses for name in patch.weights)
+    if not crosses:
+        assert not any(name.startswith(("time_embedding", "conv_out", "conv_norm_out")) for name in patch.weights)
+    own = dict(model.denoiser.named_parameters())
+    assert any(not torch.equal(value, own[name]) for name, value in patch.weights.items())
+
+
+def test_a_pattern_that_names_no_weight_is_answered(model):
+    with pytest.raises(UserError, match="no_such_layer"):
+        esd(parameters="no_such_layer").fit(model, TASK)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_model_as_it_was(model):
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    with pytest.raises(UserError, match="at step 1"):
+        esd(lr=float("inf"), iterations=3).fit(model, TASK)
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+
+
+def test_training_is_deterministic_given_the_seed(model):
+    patches = []
+    for _ in range(2):
+        pl.seed_everything(7, verbose=False)
+        patches.append(esd().fit(model, TASK))
+    assert patches[0].fingerprint == patches[1].fingerprint
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(model, tmp_path):
+    keeper = lambda: pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)  # noqa: E731
+
+    class Interrupting(ESD):
+        def loss(self, prompts):
+            if self.global_step == 2 and not (tmp_path / "interrupted").exists():
+                (tmp_path / "interrupted").touch()
+                raise RuntimeError("interrupted")
+            steps.append(self.global_step)
+            return super().loss(prompts)
+
+    steps = []
+    with_checkpoints = {"enable_checkpointing": True, "iterations": 4}
+    for attempt in range(2):
+        method = esd(**with_checkpoints, callbacks=[keeper()])
+        method.__class__ = Interrupting
+        if attempt == 0:
+            with pytest.raises(RuntimeError, match="interrupted"):
+                method.fit(model, TASK)
+        else:
+            method.fit(model, TASK)
+    assert steps == [0, 1, 2, 3]
