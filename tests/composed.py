@@ -18,6 +18,7 @@ def config(output: Path, *overrides: str) -> DictConfig:
         "trainer.enable_progress_bar=false",
         "trainer.callbacks=[]",
         "+trainer.enable_checkpointing=false",
+        "+trainer.logger=false",
         "trainer.accelerator=cpu",
         "model.device=cpu",
     ]

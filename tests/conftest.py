@@ -1,6 +1,9 @@
 """One torch thread a process, no network, no dashboards: before anything heavy is imported."""
 
 import os
+import signal
+import sys
+from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
@@ -22,3 +25,44 @@ def any_pipeline(request, tmp_path_factory):
 def sd1(tmp_path_factory):
     """The folder of a tiny random Stable Diffusion 1.x."""
     return tiny.save("sd1", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def unlearn(sd1, tmp_path, monkeypatch):
+    """unlearn(*overrides) -> the run's folder: the command line in this process, on a tiny model and in few steps.
+
+    SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
+    """
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it
+
+    def call(*overrides: str, run: str = "run") -> Path:
+        from unlearning.__main__ import main
+
+        few = ["sampler.steps=2", "sampler.batch_size=4", "dataset.images_per_prompt=1"]
+        places = [f"model.path={sd1}", f"paths.store={tmp_path}/store", f"hydra.run.dir={tmp_path}/{run}"]
+        defaults = [*few, *places, "logger=none", "evaluator=[]", "method=none", "trainer.accelerator=cpu"]
+        named = {o.split("=")[0] for o in overrides}
+        asked = [*(o for o in defaults if o.split("=")[0] not in named), *overrides]
+        asked.sort(key=lambda o: not o.startswith("-"))  # argparse wants -m first
+        monkeypatch.setattr(sys, "argv", ["unlearn", *asked])
+        try:
+            main()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return tmp_path / run
+
+    return call
+
+
+@pytest.fixture
+def told(unlearn):
+    """told(*overrides) -> what the user is told who types `unlearn overrides`, a command that fails."""
+
+    def call(*overrides: str, run: str = "run") -> str:
+        with pytest.raises(SystemExit) as caught:
+            unlearn(*overrides, run=run)
+        assert isinstance(caught.value.code, str), "a message, which makes the exit code 1"
+        return caught.value.code
+
+    return call

@@ -25,6 +25,8 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
 
     from hydra.utils import get_class, get_method, instantiate
 
+    task = instantiate(cfg.dataset)  # before anything slow is imported: its names are what is mistyped most
+
     from unlearning import loggers
     from unlearning.run import Run
 
@@ -38,10 +40,10 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
         folder=Path(cfg.paths.output_dir),
         store=Path(cfg.paths.store),
         load_model=partial(instantiate, cfg.model),
-        task=instantiate(cfg.dataset),
+        task=task,
         method=instantiate(cfg.method, **needs),
         sampler=instantiate(cfg.sampler),
-        evaluators={name: instantiate(evaluator) for name, evaluator in cfg.evaluator.items()},
+        evaluators={name: instantiate(evaluator) for name, evaluator in cfg.get("evaluator", {}).items()},
         trainer=trainer,
         seed=cfg.seed,
         logger=logger,
@@ -73,8 +75,10 @@ def main() -> None:
         compose_and_run()
     except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
         sys.exit(_message(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from here.")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits
+            sys.exit("Interrupted. The same command goes on from here.")
+        raise
 
 
 def _message(error: BaseException) -> str:

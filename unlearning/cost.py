@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.images import write_atomically
 
@@ -18,6 +19,7 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
 
     An evaluation is one latent through the denoiser once: a guided step of a batch of 16 is 32 of them. Memory is the
     accelerator's peak allocation in the stage, or without one the process's peak resident size so far; both in bytes.
+    Of a distributed run the first process's are counted.
     """
     evaluations = 0
 
@@ -40,7 +42,8 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
         spent["seconds"] += time.perf_counter() - start
         spent["denoiser_evaluations"] += evaluations
         spent["peak_memory"] = max(spent["peak_memory"], peak)
-        write_atomically(path, json.dumps(costs, indent=2))
+        if rank_zero_only.rank == 0:
+            write_atomically(path, json.dumps(costs, indent=2))
 
 
 def _peak_resident() -> int:
@@ -51,6 +54,12 @@ def _peak_resident() -> int:
 def read(path: Path) -> dict[str, dict[str, float]]:
     """Costs by stage; empty before the first."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def forget(path: Path, stage: str) -> None:
+    """Drops a stage's costs, because it starts afresh."""
+    if path.exists():
+        write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
 
 
 def metrics(path: Path, erasure: Path) -> dict[str, float]:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from unlearning.concepts import UserError
@@ -49,7 +50,8 @@ class Erasure(ABC):
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self._tensors():
-            save_file({k: v.contiguous().cpu() for k, v in self._tensors().items()}, folder / "weights.safetensors")
+            weights = serialised({k: v.contiguous().cpu() for k, v in self._tensors().items()})
+            write_atomically(folder / "weights.safetensors", weights)  # save_file's errors are no OSError
         (folder / "README.md").write_text(HEADER.format(title=title, how=self.usage(base.name), base=base.name))
         settings = {"kind": type(self).__name__, "base": base.fingerprint, **self._settings()}
         write_atomically(folder / "erasure.json", json.dumps(settings, indent=2))

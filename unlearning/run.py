@@ -1,6 +1,7 @@
 """One run: fit -> generate -> evaluate -> report. Disk is the interface; every stage goes on where it was left."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import shutil
@@ -11,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 from unlearning import cost, loggers
@@ -26,6 +29,7 @@ from unlearning.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 STAGES = ("fit", "generate", "evaluate", "report")
+SHARED = STAGES[:2]  # of which every process of a distributed run does its part
 
 
 @dataclass
@@ -68,26 +72,43 @@ class Run:
             raise UserError(f"There is no stage {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}.")
         with alone_in(self.folder):
             for stage in STAGES:
-                if stage in stages:
+                if stage in stages and (first_rank() or stage in SHARED):
                     log.info("%s: %s", self.title, stage)
                     getattr(self, stage)()
         path = self.folder / "metrics.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def fit(self) -> None:
-        """Finds the erasure, unless this model's is there already."""
-        target = self.folder / "erasure"
-        if target.exists() and Erasure.base_of(target) == self.model.fingerprint:
+        """Finds the erasure, unless it is there already. What another model or other settings left is cleared away."""
+        target, begun = self.folder / "erasure", self.folder / ".fit"
+        if not begun.exists() or begun.read_text() != self._key():
+            for old in (target, self.folder / "checkpoints"):
+                shutil.rmtree(old, ignore_errors=True)
+            cost.forget(self.folder / "cost.json", "fit")
+            write_atomically(begun, self._key())
+        if target.exists():
             return
         pl.seed_everything(self.seed, workers=True, verbose=False)
         with cost.measured(self.folder / "cost.json", "fit", self.model):
             erasure = self.method.fit(self.model, self.task)
-        partial = self.folder / ".erasure.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        erasure.save(partial, title=self.title, base=self.model)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if first_rank():
+            partial = self.folder / ".erasure.partial"
+            try:
+                erasure.save(partial, title=self.title, base=self.model)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        wait_for_all_ranks()
+
+    def _key(self) -> str:
+        """A digest of all that the erasure depends on: the model, the method's settings, the seed, what it may know."""
+        known = (self.task.erase, self.task.retain, self.task.template)
+        images = (*self.task.forget_images, *self.task.retain_images)
+        shown = [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
+        return digest(
+            self.model.fingerprint, str(self.model.dtype), self.settings.get("method"), self.seed, known, shown
+        )
 
     def generate(self) -> None:
         """Draws the evaluation's prompts with the base model, where no run has yet, and with the erased one."""
@@ -97,11 +118,15 @@ class Run:
             rows = manifest(self.store / "images" / place, self.task, self.seed)
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, rows, self.trainer)
-            write_manifest(self.folder / "images" / f"{name}.csv", rows)
+            wait_for_all_ranks()
+            if first_rank():
+                write_manifest(self.folder / "images" / f"{name}.csv", rows)
 
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
         metrics = {}
+        for evaluator in self.evaluators.values():
+            evaluator.prepare(self.task)
         for prefix, name in (("base/", "base"), ("", "erased")):
             path = self.folder / "images" / f"{name}.csv"
             if not path.exists():
@@ -119,7 +144,6 @@ class Run:
     def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict[str, float | str]:
         asked = [(row.path.parent.name, row.path.name, row.role, row.labels) for row in rows]
         evaluator.reset()
-        evaluator.prepare(self.task)
         path = self.store / "evaluations" / f"{digest(self.task.name, asked, evaluator.protocol)}.json"
         if not path.exists():
             size = self.sampler.batch_size
@@ -139,11 +163,23 @@ class Run:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises UserError if another process does."""
+    """Holds the folder's lock. Raises UserError if another run does; the ranks of one run share it."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not first_rank():
+        yield
+        return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
         yield
+
+
+def first_rank() -> bool:
+    return rank_zero_only.rank == 0
+
+
+def wait_for_all_ranks() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

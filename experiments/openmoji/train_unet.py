@@ -8,6 +8,7 @@ so a longer or shorter --steps may be given on resuming.
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -132,12 +133,15 @@ def pipeline(module: TextToImage, tokens: CLIPTokenizer, vae: AutoencoderKL) -> 
     )  # fmt: skip
 
 
-def main(steps: int, batch: int, images: int) -> None:
+def main(steps: int, batch: int, images: int, init: Path | None) -> None:
     pl.seed_everything(0)
     pictures, labels = rendered("train", images)
     vae = AutoencoderKL.from_pretrained(ROOT / "emoji_unet" / "vae")
     tokens = tokenizer()
     module = TextToImage(tokens, steps)
+    if init:
+        module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(init, subfolder="unet").state_dict())
+        module.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(init, subfolder="text_encoder").state_dict())
     data = DataLoader(Batches(encoded(vae, pictures), labels, tokens, batch), batch_size=None)
     run = trainer("unet", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
@@ -151,4 +155,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--init", type=Path, help="a folder of an earlier emoji_unet to start from")
     main(**vars(parser.parse_args()))

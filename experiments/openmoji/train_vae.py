@@ -53,6 +53,30 @@ class Autoencoder(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Makes the latents of `images` (N, 64, 64, 3) zero in mean and white over channels, by the 1×1 convolutions.
+
+    Trained freely, the channels come out correlated by 0.97, with colour in what little they differ by: noise then hides
+    colour long before shape, and the denoiser learns it last. The map x' = A (x - m), A = cov^-1/2, and its inverse cost
+    nothing inside quant_conv and post_quant_conv. (A posterior's variance is scaled by its mean gain only.)
+    """
+    x = torch.cat([vae.encode(b.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean for b in images.split(64)])
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2).double()
+    m, (variances, axes) = flat.mean(0), torch.linalg.eigh(flat.T.cov())
+    A, A_inverse = axes @ variances.rsqrt().diag() @ axes.T, axes @ variances.sqrt().diag() @ axes.T
+
+    enter, leave, C = vae.quant_conv, vae.post_quant_conv, len(m)
+    mean_weight, mean_bias = enter.weight[:C, :, 0, 0].double(), enter.bias[:C].double()
+    enter.weight[:C, :, 0, 0] = (A @ mean_weight).float()
+    enter.bias[:C] = (A @ (mean_bias - m)).float()
+    enter.bias[C:] += A.pow(2).sum(1).log().float()
+    weight = leave.weight[:, :, 0, 0].double()
+    leave.bias += (weight @ m).float()
+    leave.weight[:, :, 0, 0] = (weight @ A_inverse).float()
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def main(steps: int, batch: int, images: int) -> None:
     pl.seed_everything(0)
     pictures = torch.from_numpy(rendered("train", images)[0])
@@ -62,12 +86,9 @@ def main(steps: int, batch: int, images: int) -> None:
     trainer("vae", steps).fit(module, DataLoader(data, batch, sampler=sampler), ckpt_path="last")
 
     vae = module.vae.eval()
-    with torch.no_grad():  # unit variance: what the denoiser's noise schedule expects
-        x = pictures[:2048].permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = torch.cat([vae.encode(b).latent_dist.mean for b in x.split(64)])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    whiten(vae, pictures[:2048])
     vae.save_pretrained(ROOT / "emoji_unet" / "vae")
-    print("scaling factor", vae.config.scaling_factor)
+    print("saved", ROOT / "emoji_unet" / "vae")
 
 
 if __name__ == "__main__":

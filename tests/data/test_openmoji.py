@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from hashlib import sha256
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -61,13 +61,13 @@ def test_every_drawing_can_be_seen_in_every_style(style):
             assert picture.image.shape == (SIZE, SIZE, 3) and picture.image.dtype == np.uint8
             [mask] = picture.masks
             paper = np.median(picture.image[~mask].reshape(-1, 3), 0)
-            differs = np.abs(picture.image[mask] - paper).max(1) > 40
+            differs = np.abs(picture.image[mask] - paper).max(1) > 20
             assert mask.mean() > 0.05 and differs.mean() > 0.1, f"{thing.name} {drawing} is blank in {style}"
 
 
 def test_styles_are_visibly_different():
     assert len(STYLES) >= 6
-    for name in ("cat", "key", "cloud" if "cloud" in OBJECTS else "sky"):
+    for name in ("cat", "key", "sky"):
         drawing = OBJECTS[name].drawings[0]
         drawn = {s: openmoji.draw([(name, drawing, Pose())], s, openmoji.rng_of("eval", 0, 1)) for s in STYLES}
         for a, b in combinations(STYLES, 2):
@@ -170,7 +170,7 @@ def test_every_word_of_the_vocabulary_is_spoken():
 
 def test_articles_are_right():
     spoken = [text.replace(",", "").split() for *_, text in captions()]
-    pairs = {pair for words in spoken for pair in zip(words, words[1:], strict=False) if pair[0] in ("a", "an")}
+    pairs = {pair for words in spoken for pair in pairwise(words) if pair[0] in ("a", "an")}
     assert {after for article, after in pairs if article == "an"} >= {"apple", "elephant", "image", "octopus"}
     wrong = {p for p in pairs if (p[0] == "an") != (p[1][0] in "aeiou" and p[1] != "ukulele")}
     assert not wrong

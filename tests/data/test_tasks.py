@@ -95,7 +95,9 @@ def test_a_name_like_no_other_is_answered_with_all():
     with pytest.raises(UserError) as caught:
         styles("zzzz")
     assert all(style in str(caught.value) for style in STYLES)
-    with pytest.raises(UserError, match="zebra|apple"):  # an embedded object is none of CIFAR-10's classes
+    with pytest.raises(
+        UserError, match="No CIFAR-10 class is named 'apple'"
+    ):  # an embedded object is none of CIFAR-10's classes
         cifar10_objects("apple")
 
 
@@ -200,11 +202,11 @@ def test_broken_pictures_are_named_and_left_out(mugs):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
-def test_a_picture_cut_anywhere_is_left_out_or_whole(tmp_path, suffix):
+def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
     whole = (tmp_path / f"whole.{suffix}").read_bytes()
-    for i, part in enumerate(np.linspace(0, len(whole) - 20, 12).astype(int)):
+    for i, part in enumerate(np.linspace(0, 0.9 * len(whole), 12).astype(int)):
         (tmp_path / f"cut{i}.{suffix}").write_bytes(whole[:part])
     with pytest.warns(UserWarning, match=r"cannot be read"):
         task = folder("mug", str(tmp_path), size=8)

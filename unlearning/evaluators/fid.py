@@ -94,9 +94,13 @@ class FID(Evaluator):
         self.zeros("sums", len(self.roles), width)
         self.zeros("products", len(self.roles), width, width)
 
+    def reset(self) -> None:
+        super().reset()
+        self._generated = []
+
     @property
     def protocol(self) -> str:
-        """Its counts of generated pictures are those of the last `compute`."""
+        """Its counts of generated pictures are those of the last `compute` since the last `reset`."""
         real = [int(self._real[role][0]) if role in self._real else 0 for role in self.roles]
         generated = map(int, self._generated or [0] * len(self.roles))
         counts = ", ".join(f"{r} {g} to {n} real" for r, g, n in zip(self.roles, generated, real, strict=True))
@@ -105,8 +109,8 @@ class FID(Evaluator):
     def prepare(self, task: UnlearningTask) -> None:
         """Takes `count` real pictures of each role that the task has references for."""
         for role in self.roles:
-            if role in task.references:
-                images = task.references[role](self.count)
+            images = task.references[role](self.count) if role in task.references else ()
+            if len(images):  # a folder may have none to spare
                 batches = (np.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH))
                 self._real[role] = tuple(map(sum, zip(*map(self._moments, batches), strict=True)))
 

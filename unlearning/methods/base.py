@@ -88,13 +88,23 @@ class TrainedMethod(Method, pl.LightningModule):
 
     def training_step(self, prompts: list[str], batch_idx: int) -> Tensor:
         loss = self.loss(prompts)
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss is {loss.item()} at step {self.global_step}. The last checkpoint, of finite losses, is "
-                "kept; a smaller method.optimizer.lr usually helps."
-            )
+        self._insist(torch.isfinite(loss), f"The loss is {loss.item()} at step {self.global_step}.")
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        step = self.global_step
+        super().optimizer_step(*args, **kwargs)
+        finite = all(torch.isfinite(p).all() for p in self.weights.values())
+        self._insist(finite, f"The weights are not finite at step {step + 1}.")  # said before a checkpoint keeps them
+
+    @staticmethod
+    def _insist(finite: bool | Tensor, otherwise: str) -> None:
+        if not finite:
+            raise UserError(
+                f"{otherwise} The last checkpoint, if there is one, holds finite weights; a smaller "
+                "method.optimizer.lr usually helps."
+            )
 
     def train_dataloader(self) -> DataLoader:
         prompts = [self.task.prompt(concept.name) for concept in self.task.erase]

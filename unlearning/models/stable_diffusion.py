@@ -1,11 +1,13 @@
 """Stable Diffusion 1.x and 2.x (epsilon and v prediction), and every model of their shape, emoji_unet among them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unlearning.concepts import UserError
@@ -43,7 +45,7 @@ class StableDiffusion(DiffusionModel):
         Args:
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
             dtype: float32, bfloat16 or float16.
-            device: "auto" takes the accelerator where there is one.
+            device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its own.
             attention_slicing: Less memory, a little slower.
             offload: Keeps in the accelerator's memory only the part that works (needs an accelerator).
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
@@ -53,13 +55,14 @@ class StableDiffusion(DiffusionModel):
         """
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
-            device = accelerator.type if accelerator else "cpu"
+            device = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu"
         _check(path)
         try:
+            folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)
             pipeline = cls.pipeline_class.from_pretrained(
-                path, dtype=getattr(torch, dtype), use_safetensors=True, **cls.load_options
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, **cls.load_options
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
                 f"download it first: hf download {path}"
@@ -73,9 +76,7 @@ class StableDiffusion(DiffusionModel):
             pipeline.to(device)
         if compile:
             pipeline.unet.compile()
-        folder = Path(path)
-        weights = fingerprint(folder) if folder.is_dir() else fingerprint(Path(pipeline._name_or_path))
-        return cls(pipeline, name=str(path), fingerprint=weights, device=torch.device(device))
+        return cls(pipeline, name=str(path), fingerprint=fingerprint(Path(folder)), device=torch.device(device))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

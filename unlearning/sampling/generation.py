@@ -17,10 +17,11 @@ class Generation(pl.LightningModule):
     def transfer_batch_to_device(self, batch: list[Row], device, dataloader_idx: int) -> list[Row]:
         return batch  # rows hold no tensors
 
-    def predict_step(self, rows: list[Row], batch_idx: int) -> None:
+    def predict_step(self, rows: list[Row], batch_idx: int) -> int:
         images = self.sampler(self.model, [row.prompt for row in rows], [row.seed for row in rows])
         for image, row in zip((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), rows, strict=True):
             save(image, row)
+        return len(rows)
 
 
 def generate(model, sampler: Sampler, rows: Sequence[Row], trainer: Callable[..., pl.Trainer]) -> int:

@@ -1,0 +1,108 @@
+"""The quality of the embedded models: python experiments/openmoji/measure.py [--model DIR] [--judge DIR]
+
+20 pictures a prompt, 50 DDIM steps at guidance 7.5, judged by the judge: the ten CIFAR-10 classes, all objects, their
+synonyms, and the styles; the judge on held-out drawings; the autoencoder's PSNR on them; sizes on disk. Pictures are
+kept in the store, so an interrupted measurement goes on.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from rendered import ROOT
+from train_judge import IGNORED, labelled
+
+from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
+from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
+from unlearning.evaluators.judge import EmojiJudge
+from unlearning.images import digest, load, manifest
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.generation import generate
+from unlearning.sampling.sampler import Sampler
+
+WEIGHTS = Path(__file__).parents[2] / "unlearning" / "weights"
+
+
+def prompts() -> dict[str, list[Prompt]]:
+    """The prompts of each bar."""
+
+    def photo(word: str, name: str) -> Prompt:
+        return Prompt(f"a photo of the {word}", RETAIN, {"object": name})
+
+    def styled(name: str, style: str) -> Prompt:
+        return Prompt(with_article(f"a {name} image in {style} style"), RETAIN, {"style": style, "object": name})
+
+    return {
+        "ten classes": [photo(name, name) for name in CIFAR10],
+        "all objects": [photo(name, name) for name in OBJECTS],
+        "synonyms": [photo(synonym, name) for name, o in OBJECTS.items() for synonym in o.synonyms],
+        "styles": [styled(name, style) for style in STYLES for name in CIFAR10],
+    }
+
+
+def accuracies(model: StableDiffusion, judge: EmojiJudge, images_per_prompt: int, seed: int) -> dict[str, float]:
+    """Percent of pictures in which the judge sees what was asked for, by bar; and by object, for the worst."""
+    sampler, results = Sampler(), {}
+    place = ROOT / "measured" / digest(model.fingerprint, str(model.dtype), sampler.protocol)
+    bar = partial(pl.Trainer, logger=False, enable_checkpointing=False, devices=1)
+    for name, asked in prompts().items():
+        task = UnlearningTask((Concept("nothing"),), prompts=tuple(asked), images_per_prompt=images_per_prompt)
+        rows = manifest(place, task, seed)
+        generate(model, sampler, rows, bar)
+        question = "style" if name == "styles" else "object"
+        right: dict[str, list[bool]] = {}
+        for i in range(0, len(rows), 100):
+            batch = rows[i : i + 100]
+            names, probabilities = judge(torch.from_numpy(load(batch)), question)
+            for row, best in zip(batch, probabilities.argmax(1).tolist(), strict=True):
+                right.setdefault(row.labels[question], []).append(names[best] == row.labels[question])
+        results[name] = 100 * float(np.mean([hit for hits in right.values() for hit in hits]))
+        worst = sorted(right, key=lambda label: np.mean(right[label]))[:5]
+        print(
+            f"{name}: {results[name]:.1f} %   lowest:", {w: round(100 * np.mean(right[w])) for w in worst}, flush=True
+        )
+    return results
+
+
+@torch.no_grad()
+def psnr(model: StableDiffusion, images: torch.Tensor) -> float:
+    """Mean over pictures (N, 64, 64, 3) of the decibels after encoding and decoding."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    errors = [(model.decode(model.encode_images(b)).cpu() - b).pow(2).mean((1, 2, 3)) for b in x.split(100)]
+    return (-10 * torch.cat(errors).log10()).mean().item()
+
+
+def megabytes(folder: Path) -> float:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+
+
+def main(model: Path, judge: Path, images_per_prompt: int, seed: int, dtype: str) -> None:
+    pipeline, referee = StableDiffusion.load(str(model), dtype=dtype), EmojiJudge(judge / "classifier")
+    held_out = labelled("eval", 3000, 300)
+    pictures, objects, styles = held_out.tensors
+    named = [referee(b, "object")[1].argmax(1) for b in pictures.split(100)]
+    styled = [referee(b, "style")[1].argmax(1) for b in pictures.split(100)]
+    numbers = {
+        "judge, objects": 100 * (torch.cat(named) == objects).float().mean().item(),
+        "judge, styles": 100 * (torch.cat(styled) == styles)[styles != IGNORED].float().mean().item(),
+        "autoencoder PSNR (dB)": psnr(pipeline, pictures[:500]),
+        "emoji_unet (MB)": megabytes(model),
+        "judge (MB)": megabytes(judge),
+    }
+    print(json.dumps(numbers, indent=2), flush=True)
+    numbers |= accuracies(pipeline, referee, images_per_prompt, seed)
+    print(json.dumps(numbers, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=WEIGHTS / "emoji_unet")
+    parser.add_argument("--judge", type=Path, default=WEIGHTS / "judge")
+    parser.add_argument("--images-per-prompt", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    main(**vars(parser.parse_args()))

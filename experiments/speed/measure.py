@@ -1,0 +1,416 @@
+"""Speed and memory, ours against the published way, side by side: python experiments/speed/measure.py [--quick]
+
+Both sides of a comparison run in one process by turns (A B A B ...), so that whatever else slows the machine slows both.
+Times are medians over the turns; a ratio is the median of the turns' own ratios. Writes results.json and the tables of
+README.md; --quick and --only print, and write nothing unless told with --write.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import diffusers
+import published
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from subject import Seeded, Watch, config, fit, sd14
+
+from unlearning.data.openmoji import CIFAR10
+from unlearning.evaluators.judge import EmojiJudge
+from unlearning.images import image_seed
+from unlearning.sampling.sampler import Sampler
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE.parents[1] / "unlearning" / "weights"
+BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"
+NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup", "gpu")
+
+
+class Bench:
+    """What all measurements share: the command line's options and the models they name, each loaded once."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.quick, self.device = options, options.quick, options.device
+        self._models: dict = {}
+
+    def config(self, *overrides: str):
+        """The real config with a new folder to write to."""
+        own = [f"model.path={self.options.model}", f"model.device={self.device}", f"concept={self.options.concept}"]
+        own += [f"trainer.accelerator={torch.device(self.device).type}", "method=esd_x", *self.options.override]
+        return config(Path(tempfile.mkdtemp(prefix="speed-")), *own, *overrides)
+
+    def model(self, dtype: str = "float32"):
+        if dtype not in self._models:
+            self._models[dtype] = instantiate(self.config(f"model.dtype={dtype}").model)
+        return self._models[dtype]
+
+    def turns(self, sides: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+        """Seconds of each side at each of `count` turns; a first turn, of warming up, is not counted."""
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(count + 1):
+            for name, side in sides.items():
+                start = time.perf_counter()
+                side()
+                self.synchronize()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        return seconds
+
+    def synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """The median of a / b, turn by turn."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def wanted(images_per_prompt: int, words=CIFAR10) -> tuple[list[str], list[int], list[str]]:
+    """Prompts, seeds and right answers."""
+    rows = [(f"a photo of the {word}", i, word) for i in range(images_per_prompt) for word in words]
+    return [text for text, _, _ in rows], [image_seed(0, text, i) for text, i, _ in rows], [w for _, _, w in rows]
+
+
+def share(judge: EmojiJudge, images: torch.Tensor, right: list[str]) -> float:
+    """Percent of pictures (B, 3, H, W) in which the judge sees what was asked for."""
+    names, probabilities = judge((images * 255).round().byte().permute(0, 2, 3, 1).cpu(), "object")
+    return 100 * statistics.mean(names[i] == r for i, r in zip(probabilities.argmax(1).tolist(), right, strict=True))
+
+
+def sample(sampler: Sampler, model, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+    calls = [slice(i, i + sampler.batch_size) for i in range(0, len(prompts), sampler.batch_size)]
+    return torch.cat([sampler(model, prompts[i], seeds[i]) for i in calls])
+
+
+def generation(bench: Bench) -> list[dict]:
+    """N pictures: one call of ours against diffusers' pipeline, with the same batch and one picture a call."""
+    count, steps = (4, 10) if bench.quick else (16, 50)
+    model, half = bench.model(), bench.model("bfloat16")
+    prompts, seeds, _ = (rows[:count] for rows in wanted(2))
+    sampler, noise, pictures = Sampler(steps=steps, batch_size=count), model.noise(seeds), {}
+    pipes = {"float32": published.pipeline(model), "bfloat16": published.pipeline(half)}
+
+    def draw(name: str, *arguments) -> Callable[[], None]:
+        return lambda: pictures.update({name: arguments[0](*arguments[1:])})
+
+    sides = {
+        "ours": draw("ours", sampler, model, prompts, seeds),
+        "diffusers, same batch": draw(
+            "diffusers, same batch", published.draw, pipes["float32"], prompts, noise, steps, count
+        ),
+        "diffusers, one a call": draw("diffusers, one a call", published.draw, pipes["float32"], prompts, noise, steps, 1),
+        "ours, bf16": draw("ours, bf16", sampler, half, prompts, seeds),
+        "diffusers, same batch, bf16": draw(
+            "diffusers, same batch, bf16", published.draw, pipes["bfloat16"], prompts, noise, steps, count
+        ),
+    }  # fmt: skip
+    seconds = bench.turns(sides, 1 if bench.quick else 3)
+    rows = []
+    for ours, theirs, target in (
+        ("ours", "diffusers, same batch", "≥ 1.0"),
+        ("ours", "diffusers, one a call", "≥ 1.8"),
+        ("ours, bf16", "diffusers, one a call", "≥ 3"),
+        ("ours, bf16", "diffusers, same batch, bf16", ""),
+    ):
+        difference = (pictures[ours] - pictures[theirs]).abs().max().item()
+        rows.append({
+            "comparison": f"{ours} : {theirs}", "pictures": count, "steps": steps,
+            "ours (s)": statistics.median(seconds[ours]), "theirs (s)": statistics.median(seconds[theirs]),
+            "times faster": ratio(seconds[theirs], seconds[ours]), "target": target,
+            "largest difference": difference,
+        })  # fmt: skip
+    return rows
+
+
+def judged(bench: Bench) -> list[dict]:
+    """Accuracy of the ten CIFAR-10 objects' pictures, fp32 and bf16, from the same seeds."""
+    prompts, seeds, right = wanted(1 if bench.quick else 10)
+    sampler, judge = Sampler(steps=10 if bench.quick else 50), EmojiJudge(bench.options.judge)
+    accuracy = {
+        d: share(judge, sample(sampler, bench.model(d), prompts, seeds), right) for d in ("float32", "bfloat16")
+    }
+    error = 100 * statistics.mean((a * (100 - a) / len(right)) ** 0.5 for a in accuracy.values()) / 100
+    return [{"dtype": d, "pictures": len(right), "accuracy (%)": a, "± binomial": error} for d, a in accuracy.items()]
+
+
+def esd(bench: Bench) -> list[dict]:
+    """An iteration of ESD-x, the papers' trajectories: ours (Lightning, checkpoints and CSV included) : published."""
+    iterations, turns = (4, 2) if bench.quick else (16, 5)
+    cfg, model = bench.config(), bench.model()
+    seconds, worst = {"ours": [], "published": []}, 0.0
+    for turn in range(turns):
+        seeds, watch = range(1000 * turn, 1000 * turn + iterations), Watch()
+        trajectory = Seeded(
+            seeds, steps=cfg.method.trajectory.steps, guidance_scale=cfg.method.trajectory.guidance_scale
+        )
+        fit(bench.config(f"method.iterations={iterations}"), model, watch, trajectory=trajectory)
+        plain, times, losses = plain_esd(cfg, model), [], []
+        for loss in plain.iterate(seeds):
+            losses.append(loss)
+            times.append(time.perf_counter())
+        for name, ends in (("ours", watch.times), ("published", times)):  # the first iteration is the warm-up
+            seconds[name].append((ends[-1] - ends[0]) / (iterations - 1))
+        worst = max(worst, *(abs(a - b) / b for a, b in zip(watch.losses, losses, strict=True)))
+    if worst > 1e-3:
+        raise AssertionError(f"ours and the published loop differ: a loss by {worst:.1e} of itself")
+    return [{
+        "iterations": turns * iterations, "ours (s)": statistics.median(seconds["ours"]),
+        "published (s)": statistics.median(seconds["published"]),
+        "times faster": ratio(seconds["published"], seconds["ours"]), "target": "≥ 1.0",
+        "largest relative difference of a loss": worst,
+    }]  # fmt: skip
+
+
+def plain_esd(cfg, model) -> published.ESD:
+    trajectory = {"steps": cfg.method.trajectory.steps, "guidance_scale": cfg.method.trajectory.guidance_scale}
+    prompt = instantiate(cfg.dataset).prompt(cfg.concept)
+    return published.ESD(model, prompt, parameters=cfg.method.parameters, lr=cfg.method.optimizer.lr, **trajectory)
+
+
+class Erased(pl.Callback):
+    """Every `every` iterations draws the erased concept and asks the judge; the clock stands still meanwhile.
+
+    Stops the fit once two evaluations in a row are at most 10 %: `seconds` and `step` are the first one's.
+    """
+
+    def __init__(self, every: int, score: Callable[[object], float]):
+        self.every, self.score = every, score
+        self.curve: list[tuple[int, float, float]] = []  # step, seconds, Acc_e in percent
+        self.spent = 0.0
+
+    def on_train_start(self, trainer, module):
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step % self.every:
+            return
+        self.spent += time.perf_counter() - self.start
+        with torch.random.fork_rng(), torch.no_grad():
+            self.curve.append((trainer.global_step, self.spent, self.score(module.student)))
+        trainer.should_stop = len(self.curve) > 1 and max(acc for *_, acc in self.curve[-2:]) <= 10
+        self.start = time.perf_counter()
+
+    def reached(self) -> tuple[int, float] | None:
+        """The step and seconds from which on Acc_e is at most 10 %."""
+        below = [(step, seconds) for i, (step, seconds, _) in enumerate(self.curve)
+                 if all(acc <= 10 for *_, acc in self.curve[i:])]  # fmt: skip
+        return below[0] if below else None
+
+
+def erasure(bench: Bench) -> list[dict]:
+    """Training time until at most 10 % of 40 pictures show the concept: trajectory=exact against trajectory=reuse."""
+    model, judge = bench.model(), EmojiJudge(bench.options.judge)
+    prompts, seeds, right = wanted(4 if bench.quick else 40, [bench.options.concept])
+    sampler = Sampler(steps=5 if bench.quick else 25, batch_size=20)
+    runs: dict[str, list[Erased]] = {"exact": [], "reuse": []}
+    for seed in range(1 if bench.quick else 3):
+        for name, watches in runs.items():
+            cfg = bench.config(f"method/trajectory={name}", *bench.options.override)
+            if bench.quick:
+                cfg.method.iterations = 16
+            pl.seed_everything(seed, verbose=False)
+            every = max(1, cfg.method.iterations // bench.options.evaluations)
+            watches.append(Erased(every, lambda m: share(judge, sample(sampler, m, prompts, seeds), right)))
+            fit(cfg, model, watches[-1])
+            print(name, seed, watches[-1].curve, flush=True)
+    rows = []
+    for name, watches in runs.items():
+        reached = [w.reached() for w in watches]
+        curves = [w.curve for w in watches]
+        row = {"trajectory": name, "seeds": len(watches), "lr": cfg.method.optimizer.lr}
+        row["s / iteration"] = statistics.median(curve[-1][1] / curve[-1][0] for curve in curves)
+        done = [r for r in reached if r]
+        row["reached by"] = f"{len(done)} of {len(watches)}"
+        row["iterations"] = mean_and_error([step for step, _ in done])
+        row["seconds"] = mean_and_error([seconds for _, seconds in done])
+        row["times faster"], row["target"], row["curves"] = None, "", curves
+        rows.append(row)
+    if all(w.reached() for watches in runs.values() for w in watches):
+        exact, reuse = ([w.reached()[1] for w in watches] for watches in runs.values())
+        rows[1]["times faster"] = statistics.mean(exact) / statistics.mean(reuse)
+    rows[1]["target"] = "≥ 8"
+    return rows
+
+
+def mean_and_error(values: list[float]) -> str:
+    if not values:
+        return "–"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+
+
+def memory(bench: Bench) -> list[dict]:
+    """Peak memory of two iterations of ESD-x, each side in a process of its own (memory.py)."""
+    rows = []
+    for size, label in (("model", Path(bench.options.model).name), ("sd14", "SD1.4's size, random")):
+        if size == "sd14" and bench.quick:
+            continue
+        sides = {}
+        for side in ("ours", "published"):
+            command = [sys.executable, HERE / "memory.py", side, size, bench.options.model, bench.device]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            sides[side] = json.loads(done.stdout.strip().splitlines()[-1])
+        for what, target in (("peak", "≤ 0.7"), ("growth", ""), ("exact", "≤ 0.7")):
+            ours, theirs = sides["ours"][what] / 2**20, sides["published"][what] / 2**20
+            rows.append({
+                "model": label, "what": WHAT[what], "baseline (MiB)": sides["ours"]["baseline"] / 2**20,
+                "ours (MiB)": ours, "published (MiB)": theirs, "ours / published": ours / theirs, "target": target,
+            })  # fmt: skip
+    return rows
+
+
+WHAT = {
+    "peak": "peak of the process",
+    "growth": "peak less the baseline (imports, model loaded)",
+    "exact": "weights, gradients, optimizer, counted",
+}
+
+
+def startup(bench: Bench) -> list[dict]:
+    """The command line in a process of its own; the fit includes leaving it again."""
+    folder = tempfile.mkdtemp(prefix="speed-")
+    unlearn = [sys.executable, "-m", "unlearning"]
+    once = ["concept=cat", "method=esd_x", "method.iterations=1", "stages=[fit]", f"model.path={bench.options.model}"]
+    rows = []
+    for label, target, arguments in (
+        ("unlearn --help", 2, ["--help"]),
+        ("unlearn method=esd_x method.iterations=1 stages=[fit]", 15, once),
+    ):
+        times = []
+        for turn in range(1 if bench.quick else 3):
+            own = [f"paths.runs={folder}/{turn}", f"paths.store={folder}/store"] if label.endswith("]") else []
+            start = time.perf_counter()
+            subprocess.run([*unlearn, *arguments, *own], check=True, capture_output=True, cwd=HERE.parents[1],
+                           env={**os.environ, "WANDB_MODE": "offline"})  # fmt: skip
+            times.append(time.perf_counter() - start)
+        rows.append({"command": label, "seconds": statistics.median(times), "target": f"≤ {target}"})
+    return rows
+
+
+def gpu(bench: Bench) -> list[dict]:
+    """SD1.4's size with random weights: pictures and iterations a second, peak memory; only where there is CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    rows, count = [], 4 if bench.quick else 16
+    steps = 10 if bench.quick else 50
+    prompts, seeds, _ = (rows_[:count] for rows_ in wanted(2))
+    for dtype in ("float32", "bfloat16"):
+        model = sd14(bench.options.model, side=64, device="cuda", dtype=dtype)
+        for compiled in (False, True):
+            if compiled:
+                model.denoiser.compile()
+            sampler, noise = Sampler(steps=steps, batch_size=count), model.noise(seeds)
+            pipe, cfg = published.pipeline(model), bench.config("method.iterations=12", f"model.dtype={dtype}")
+            draws = {
+                "ours": lambda s=sampler, m=model: s(m, prompts, seeds),
+                "theirs": lambda p=pipe, z=noise: published.draw(p, prompts, z, steps, count),
+            }
+            seconds = {k: statistics.median(v) for k, v in bench.turns(draws, 3).items()}
+            speed, peak = {}, {}
+            for side in ("ours", "theirs"):
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                if side == "ours":
+                    watch = Watch()
+                    fit(cfg, model, watch, trajectory=Seeded(range(12), steps=50, guidance_scale=3.0))
+                    times = watch.times
+                else:
+                    times = [time.perf_counter() for _ in plain_esd(cfg, model).iterate(range(12))]
+                speed[side] = statistics.median(1 / (b - a) for a, b in pairwise(times))
+                peak[side] = torch.cuda.max_memory_allocated() / 2**20
+            rows.append({
+                "dtype": dtype, "compiled": compiled,
+                "images / s, ours": count / seconds["ours"], "images / s, diffusers": count / seconds["theirs"],
+                "ESD iterations / s, ours": speed["ours"], "published loop": speed["theirs"],
+                "peak ours (MiB)": peak["ours"], "peak published (MiB)": peak["theirs"],
+            })  # fmt: skip
+    return rows
+
+
+MEASURES = dict(zip(NAMES, (generation, judged, esd, erasure, memory, startup, gpu), strict=True))
+
+
+def machine(device: str) -> str:
+    info = Path("/proc/cpuinfo")
+    models = (
+        [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    )
+    name = models[0] if models else platform.processor()
+    card = f", {torch.cuda.get_device_name()}" if device != "cpu" else ""
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{card}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+
+
+def render(results: dict) -> str:
+    """Markdown: a table a measurement, the sentence above it its docstring's first line."""
+
+    def cell(value) -> str:
+        if value is None:
+            return "–"
+        if isinstance(value, float):
+            return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+        return str(value)
+
+    parts = [f"Machine: {results['machine']}."]
+    for name, rows in results["tables"].items():
+        text = MEASURES[name].__doc__.splitlines()[0]
+        if not rows:
+            parts.append(f"**{name}.** {text}\n\nEmpty until a machine with a GPU has run it.")
+            continue
+        columns = [c for c in rows[0] if c != "curves"]
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in rows]
+        parts.append(f"**{name}.** {text}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: method.optimizer.lr=1e-4")
+    parser.add_argument("--quick", action="store_true", help="a minute, to see that everything works")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--write", action="store_true", help="write results.json and README.md in any case")
+    parser.add_argument("--model", default=str(WEIGHTS / "emoji_unet"))
+    parser.add_argument("--judge", default=str(WEIGHTS / "judge" / "classifier"))
+    parser.add_argument("--concept", default="cat")
+    parser.add_argument("--evaluations", type=int, default=8, help="of a fit, in `erasure`")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    for noisy in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(noisy).setLevel("ERROR")
+    diffusers.utils.logging.disable_progress_bar()
+    bench, file = Bench(options), HERE / "results.json"
+    whole = not options.quick and tuple(options.only) == NAMES
+    old = json.loads(file.read_text())["tables"] if file.exists() and not whole else {}
+    tables = {}
+    for name in options.only:
+        start = time.perf_counter()
+        tables[name] = MEASURES[name](bench)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    results = {"machine": machine(bench.device), "tables": tables}
+    print(render(results))
+    if whole or options.write:
+        merged = {name: {**old, **tables}[name] for name in NAMES if name in {**old, **tables}}
+        results["tables"] = merged
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        readme = HERE / "README.md"
+        before, after = readme.read_text().split(BEGIN)[0], readme.read_text().split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

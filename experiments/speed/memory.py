@@ -1,0 +1,78 @@
+"""One side's peak memory, in a process of its own: python memory.py {ours,published} {model,sd14} MODEL DEVICE
+
+Prints JSON, in bytes. On a CPU `baseline` is the resident size once everything is imported and the model loaded, and
+`peak` the largest resident size of the two iterations of ESD-x after that (trajectories of one step: a longer one needs
+no more). On CUDA `peak` is torch.cuda.max_memory_allocated. `exact` is counted, not sampled: the bytes of the denoiser's
+weights, every copy included, their gradients and the optimizer's states.
+"""
+
+import json
+import logging
+import re
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import diffusers
+import published
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from subject import config, fit, sd14
+
+
+def resident(what: str) -> int:
+    """VmRSS or VmHWM, the peak; elsewhere than on Linux the process's peak so far."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(rf"{what}:\s+(\d+)", status.read_text())[1]) * 1024
+
+
+def exact(weights, optimizer) -> int:
+    """Bytes of the distinct tensors among weights, gradients and the optimizer's states."""
+    gradients = [w.grad for w in weights if w.grad is not None]
+    states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    return sum({t.data_ptr(): t.nbytes for t in (*weights, *gradients, *states)}.values())
+
+
+class Weigh(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        weights = [*module.student.denoiser.parameters(), *module.teacher.weights.values()]
+        self.bytes = exact(weights, trainer.optimizers[0])
+
+
+def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
+    logging.getLogger("pytorch_lightning").setLevel("ERROR")
+    diffusers.utils.logging.disable_progress_bar()
+    folder = Path(tempfile.mkdtemp())
+    cfg = config(
+        folder, f"model.path={path}", f"model.device={device}", f"trainer.accelerator={torch.device(device).type}",
+        "method=esd_x", "method/trajectory=exact", "method.iterations=2", "method.trajectory.steps=1",
+    )  # fmt: skip
+    # Half of SD1.4's latent side on a CPU, for time: it favours neither side's weights, only makes both smaller.
+    model = instantiate(cfg.model) if size == "model" else sd14(path, side=32 if device == "cpu" else 64, device=device)
+    baseline = resident("VmRSS")
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    if side == "ours":
+        weigh = Weigh()
+        fit(cfg, model, weigh)
+        counted = weigh.bytes
+    else:
+        settings = {"parameters": cfg.method.parameters, "lr": cfg.method.optimizer.lr, "steps": 1, "guidance_scale": 3}
+        esd = published.ESD(model, "a photo of the cat", **settings)
+        list(esd.iterate(range(2)))
+        counted = exact([*esd.teacher.parameters(), *esd.student.parameters()], esd.optimizer)
+    peak = torch.cuda.max_memory_allocated() if device != "cpu" else resident("VmHWM")
+    return {
+        "baseline": baseline,
+        "peak": peak,
+        "growth": peak - baseline if device == "cpu" else peak,
+        "exact": counted,
+    }
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(*sys.argv[1:])))

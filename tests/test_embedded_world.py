@@ -1,0 +1,141 @@
+"""The embedded models, as shipped: plain diffusers loads them, they draw what is asked for, and they can forget."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+
+from tests.composed import config
+from unlearning.__main__ import run
+from unlearning.data import openmoji
+from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
+from unlearning.evaluators.judge import EmojiJudge
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.sampler import Sampler
+
+WEIGHTS = Path(__file__).parents[1] / "unlearning" / "weights"
+
+STOCK = """
+import sys
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+base, erasure, out = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(base)
+if erasure != "none":
+    missing, unexpected = pipe.unet.load_state_dict(load_file(erasure + "/weights.safetensors"), strict=False)
+    assert not unexpected
+import torch
+generators = [torch.Generator().manual_seed(i) for i in range(12)]
+for i, image in enumerate(pipe(["a photo of the cat"] * 12, generator=generators).images):
+    image.save(f"{out}/{i}.png")
+assert "unlearning" not in sys.modules
+"""
+
+
+def megabytes(folder: Path) -> float:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return EmojiJudge(WEIGHTS / "judge" / "classifier")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion.load(str(WEIGHTS / "emoji_unet"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory):
+    """The folder and the numbers of the demo's run: esd_x on cat, as the README's command has it."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder / "run", run(config(folder, "concept=cat", "method=esd_x"))
+
+
+def seen(judge, images: np.ndarray, question: str = "object") -> list[str]:
+    names, probabilities = judge(torch.from_numpy(images), question)
+    return [names[i] for i in probabilities.argmax(1).tolist()]
+
+
+def drawn(model, prompts) -> np.ndarray:
+    images = Sampler(batch_size=20)(model, prompts, range(len(prompts)))
+    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_they_are_small_and_hold_no_pickle():
+    assert megabytes(WEIGHTS / "emoji_unet") <= 20
+    assert megabytes(WEIGHTS / "judge") <= 4
+    assert not [p for p in WEIGHTS.rglob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
+
+
+def test_the_judge_knows_drawings_it_never_saw(judge):
+    rngs = [openmoji.rng_of("eval", 1, i) for i in range(350)]
+    asked = [(list(OBJECTS)[i % len(OBJECTS)], list(STYLES)[i % len(STYLES)]) for i in range(350)]
+    images = np.stack([openmoji.picture(n, s, rng).image for (n, s), rng in zip(asked, rngs, strict=True)])
+    assert np.mean([a == b for a, (b, _) in zip(seen(judge, images), asked, strict=True)]) >= 0.99
+    assert np.mean([a == b for a, (_, b) in zip(seen(judge, images, "style"), asked, strict=True)]) >= 0.99
+
+
+def test_the_judge_says_nothing_where_nothing_is(judge):
+    images = np.stack([openmoji.unrecognisable(openmoji.rng_of("eval", 1, i)) for i in range(100)])
+    assert np.mean([name == "nothing" for name in seen(judge, images)]) >= 0.99
+
+
+def test_the_autoencoder_keeps_a_drawing(model):
+    images = np.stack([openmoji.sample("eval", 2, i).image for i in range(32)])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    error = (model.decode(model.encode_images(x)) - x).pow(2).mean((1, 2, 3))
+    assert (-10 * error.log10()).mean() >= 24
+
+
+def test_it_draws_the_ten_classes(model, judge):
+    images = drawn(model, [f"a photo of the {name}" for name in CIFAR10 for _ in range(2)])
+    assert np.mean([a == b for a, b in zip(seen(judge, images), np.repeat(CIFAR10, 2), strict=True)]) >= 0.9
+
+
+def test_it_draws_in_the_style_asked_for(model, judge):
+    asked = [style for style in STYLES for _ in range(2)]
+    images = drawn(model, [openmoji.with_article(f"a dog image in {style} style") for style in asked])
+    assert np.mean([a == b for a, b in zip(seen(judge, images, "style"), asked, strict=True)]) >= 0.85
+
+
+def test_the_demo_erases_the_cat_and_keeps_the_rest(erased):
+    _, metrics = erased
+    assert metrics["base/efficacy/acc_e"] >= 90
+    assert metrics["efficacy/acc_e"] <= 10
+    assert metrics["efficacy/acc_g"] <= 15
+    assert metrics["retention/acc_s"] >= 0.9 * metrics["base/retention/acc_s"]
+
+
+def test_the_demos_page_and_metrics_are_there(erased):
+    folder, metrics = erased
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    for name in ("efficacy/acc_e", "fidelity/fid", "fidelity/clip_score", "summary/h_o"):
+        assert isinstance(metrics[name], float) and metrics[f"{name}/protocol"]
+    for name in ("seconds", "denoiser_evaluations", "peak_memory", "artefact_bytes"):
+        assert metrics[f"cost/{name}"] > 0
+
+
+def test_stock_diffusers_draws_the_cat_before_and_not_after(erased, judge, tmp_path):
+    base, share = WEIGHTS / "emoji_unet", []
+    for erasure in ("none", str(erased[0] / "erasure")):
+        subprocess.run([sys.executable, "-c", STOCK, base, erasure, tmp_path], check=True, cwd=tmp_path)
+        images = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png").convert("RGB")) for i in range(12)])
+        share.append(np.mean([name == "cat" for name in seen(judge, images)]))
+    assert share[0] >= 0.9
+    assert share[1] <= 0.1
+
+
+def test_a_style_can_be_asked_about(tmp_path):
+    metrics = run(config(tmp_path, "dataset=emoji_styles", "concept=neon", "method=none", "evaluator=[accuracy]",
+                         "sampler.steps=4", "dataset.images_per_prompt=1", "dataset.objects=[cat]"))  # fmt: skip
+    assert {"efficacy/ua", "retention/ira", "retention/cra"} <= metrics.keys()
+    task = instantiate(config(tmp_path, "dataset=emoji_styles", "concept=neon").dataset)
+    assert len(task.prompts) == len(STYLES) * len(CIFAR10)
