@@ -11,7 +11,7 @@ from unlearning.erasure import Erasure
 from unlearning.sampling.sampler import Sampler
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-SHORT = {"method.iterations": 2, "method.trajectory.steps": 3}
+SHORT = {"method.iterations": 2, "method.steps": 3}
 
 
 @pytest.fixture(scope="module", params=METHODS)

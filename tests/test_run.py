@@ -28,7 +28,7 @@ from unlearning.sampling.sampler import Sampler
 
 STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
 FIT = 3  # denoiser evaluations of an iteration of ESD, left where its trajectory begins: student, and teacher twice
-TRAIN = ["method=esd_x", "method.trajectory.steps=1", "trainer.callbacks.0.every_n_train_steps=2"]
+TRAIN = ["method=esd_x", "method.steps=1", "trainer.callbacks.0.every_n_train_steps=2"]
 SMALL = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three prompts
 
 

@@ -57,9 +57,10 @@ class Autoencoder(pl.LightningModule):
 def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Makes the latents of `images` (N, 64, 64, 3) zero in mean and white over channels, by the 1×1 convolutions.
 
-    Trained freely, the channels come out correlated by 0.97, with colour in what little they differ by: noise then hides
-    colour long before shape, and the denoiser learns it last. The map x' = A (x - m), A = cov^-1/2, and its inverse cost
-    nothing inside quant_conv and post_quant_conv. (A posterior's variance is scaled by its mean gain only.)
+    Trained freely, the channels come out correlated by 0.97, with colour in what little they differ by: noise then
+    hides colour long before shape, and the denoiser learns it last. The map x' = A (x - m), A = cov^-1/2, and its
+    inverse cost nothing inside quant_conv and post_quant_conv. (A posterior's variance is scaled by its mean gain
+    only.)
     """
     x = torch.cat([vae.encode(b.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean for b in images.split(64)])
     flat = x.permute(0, 2, 3, 1).flatten(0, 2).double()

@@ -2,8 +2,8 @@
 
 Prints JSON, in bytes. On a CPU `baseline` is the resident size once everything is imported and the model loaded, and
 `peak` the largest resident size of the two iterations of ESD-x after that (trajectories of one step: a longer one needs
-no more). On CUDA `peak` is torch.cuda.max_memory_allocated. `exact` is counted, not sampled: the bytes of the denoiser's
-weights, every copy included, their gradients and the optimizer's states.
+no more). On CUDA `peak` is torch.cuda.max_memory_allocated. `exact` is counted, not sampled: the bytes of the
+denoiser's weights, every copy included, of their gradients and of the optimizer's states.
 """
 
 import json
@@ -49,7 +49,7 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
     folder = Path(tempfile.mkdtemp())
     cfg = config(
         folder, f"model.path={path}", f"model.device={device}", f"trainer.accelerator={torch.device(device).type}",
-        "method=esd_x", "method/trajectory=exact", "method.iterations=2", "method.trajectory.steps=1",
+        "method=esd_x", "specialization=null", "method/trajectory=exact", "method.iterations=2", "method.trajectory.steps=1",
     )  # fmt: skip
     # Half of SD1.4's latent side on a CPU, for time: it favours neither side's weights, only makes both smaller.
     model = instantiate(cfg.model) if size == "model" else sd14(path, side=32 if device == "cpu" else 64, device=device)

@@ -9,7 +9,6 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask, UserError
 from unlearning.methods.esd import ESD
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.trajectories import Exact, Reuse
 
 ESD_X, ESD_U = "attn2", r"^(?!.*attn2)(?!time_embedding)(?!conv_norm_out)(?!conv_out)"
 
@@ -19,11 +18,15 @@ def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
 
-def esd(*, iterations=2, lr=1e-2, parameters=ESD_X, trajectory=None, eta=1.0, **trainer) -> ESD:
+def esd(
+    *, iterations=2, lr=1e-2, parameters=ESD_X, eta=1.0, steps=4, trajectory="exact", batch_size=1, **trainer
+) -> ESD:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     return ESD(
         eta=eta,
-        trajectory=trajectory or Exact(steps=4),
+        trajectory=trajectory,
+        steps=steps,
+        batch_size=batch_size,
         parameters=parameters,
         iterations=iterations,
         optimizer=partial(torch.optim.Adam, lr=lr),
@@ -39,7 +42,7 @@ def test_the_target_is_guidance_away_from_the_concept(model):
     method = esd(eta=2.0)
     method.student, method.teacher = model, model.snapshot([])
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["a photo of the cat"])
-    method.trajectory = lambda *_: (x_t, t, c)
+    method.points = lambda *_: (x_t, t, c)
     eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
     expected = (3 * (eps_c - eps_0)).pow(2).mean()
     torch.testing.assert_close(method.loss(["a photo of the cat"]), expected, atol=1e-6, rtol=1e-3)
@@ -47,7 +50,7 @@ def test_the_target_is_guidance_away_from_the_concept(model):
 
 def test_training_brings_the_concepts_prediction_to_the_target(model):
     torch.manual_seed(0)
-    patch = esd(iterations=60, lr=3e-3, trajectory=Reuse(steps=10, trajectories=2, points=10)).fit(model, TASK)
+    patch = esd(iterations=60, lr=3e-3, trajectory="reuse", steps=10, batch_size=10).fit(model, TASK)
     c, null = model.encode_prompts(["a photo of the cat"] * 16), model.encode_prompts([""] * 16)
     x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
     target = model.predict(x, t, null) - (model.predict(x, t, c) - model.predict(x, t, null))

@@ -32,24 +32,24 @@ def test_points_lie_on_the_models_own_trajectory(model):
 
 
 def test_every_point_of_a_pool_is_used_once_and_every_step_as_often(model):
-    source, times = Reuse(steps=6, trajectories=2, points=4), []
-    for _ in range(3):
-        x_t, t, c = source(model, ["a cat", "a dog"])
+    source, times = Reuse(steps=6), []
+    for _ in range(6):
+        x_t, t, c = source(model, ["a cat", "a dog"] * 2)
         assert x_t.shape == (4, *model.latent_shape) and len(c) == len(t) == 4
         times += t.tolist()
-    assert len(set(times)) == 6 and all(times.count(t) == 2 for t in times)
+    assert len(set(times)) == 6 and all(times.count(t) == 4 for t in times)
 
 
-def test_reuse_asks_the_denoiser_a_twentieth_as_often(model):
+def test_reuse_asks_the_denoiser_a_tenth_as_often(model):
     evaluations = []
     hook = model.denoiser.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0])))
     try:
-        exact, reuse = Exact(steps=50), Reuse(steps=50, trajectories=2, points=10)
+        exact, reuse = Exact(steps=50), Reuse(steps=50)
         counts = []
         for source, calls, points in ((exact, 20, 1), (reuse, 10, 10)):
             evaluations.clear()
             for _ in range(calls):
-                source(model, ["a cat"])
+                source(model, ["a cat"] * points)
             counts.append(sum(evaluations) / (calls * points))
     finally:
         hook.remove()

@@ -16,23 +16,26 @@ from torch import Tensor
 
 from unlearning.methods.base import TrainedMethod
 from unlearning.sampling.guidance import ClassifierFree
-from unlearning.sampling.trajectories import Trajectory
+from unlearning.sampling.trajectories import trajectory as make_trajectory
 
 
 class ESD(TrainedMethod):
     """
     Args:
         eta: Strength of the negative guidance.
-        trajectory: Where (x_t, t) come from: sampling.trajectories.Exact, the paper's, or Reuse.
+        trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".
+        steps, guidance_scale: Of the trajectories.
         training: TrainedMethod's arguments.
     """
 
-    def __init__(self, *, eta: float = 1.0, trajectory: Trajectory, **training):
+    def __init__(
+        self, *, eta: float = 1.0, trajectory: str = "exact", steps: int = 50, guidance_scale: float = 3.0, **training
+    ):
         super().__init__(**training)
-        self.eta, self.trajectory = eta, trajectory
+        self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale)
 
     def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c = self.trajectory(self.student, prompts)
+        x_t, t, c = self.points(self.student, prompts)
         null = self.teacher.encode_prompts([""]).expand(len(x_t))
         target = ClassifierFree()(self.teacher, x_t, t, c, null, -self.eta).detach()
         return F.mse_loss(self.student.predict(x_t, t, c), target)

@@ -45,8 +45,8 @@ class StableDiffusion(DiffusionModel):
         Args:
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
             dtype: float32, bfloat16 or float16.
-            device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its own.
-            attention_slicing: Less memory, a little slower.
+            device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
+            own. attention_slicing: Less memory, a little slower.
             offload: Keeps in the accelerator's memory only the part that works (needs an accelerator).
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
 
