@@ -23,7 +23,7 @@ from unlearning.evaluators.base import Evaluator
 from unlearning.images import Row, digest, load, manifest, read_manifest, write_atomically, write_manifest
 from unlearning.methods.base import Method
 from unlearning.models.base import DiffusionModel
-from unlearning.reporting.report import report
+from unlearning.reporting.report import report, teaser
 from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
 
@@ -36,7 +36,7 @@ SHARED = STAGES[:2]  # of which every process of a distributed run does its part
 class Run:
     """
     Args:
-        folder: The run's own: erasure/, images/ (manifests), metrics.json, report.html.
+        folder: The run's own: erasure/, images/ (manifests), metrics.json, report.html, teaser.png.
         store: Pictures and evaluations that all runs share, each under a digest of what it depends on.
         load_model: Loads the model; called by the stages that need it.
         evaluators: By name.
@@ -157,7 +157,8 @@ class Run:
         return json.loads(path.read_text())
 
     def report(self) -> None:
-        """Writes report.html."""
+        """Writes report.html, and teaser.png, its pictures in one strip."""
+        teaser(self.folder, self.folder / "teaser.png")
         log.info("look at %s", report(self.folder))
 
 

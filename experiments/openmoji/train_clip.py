@@ -85,7 +85,7 @@ def main(steps: int, batch: int, images: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--images", type=int, default=50_000)
     main(**vars(parser.parse_args()))

@@ -120,7 +120,9 @@ def encoded(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
         vae, parts = vae.to(device).eval(), []
         for i in tqdm(range(0, len(images), 100), "encoding"):
             x = torch.from_numpy(images[i : i + 100]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-            parts.append((vae.encode(x).latent_dist.mean * vae.config.scaling_factor).cpu())
+            with torch.autocast(device, torch.bfloat16):
+                mean = vae.encode(x).latent_dist.mean
+            parts.append((mean.float() * vae.config.scaling_factor).cpu())
         torch.save(torch.cat(parts), path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
     return torch.load(path, weights_only=True)
@@ -152,7 +154,7 @@ def main(steps: int, batch: int, images: int, init: Path | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--init", type=Path, help="a folder of an earlier emoji_unet to start from")

@@ -1,10 +1,12 @@
 """The autoencoder of emoji_unet: python experiments/openmoji/train_vae.py [--steps 2500]
 
-64×64×3 pictures to 16×16×4 latents. Loss: L1 on pixels and on their differences (lines must stay sharp) + 1e-6 KL.
+64×64×3 pictures to 16×16×4 latents. Loss: L1 on pixels, on their differences (lines must stay sharp) and on opponent
+colours + 1e-6 KL.
 Killed and started again, it goes on from its last checkpoint.
 """
 
 import argparse
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -33,10 +35,16 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def opponents(x: torch.Tensor) -> torch.Tensor:
+    """Red against green and yellow against blue, (B, 2, H, W): without a loss of their own, one of them is given up."""
+    red, green, blue = x.unbind(1)
+    return torch.stack([red - green, (red + green) / 2 - blue], 1)
+
+
 class Autoencoder(pl.LightningModule):
-    def __init__(self, steps: int, lr: float = 1.5e-3):
+    def __init__(self, steps: int, lr: float, vae: AutoencoderKL):
         super().__init__()
-        self.steps, self.lr, self.vae = steps, lr, build()
+        self.steps, self.lr, self.vae = steps, lr, vae
 
     def training_step(self, batch, batch_idx):
         x = batch[0].permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -44,8 +52,9 @@ class Autoencoder(pl.LightningModule):
         y = self.vae.decode(posterior.sample()).sample
         pixels = F.l1_loss(y, x)
         edges = sum(F.l1_loss(a, b) for a, b in zip(differences(y), differences(x), strict=True))
+        colours = F.l1_loss(F.avg_pool2d(opponents(y), 4), F.avg_pool2d(opponents(x), 4))
         self.log_dict({"l1": pixels, "psnr": 10 * torch.log10(4 / F.mse_loss(y, x))}, prog_bar=True)
-        return pixels + edges + 1e-6 * posterior.kl().mean()
+        return pixels + edges + 5 * colours + 1e-6 * posterior.kl().mean()
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.vae.parameters(), lr=self.lr, weight_decay=1e-4)
@@ -78,11 +87,11 @@ def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def main(steps: int, batch: int, images: int) -> None:
+def main(steps: int, batch: int, images: int, lr: float, init: Path | None) -> None:
     pl.seed_everything(0)
     pictures = torch.from_numpy(rendered("train", images)[0])
     data = TensorDataset(pictures)
-    module = Autoencoder(steps)
+    module = Autoencoder(steps, lr, AutoencoderKL.from_pretrained(init) if init else build())
     sampler = RandomSampler(data, replacement=True, num_samples=steps * batch)
     trainer("vae", steps).fit(module, DataLoader(data, batch, sampler=sampler), ckpt_path="last")
 
@@ -97,4 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--init", type=Path, help="a folder of an earlier autoencoder to start from")
     main(**vars(parser.parse_args()))

@@ -24,7 +24,7 @@ import published
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from subject import Seeded, Watch, config, fit, sd14
+from subject import EXACT, Watch, config, fit, sd14
 
 from unlearning.data.openmoji import CIFAR10
 from unlearning.evaluators.judge import EmojiJudge
@@ -153,19 +153,12 @@ def judged(bench: Bench) -> list[dict]:
 def esd(bench: Bench) -> list[dict]:
     """An iteration of ESD-x, the papers' trajectories: ours (Lightning, checkpoints and CSV included) : published."""
     iterations, turns = (4, 2) if bench.quick else (16, 5)
-    cfg, model = bench.config("method/trajectory=exact"), bench.model()
+    model = bench.model()
     seconds, worst = {"ours": [], "published": []}, 0.0
     for turn in range(turns):
-        seeds, watch = range(1000 * turn, 1000 * turn + iterations), Watch()
-        trajectory = Seeded(
-            seeds, steps=cfg.method.trajectory.steps, guidance_scale=cfg.method.trajectory.guidance_scale
-        )
-        fit(
-            bench.config("method/trajectory=exact", f"method.iterations={iterations}"),
-            model,
-            watch,
-            trajectory=trajectory,
-        )
+        seeds = range(1000 * turn, 1000 * turn + iterations)
+        cfg, watch = bench.config(*EXACT, f"method.iterations={iterations}"), Watch(seeds)
+        fit(cfg, model, watch)
         plain, times, losses = plain_esd(cfg, model), [], []
         for loss in plain.iterate(seeds):
             losses.append(loss)
@@ -184,7 +177,7 @@ def esd(bench: Bench) -> list[dict]:
 
 
 def plain_esd(cfg, model) -> published.ESD:
-    trajectory = {"steps": cfg.method.trajectory.steps, "guidance_scale": cfg.method.trajectory.guidance_scale}
+    trajectory = {"steps": cfg.method.steps, "guidance_scale": cfg.method.guidance_scale}
     prompt = instantiate(cfg.dataset).prompt(cfg.concept)
     return published.ESD(model, prompt, parameters=cfg.method.parameters, lr=cfg.method.optimizer.lr, **trajectory)
 
@@ -225,11 +218,13 @@ def erasure(bench: Bench) -> list[dict]:
     prompts, seeds, right = wanted(4 if bench.quick else 40, [bench.options.concept])
     sampler = Sampler(steps=5 if bench.quick else 25, batch_size=20)
     runs: dict[str, list[Erased]] = {"exact": [], "reuse": []}
+    sizes = {}
     for seed in range(1 if bench.quick else 3):
         for name, watches in runs.items():
-            cfg = bench.config(f"method/trajectory={name}")
+            cfg = bench.config(*(EXACT if name == "exact" else ("method.trajectory=reuse",)))
             if bench.quick:
                 cfg.method.iterations = 16
+            sizes[name] = cfg.method.batch_size
             pl.seed_everything(seed, verbose=False)
             every = max(1, cfg.method.iterations // bench.options.evaluations)
             if name == "exact":  # it may take four times the config's iterations, which are chosen for reuse
@@ -241,7 +236,12 @@ def erasure(bench: Bench) -> list[dict]:
     for name, watches in runs.items():
         reached = [w.reached() for w in watches]
         curves = [w.curve for w in watches]
-        row = {"trajectory": name, "seeds": len(watches), "lr": cfg.method.optimizer.lr}
+        row = {
+            "trajectory": name,
+            "seeds": len(watches),
+            "points an iteration": sizes[name],
+            "lr": cfg.method.optimizer.lr,
+        }
         row["s / iteration"] = statistics.median(curve[-1][1] / curve[-1][0] for curve in curves)
         done = [r for r in reached if r]
         row["reached by"] = f"{len(done)} of {len(watches)}"
@@ -294,7 +294,14 @@ def startup(bench: Bench) -> list[dict]:
     """The command line in a process of its own; the fit includes leaving it again."""
     folder = tempfile.mkdtemp(prefix="speed-")
     unlearn = [sys.executable, "-m", "unlearning"]
-    once = ["concept=cat", "method=esd_x", "method.iterations=1", "stages=[fit]", f"model.path={bench.options.model}"]
+    once = [
+        "concept=cat",
+        "method=esd_x",
+        "method.iterations=1",
+        "stages=[fit]",
+        f"model.path={bench.options.model}",
+        *bench.options.override,
+    ]
     rows = []
     for label, target, arguments in (
         ("unlearn --help", 2, ["--help"]),
@@ -326,7 +333,7 @@ def gpu(bench: Bench) -> list[dict]:
             sampler, noise = Sampler(steps=steps, batch_size=count), model.noise(seeds)
             pipe, cfg = (
                 published.pipeline(model),
-                bench.config("method/trajectory=exact", "method.iterations=12", f"model.dtype={dtype}"),
+                bench.config(*EXACT, "method.iterations=12", f"model.dtype={dtype}"),
             )
             draws = {
                 "ours": lambda s=sampler, m=model: s(m, prompts, seeds),
@@ -338,8 +345,8 @@ def gpu(bench: Bench) -> list[dict]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 if side == "ours":
-                    watch = Watch()
-                    fit(cfg, model, watch, trajectory=Seeded(range(12), steps=50, guidance_scale=3.0))
+                    watch = Watch(range(12))
+                    fit(cfg, model, watch)
                     times = watch.times
                 else:
                     times = [time.perf_counter() for _ in plain_esd(cfg, model).iterate(range(12))]

@@ -19,7 +19,7 @@ import published
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from subject import config, fit, sd14
+from subject import EXACT, config, fit, sd14
 
 
 def resident(what: str) -> int:
@@ -49,7 +49,7 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
     folder = Path(tempfile.mkdtemp())
     cfg = config(
         folder, f"model.path={path}", f"model.device={device}", f"trainer.accelerator={torch.device(device).type}",
-        "method=esd_x", "specialization=null", "method/trajectory=exact", "method.iterations=2", "method.trajectory.steps=1",
+        "method=esd_x", *EXACT, "method.iterations=2", "method.steps=1",
     )  # fmt: skip
     # Half of SD1.4's latent side on a CPU, for time: it favours neither side's weights, only makes both smaller.
     model = instantiate(cfg.model) if size == "model" else sd14(path, side=32 if device == "cpu" else 64, device=device)

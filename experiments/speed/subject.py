@@ -14,7 +14,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from unlearning.__main__ import CONF
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.trajectories import Exact
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
@@ -25,34 +24,28 @@ def config(folder: Path, *overrides: str) -> DictConfig:
         return compose("config", overrides=[*own, *overrides])
 
 
-class Watch(pl.Callback):
-    """Notes when every iteration ended (seconds), and its loss."""
+EXACT = ("method.trajectory=exact", "method.batch_size=1")  # the papers': a prompt and a fresh trajectory an iteration
 
-    def __init__(self):
-        self.times, self.losses = [], []
+
+class Watch(pl.Callback):
+    """Notes when every iteration ended (seconds), and its loss; gives every iteration a seed of its own."""
+
+    def __init__(self, seeds: range):
+        self.seeds, self.times, self.losses = seeds, [], []
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        torch.manual_seed(self.seeds[index])
 
     def on_train_batch_end(self, trainer, module, outputs, *_):
         self.losses.append(outputs["loss"].item())
         self.times.append(time.perf_counter())
 
 
-class Seeded(Exact):
-    """Exact, every iteration from a seed of its own, so that two implementations draw the same trajectories."""
-
-    def __init__(self, seeds: range, **settings):
-        super().__init__(**settings)
-        self._seeds = iter(seeds)
-
-    def __call__(self, model, prompts):
-        torch.manual_seed(next(self._seeds))
-        return super().__call__(model, prompts)
-
-
-def fit(cfg: DictConfig, model, *watchers: pl.Callback, **replaced):
-    """method.fit as the command line would run it, watched; `replaced` stands in for parts of the config."""
+def fit(cfg: DictConfig, model, *watchers: pl.Callback):
+    """method.fit as the command line would run it, watched."""
     trainer = instantiate(cfg.trainer, logger=[instantiate(cfg.logger.csv)])
     trainer = partial(trainer, callbacks=[*trainer.keywords["callbacks"], *watchers])
-    return instantiate(cfg.method, trainer=trainer, **replaced).fit(model, instantiate(cfg.dataset))
+    return instantiate(cfg.method, trainer=trainer).fit(model, instantiate(cfg.dataset))
 
 
 def sd14(words: str, *, side: int, device: str, dtype: str = "float32") -> StableDiffusion:
