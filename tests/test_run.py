@@ -28,7 +28,8 @@ from unlearning.sampling.sampler import Sampler
 
 STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
 FIT = 3  # denoiser evaluations of an iteration of ESD, left where its trajectory begins: student, and teacher twice
-TRAIN = ["method=esd_x", "method.steps=1", "trainer.callbacks.0.every_n_train_steps=2"]
+EXACT = ["method.trajectory=exact", "method.batch_size=1", "method.steps=1"]
+TRAIN = ["method=esd_x", *EXACT, "trainer.callbacks.0.every_n_train_steps=2"]
 SMALL = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three prompts
 
 
@@ -98,7 +99,7 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
     assert left - {"__main__.log"} == {
         *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
         *(f"erasure/{name}" for name in ("README.md", "erasure.json", "weights.safetensors")),
-        *("images/base.csv", "images/erased.csv", "metrics.json", "cost.json", "report.html", ".lock"),
+        *("images/base.csv", "images/erased.csv", "metrics.json", "cost.json", "report.html", "teaser.png", ".lock"),
         *([".fit"] if (run / ".fit").exists() else []),
     }
     assert not partial(tmp_path)

@@ -158,8 +158,9 @@ class Run:
 
     def report(self) -> None:
         """Writes report.html, and teaser.png, its pictures in one strip."""
+        page = report(self.folder)
         teaser(self.folder, self.folder / "teaser.png")
-        log.info("look at %s", report(self.folder))
+        log.info("look at %s", page)
 
 
 @contextmanager

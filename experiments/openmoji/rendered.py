@@ -45,3 +45,9 @@ def rendered(
         labels.with_suffix(".partial").write_text(json.dumps(rows))
         labels.with_suffix(".partial").rename(labels)
     return np.load(images, mmap_mode="r"), json.loads(labels.read_text())
+
+
+def loads_as_float32(config: Path) -> None:
+    """Tells transformers, which loads what it finds in half precision as such, to do as diffusers does."""
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")

@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rendered import ROOT, rendered
+from rendered import ROOT, loads_as_float32, rendered
 from torch.utils.data import DataLoader, IterableDataset
 from train_judge import degraded
 from train_unet import L, tokenizer
@@ -79,6 +79,7 @@ def main(steps: int, batch: int, images: int) -> None:
     data = DataLoader(Pairs(*rendered("judge", images), tokens, batch), batch_size=None)
     trainer("clip", steps).fit(module, data, ckpt_path="last")
     module.clip.eval().to(torch.float16).save_pretrained(ROOT / "judge" / "clip")
+    loads_as_float32(ROOT / "judge" / "clip" / "config.json")
     processor(tokens).save_pretrained(ROOT / "judge" / "clip")
     print("saved", ROOT / "judge" / "clip")
 
