@@ -89,7 +89,6 @@ def test_any_other_error_speaks_for_itself(conf):
     assert explain(ValueError(), conf, []) == "ValueError"
 
 
-@pytest.mark.skipif(not (REAL / "config.yaml").exists(), reason="there is no configuration yet")
 @pytest.mark.parametrize(("argv", "answer"), [("concpet=cat", "`concept`"), ("method=esdx", "`esd_x`")])
 def test_the_real_configuration(argv, answer):
     with pytest.raises(Exception) as caught, initialize_config_dir(str(REAL), version_base="1.3"):
