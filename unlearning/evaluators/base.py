@@ -1,6 +1,7 @@
 """What every evaluator is: a torchmetrics.Metric over pictures and their manifest rows, that states its protocol."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,20 +36,20 @@ class Evaluator(Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), "sum")
 
     @property
+    @abstractmethod
     def protocol(self) -> str:
         """All that its numbers depend on besides the pictures, in one line: detector, threshold, counting rule, ..."""
-        raise NotImplementedError
 
     def prepare(self, task: UnlearningTask) -> None:
         """What the numbers are measured against: called once, before the first `update`."""
 
+    @abstractmethod
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         """Takes a batch of pictures (B, H, W, 3) uint8 and their manifest rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> dict[str, float]:
         """Numbers by `purpose/name`, the names being the field's: {"efficacy/acc_e": 3.5, ...}."""
-        raise NotImplementedError
 
 
 def fingerprint(path: Path) -> str:
