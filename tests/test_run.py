@@ -309,14 +309,14 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path,
 def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp_path, monkeypatch, evaluations):
     command = ["method=negative_prompt"]
     with monkeypatch.context() as patch:
-        at_call(patch, Sampler, "__call__", 2, ctrl_c)
+        at_call(patch, Sampler, "draw", 2, ctrl_c)
         assert "Interrupted" in told(*command)
     store, run = tmp_path / "store", tmp_path / "run"
     first = files(store)
     assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
     assert evaluations() == pictures(4)
     with monkeypatch.context() as patch:
-        at_call(patch, Sampler, "__call__", 5, ctrl_c)  # three batches are left of the base model's pictures
+        at_call(patch, Sampler, "draw", 5, ctrl_c)  # three batches are left of the base model's pictures
         assert "Interrupted" in told(*command)
     assert evaluations() == pictures(9 + 4) and [p.name for p in (run / "images").iterdir()] == ["base.csv"]
     unlearn(*command)
@@ -464,7 +464,7 @@ def test_a_folder_takes_one_run_at_a_time(unlearn, told, tmp_path, evaluations):
 
 def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, Sampler, "__call__", 1, ctrl_c)
+        at_call(patch, Sampler, "draw", 1, ctrl_c)
         told(*SMALL)
     with alone_in(tmp_path / "run"):
         pass

@@ -66,6 +66,8 @@ def compose_and_run(cfg: DictConfig) -> None:
     console = Console()
     console.print(summary(metrics))
     console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the pictures.", soft_wrap=True)
+    if skipped := metrics.get("cost/skipped"):
+        raise UserError(f"Everything else is done, but {skipped} rows were skipped; each is named in a warning above.")
 
 
 def main() -> None:

@@ -26,12 +26,15 @@ class Concept:
 class Prompt:
     """One line of an evaluation: the text, what it is there to show, and what a faithful picture of it would show.
 
-    `labels` maps a question that a classifier can answer ("object", "style") to the right answer.
+    `labels` maps a question that a classifier can answer ("object", "style") to the right answer. A list of prompts may
+    bring a seed and a guidance scale for each; by default the run and the sampler have them.
     """
 
     text: str
     role: str
     labels: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class UnlearningTask:
         forget_images, retain_images: Pictures (H, W, 3) uint8 that a method may learn from; may be empty.
         references: For a role, a function of a count that gives so many real pictures (uint8) of what the prompts of
             that role ask for: the reference set of an FID.
+        skipped: What of the user's data could not be used, a message each.
     """
 
     erase: tuple[Concept, ...]
@@ -57,6 +61,7 @@ class UnlearningTask:
     forget_images: Sequence[np.ndarray] = ()
     retain_images: Sequence[np.ndarray] = ()
     references: dict[str, Callable[[int], Sequence[np.ndarray]]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.erase:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from unlearning.concepts import UserError
 from unlearning.images import digest, write_atomically
-from unlearning.sampling import guidance as guidances
-from unlearning.sampling.guidance import Guidance
+from unlearning.sampling.guidance import Guidance, NegativePrompt
+from unlearning.sampling.unguidance import UnGuidance  # noqa: F401 (a saved one is found among Guidance's subclasses)
 
 HEADER = """\
 # {title}
@@ -33,7 +33,7 @@ class Erasure(ABC):
     def applied_to(self, model) -> AbstractContextManager: ...
 
     @abstractmethod
-    def usage(self, base: str) -> str:
+    def usage(self, base) -> str:
         """How plain diffusers, without this package, uses the saved erasure with the model `base` (Markdown)."""
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Erasure(ABC):
         if self._tensors():
             weights = serialised({k: v.contiguous().cpu() for k, v in self._tensors().items()})
             write_atomically(folder / "weights.safetensors", weights)  # save_file's errors are no OSError
-        (folder / "README.md").write_text(HEADER.format(title=title, how=self.usage(base.name), base=base.name))
+        (folder / "README.md").write_text(HEADER.format(title=title, how=self.usage(base), base=base.name))
         settings = {"kind": type(self).__name__, "base": base.fingerprint, **self._settings()}
         write_atomically(folder / "erasure.json", json.dumps(settings, indent=2))
 
@@ -105,7 +105,7 @@ class WeightPatch(Erasure):
         finally:
             write(parameters, before)
 
-    def usage(self, base: str) -> str:
+    def usage(self, base) -> str:
         if not self.weights:
             return "Nothing was erased: this is the unedited model."
         return (
@@ -113,8 +113,8 @@ class WeightPatch(Erasure):
             "```python\n"
             "from diffusers import DiffusionPipeline\n"
             "from safetensors.torch import load_file\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
-            'pipe.unet.load_state_dict(load_file("weights.safetensors"), strict=False)\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            f'pipe.{base.component}.load_state_dict(load_file("weights.safetensors"), strict=False)\n'
             "```"
         )
 
@@ -131,7 +131,7 @@ class WeightPatch(Erasure):
 
 @dataclass(frozen=True)
 class GuidanceEdit(Erasure):
-    """Another rule for combining predictions at each sampling step: a frozen dataclass of sampling/guidance.py."""
+    """Another rule for combining predictions at each sampling step: a frozen dataclass of sampling/."""
 
     guidance: Guidance
 
@@ -144,18 +144,66 @@ class GuidanceEdit(Erasure):
         finally:
             model.guidance = before
 
-    def usage(self, base: str) -> str:
+    def usage(self, base) -> str:
+        if isinstance(self.guidance, NegativePrompt):
+            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base.name}` at every call.'
         how = json.dumps(self._settings(), indent=2)
-        if isinstance(self.guidance, guidances.NegativePrompt):
-            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base}` at every call.'
-        return f"A sampling rule of unlearning/sampling/guidance.py, with these settings:\n\n```json\n{how}\n```"
+        return f"A sampling rule of unlearning/sampling, with these settings:\n\n```json\n{how}\n```"
 
     def _settings(self) -> dict:
         return {"guidance": type(self.guidance).__name__, "arguments": asdict(self.guidance)}
 
     @classmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "GuidanceEdit":
-        return cls(getattr(guidances, settings["guidance"])(**settings["arguments"]))
+        kinds = {kind.__name__: kind for kind in Guidance.__subclasses__()}
+        return cls(kinds[settings["guidance"]](**settings["arguments"]))
+
+
+@dataclass(frozen=True)
+class Adapter(Erasure):
+    """A LoRA beside the denoiser's linear maps, W x + B A x, and the guidance that belongs to it, if any does.
+
+    `weights` are A and B under the names that diffusers' load_lora_weights expects: "unet.<module>.lora_A.weight"
+    (r, in) and "unet.<module>.lora_B.weight" (out, r), scale included.
+    """
+
+    weights: Mapping[str, Tensor] = field(repr=False)
+    guidance: Guidance | None = None
+
+    @contextmanager
+    def applied_to(self, model) -> Iterator:
+        modules = {name.removeprefix(f"{model.component}.").rpartition(".lora_")[0] for name in self.weights}
+        unknown = modules - {name for name, _ in model.denoiser.named_modules()}
+        if unknown:
+            raise UserError(f"This adapter is not for this model: it has no layer named {sorted(unknown)[0]}.")
+        rule = GuidanceEdit(self.guidance or model.guidance)
+        try:
+            model.denoiser.load_lora_adapter(dict(self.weights), prefix=model.component)
+            with rule.applied_to(model):
+                yield model
+        finally:
+            model.denoiser.unload_lora()
+
+    def usage(self, base) -> str:
+        how = (
+            f"A LoRA of {len(self.weights) // 2} layers:\n\n"
+            "```python\n"
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            'pipe.load_lora_weights(".", weight_name="weights.safetensors")\n'
+            "```"
+        )
+        return how if self.guidance is None else f"{how}\n\n{GuidanceEdit(self.guidance).usage(base)}"
+
+    def _settings(self) -> dict:
+        return GuidanceEdit(self.guidance)._settings() if self.guidance else {}
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return self.weights
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "Adapter":
+        return cls(tensors, GuidanceEdit._restore(settings, {}).guidance if settings else None)
 
 
 @torch.no_grad()

@@ -7,15 +7,17 @@ written under a temporary name and then renamed, so that a reader never meets ha
 
 import csv
 import hashlib
+import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from unlearning.concepts import Prompt, UnlearningTask
 
@@ -37,13 +39,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of a manifest: what was asked for, why, and where the picture is."""
+    """One picture of a manifest: what was asked for, why, and where the picture is.
+
+    `guidance_scale` is None where it is the sampler's; `decided` is what the model's guidance decided about the prompt.
+    """
 
     path: Path
     prompt: str
     role: str
     labels: dict[str, str]
     seed: int
+    guidance_scale: float | None = None
+    decided: dict[str, float] = field(default_factory=dict)
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -58,8 +65,10 @@ def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[Row]:
     """The pictures that `task` asks for, whether they exist yet or not. `folder` is the model's place in the store."""
 
     def row(prompt: Prompt, sample: int) -> Row:
-        s = image_seed(seed, prompt.text, sample)
-        return Row(folder / f"{digest(prompt.text, s)}.png", prompt.text, prompt.role, prompt.labels, s)
+        s = image_seed(seed, prompt.text, sample) if prompt.seed is None else prompt.seed + sample
+        own = () if prompt.guidance_scale is None else (prompt.guidance_scale,)
+        path = folder / f"{digest(prompt.text, s, *own)}.png"
+        return Row(path, prompt.text, prompt.role, prompt.labels, s, prompt.guidance_scale)
 
     return [row(p, i) for p in task.prompts for i in range(task.images_per_prompt)]
 
@@ -69,12 +78,12 @@ def missing(rows: Iterable[Row]) -> list[Row]:
     return list({row.path: row for row in rows if not row.path.exists()}.values())
 
 
-def save(image: np.ndarray, row: Row) -> None:
-    """Writes an (H, W, 3) uint8 picture where `row` says."""
-    import io
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+def save(image: np.ndarray, row: Row, decided: Mapping[str, float] | None = None) -> None:
+    """Writes an (H, W, 3) uint8 picture where `row` says, and into it what was decided about its prompt."""
+    buffer, text = io.BytesIO(), PngInfo()
+    if decided:
+        text.add_text("decided", json.dumps(decided))
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=text)
     row.path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(row.path, buffer.getvalue())
 
@@ -84,27 +93,37 @@ def load(rows: Sequence[Row]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
 
 
-FIELDS = ("path", "prompt", "role", "labels", "seed")
+def with_decisions(row: Row) -> Row:
+    """The row and what its picture, which is there, says was decided about it."""
+    with Image.open(row.path) as image:
+        return replace(row, decided=json.loads(getattr(image, "text", {}).get("decided", "{}")))
 
 
 def write_manifest(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV a spreadsheet can open; paths are relative to it, labels are JSON."""
-    import io
-
+    """A CSV a spreadsheet can open; paths are relative to it, labels and decisions are JSON."""
     text = io.StringIO()
-    table = csv.DictWriter(text, FIELDS)
+    table = csv.DictWriter(text, [f.name for f in fields(Row)])
     table.writeheader()
     for row in rows:
-        relative = os.path.relpath(row.path, path.parent)
-        table.writerow({**asdict(row), "path": relative, "labels": json.dumps(row.labels)})
+        told = {"labels": json.dumps(row.labels), "decided": json.dumps(row.decided)}
+        table.writerow({**asdict(row), **told, "path": os.path.relpath(row.path, path.parent)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue())
 
 
 def read_manifest(path: Path) -> list[Row]:
     """The rows that `write_manifest` wrote."""
+
+    def row(told: dict[str, str]) -> Row:
+        return Row(
+            path=(path.parent / told["path"]).resolve(),
+            prompt=told["prompt"],
+            role=told["role"],
+            labels=json.loads(told["labels"]),
+            seed=int(told["seed"]),
+            guidance_scale=float(told["guidance_scale"]) if told["guidance_scale"] else None,
+            decided=json.loads(told["decided"]),
+        )
+
     with path.open(newline="") as file:
-        rows = [Row(**r) for r in csv.DictReader(file)]
-    return [
-        replace(r, path=(path.parent / r.path).resolve(), labels=json.loads(r.labels), seed=int(r.seed)) for r in rows
-    ]
+        return [row(told) for told in csv.DictReader(file)]

@@ -20,7 +20,16 @@ from unlearning import cost, loggers
 from unlearning.concepts import UnlearningTask, UserError
 from unlearning.erasure import Erasure, WeightPatch
 from unlearning.evaluators.base import Evaluator
-from unlearning.images import Row, digest, load, manifest, read_manifest, write_atomically, write_manifest
+from unlearning.images import (
+    Row,
+    digest,
+    load,
+    manifest,
+    read_manifest,
+    with_decisions,
+    write_atomically,
+    write_manifest,
+)
 from unlearning.methods.base import Method
 from unlearning.models.base import DiffusionModel
 from unlearning.reporting.report import report, teaser
@@ -120,7 +129,7 @@ class Run:
                 generate(self.model, self.sampler, rows, self.trainer)
             wait_for_all_ranks()
             if first_rank():
-                write_manifest(self.folder / "images" / f"{name}.csv", rows)
+                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, rows))
 
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
@@ -136,6 +145,7 @@ class Run:
                 for key, value in self._evaluation(rows, evaluator, f"{label} of {name}").items():
                     metrics[prefix + key] = value
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
+        metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
         shown = {name: load(read_manifest(self.folder / "images" / f"{name}.csv")[:8]) for name in ("base", "erased")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -49,5 +50,13 @@ def rendered(
 
 def loads_as_float32(config: Path) -> None:
     """Tells transformers, which loads what it finds in half precision as such, to do as diffusers does."""
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+    _edit(config, lambda settings: {**settings, "dtype": "float32"})
+
+
+def names_no_folder(config: Path) -> None:
+    """Takes out where on this machine the part was loaded from."""
+    _edit(config, lambda settings: {k: v for k, v in settings.items() if k != "_name_or_path"})
+
+
+def _edit(config: Path, change: Callable[[dict], dict]) -> None:
+    config.write_text(json.dumps(change(json.loads(config.read_text())), indent=2) + "\n")

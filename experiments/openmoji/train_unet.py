@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from rendered import ROOT, loads_as_float32, rendered
+from rendered import ROOT, loads_as_float32, names_no_folder, rendered
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -150,6 +150,7 @@ def main(steps: int, batch: int, images: int, init: Path | None) -> None:
     run.fit(module, data, ckpt_path="last")
     pipeline(module, tokens, vae).to(torch.float16).save_pretrained(ROOT / "emoji_unet")
     loads_as_float32(ROOT / "emoji_unet" / "text_encoder" / "config.json")
+    names_no_folder(ROOT / "emoji_unet" / "vae" / "config.json")
     print("saved", ROOT / "emoji_unet")
 
 

@@ -61,8 +61,8 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
         fit(cfg, model, weigh)
         counted = weigh.bytes
     else:
-        settings = {"parameters": cfg.method.parameters, "lr": cfg.method.optimizer.lr, "steps": 1, "guidance_scale": 3}
-        esd = published.ESD(model, "a photo of the cat", **settings)
+        trained = {"parameters": cfg.method.student.parameters, "lr": cfg.method.optimizer.lr}
+        esd = published.ESD(model, "a photo of the cat", **trained, steps=1, guidance_scale=3)
         list(esd.iterate(range(2)))
         counted = exact([*esd.teacher.parameters(), *esd.student.parameters()], esd.optimizer)
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else resident("VmHWM")

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, UserError
 from unlearning.evaluators.clip_score import CLIPScore
+from unlearning.evaluators.own_prompt import OwnPrompt
 from unlearning.evaluators.zero_shot import ZeroShotCLIP
 from unlearning.images import Row
 
@@ -121,3 +122,22 @@ def test_zero_shot_defaults_to_cifar10(path, images):
 def test_absent_weights_say_where_they_come_from(kind, setting, tmp_path):
     with pytest.raises(UserError, match=rf"`{setting}` names one.*Hugging Face.*train_clip"):
         kind(str(tmp_path / "none"))
+
+
+# --- a picture's own prompt -------------------------------------------------------------------------------------------
+
+
+def test_own_prompt_is_the_softmax_over_the_tasks_prompts(path, images):
+    asked = [("a cat", ERASE), ("a kitty", SYNONYM), ("a dog", RETAIN), ("a ship", RETAIN)]
+    metric = OwnPrompt(path, device="cpu")
+    metric.prepare(UnlearningTask((Concept("cat"),), prompts=tuple(Prompt(*a) for a in asked)))
+    rows = [Row(Path("x"), text, role, {}, 0) for text, role in asked]
+    metric.update(images[:3], rows[:3])
+    metric.update(images[3:], rows[3:])
+    own = logits(path, images, [text for text, _ in asked])[0].softmax(1).diagonal().tolist()
+    numbers = metric.compute()
+    assert numbers["efficacy/acc_e_own"] == pytest.approx(100 * own[0], rel=1e-4)
+    assert numbers["efficacy/acc_g_own"] == pytest.approx(100 * own[1], rel=1e-4)
+    assert numbers["retention/acc_s_own"] == pytest.approx(50 * (own[2] + own[3]), rel=1e-4)
+    assert 0 < numbers["summary/h_o_own"] < 100 and "4 prompts" in metric.protocol
+    assert set(numbers) == set(OwnPrompt.higher_is_better)

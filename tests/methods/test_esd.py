@@ -8,6 +8,7 @@ import torch
 
 from unlearning.concepts import Concept, UnlearningTask, UserError
 from unlearning.methods.esd import ESD
+from unlearning.methods.student import Weights
 from unlearning.models.stable_diffusion import StableDiffusion
 
 ESD_X, ESD_U = "attn2", r"^(?!.*attn2)(?!time_embedding)(?!conv_norm_out)(?!conv_out)"
@@ -27,7 +28,7 @@ def esd(
         trajectory=trajectory,
         steps=steps,
         batch_size=batch_size,
-        parameters=parameters,
+        student=Weights(parameters),
         iterations=iterations,
         optimizer=partial(torch.optim.Adam, lr=lr),
         trainer=partial(pl.Trainer, enable_model_summary=False, **{**quiet, **trainer}),
@@ -42,7 +43,7 @@ def test_the_target_is_guidance_away_from_the_concept(model):
     method = esd(eta=2.0)
     method.student, method.teacher = model, model.snapshot([])
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["a photo of the cat"])
-    method.points = lambda *_: (x_t, t, c)
+    method.points = lambda *_: (x_t, t, c, ["a photo of the cat"])
     eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
     expected = (3 * (eps_c - eps_0)).pow(2).mean()
     torch.testing.assert_close(method.loss(["a photo of the cat"]), expected, atol=1e-6, rtol=1e-3)

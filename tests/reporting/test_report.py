@@ -2,9 +2,11 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from unlearning.concepts import UserError
 from unlearning.data.openmoji import LICENCE
-from unlearning.images import read_manifest
+from unlearning.images import read_manifest, write_manifest
 from unlearning.reporting.report import PAIRS, THUMBNAIL, report, teaser
 
 NASTY = "a <script>alert('cat')</script> & \"friends\""
@@ -171,3 +173,19 @@ def test_in_a_browser(run, tmp_path):
     coloured = np.ptp(seen, axis=2) > 60  # the pictures are noise; paper and ink are grey
     assert coloured[:, 300:].mean() > 0.1 and not coloured[:100].any()
     assert (seen[:400].sum(2) < 250).any(), "the title's ink"
+
+
+def test_latent_differences_are_drawn_with_their_threshold(run):
+    manifest = run / "images" / "erased.csv"
+    rows = [
+        replace(r, decided={"D": 4.0 - i / 10, "w": -1.0 if i < 3 else 2.0})
+        for i, r in enumerate(read_manifest(manifest))
+    ]
+    write_manifest(manifest, rows)
+    (run / "erasure" / "erasure.json").write_text(json.dumps({"arguments": {"threshold": 3.33}}))
+    page = report(run).read_text()
+    assert page.count('class="bar"') == len(PICTURES) and "3.33" in page
+    written = json.loads((run / "latent_differences.json").read_text())
+    assert written["threshold"] == 3.33 and len(written["prompts"]) == len(PICTURES)
+    assert written["prompts"][0]["prompt"] == "a photo of the cat"
+    assert [p["D"] for p in written["prompts"]] == sorted((p["D"] for p in written["prompts"]), reverse=True)

@@ -4,11 +4,13 @@ import csv
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from unlearning.concepts import UserError
-from unlearning.reporting.table import rows, table
+from unlearning.evaluators.accuracy import h_o
+from unlearning.reporting.table import directions, published, rows, table
 
 E, F = "efficacy/acc_e", "fidelity/fid"
 
@@ -109,3 +111,53 @@ def test_from_the_command_line(runs):
     assert done.stdout == table(runs, [E], ["method"])
     wrong = subprocess.run([*command, "nothing"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("No run has the metric nothing")
+
+
+# --- a paper's numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paper(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text(
+        "method,concept,metric,value,source\n"
+        f"esd_x,cat,{E},12.51,a paper\nesd_x,average,{E},26.93,a paper\nsld,cat,{E},1,a paper\n"
+    )
+    return path
+
+
+def test_published_numbers_stand_beside_ours_with_the_difference(runs, paper):
+    found = {row[3]: row[-1] for row in cells(table(runs, [E], published=paper))[1:]}
+    assert found["esd_x"] == "**7.0 ± 2.1** (12.5, -5.5)" and found["ac"] == "21.0 ± 1.0"
+    averaged = {row[0]: row[-1] for row in cells(table(runs, [E], by=["method"], published=paper))[1:]}
+    assert averaged["esd_x"] == "**7.0 ± 2.1** (26.9, -19.9)", "without concepts, the paper's average"
+    [esd] = [
+        r
+        for r in csv.DictReader(io.StringIO(table(runs, [E], format="csv", published=paper)))
+        if r["method"] == "esd_x"
+    ]
+    assert float(esd[f"{E}/published"]) == 12.51 and float(esd[f"{E}/delta"]) == pytest.approx(-5.51)
+
+
+def test_a_file_of_published_numbers_that_is_none_is_answered(runs, tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        table(runs, published=tmp_path / "none.csv")
+    (tmp_path / "odd.csv").write_text("method,value\nesd_x,3\n")
+    with pytest.raises(UserError, match="no column 'concept'"):
+        table(runs, published=tmp_path / "odd.csv")
+
+
+def test_the_projects_own_files_of_published_numbers_can_be_read():
+    files = sorted(Path(__file__).parents[2].glob("experiments/*/published.csv"))
+    assert files
+    for file in files:
+        numbers = published(file)
+        known = directions()
+        assert numbers and all(metric in known and 0 <= value <= 100 for (*_, metric), value in numbers.items())
+        for method, concept in {key[:2] for key in numbers}:
+            parts = [
+                numbers.get((method, concept, m))
+                for m in ("efficacy/acc_e", "retention/acc_s", "efficacy/acc_g", "summary/h_o")
+            ]
+            if None not in parts and concept != "average" and (method, concept) != ("ac", "airplane"):  # their own slip
+                assert parts[3] == pytest.approx(h_o(*parts[:3]), abs=0.05), "H_o follows from its parts"

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from unlearning.concepts import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.sampler import denoise
+from unlearning.sampling.sampler import as_published, denoise
 from unlearning.sampling.trajectories import Exact, Reuse
 
 
@@ -24,18 +25,41 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_picture(model):
 
 def test_points_lie_on_the_models_own_trajectory(model):
     torch.manual_seed(0)
-    x_t, t, _ = Exact(steps=5)(model, ["a cat"])
+    x_t, t, _, _ = Exact(steps=5)(model, ["a cat"])
     torch.manual_seed(0)
     noise = torch.randn(1, *model.latent_shape)
     path = {int(s): x for s, x in denoise(model, noise, model.encode_prompts(["a cat"]), steps=5, guidance_scale=3.0)}
     torch.testing.assert_close(x_t, path[int(t)])
 
 
+def test_the_papers_schedule_drops_the_first_timestep(model):
+    c, noise = model.encode_prompts(["a cat"]), model.noise([0])
+    path = list(denoise(model, noise, c, steps=50, guidance_scale=1.0, schedule="paper"))
+    assert [int(t) for t, _ in path[:10]] == list(range(961, 780, -20)) and int(path[10][0]) == 761
+    assert len(path) == 50, "49 steps, and the picture"
+    with pytest.raises(UserError, match="diffusers, paper"):
+        next(denoise(model, noise, c, steps=50, guidance_scale=1.0, schedule="ddpm"))
+
+
+@pytest.mark.parametrize(("i", "done", "asked"), [(49, 1, 980), (40, 10, 800), (1, 49, 20), (0, 49, 0)])
+def test_the_published_scripts_stop_where_they_stop(i, done, asked):
+    assert as_published(i, 50) == (done, range(asked, asked + 20))
+
+
+@pytest.mark.parametrize("source", [Exact, Reuse])
+def test_points_of_the_papers_schedule_are_asked_about_at_a_noisier_timestep(model, source):
+    torch.manual_seed(0)
+    places = source(steps=10, schedule="paper")
+    times = torch.cat([places(model, ["a cat"])[1] for _ in range(40)])
+    assert times.min() < 100 and times.max() > 900 and len(times.unique()) > 20
+
+
 def test_every_point_of_a_pool_is_used_once_and_every_step_as_often(model):
     source, times = Reuse(steps=6), []
     for _ in range(6):
-        x_t, t, c = source(model, ["a cat", "a dog"] * 2)
-        assert x_t.shape == (4, *model.latent_shape) and len(c) == len(t) == 4
+        x_t, t, c, words = source(model, ["a cat", "a dog"] * 2)
+        assert x_t.shape == (4, *model.latent_shape) and len(t) == 4
+        torch.testing.assert_close(c.embeds, model.encode_prompts(words).embeds)
         times += t.tolist()
     assert len(set(times)) == 6 and all(times.count(t) == 4 for t in times)
 
@@ -46,7 +70,7 @@ def test_reuse_asks_the_denoiser_a_tenth_as_often(model):
     try:
         exact, reuse = Exact(steps=50), Reuse(steps=50)
         counts = []
-        for source, calls, points in ((exact, 20, 1), (reuse, 10, 10)):
+        for source, calls, points in ((exact, 20, 1), (reuse, 50, 10)):
             evaluations.clear()
             for _ in range(calls):
                 source(model, ["a cat"] * points)

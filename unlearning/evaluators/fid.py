@@ -5,6 +5,7 @@ batch by batch instead of kept.
 """
 
 # B batch, F features, R roles.
+import hashlib
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -88,6 +89,7 @@ class FID(Evaluator):
                 raise unknown("role", role, KEYS)
         self.features, self.roles, self.count = features, tuple(roles), count
         self._real: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._named: dict[str, str] = {}  # a digest of each role's real pictures
         self._generated: list[float] = []
         width = self._extract(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
         self.zeros("counts", len(self.roles))
@@ -103,7 +105,10 @@ class FID(Evaluator):
         """Its counts of generated pictures are those of the last `compute` since the last `reset`."""
         real = [int(self._real[role][0]) if role in self._real else 0 for role in self.roles]
         generated = map(int, self._generated or [0] * len(self.roles))
-        counts = ", ".join(f"{r} {g} to {n} real" for r, g, n in zip(self.roles, generated, real, strict=True))
+        named = [f" ({self._named[role]})" if role in self._named else "" for role in self.roles]
+        counts = ", ".join(
+            f"{r} {g} to {n} real{d}" for r, g, n, d in zip(self.roles, generated, real, named, strict=True)
+        )
         return f"clean-fid {version('clean-fid')} on {self.features.name}; pictures: {counts}"
 
     def prepare(self, task: UnlearningTask) -> None:
@@ -111,6 +116,7 @@ class FID(Evaluator):
         for role in self.roles:
             images = task.references[role](self.count) if role in task.references else ()
             if len(images):  # a folder may have none to spare
+                self._named[role] = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:8]
                 batches = (np.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH))
                 self._real[role] = tuple(map(sum, zip(*map(self._moments, batches), strict=True)))
 

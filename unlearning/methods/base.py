@@ -4,7 +4,6 @@ How an erasure is found is the method's own business: it descends a loss (Traine
 nothing.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from unlearning.concepts import UnlearningTask, UserError
-from unlearning.erasure import Erasure, WeightPatch, write
+from unlearning.erasure import Erasure
+from unlearning.methods.student import LoRA, Weights
 from unlearning.models.base import DiffusionModel
 
 
@@ -44,14 +44,13 @@ class Cycle(IterableDataset):
 
 
 class TrainedMethod(Method, pl.LightningModule):
-    """A method that descends a loss on some of the denoiser's own weights.
+    """A method that descends a loss.
 
-    Subclasses write `loss`, in their paper's notation, with `self.student` (the model, its weights moving) and
-    `self.teacher` (the same model with those weights as they were; everything else is shared, so there is one copy of
-    the denoiser in memory, not two).
+    Subclasses write `loss`, in their paper's notation, with `self.student` (the model as it is being trained) and
+    `self.teacher` (the model as it was; there is one copy of the denoiser in memory, not two).
 
     Args:
-        parameters: A regular expression; the denoiser's weights whose names it matches are trained.
+        student: What moves: some of the denoiser's own weights, or an adapter (methods/student.py).
         optimizer: Makes an optimizer of a list of parameters.
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
@@ -59,32 +58,28 @@ class TrainedMethod(Method, pl.LightningModule):
     """
 
     def __init__(
-        self, *, parameters: str, optimizer: Callable, trainer: Callable, iterations: int, batch_size: int = 1
+        self, *, student: Weights | LoRA, optimizer: Callable, trainer: Callable, iterations: int, batch_size: int = 1
     ):
         super().__init__()
-        self.parameters_pattern, self.iterations, self.batch_size = parameters, iterations, batch_size
+        self.kind_of_student, self.iterations, self.batch_size = student, iterations, batch_size
         self._optimizer, self._make_trainer = optimizer, trainer
 
     @abstractmethod
     def loss(self, prompts: list[str]) -> Tensor:
         """The objective () on a batch of prompts of the erased concepts."""
 
-    def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
-        named = dict(model.denoiser.named_parameters())
-        moving = {n: p for n, p in named.items() if re.search(self.parameters_pattern, n)}
-        if not moving:
-            raise UserError(f"No weight of the denoiser has a name that matches {self.parameters_pattern!r}.")
-        self.student, self.task, self.teacher = model, task, model.snapshot(moving)
-        # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
-        self.weights = nn.ParameterDict({n.replace(".", "/"): p.requires_grad_(True) for n, p in moving.items()})
-        try:
-            trainer = self._make_trainer(max_steps=self.iterations)
-            trainer.fit(self, ckpt_path=_last_checkpoint(trainer))
-            return WeightPatch({n: p.detach().clone() for n, p in moving.items()})
-        finally:
-            write(moving, self.teacher.weights)
-            model.denoiser.requires_grad_(False)
-            del self.student, self.teacher, self.task, self.weights
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        self.task = task
+        with self.kind_of_student.of(model) as lesson:
+            self.student, self.teacher = lesson.student, lesson.teacher
+            # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
+            self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in lesson.parameters.items()})
+            try:
+                trainer = self._make_trainer(max_steps=self.iterations)
+                trainer.fit(self, ckpt_path=_last_checkpoint(trainer))
+                return lesson.erasure()
+            finally:
+                del self.student, self.teacher, self.task, self.weights
 
     def training_step(self, prompts: list[str], batch_idx: int) -> Tensor:
         loss = self.loss(prompts)

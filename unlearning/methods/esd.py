@@ -8,7 +8,7 @@ The bracket is classifier-free guidance at scale -eta, and is written so below. 
 on its way to a picture of c. ESD-x moves the cross-attention's weights, ESD-u the others: a regular expression in the
 config.
 
-Deviation: t is the schedule's timestep at which x_t stands; the authors' script draws it from the 20 around it.
+By default t is the timestep at which x_t stands; schedule="paper" draws it as the authors' script does.
 """
 
 import torch.nn.functional as F
@@ -24,18 +24,29 @@ class ESD(TrainedMethod):
     Args:
         eta: Strength of the negative guidance.
         trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".
-        steps, guidance_scale: Of the trajectories.
+        steps, guidance_scale, schedule: Of the trajectories.
         training: TrainedMethod's arguments.
     """
 
     def __init__(
-        self, *, eta: float = 1.0, trajectory: str = "exact", steps: int = 50, guidance_scale: float = 3.0, **training
+        self,
+        *,
+        eta: float = 1.0,
+        trajectory: str = "exact",
+        steps: int = 50,
+        guidance_scale: float = 3.0,
+        schedule: str = "diffusers",
+        **training,
     ):
         super().__init__(**training)
-        self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale)
+        self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale, schedule)
+
+    def anchors(self, prompts: list[str]) -> list[str]:
+        """What is guided to, away from each of the prompts: the null prompt."""
+        return [""] * len(prompts)
 
     def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c = self.points(self.student, prompts)
-        null = self.teacher.encode_prompts([""]).expand(len(x_t))
-        target = ClassifierFree()(self.teacher, x_t, t, c, null, -self.eta).detach()
+        x_t, t, c, prompts = self.points(self.student, prompts)
+        anchor = self.teacher.encode_prompts(self.anchors(prompts))
+        target = ClassifierFree()(self.teacher, x_t, t, c, anchor, -self.eta).detach()
         return F.mse_loss(self.student.predict(x_t, t, c), target)

@@ -5,6 +5,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class DiffusionModel(ABC):
 
     Attributes:
         denoiser: The network that erasure edits.
+        component: What diffusers' pipeline calls it: "unet" or "transformer".
         scheduler: The noise schedule it was trained with (its config says epsilon, v or flow).
         guidance: How predictions are combined at each sampling step.
         latent_shape: (C, H, W) of one picture.
@@ -51,6 +53,7 @@ class DiffusionModel(ABC):
     """
 
     denoiser: nn.Module
+    component: str
     scheduler: object
     guidance: Guidance = ClassifierFree()
     latent_shape: tuple[int, int, int]
@@ -58,6 +61,7 @@ class DiffusionModel(ABC):
     fingerprint: str
     dtype: torch.dtype
     weights: Mapping[str, Tensor] | None = None  # of a snapshot: values that stand in for the denoiser's own
+    adapted: bool = True  # whether an adapter beside the denoiser's weights, if there is one, is heard
 
     @property
     def device(self) -> torch.device:
@@ -86,9 +90,10 @@ class DiffusionModel(ABC):
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The denoiser's raw output (epsilon or v), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
-        if self.weights is None:
-            return self.denoiser(*arguments, **keywords).sample.float()
-        return functional_call(self.denoiser, dict(self.weights), arguments, keywords).sample.float()
+        with nullcontext() if self.adapted else _adapter_off(self.denoiser):
+            if self.weights is None:
+                return self.denoiser(*arguments, **keywords).sample.float()
+            return functional_call(self.denoiser, dict(self.weights), arguments, keywords).sample.float()
 
     @abstractmethod
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
@@ -99,6 +104,12 @@ class DiffusionModel(ABC):
         parameters = dict(self.denoiser.named_parameters())
         view = copy.copy(self)
         view.weights = {n: parameters[n].detach().clone() for n in names}
+        return view
+
+    def without_adapter(self) -> "DiffusionModel":
+        """This model with its adapter off, sharing every weight: the base model of an adapted one."""
+        view = copy.copy(self)
+        view.adapted = False
         return view
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -121,6 +132,15 @@ class DiffusionModel(ABC):
         if self.scheduler.config.prediction_type == "v_prediction":
             return alpha * x_t - sigma * prediction
         return (x_t - sigma * prediction) / alpha
+
+
+@contextmanager
+def _adapter_off(denoiser: nn.Module) -> Iterator[None]:
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
 
 
 def fingerprint(folder: Path) -> str:

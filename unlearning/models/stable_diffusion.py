@@ -15,6 +15,7 @@ from unlearning.models.base import Conditioning, DiffusionModel, fingerprint
 
 
 class StableDiffusion(DiffusionModel):
+    component = "unet"
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
     # A safety checker paints pictures black, which would count as erasure.
     load_options: ClassVar[dict] = {"safety_checker": None, "requires_safety_checker": False}

@@ -91,6 +91,20 @@ class Measure:
         return f"{number:{sign},.{places}f}".replace("-", "−")
 
 
+def latent_differences(run: Path, rows: Iterable[Row]) -> dict | None:
+    """What the erasure's guidance decided by: D(p) and w of every prompt that was drawn, and the threshold.
+
+    {"threshold": 3.4, "prompts": [{"prompt": "a photo of the cat", "role": "erase", "D": 5.1, "w": -1.0}, ...]}, the
+    prompts from the largest D down; None where nothing was decided.
+    """
+    decided = {row.prompt: row for row in rows if "D" in row.decided}
+    if not decided:
+        return None
+    prompts = [{"prompt": r.prompt, "role": r.role, **r.decided} for r in decided.values()]
+    guidance = json.loads(_read(run / "erasure" / "erasure.json", "fit"))["arguments"]
+    return {"threshold": guidance["threshold"], "prompts": sorted(prompts, key=lambda p: -p["D"])}
+
+
 def _measures(metrics: dict) -> dict[str, list[Measure]]:
     """By purpose."""
     known, found = directions(), {}
@@ -143,8 +157,12 @@ def report(run: Path) -> Path:
 
     A picture whose file is gone is shown as missing. Raises UserError where a stage has not run.
     """
-    known = settings(run)
-    measures = _measures(json.loads(_read(run / "metrics.json", "evaluate")))
+    known, metrics = settings(run), json.loads(_read(run / "metrics.json", "evaluate"))
+    pairs = _pairs(run)
+    differences = latent_differences(run, (after for _, after in pairs))
+    if differences:
+        write_atomically(run / "latent_differences.json", json.dumps(differences, indent=2))
+    measures = _measures(metrics)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("unlearning", "reporting"),
         autoescape=True,
@@ -157,7 +175,8 @@ def report(run: Path) -> Path:
         run=known,
         measures=measures,
         protocols=list(dict.fromkeys(m.protocol for group in measures.values() for m in group if m.protocol)),
-        sections=_by_concept(_pairs(run)),
+        sections=_by_concept(pairs),
+        differences=differences,
         picture=_inline,
         limit={"pairs": PAIRS, "prompts": PROMPTS, "concepts": CONCEPTS},
         command=_command(run),

@@ -1,6 +1,7 @@
 """Runs on disk as one table: a row per setting, with the mean over its seeds and the standard error of that mean.
 
-python -m unlearning.reporting.table outputs/runs --metrics 'efficacy/*' retention/acc_o --format csv
+python -m unlearning.reporting.table outputs/runs --metrics 'efficacy/*' retention/acc_s --format csv
+python -m unlearning.reporting.table outputs/runs --by method --published experiments/unguide/published.csv
 """
 
 import argparse
@@ -25,6 +26,7 @@ from unlearning.concepts import UserError
 PURPOSES = ("summary", "efficacy", "retention", "fidelity", "robustness", "cost")  # in the order they are read
 BY = ("model", "dataset", "concept", "method")
 UNEDITED = "none"  # the method that erases nothing
+AVERAGE = "average"  # the concept of a published number that is a mean over a paper's concepts
 
 
 # --- reading runs -----------------------------------------------------------------------------------------------------
@@ -131,10 +133,30 @@ def _chosen(runs: Sequence[Mapping], patterns: Sequence[str] | None) -> list[str
     return list(dict.fromkeys(chosen))
 
 
+def published(path: Path) -> dict[tuple[str, str, str], float]:
+    """A paper's numbers by (method, concept, metric), of a CSV with the columns method, concept, metric, value, source.
+
+    Raises UserError where there is no such file, or it lacks a column.
+    """
+    try:
+        with path.open(newline="") as file:
+            return {(r["method"], r["concept"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except KeyError as missing:
+        raise UserError(f"{path} has no column {missing}; it needs method, concept, metric and value.") from None
+
+
 # --- from cells to text -----------------------------------------------------------------------------------------------
 
 
-def table(folder: Path, metrics: Sequence[str] | None = None, by: Sequence[str] = BY, format: str = "markdown") -> str:
+def table(
+    folder: Path,
+    metrics: Sequence[str] | None = None,
+    by: Sequence[str] = BY,
+    format: str = "markdown",
+    published: Path | None = None,
+) -> str:
     """The runs under `folder`, averaged over what `by` does not tell apart: the seeds.
 
     In bold: the best of the methods that differ in nothing else and were measured by the column's usual protocol. The
@@ -144,6 +166,8 @@ def table(folder: Path, metrics: Sequence[str] | None = None, by: Sequence[str] 
         metrics: Names or patterns ("retention/*"); None for all.
         by: Names of Hydra groups or dotted names in the config ("method.lamb").
         format: "markdown" or "csv"; the latter has every mean, standard error and protocol in a column of its own.
+        published: A file of a paper's numbers, shown beside ours with the difference. Rows that do not tell concepts
+            apart are held against the paper's average.
 
     Raises UserError where there are no runs, or none has a metric.
     """
@@ -152,21 +176,37 @@ def table(folder: Path, metrics: Sequence[str] | None = None, by: Sequence[str] 
         raise UserError(f"No run under {folder} has a metrics.json: run the evaluate stage of one first.")
     names, groups = _chosen(runs, metrics), _grouped(runs, by)
     cells = {(key, m): cell for key, group in groups.items() for m in names if (cell := Cell.of(group, m))}
-    return {"markdown": _markdown, "csv": _csv}[format](names, by, groups, cells)
+    theirs = _theirs(published, names, by, groups) if published else {}
+    return {"markdown": _markdown, "csv": _csv}[format](names, by, groups, cells, theirs)
 
 
-def _csv(names, by, groups, cells) -> str:
+def _theirs(path: Path, names, by, groups) -> dict[tuple, float]:
+    """The paper's number for each cell that it has one for."""
+    numbers, found = published(Path(path)), {}
+    for key in groups:
+        asked = dict(zip(by, key, strict=True))
+        row = (asked.get("method"), asked.get("concept", AVERAGE))
+        found |= {(key, m): numbers[*row, m] for m in names if (*row, m) in numbers}
+    return found
+
+
+def _csv(names, by, groups, cells, theirs) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*by, "n", *(column for m in names for column in (m, f"{m}/se", f"{m}/protocol"))])
+    parts = ("", "/se", "/protocol", *(("/published", "/delta") if theirs else ()))
+    writer.writerow([*by, "n", *(m + part for m in names for part in parts)])
     for key, group in groups.items():
-        found = [cells.get((key, m)) for m in names]
-        values = [v for c in found for v in ((c.mean, c.error, " | ".join(c.protocols)) if c else ("", "", ""))]
+        values = []
+        for m in names:
+            cell, paper = cells.get((key, m)), theirs.get((key, m), "")
+            values += [cell.mean, cell.error, " | ".join(cell.protocols)] if cell else [""] * 3
+            if theirs:
+                values += [paper, cell.mean - paper if cell and paper != "" else ""]
         writer.writerow([*key, len(group), *values])
     return text.getvalue()
 
 
-def _markdown(names, by, groups, cells) -> str:
+def _markdown(names, by, groups, cells, theirs) -> str:
     better, header, protocols, notes = directions(), [*by, "n"], [], []
     body = {key: [*("–" if v is None else str(v) for v in key), str(len(group))] for key, group in groups.items()}
     for m in names:
@@ -178,6 +218,9 @@ def _markdown(names, by, groups, cells) -> str:
         for key, group in groups.items():
             text = _text(column.get(key), places, len(group))
             body[key].append((f"**{text}**" if key in best else text) + "†" * (key in strange))
+            if (key, m) in theirs and key in column:
+                paper = theirs[key, m]
+                body[key][-1] += f" ({paper:.{places}f}, {column[key].mean - paper:+.{places}f})"
         for key, others in strange.items():
             stated = " | ".join(protocol or "protocol not stated" for protocol in others)
             notes.append(f"† {m} of {', '.join(map(str, key))}: {stated}")
@@ -190,6 +233,8 @@ def _markdown(names, by, groups, cells) -> str:
         body[key][len(by)] += "‡"
     if repeated:
         notes.append("‡ Some of these runs share a seed, so they differ in a setting; name it after --by.")
+    if theirs:
+        notes.append("In brackets: the published number, and ours less it.")
     notes = [*(f"{_raised(i)} {protocol}" for i, protocol in enumerate(protocols, 1)), *notes]
     return "\n".join([*_aligned([header, *body.values()], len(by)), *(f"\n{note}" for note in notes)]) + "\n"
 
@@ -232,6 +277,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--metrics", nargs="+", help="names or patterns, as in 'retention/*'; all of them if not given")
     parser.add_argument("--by", nargs="+", default=BY, help="what tells rows apart: groups or dotted settings")
+    parser.add_argument("--published", type=Path, help="a paper's numbers: method, concept, metric, value, source")
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown")
     try:
         print(table(**vars(parser.parse_args())), end="")

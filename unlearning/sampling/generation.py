@@ -18,9 +18,11 @@ class Generation(pl.LightningModule):
         return batch  # rows hold no tensors
 
     def predict_step(self, rows: list[Row], batch_idx: int) -> int:
-        images = self.sampler(self.model, [row.prompt for row in rows], [row.seed for row in rows])
-        for image, row in zip((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), rows, strict=True):
-            save(image, row)
+        prompts, seeds, scales = zip(*((row.prompt, row.seed, row.guidance_scale) for row in rows), strict=True)
+        images, decisions = self.sampler.draw(self.model, prompts, seeds, scales)
+        images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for image, row, decided in zip(images, rows, decisions, strict=True):
+            save(image, row, decided)
         return len(rows)
 
 

@@ -7,7 +7,11 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
+from unlearning.concepts import UserError
 from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.sampling.guidance import Guidance
+
+SCHEDULES = ("diffusers", "paper")
 
 
 @torch.no_grad()
@@ -17,19 +21,47 @@ def denoise(
     c: Conditioning,
     *,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     scheduler: type[SchedulerMixin] = DDIMScheduler,
+    schedule: str = "diffusers",
+    guidance: Guidance | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (t, x_t) before every step, and (0, x_0) after the last; x is standard normal noise (B, C, H, W)."""
-    schedule = scheduler.from_config(model.scheduler.config)
-    schedule.set_timesteps(steps, device=model.device)
+    """Yields (t, x_t) before every step, and (0, x_0) after the last; x is standard normal noise (B, C, H, W).
+
+    Args:
+        guidance_scale: A number, or one for each row: (B, 1, 1, 1).
+        schedule: "diffusers" takes every timestep; "paper" leaves out the first, as the samplers in ESD's and UnGuide's
+            repositories do: of 50 DDIM steps 49 are taken, from 961 on, and not from 981.
+        guidance: In place of the model's own.
+
+    Raises:
+        UserError: For an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}.")
+    noise = scheduler.from_config(model.scheduler.config)
+    noise.set_timesteps(steps, device=model.device)
     null = model.encode_prompts([""]).expand(len(x))
-    x = x * schedule.init_noise_sigma
-    for t in schedule.timesteps:
+    rule = guidance or model.guidance.for_prompts(model, c, guidance_scale)
+    x = x * noise.init_noise_sigma
+    for t in noise.timesteps[1:] if schedule == "paper" else noise.timesteps:
         yield t, x
-        prediction = model.guidance(model, schedule.scale_model_input(x, t), t, c, null, guidance_scale)
-        x = schedule.step(prediction, t, x).prev_sample
+        prediction = rule(model, noise.scale_model_input(x, t), t, c, null, guidance_scale)
+        x = noise.step(prediction, t, x).prev_sample
     yield torch.zeros_like(t), x
+
+
+def as_published(i: int, steps: int, length: int = 1000) -> tuple[int, range]:
+    """What those samplers do when told to stop at `i`: the steps they take, and the timesteps then asked about.
+
+    The latent stands one and a half to two and a half steps below them: at 761, for i = 40 of 50 and 800 to 819.
+    """
+    return min(steps - i, steps - 1), range(round(i * length / steps), round((i + 1) * length / steps))
+
+
+def per_row(values: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1)."""
+    return values.reshape(-1, 1, 1, 1)
 
 
 class Sampler:
@@ -38,6 +70,7 @@ class Sampler:
     Args:
         steps, guidance_scale: The field's protocol is 50 and 7.5.
         scheduler: A diffusers scheduler class; it takes the model's own noise schedule.
+        schedule: Which of its timesteps are taken (see `denoise`).
         batch_size: How many pictures at once; it changes no picture.
     """
 
@@ -46,19 +79,33 @@ class Sampler:
         steps: int = 50,
         guidance_scale: float = 7.5,
         scheduler: type[SchedulerMixin] = DDIMScheduler,
+        schedule: str = "diffusers",
         batch_size: int = 16,
     ):
-        self.steps, self.guidance_scale, self.scheduler, self.batch_size = steps, guidance_scale, scheduler, batch_size
+        self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
+        self.scheduler, self.batch_size = scheduler, batch_size
 
     @property
     def protocol(self) -> str:
         """What its pictures depend on, besides model, prompt and seed."""
-        return f"{self.scheduler.__name__}, {self.steps} steps, guidance {self.guidance_scale}"
+        dropped = ", the first dropped" if self.schedule == "paper" else ""
+        return f"{self.scheduler.__name__}, {self.steps} steps{dropped}, guidance {self.guidance_scale}"
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1], one for each prompt and seed."""
+        return self.draw(model, prompts, seeds, [None] * len(prompts))[0]
+
+    def draw(
+        self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float | None]
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """The pictures, and what the model's guidance decided about each; None stands for the sampler's own scale."""
         c = model.encode_prompts(prompts)
-        settings = {"steps": self.steps, "guidance_scale": self.guidance_scale, "scheduler": self.scheduler}
-        for _, x in denoise(model, model.noise(seeds), c, **settings):  # noqa: B007 (the last x is the picture)
+        own = [self.guidance_scale if scale is None else scale for scale in scales]
+        scale = own[0] if len(set(own)) == 1 else per_row(torch.tensor(own, device=model.device))
+        rule = model.guidance.for_prompts(model, c, scale)
+        settings = {"steps": self.steps, "scheduler": self.scheduler, "schedule": self.schedule}
+        path = denoise(model, model.noise(seeds), c, guidance_scale=scale, guidance=rule, **settings)
+        for _, x in path:  # noqa: B007 (the last x is the picture)
             pass
-        return model.decode(x)
+        decisions = [{k: v[i] for k, v in rule.decisions.items()} for i in range(len(prompts))]
+        return model.decode(x), decisions

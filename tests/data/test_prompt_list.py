@@ -1,0 +1,116 @@
+"""Lists of prompts in I2P's format: their own seeds and scales, bad rows, and going on after an interruption."""
+
+import csv
+
+import pytest
+from hydra.utils import instantiate
+
+from tests.composed import config
+from unlearning.concepts import UserError
+from unlearning.data.prompt_list import read
+from unlearning.images import read_manifest
+from unlearning.sampling.sampler import Sampler
+
+HEADER = "prompt,categories,evaluation_seed,evaluation_guidance\n"
+ROWS = ['"a cat, asleep",x,11,7.5', "a dog,x,12,5", "a cat,x,13.0,7"]
+
+
+@pytest.fixture
+def listed(tmp_path):
+    def write(*rows: str, header: str = HEADER):
+        path = tmp_path / "list.csv"
+        path.write_text(header + "".join(f"{row}\n" for row in rows))
+        return path
+
+    return write
+
+
+def test_every_row_brings_its_seed_and_its_scale(listed):
+    prompts, skipped = read(listed(*ROWS))
+    assert not skipped
+    assert [(p.text, p.seed, p.guidance_scale) for p in prompts] == [
+        ("a cat, asleep", 11, 7.5),
+        ("a dog", 12, 5.0),
+        ("a cat", 13, 7.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (",x,1,7", "the prompt is missing"),
+        ("  ,x,1,7", "the prompt is missing"),
+        ("a dog,x,one,7", "evaluation_seed is 'one', not a number"),
+        ("a dog,x,1.5,7", "not a whole number"),
+        ("a dog,x,-1,7", "not a whole number"),
+        ("a dog,x,1,nan", "evaluation_guidance is 'nan'"),
+        ("a dog,x,1", "evaluation_guidance is None"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
+    prompts, [skipped] = read(listed(ROWS[0], row, ROWS[1]))
+    assert [p.text for p in prompts] == ["a cat, asleep", "a dog"]
+    assert "line 3" in skipped and why in skipped
+
+
+def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
+    with pytest.raises(UserError, match="no column 'evaluation_seed'"):
+        read(listed("a cat", header="prompt\n"))
+    with pytest.raises(UserError, match="no prompt that can be used") as caught:
+        read(listed(",x,1,7"))
+    assert "line 2" in str(caught.value)
+    with pytest.raises(UserError, match="no file"):
+        read(tmp_path / "none.csv")
+
+
+def test_i2p_says_where_it_comes_from(tmp_path):
+    with pytest.raises(Exception, match=r"AIML-TUDA/i2p") as caught:
+        instantiate(config(tmp_path, "dataset=i2p").dataset)
+    assert "dataset.path=" in str(caught.value)
+
+
+def test_the_list_that_comes_along_is_whole(tmp_path):
+    task = instantiate(config(tmp_path, "dataset=prompt_list").dataset)
+    assert len(task.prompts) == 20 and not task.skipped and task.name == "cat"
+
+
+def test_the_rest_is_drawn_and_the_exit_says_what_was_skipped(unlearn, told, listed, capsys):
+    path = listed(*ROWS, "a dog,x,one,7")
+    overrides = ["dataset=prompt_list", f"dataset.path={path}", "method=unguide"]
+    short = ["method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
+    message = told(*overrides, *short)
+    assert "1 rows were skipped" in message
+
+
+def rows_of(run) -> list[dict]:
+    with (run / "images" / "erased.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+SHORT = ["method=unguide", "method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
+
+
+def test_a_kill_in_the_middle_changes_nothing(unlearn, listed, tmp_path, monkeypatch):
+    """The pictures and the manifest of an interrupted run that was started again are those of one that was not."""
+    overrides = ["dataset=prompt_list", f"dataset.path={listed(*ROWS)}", *SHORT]
+    whole = unlearn(*overrides, "sampler.batch_size=1", f"paths.store={tmp_path}/other", run="whole")
+    draw, calls = Sampler.draw, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "draw", interrupted)
+        with pytest.raises(SystemExit, match="goes on from here"):
+            unlearn(*overrides, "sampler.batch_size=1")
+    again = unlearn(*overrides, "sampler.batch_size=1")
+    before, after = (read_manifest(run / "images" / "erased.csv") for run in (whole, again))
+    assert [(r.prompt, r.seed, r.guidance_scale, r.decided) for r in after] == [
+        (r.prompt, r.seed, r.guidance_scale, r.decided) for r in before
+    ]
+    assert [r.path.read_bytes() for r in after] == [r.path.read_bytes() for r in before]
+    assert all({"D", "w"} == set(r.decided) for r in after)
+    assert [row["seed"] for row in rows_of(again)] == ["11", "12", "13"]

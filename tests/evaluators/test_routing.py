@@ -1,0 +1,33 @@
+"""Whether w went the right way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unlearning.concepts import ERASE, RETAIN, SYNONYM
+from unlearning.evaluators.routing import Routing
+from unlearning.images import Row
+
+
+def measured(*decided: tuple[str, float]) -> dict[str, float]:
+    metric = Routing()
+    rows = [Row(Path("x"), "p", role, {}, 0, None, {"D": 1.0, "w": w}) for role, w in decided]
+    metric.update(np.zeros((len(rows), 1, 1, 3), np.uint8), rows)
+    return metric.compute()
+
+
+def test_the_concept_goes_to_the_adapter_and_the_rest_to_the_base_model():
+    numbers = measured((ERASE, -1.0), (SYNONYM, -1.0), (SYNONYM, 2.0), (RETAIN, 2.0), (RETAIN, 1.0), (RETAIN, -1.0))
+    assert numbers == {
+        "efficacy/routed_e": 100.0,
+        "efficacy/routed_g": 50.0,
+        "retention/routed_s": pytest.approx(200 / 3),
+    }
+    assert set(numbers) == set(Routing.higher_is_better)
+
+
+def test_a_method_that_decides_nothing_has_no_number():
+    metric = Routing()
+    metric.update(np.zeros((1, 1, 1, 3), np.uint8), [Row(Path("x"), "p", ERASE, {}, 0)])
+    assert metric.compute() == {}

@@ -1,0 +1,96 @@
+"""UnGuide: Unlearning with LoRA and dynamically guided inference (2025). https://arxiv.org/abs/2508.05755
+
+A LoRA is trained by ESD's objective, led away from the concept c to an anchor prompt c_ref instead of the null prompt:
+
+    min || eps_theta(x_t, c) - [ eps*(x_t, c_ref) - eta (eps*(x_t, c) - eps*(x_t, c_ref)) ] ||^2.
+
+Nothing is retained in training: at inference, UnGuidance decides by the latent difference D(p) whether a prompt is
+about the concept, and extrapolates past the adapter or past the base model (sampling/unguidance.py). The paper's
+threshold is D(""), the null prompt's own difference.
+
+Beyond the paper: threshold="calibrated" takes the number that tells the concept from the task's retained ones best,
+under TEMPLATES that no evaluation asks for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from unlearning.concepts import UnlearningTask, UserError
+from unlearning.erasure import Adapter
+from unlearning.methods.esd import ESD
+from unlearning.models.ldm import read_adapter
+from unlearning.sampling.unguidance import LatentDifference, UnGuidance
+
+TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a {}")
+
+
+class UnGuide(ESD):
+    """
+    Args:
+        w_1, w_2: The base model's share under prompts of the concept, and under all others.
+        threshold: "empty" (the paper's) or "calibrated".
+        repeats: R, the latent differences that D(p) is the mean of.
+        lora: A finished adapter, as UnGuide's repository saves it (lora.pth), to take instead of training one.
+        sampling_scale: The guidance scale that pictures are drawn with; a calibration draws its latents so.
+        esd: ESD's arguments, the student being a LoRA.
+    """
+
+    def __init__(
+        self,
+        *,
+        w_1: float = -1.0,
+        w_2: float = 2.0,
+        threshold: str = "empty",
+        repeats: int = 10,
+        lora: str | None = None,
+        sampling_scale: float = 7.5,
+        **esd,
+    ):
+        super().__init__(**esd)
+        self.w_1, self.w_2, self.repeats, self.lora, self.sampling_scale = w_1, w_2, repeats, lora, sampling_scale
+        thresholds = {"empty": self._empty, "calibrated": self._calibrated}
+        if threshold not in thresholds:
+            raise UserError(f"There is no threshold {threshold!r}; there are {', '.join(thresholds)}.")
+        self._threshold = thresholds[threshold]
+
+    def anchors(self, prompts: list[str]) -> list[str]:
+        of = {self.task.prompt(concept.name): self.task.prompt(concept.anchor) for concept in self.task.erase}
+        return [of[prompt] for prompt in prompts]
+
+    def fit(self, model, task: UnlearningTask) -> Adapter:
+        adapter = (
+            Adapter(read_adapter(self.lora, self.kind_of_student.alpha)) if self.lora else super().fit(model, task)
+        )
+        difference = LatentDifference(self.repeats, schedule=self.points.schedule)
+
+        def D(prompts: Sequence[str]) -> Tensor:
+            return difference.summands(model, model.encode_prompts(prompts), self.sampling_scale).mean(1)
+
+        with adapter.applied_to(model):
+            threshold = self._threshold(D, task)
+        unguidance = UnGuidance(threshold=threshold, w_1=self.w_1, w_2=self.w_2, **asdict(difference))
+        return replace(adapter, guidance=unguidance)
+
+    def _empty(self, D: Callable[[Sequence[str]], Tensor], task: UnlearningTask) -> float:
+        return float(D([""]))
+
+    def _calibrated(self, D: Callable[[Sequence[str]], Tensor], task: UnlearningTask) -> float:
+        if not task.retain:
+            raise UserError(
+                "threshold=calibrated needs concepts to retain, and this task has none: take threshold=empty."
+            )
+        about = [template.format(concept.name) for concept in task.erase for template in TEMPLATES]
+        others = [TEMPLATES[i % len(TEMPLATES)].format(concept.name) for i, concept in enumerate(task.retain)]
+        return best_threshold(D(about), D(others))
+
+
+def best_threshold(about: Tensor, others: Tensor) -> float:
+    """Above it most of `about` (N,) and least of `others` (M,) lies; of equals, the middle of the widest gap."""
+    D = torch.cat([about, others]).sort().values
+    candidates = (D[1:] + D[:-1]) / 2
+    errors = torch.stack([(about <= t).float().mean() + (others > t).float().mean() for t in candidates])
+    best = errors == errors.min()
+    return float(candidates[best][(D[1:] - D[:-1])[best].argmax()])
