@@ -115,15 +115,13 @@ class Run:
         known = (self.task.erase, self.task.retain, self.task.template)
         images = (*self.task.forget_images, *self.task.retain_images)
         shown = [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
-        return digest(
-            self.model.fingerprint, str(self.model.dtype), self.settings.get("method"), self.seed, known, shown
-        )
+        return digest(self.model.fingerprint, self.model.numerics, self.settings.get("method"), self.seed, known, shown)
 
     def generate(self) -> None:
         """Draws the evaluation's prompts with the base model, where no run has yet, and with the erased one."""
         erasure = Erasure.load(self.folder / "erasure")
         for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
-            place = digest(self.model.fingerprint, str(self.model.dtype), edit.fingerprint, self.sampler.protocol)
+            place = digest(self.model.fingerprint, self.model.numerics, edit.fingerprint, self.sampler.protocol)
             rows = manifest(self.store / "images" / place, self.task, self.seed)
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, rows, self.trainer)

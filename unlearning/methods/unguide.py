@@ -24,6 +24,7 @@ from unlearning.methods.esd import ESD
 from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance
 
+MOST = 20  # retained concepts, of those that a task names, that a calibration looks at
 TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a {}")
 
 
@@ -83,7 +84,7 @@ class UnGuide(ESD):
                 "threshold=calibrated needs concepts to retain, and this task has none: take threshold=empty."
             )
         about = [template.format(concept.name) for concept in task.erase for template in TEMPLATES]
-        others = [TEMPLATES[i % len(TEMPLATES)].format(concept.name) for i, concept in enumerate(task.retain)]
+        others = [TEMPLATES[i % len(TEMPLATES)].format(concept.name) for i, concept in enumerate(task.retain[:MOST])]
         return best_threshold(D(about), D(others))
 
 

@@ -5,7 +5,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,11 +61,21 @@ class DiffusionModel(ABC):
     fingerprint: str
     dtype: torch.dtype
     weights: Mapping[str, Tensor] | None = None  # of a snapshot: values that stand in for the denoiser's own
+    autocast: torch.dtype | None = None  # what the networks compute in, where it is not the weights' dtype
     adapted: bool = True  # whether an adapter beside the denoiser's weights, if there is one, is heard
 
     @property
     def device(self) -> torch.device:
         return torch.device(self._device)
+
+    @property
+    def numerics(self) -> str:
+        """What it computes in: pictures of one precision are not those of another."""
+        return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
+
+    def precision(self) -> AbstractContextManager:
+        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -90,7 +100,7 @@ class DiffusionModel(ABC):
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The denoiser's raw output (epsilon or v), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
-        with nullcontext() if self.adapted else _adapter_off(self.denoiser):
+        with self.precision(), nullcontext() if self.adapted else _adapter_off(self.denoiser):
             if self.weights is None:
                 return self.denoiser(*arguments, **keywords).sample.float()
             return functional_call(self.denoiser, dict(self.weights), arguments, keywords).sample.float()

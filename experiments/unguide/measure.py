@@ -1,0 +1,236 @@
+"""UnGuide's own claims, side by side: python experiments/unguide/measure.py [overrides ...]
+
+- trajectories: time of a fit and H_o, trajectory=exact against trajectory=reuse, a point an iteration both;
+- analysis: calls of the denoiser for D(p) of every prompt, ours against prompt by prompt and repeat by repeat;
+- branches: a guided step with the base model's and the adapter's predictions in two calls, against one mixed batch;
+- closeness: how far pictures of unrelated prompts are from the base model's, by the adapter alone and by UnGuidance.
+
+Both sides of a comparison run in one process by turns. Writes the tables of README.md; --only prints.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from peft.tuners.lora import LoraLayer
+
+from unlearning.__main__ import CONF
+from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
+from unlearning.evaluators.accuracy import h_o
+from unlearning.images import image_seed
+from unlearning.models.base import Conditioning
+from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.sampler import Sampler
+from unlearning.sampling.unguidance import Blend
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"
+SAMPLER, PICTURES = Sampler(steps=25, batch_size=20), 8  # of a prompt
+
+
+class Bench:
+    def __init__(self, concept: str, overrides: list[str]):
+        self.concept, self.overrides = concept, overrides
+        cfg = self.config()
+        self.model, self.task, self.judge = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.judge)
+        self.erasures = {}
+
+    def config(self, *more: str):
+        folder = tempfile.mkdtemp(prefix="unguide-")
+        quiet = ["logger=none", "trainer.callbacks=[]", "+trainer.enable_checkpointing=false", "+trainer.logger=false"]
+        own = [f"paths.output_dir={folder}", "title=unguide", "method=unguide", f"concept={self.concept}"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(
+                "config", overrides=[*quiet, "trainer.enable_progress_bar=false", *own, *self.overrides, *more]
+            )
+
+    def fit(self, seed: int, *more: str):
+        """(erasure, seconds)."""
+        cfg = self.config(*more)
+        pl.seed_everything(seed, verbose=False)
+        method = instantiate(cfg.method, trainer=instantiate(cfg.trainer))
+        start = time.perf_counter()
+        return method.fit(self.model, self.task), time.perf_counter() - start
+
+    def erasure(self):
+        """The first seed's, at the config's settings."""
+        if 0 not in self.erasures:
+            self.erasures[0], _ = self.fit(0)
+        return self.erasures[0]
+
+    def drawn(self, role: str) -> tuple[torch.Tensor, list[str]]:
+        """Pictures of the role's prompts, and what they should show."""
+        rows = [(p.text, i, p.labels["object"]) for p in self.task.prompts if p.role == role for i in range(PICTURES)]
+        parts = [rows[i : i + SAMPLER.batch_size] for i in range(0, len(rows), SAMPLER.batch_size)]
+        images = [
+            SAMPLER(self.model, [t for t, *_ in part], [image_seed(0, t, i) for t, i, _ in part]) for part in parts
+        ]
+        return torch.cat(images), [label for *_, label in rows]
+
+    def accuracy(self, role: str) -> float:
+        images, right = self.drawn(role)
+        names, probabilities = self.judge.classifier((images * 255).round().byte().permute(0, 2, 3, 1), "object")
+        seen = [names[i] for i in probabilities.argmax(1).tolist()]
+        return 100 * statistics.mean(a == b for a, b in zip(seen, right, strict=True))
+
+
+def mean(values: list[float]) -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.2f} ± {error:.2f}"
+
+
+def trajectories(bench: Bench) -> list[dict]:
+    """A fit with fresh partial trajectories and with reused ones: the same settings, a point an iteration, by turns."""
+    seconds: dict[str, list[float]] = {"exact": [], "reuse": []}
+    scores: dict[str, list[float]] = {"exact": [], "reuse": []}
+    for seed in range(3):
+        for kind in seconds:
+            erasure, spent = bench.fit(seed, f"method.trajectory={kind}", "method.batch_size=1")
+            with erasure.applied_to(bench.model):
+                score = h_o(*(bench.accuracy(role) for role in (ERASE, RETAIN, SYNONYM)))
+            seconds[kind].append(spent)
+            scores[kind].append(score)
+    faster = statistics.mean(seconds["exact"]) / statistics.mean(seconds["reuse"])
+    return [
+        {"trajectory": kind, "seeds": 3, "fit (s)": mean(seconds[kind]), "H_o": mean(scores[kind]),
+         "times faster": f"{faster:.1f}" if kind == "reuse" else "", "target": "≥ 8" if kind == "reuse" else ""}
+        for kind in seconds
+    ]  # fmt: skip
+
+
+def analysis(bench: Bench) -> list[dict]:
+    """D of every prompt of the task and of "", ten repeats."""
+    prompts, model, calls = ["", *(p.text for p in bench.task.prompts)], bench.model, []
+    rule = bench.erasure().guidance
+    rows = []
+    with bench.erasure().applied_to(model):
+        hook = model.denoiser.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+
+        def counted(label: str, ask) -> torch.Tensor:
+            calls.clear()
+            start = time.perf_counter()
+            D = ask()
+            spent = time.perf_counter() - start
+            rows.append({"": label, "calls": len(calls), "latents": sum(calls), "seconds": f"{spent:.1f}"})
+            return D
+
+        def one(prompt: str, repeat: int) -> float:
+            alone = replace(rule, repeats=1, seed=rule.seed + repeat)
+            alone.summands(model, model.encode_prompts([""]), 7.5)  # as the repository does: D("") beside every prompt
+            return float(alone.summands(model, model.encode_prompts([prompt]), 7.5))
+
+        ours = counted("batched", lambda: rule.summands(model, model.encode_prompts(prompts), 7.5).mean(1))
+        one_by_one = lambda: torch.tensor([statistics.mean(one(p, r) for r in range(rule.repeats)) for p in prompts])  # noqa: E731
+        theirs = counted("one by one", one_by_one)
+        hook.remove()
+    worst = ((ours - theirs).abs() / theirs).max().item()
+    rows[0] |= {"share of the calls": f"{rows[0]['calls'] / rows[1]['calls']:.3f}", "target": "≤ 0.2",
+                "largest relative difference": f"{worst:.1e}"}  # fmt: skip
+    return [rows[0], {**dict.fromkeys(rows[0], ""), **rows[1]}]
+
+
+def mixed(model, x_t, t, c, null, scale: float, w: torch.Tensor) -> torch.Tensor:
+    """UnGuidance's step with all four branches in one call: peft's mixed-adapter batches."""
+    B = len(x_t)
+    names = ["__base__"] * (2 * B) + ["default_0"] * (2 * B)
+    layers = [m for m in model.denoiser.modules() if isinstance(m, LoraLayer)]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, k: (a, {**k, "adapter_names": names}), with_kwargs=True)
+        for m in layers
+    ]
+    try:
+        told = Conditioning.cat([null, c, null, c])
+        eps = model.predict(torch.cat([x_t] * 4), t, told).chunk(4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    base, unlearned = eps[0] + scale * (eps[1] - eps[0]), eps[2] + scale * (eps[3] - eps[2])
+    w = w.reshape(-1, 1, 1, 1)
+    return w * base + (1 - w) * unlearned
+
+
+def branches(bench: Bench) -> list[dict]:
+    """Seconds of a step, median of 15 turns."""
+    model, t, rows = bench.model, torch.tensor(500), []
+    with bench.erasure().applied_to(model), torch.no_grad():
+        model.denoiser.eval()
+        for batch in (1, 16):
+            x_t, w = model.noise(range(batch)), torch.tensor([-1.0, 2.0] * batch)[:batch]
+            c = model.encode_prompts(["a photo of the dog"]).expand(batch)
+            null = model.encode_prompts([""]).expand(batch)
+            sides = {
+                "two calls": lambda: Blend(w)(model, x_t, t, c, null, 7.5),  # noqa: B023
+                "one mixed batch": lambda: mixed(model, x_t, t, c, null, 7.5, w),  # noqa: B023
+                "classifier-free guidance": lambda: ClassifierFree()(model, x_t, t, c, null, 7.5),  # noqa: B023
+            }
+            torch.testing.assert_close(sides["two calls"](), sides["one mixed batch"](), atol=1e-2, rtol=1e-2)
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(15):
+                for name, side in sides.items():
+                    start = time.perf_counter()
+                    side()
+                    seconds[name].append(time.perf_counter() - start)
+            rows.append(
+                {"batch": batch, **{f"{n} (ms)": f"{1000 * statistics.median(s):.0f}" for n, s in seconds.items()}}
+            )
+    return rows
+
+
+def closeness(bench: Bench) -> list[dict]:
+    """Mean distance of a pixel's colour, of 255, over the retained prompts' pictures, and Acc_s."""
+    model = bench.model
+    base, _ = bench.drawn(RETAIN)
+    rows, erasure = [], bench.erasure()
+    settings = {"the adapter alone (w = 0)": 0.0, "UnGuidance (w_2 = 2)": 2.0}
+    for label, w in settings.items():
+        rule = replace(erasure.guidance, w_1=min(w, erasure.guidance.w_1) if w else 0.0, w_2=w)
+        with replace(erasure, guidance=rule).applied_to(model):
+            images, _ = bench.drawn(RETAIN)
+            row = {"": label, "pixel distance": f"{255 * (images - base).abs().mean():.2f}"}
+            row |= {
+                name: f"{bench.accuracy(role):.1f}"
+                for name, role in zip(("Acc_e", "Acc_g", "Acc_s"), ROLES, strict=True)
+            }
+        rows.append(row)
+    return rows
+
+
+MEASURES = {measure.__name__: measure for measure in (trajectories, analysis, branches, closeness)}
+
+
+def render(tables: dict[str, list[dict]]) -> str:
+    parts = []
+    for name, rows in tables.items():
+        lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+        lines += ["| " + " | ".join(str(row[c]) for c in rows[0]) + " |" for row in rows]
+        parts.append(f"**{name}.** {MEASURES[name].__doc__}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model.autocast=bfloat16")
+    parser.add_argument("--concept", default="cat")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
+    options = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel("ERROR")
+    bench, tables = Bench(options.concept, options.override), {}
+    for name in options.only:
+        tables[name] = MEASURES[name](bench)
+        print(render({name: tables[name]}), flush=True)
+    if options.only == list(MEASURES):
+        readme = HERE / "README.md"
+        before, after = readme.read_text().split(BEGIN)[0], readme.read_text().split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n{render(tables)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
