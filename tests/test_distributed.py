@@ -1,0 +1,32 @@
+"""trainer=ddp on two processes of one machine: the run that one process makes, shared out."""
+
+import json
+import subprocess
+import sys
+
+from unlearning.images import load, read_manifest
+
+RUN = [
+    "concept=cat", "method=esd_x", "method.trajectory=exact", "method.iterations=2", "method.steps=2",
+    "method.batch_size=1", "sampler.steps=2", "sampler.batch_size=2", "dataset=prompt_list", "evaluator=[clip_score]",
+    "logger=csv", "model.device=cpu", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
+    "trainer.callbacks.1._target_=pytorch_lightning.Callback", "~trainer.callbacks.1.refresh_rate",
+]  # fmt: skip
+
+
+def test_two_processes_make_one_run(sd1, tmp_path):
+    """Every picture is drawn, once, and is the one that a single process draws with that erasure."""
+    command = [sys.executable, "-m", "unlearning", *RUN, f"model.path={sd1}", f"hydra.run.dir={tmp_path}/run"]
+    two = [*command, "trainer=ddp", "trainer.devices=2", f"paths.store={tmp_path}/two"]
+    done = subprocess.run(two, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = read_manifest(tmp_path / "run" / "images" / "erased.csv")
+    assert len(shared) == 20 and all(row.path.exists() for row in shared)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["efficacy/clip_score_e"] >= 0
+
+    one = [*command, f"paths.store={tmp_path}/one", "stages=[generate]"]  # of the erasure that the two have found
+    subprocess.run(one, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=True)
+    alone = read_manifest(tmp_path / "run" / "images" / "erased.csv")
+    assert [(r.prompt, r.seed) for r in alone] == [(r.prompt, r.seed) for r in shared]
+    assert (abs(load(alone).astype(int) - load(shared)) <= 1).all()
