@@ -63,6 +63,8 @@ def compose_and_run(cfg: DictConfig) -> None:
     from unlearning.reporting.summary import summary
 
     metrics = run(cfg)
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return  # the first process of a distributed run tells
     console = Console()
     console.print(summary(metrics))
     console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the pictures.", soft_wrap=True)

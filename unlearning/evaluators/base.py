@@ -18,7 +18,8 @@ from unlearning.images import Row
 class Evaluator(Metric):
     """Reads pictures, never the model. Subclasses write `update`, `compute`, `protocol` and `higher_is_better`.
 
-    States are sums, so that several processes may each see a part of the pictures.
+    States are sums, so that several processes may each see a part of the pictures (`merge_state`); of a distributed run
+    the first process sees them all, and waits for no other.
 
     Args:
         device: Where its networks and states live: "cpu", "cuda:1", ... or "auto", a GPU if there is one.
@@ -28,7 +29,7 @@ class Evaluator(Metric):
     higher_is_better: ClassVar[dict[str, bool]] = {}  # for every key that `compute` may give
 
     def __init__(self, device: str = "auto"):
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.to(torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     def zeros(self, name: str, *shape: int) -> None:
