@@ -83,17 +83,27 @@ def test_the_papers_threshold_is_the_null_prompts_difference(model, adapter):
     rule = adapter.guidance
     with adapter.applied_to(model):
         D = rule.of(model, model.encode_prompts([""]), 7.5)
-    assert float(D) == pytest.approx(rule.threshold, rel=1e-5)
+    assert float(D) == pytest.approx(rule.threshold, rel=1e-5) and rule.empty == rule.threshold
 
 
-def test_a_calibrated_threshold_lies_between_what_it_tells_apart(model):
+def test_a_calibrated_threshold_lies_between_what_it_tells_apart(model, adapter):
     assert best_threshold(torch.tensor([4.0, 5.0]), torch.tensor([1.0, 2.0])) == 3.0
     assert best_threshold(torch.tensor([3.0, 5.0, 6.0]), torch.tensor([1.0, 1.1, 3.5])) == pytest.approx(2.05)
-    unknown = pytest.raises(UserError, match="empty, calibrated")
-    with unknown:
+    with pytest.raises(UserError, match="empty, calibrated"):
         unguide(threshold="guess")
-    with pytest.raises(UserError, match="threshold=empty"):
-        unguide(threshold="calibrated").fit(model, replace(TASK, retain=()))
+
+
+@pytest.mark.parametrize("retain", [TASK.retain, ()])
+def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_asks_for(model, monkeypatch, retain):
+    asked, method = [], unguide(threshold="calibrated")
+    encode = type(model).encode_prompts
+    monkeypatch.setattr(
+        type(model), "encode_prompts", lambda self, prompts: asked.extend(prompts) or encode(self, prompts)
+    )
+    rule = method.fit(model, replace(TASK, retain=retain)).guidance
+    assert rule.empty > 0 and rule.threshold > 0
+    assert "a cat" in asked and ("an image of a sky" in asked) == bool(retain)
+    assert not {FOREST.replace("forest", c.name) for c in retain} & set(asked)
 
 
 # --- the adapter in other hands ---------------------------------------------------------------------------------------

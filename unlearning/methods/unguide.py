@@ -8,8 +8,8 @@ Nothing is retained in training: at inference, UnGuidance decides by the latent 
 about the concept, and extrapolates past the adapter or past the base model (sampling/unguidance.py). The paper's
 threshold is D(""), the null prompt's own difference.
 
-Beyond the paper: threshold="calibrated" takes the number that tells the concept from the task's retained ones best,
-under TEMPLATES that no evaluation asks for.
+Beyond the paper: threshold="calibrated" takes the number that best tells the concept from the null prompt and from the
+concepts that the task lets a method retain, under TEMPLATES that no evaluation asks for.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance
 
 MOST = 20  # retained concepts, of those that a task names, that a calibration looks at
+THRESHOLDS = ("empty", "calibrated")
 TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a {}")
 
 
@@ -52,40 +53,32 @@ class UnGuide(ESD):
     ):
         super().__init__(**esd)
         self.w_1, self.w_2, self.repeats, self.lora, self.sampling_scale = w_1, w_2, repeats, lora, sampling_scale
-        thresholds = {"empty": self._empty, "calibrated": self._calibrated}
-        if threshold not in thresholds:
-            raise UserError(f"There is no threshold {threshold!r}; there are {', '.join(thresholds)}.")
-        self._threshold = thresholds[threshold]
+        if threshold not in THRESHOLDS:
+            raise UserError(f"There is no threshold {threshold!r}; there are {', '.join(THRESHOLDS)}.")
+        self.threshold = threshold
 
     def anchors(self, prompts: list[str]) -> list[str]:
         of = {self.task.prompt(concept.name): self.task.prompt(concept.anchor) for concept in self.task.erase}
         return [of[prompt] for prompt in prompts]
 
     def fit(self, model, task: UnlearningTask) -> Adapter:
-        adapter = (
-            Adapter(read_adapter(self.lora, self.kind_of_student.alpha)) if self.lora else super().fit(model, task)
-        )
+        scale = self.kind_of_student.alpha
+        adapter = Adapter(read_adapter(self.lora, scale)) if self.lora else super().fit(model, task)
         difference = LatentDifference(self.repeats, schedule=self.points.schedule)
 
         def D(prompts: Sequence[str]) -> Tensor:
             return difference.summands(model, model.encode_prompts(prompts), self.sampling_scale).mean(1)
 
         with adapter.applied_to(model):
-            threshold = self._threshold(D, task)
-        unguidance = UnGuidance(threshold=threshold, w_1=self.w_1, w_2=self.w_2, **asdict(difference))
+            empty = float(D([""]))
+            threshold = self._calibrated(D, task) if self.threshold == "calibrated" else empty
+        unguidance = UnGuidance(threshold=threshold, empty=empty, w_1=self.w_1, w_2=self.w_2, **asdict(difference))
         return replace(adapter, guidance=unguidance)
 
-    def _empty(self, D: Callable[[Sequence[str]], Tensor], task: UnlearningTask) -> float:
-        return float(D([""]))
-
     def _calibrated(self, D: Callable[[Sequence[str]], Tensor], task: UnlearningTask) -> float:
-        if not task.retain:
-            raise UserError(
-                "threshold=calibrated needs concepts to retain, and this task has none: take threshold=empty."
-            )
         about = [template.format(concept.name) for concept in task.erase for template in TEMPLATES]
         others = [TEMPLATES[i % len(TEMPLATES)].format(concept.name) for i, concept in enumerate(task.retain[:MOST])]
-        return best_threshold(D(about), D(others))
+        return best_threshold(D(about), D(["", *others]))
 
 
 def best_threshold(about: Tensor, others: Tensor) -> float:

@@ -92,17 +92,18 @@ class Measure:
 
 
 def latent_differences(run: Path, rows: Iterable[Row]) -> dict | None:
-    """What the erasure's guidance decided by: D(p) and w of every prompt that was drawn, and the threshold.
+    """What the erasure's guidance decided by: D(p) and w of every prompt that was drawn, the threshold, and D("").
 
-    {"threshold": 3.4, "prompts": [{"prompt": "a photo of the cat", "role": "erase", "D": 5.1, "w": -1.0}, ...]}, the
-    prompts from the largest D down; None where nothing was decided.
+    {"threshold": 3.4, "empty": 1.2, "prompts": [{"prompt": "a photo of the cat", "role": "erase", "D": 5.1, "w": -1.0},
+    ...]}, the prompts from the largest D down; None where nothing was decided.
     """
     decided = {row.prompt: row for row in rows if "D" in row.decided}
     if not decided:
         return None
     prompts = [{"prompt": r.prompt, "role": r.role, **r.decided} for r in decided.values()]
     guidance = json.loads(_read(run / "erasure" / "erasure.json", "fit"))["arguments"]
-    return {"threshold": guidance["threshold"], "prompts": sorted(prompts, key=lambda p: -p["D"])}
+    ranked = sorted(prompts, key=lambda p: -p["D"])
+    return {"threshold": guidance["threshold"], "empty": guidance["empty"], "prompts": ranked}
 
 
 def _measures(metrics: dict) -> dict[str, list[Measure]]:

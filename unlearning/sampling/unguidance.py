@@ -84,10 +84,12 @@ class UnGuidance(LatentDifference, Guidance):
     """
     Args:
         threshold: Above it a prompt is about the erased concept.
+        empty: D(""), to show beside it; the paper's threshold.
         w_1, w_2: The base model's share for such prompts, and for all others.
     """
 
     threshold: float
+    empty: float = 0.0
     w_1: float = -1.0
     w_2: float = 2.0
 
