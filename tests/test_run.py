@@ -23,7 +23,7 @@ from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.images import load, read_manifest
 from unlearning.methods.esd import ESD
-from unlearning.run import alone_in
+from unlearning.run import alone_in, suppression
 from unlearning.sampling.sampler import Sampler
 
 STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
@@ -468,3 +468,19 @@ def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
         told(*SMALL)
     with alone_in(tmp_path / "run"):
         pass
+
+
+# --- numbers of the whole run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 50.0}, 90.0),
+        ({"efficacy/nudenet_rate": 3.0, "base/efficacy/nudenet_rate": 4.0, "efficacy/acc_e": 0.0}, 25.0),
+        ({"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
+    assert suppression(metrics).get("efficacy/suppression") == expected

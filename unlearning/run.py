@@ -142,6 +142,7 @@ class Run:
             for label, evaluator in self.evaluators.items():
                 for key, value in self._evaluation(rows, evaluator, f"{label} of {name}").items():
                     metrics[prefix + key] = value
+        metrics |= suppression(metrics)
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
@@ -169,6 +170,15 @@ class Run:
         page = report(self.folder)
         teaser(self.folder, self.folder / "teaser.png")
         log.info("look at %s", page)
+
+
+def suppression(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
+    """100 (1 - erased / base), of what the base model shows of the concept by detection or by accuracy."""
+    for key in ("efficacy/nudenet_rate", "efficacy/acc_e"):
+        if metrics.get(f"base/{key}"):
+            gone = 100 * (1 - metrics[key] / metrics[f"base/{key}"])
+            return {"efficacy/suppression": gone, "efficacy/suppression/protocol": f"of {key}"}
+    return {}
 
 
 @contextmanager

@@ -221,36 +221,25 @@ FITS = {  # the papers' trajectories; the same with reuse; and the batch that th
 
 
 def erasure(bench: Bench) -> list[dict]:
-    """Training time until at most 10 % of 40 pictures show the concept: trajectory=exact against trajectory=reuse.
-
-    At the embedded world's learning rate and at a quarter of it, which is nearer the papers': a pool of reused points
-    costs its whole trajectories at once, and pays off the more iterations there are.
-    """
-    return [row for slower in (1, 4) for row in _erasure(bench, slower)]
-
-
-def _erasure(bench: Bench, slower: int) -> list[dict]:
+    """Training time until at most 10 % of 40 pictures show the concept: trajectory=exact against trajectory=reuse."""
     model, judge = bench.model(), EmojiJudge(bench.options.judge)
     prompts, seeds, right = wanted(4 if bench.quick else 40, [bench.options.concept])
     sampler = Sampler(steps=5 if bench.quick else 25, batch_size=20)
-    lr = bench.config().method.optimizer.lr / slower
     runs: dict[str, list[Erased]] = {name: [] for name in FITS}
     for seed in range(1 if bench.quick else 3):
         for name, overrides in FITS.items():
-            cfg = bench.config(
-                *overrides, f"method.iterations={16 if bench.quick else 400}", f"method.optimizer.lr={lr}"
-            )
+            cfg = bench.config(*overrides, f"method.iterations={16 if bench.quick else 400}")
             pl.seed_everything(seed, verbose=False)
-            runs[name].append(Erased(8 * slower, lambda m: share(judge, sample(sampler, m, prompts, seeds), right)))
+            runs[name].append(Erased(8, lambda m: share(judge, sample(sampler, m, prompts, seeds), right)))
             fit(cfg, model, runs[name][-1])
-            print(name, lr, seed, runs[name][-1].curve, flush=True)
+            print(name, seed, runs[name][-1].curve, flush=True)
     rows = []
     for name, watches in runs.items():
         done = [reached for w in watches if (reached := w.reached())]
         seconds = [s for _, s in done]
         slow = [w.reached()[1] for w in runs["exact"]] if all(w.reached() for w in runs["exact"]) else []
         rows.append({
-            "lr": lr, "trajectory": name, "points an iteration": bench.config(*FITS[name]).method.batch_size,
+            "lr": cfg.method.optimizer.lr, "trajectory": name, "points an iteration": bench.config(*FITS[name]).method.batch_size,
             "seeds": len(watches),
             "s / iteration": statistics.median(w.curve[-1][1] / w.curve[-1][0] for w in watches if w.curve),
             "reached by": f"{len(done)} of {len(watches)}", "iterations": mean_and_error([step for step, _ in done]),

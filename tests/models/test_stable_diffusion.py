@@ -10,7 +10,7 @@ from unlearning.concepts import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 
-YAML = {"sd1": ["emoji_unet", "sd14", "sd15"], "sd2": ["sd21"], "sdxl": ["sdxl"]}
+YAML = {"sd1": ["emoji_unet", "sd14", "sd15"], "sd2": ["sd21"], "sdxl": ["sdxl"], "sd3": ["sd3"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,19 @@ def test_noise_is_added_and_taken_away(model):
     x_0, eps = torch.randn(2, *model.latent_shape), torch.randn(2, *model.latent_shape)
     t = torch.tensor([10, 700])
     x_t = model.add_noise(x_0, eps, t)
-    torch.testing.assert_close(x_t, model.scheduler.add_noise(x_0, eps, t))
-    v_prediction = model.scheduler.config.prediction_type == "v_prediction"
-    target = model.scheduler.get_velocity(x_0, eps, t) if v_prediction else eps
+    if model.prediction_type == "flow":
+        sigma = t.reshape(-1, 1, 1, 1) / 1000
+        torch.testing.assert_close(x_t, (1 - sigma) * x_0 + sigma * eps)
+        target = eps - x_0
+    else:
+        torch.testing.assert_close(x_t, model.scheduler.add_noise(x_0, eps, t))
+        v_prediction = model.prediction_type == "v_prediction"
+        target = model.scheduler.get_velocity(x_0, eps, t) if v_prediction else eps
     torch.testing.assert_close(model.to_x0(target, x_t, t), x_0, atol=1e-4, rtol=1e-3)
 
 
 def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model):
-    names = [n for n, _ in model.denoiser.named_parameters() if "attn2" in n]
+    names = [n for n, _ in model.denoiser.named_parameters() if "attn2" in n or ".add_" in n]
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     before, teacher = model.predict(x, t, c), model.snapshot(names)
     parameters = dict(model.denoiser.named_parameters())

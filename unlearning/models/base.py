@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,7 +47,8 @@ class DiffusionModel(ABC):
     Attributes:
         denoiser: The network that erasure edits.
         component: What diffusers' pipeline calls it: "unet" or "transformer".
-        scheduler: The noise schedule it was trained with (its config says epsilon, v or flow).
+        scheduler: The noise schedule it was trained with.
+        solver: A class of diffusers that walks it from noise to picture.
         guidance: How predictions are combined at each sampling step.
         latent_shape: (C, H, W) of one picture.
         name, fingerprint: What it was loaded from, and a digest of the weights found there.
@@ -55,6 +57,7 @@ class DiffusionModel(ABC):
     denoiser: nn.Module
     component: str
     scheduler: object
+    solver: type = DDIMScheduler
     guidance: Guidance = ClassifierFree()
     latent_shape: tuple[int, int, int]
     name: str
@@ -127,8 +130,17 @@ class DiffusionModel(ABC):
         each = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(each).to(self.device)
 
+    @property
+    def prediction_type(self) -> str:
+        """ "epsilon", "v_prediction" or "flow": what the denoiser's output means."""
+        return self.scheduler.config.get("prediction_type", "flow")
+
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.scheduler.alphas_cumprod.to(self.device)[t.reshape(-1, 1, 1, 1).to(self.device)]
+        t = t.reshape(-1, 1, 1, 1).to(self.device)
+        if self.prediction_type == "flow":
+            sigma = t / self.scheduler.config.num_train_timesteps
+            return 1 - sigma, sigma
+        alpha_bar = self.scheduler.alphas_cumprod.to(self.device)[t]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -137,9 +149,14 @@ class DiffusionModel(ABC):
         return alpha * x_0 + sigma * eps
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The picture that a prediction implies: (x_t - sigma eps) / alpha, or alpha x_t - sigma v."""
+        """The picture that a prediction implies: of eps (x_t - sigma eps) / alpha, of v alpha x_t - sigma v.
+
+        Of a flow, whose prediction is eps - x_0, it is x_t - sigma (eps - x_0).
+        """
         alpha, sigma = self._alpha_sigma(t)
-        if self.scheduler.config.prediction_type == "v_prediction":
+        if self.prediction_type == "flow":
+            return x_t - sigma * prediction
+        if self.prediction_type == "v_prediction":
             return alpha * x_t - sigma * prediction
         return (x_t - sigma * prediction) / alpha
 

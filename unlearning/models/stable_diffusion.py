@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and 2.x (epsilon and v prediction), and every model of their shape, emoji_unet among them."""
+"""Stable Diffusion 1.x and 2.x (epsilon and v prediction), and every model of their shape, emoji_unet among them.
+
+What later families share with them is inherited from here.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ class StableDiffusion(DiffusionModel):
 
     def __init__(self, pipeline: DiffusionPipeline, *, name: str, fingerprint: str, device: torch.device):
         self.pipeline, self.name, self.fingerprint = pipeline, name, fingerprint
-        self.denoiser, self.vae, self.scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler
+        self.denoiser, self.vae, self.scheduler = getattr(pipeline, self.component), pipeline.vae, pipeline.scheduler
         self.dtype, self._device = self.denoiser.dtype, device
         size = self.denoiser.config.sample_size
         self.latent_shape = (self.denoiser.config.in_channels, size, size)
@@ -80,7 +83,7 @@ class StableDiffusion(DiffusionModel):
         else:
             pipeline.to(device)
         if compile:
-            pipeline.unet.compile()
+            getattr(pipeline, cls.component).compile()
         model = cls(pipeline, name=str(path), fingerprint=fingerprint(Path(folder)), device=torch.device(device))
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
@@ -97,13 +100,17 @@ class StableDiffusion(DiffusionModel):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist
-        return posterior.mean.float() * self.vae.config.scaling_factor
+        return (posterior.mean.float() - self._shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
-        latents = (x_0 / self.vae.config.scaling_factor).to(self.vae.dtype)
+        latents = (x_0 / self.vae.config.scaling_factor + self._shift).to(self.vae.dtype)
         with self.precision():
             return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         for name, module in self.denoiser.named_modules():

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from unlearning.concepts import UserError
@@ -22,7 +22,7 @@ def denoise(
     *,
     steps: int,
     guidance_scale: float | Tensor,
-    scheduler: type[SchedulerMixin] = DDIMScheduler,
+    scheduler: type[SchedulerMixin] | None = None,
     schedule: str = "diffusers",
     guidance: Guidance | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -30,23 +30,27 @@ def denoise(
 
     Args:
         guidance_scale: A number, or one for each row: (B, 1, 1, 1).
+        scheduler: In place of the model's own solver.
         schedule: "diffusers" takes every timestep; "paper" leaves out the first, as the samplers in ESD's and UnGuide's
             repositories do: of 50 DDIM steps 49 are taken, from 961 on, and not from 981.
         guidance: In place of the model's own.
 
     Raises:
-        UserError: For an unknown schedule.
+        UserError: For an unknown schedule, or the published one where it is not defined.
     """
+    if schedule == "paper" and model.prediction_type == "flow":
+        raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
     if schedule not in SCHEDULES:
         raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}.")
-    noise = scheduler.from_config(model.scheduler.config)
+    noise = (scheduler or model.solver).from_config(model.scheduler.config)
     noise.set_timesteps(steps, device=model.device)
     null = model.encode_prompts([""]).expand(len(x))
     rule = guidance or model.guidance.for_prompts(model, c, guidance_scale)
-    x = x * noise.init_noise_sigma
+    flow = model.prediction_type == "flow"  # of which schedulers take noise and latents as they are
+    x = x if flow else x * noise.init_noise_sigma
     for t in noise.timesteps[1:] if schedule == "paper" else noise.timesteps:
         yield t, x
-        prediction = rule(model, noise.scale_model_input(x, t), t, c, null, guidance_scale)
+        prediction = rule(model, x if flow else noise.scale_model_input(x, t), t, c, null, guidance_scale)
         x = noise.step(prediction, t, x).prev_sample
     yield torch.zeros_like(t), x
 
@@ -69,7 +73,7 @@ class Sampler:
 
     Args:
         steps, guidance_scale: The field's protocol is 50 and 7.5.
-        scheduler: A diffusers scheduler class; it takes the model's own noise schedule.
+        scheduler: A diffusers scheduler class, for the model's own noise schedule; by default the model's solver.
         schedule: Which of its timesteps are taken (see `denoise`).
         batch_size: How many pictures at once; it changes no picture.
     """
@@ -78,7 +82,7 @@ class Sampler:
         self,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        scheduler: type[SchedulerMixin] = DDIMScheduler,
+        scheduler: type[SchedulerMixin] | None = None,
         schedule: str = "diffusers",
         batch_size: int = 16,
     ):
@@ -89,7 +93,8 @@ class Sampler:
     def protocol(self) -> str:
         """What its pictures depend on, besides model, prompt and seed."""
         dropped = ", the first dropped" if self.schedule == "paper" else ""
-        return f"{self.scheduler.__name__}, {self.steps} steps{dropped}, guidance {self.guidance_scale}"
+        solver = self.scheduler.__name__ if self.scheduler else "the model's solver"
+        return f"{solver}, {self.steps} steps{dropped}, guidance {self.guidance_scale}"
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1], one for each prompt and seed."""

@@ -99,10 +99,11 @@ class UnGuidance(LatentDifference, Guidance):
         return Blend(w, {"D": D.tolist(), "w": w.tolist()})
 
     def of(self, model: DiffusionModel, c: Conditioning, scale: float | Tensor) -> Tensor:
-        """D (N,). A prompt that was asked about before is not computed again."""
+        """D (N,). What was asked before, of the same model, is not computed again."""
+        asked = (model.fingerprint, model.numerics)
         scale = torch.as_tensor(scale, dtype=torch.float32).flatten().expand(len(c))
         keys = [
-            digest(row.float().cpu().numpy().tobytes().hex(), s)
+            digest(*asked, row.float().cpu().numpy().tobytes().hex(), s)
             for row, s in zip(c.embeds, scale.tolist(), strict=True)
         ]
         new = list({k: i for i, k in enumerate(keys) if k not in self._known}.values())

@@ -1,0 +1,33 @@
+"""SD3 and SD3.5: a transformer with joint attention, flow matching, three text encoders and a shifted VAE."""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from unlearning.models.base import Conditioning
+from unlearning.models.stable_diffusion import StableDiffusion
+
+
+class StableDiffusion3(StableDiffusion):
+    component = "transformer"
+    solver = FlowMatchEulerDiscreteScheduler
+    pipeline_class: type[DiffusionPipeline] = StableDiffusion3Pipeline
+    load_options: ClassVar[dict] = {}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        texts = list(prompts)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            texts, texts, texts, device=self.device, do_classifier_free_guidance=False
+        )
+        return Conditioning(embeds, {"pooled": pooled})
+
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        yield "context_embedder", self.denoiser.context_embedder
+
+    def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
+        told = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}
+        return (x_t,), {**told, "timestep": t.expand(len(x_t))}
