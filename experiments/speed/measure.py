@@ -239,8 +239,8 @@ def erasure(bench: Bench) -> list[dict]:
         seconds = [s for _, s in done]
         slow = [w.reached()[1] for w in runs["exact"]] if all(w.reached() for w in runs["exact"]) else []
         rows.append({
-            "lr": cfg.method.optimizer.lr, "trajectory": name, "points an iteration": bench.config(*FITS[name]).method.batch_size,
-            "seeds": len(watches),
+            "lr": cfg.method.optimizer.lr, "trajectory": name, "seeds": len(watches),
+            "points an iteration": bench.config(*FITS[name]).method.batch_size,
             "s / iteration": statistics.median(w.curve[-1][1] / w.curve[-1][0] for w in watches if w.curve),
             "reached by": f"{len(done)} of {len(watches)}", "iterations": mean_and_error([step for step, _ in done]),
             "seconds": mean_and_error(seconds),
