@@ -179,6 +179,7 @@ class Adapter(Erasure):
         rule = GuidanceEdit(self.guidance or model.guidance)
         try:
             model.denoiser.load_lora_adapter(dict(self.weights), prefix=model.component)
+            model.denoiser.eval()
             with rule.applied_to(model):
                 yield model
         finally:

@@ -2,7 +2,7 @@
 
 - trajectories: time of a fit and H_o, trajectory=exact against trajectory=reuse, a point an iteration both;
 - analysis: calls of the denoiser for D(p) of every prompt, ours against prompt by prompt and repeat by repeat;
-- branches: a guided step with the base model's and the adapter's predictions in two calls, against one mixed batch;
+- branches: a guided step with the base model's and the adapter's predictions in one mixed batch, against two calls;
 - closeness: how far pictures of unrelated prompts are from the base model's, by the adapter alone and by UnGuidance.
 
 Both sides of a comparison run in one process by turns. Writes the tables of README.md; --only prints.
@@ -21,13 +21,11 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from peft.tuners.lora import LoraLayer
 
 from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.evaluators.accuracy import h_o
 from unlearning.images import image_seed
-from unlearning.models.base import Conditioning
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import Blend
@@ -75,8 +73,7 @@ class Bench:
         ]
         return torch.cat(images), [label for *_, label in rows]
 
-    def accuracy(self, role: str) -> float:
-        images, right = self.drawn(role)
+    def accuracy(self, images: torch.Tensor, right: list[str]) -> float:
         names, probabilities = self.judge.classifier((images * 255).round().byte().permute(0, 2, 3, 1), "object")
         seen = [names[i] for i in probabilities.argmax(1).tolist()]
         return 100 * statistics.mean(a == b for a, b in zip(seen, right, strict=True))
@@ -95,7 +92,7 @@ def trajectories(bench: Bench) -> list[dict]:
         for kind in seconds:
             erasure, spent = bench.fit(seed, f"method.trajectory={kind}", "method.batch_size=1")
             with erasure.applied_to(bench.model):
-                score = h_o(*(bench.accuracy(role) for role in (ERASE, RETAIN, SYNONYM)))
+                score = h_o(*(bench.accuracy(*bench.drawn(role)) for role in (ERASE, RETAIN, SYNONYM)))
             seconds[kind].append(spent)
             scores[kind].append(score)
     faster = statistics.mean(seconds["exact"]) / statistics.mean(seconds["reuse"])
@@ -137,22 +134,10 @@ def analysis(bench: Bench) -> list[dict]:
     return [rows[0], {**dict.fromkeys(rows[0], ""), **rows[1]}]
 
 
-def mixed(model, x_t, t, c, null, scale: float, w: torch.Tensor) -> torch.Tensor:
-    """UnGuidance's step with all four branches in one call: peft's mixed-adapter batches."""
-    B = len(x_t)
-    names = ["__base__"] * (2 * B) + ["default_0"] * (2 * B)
-    layers = [m for m in model.denoiser.modules() if isinstance(m, LoraLayer)]
-    hooks = [
-        m.register_forward_pre_hook(lambda _, a, k: (a, {**k, "adapter_names": names}), with_kwargs=True)
-        for m in layers
-    ]
-    try:
-        told = Conditioning.cat([null, c, null, c])
-        eps = model.predict(torch.cat([x_t] * 4), t, told).chunk(4)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    base, unlearned = eps[0] + scale * (eps[1] - eps[0]), eps[2] + scale * (eps[3] - eps[2])
+def apart(model, x_t, t, c, null, scale: float, w: torch.Tensor) -> torch.Tensor:
+    """UnGuidance's step in two calls of the denoiser, the adapter switched off for one of them."""
+    base = ClassifierFree()(model.without_adapter(), x_t, t, c, null, scale)
+    unlearned = ClassifierFree()(model, x_t, t, c, null, scale)
     w = w.reshape(-1, 1, 1, 1)
     return w * base + (1 - w) * unlearned
 
@@ -161,14 +146,13 @@ def branches(bench: Bench) -> list[dict]:
     """Seconds of a step, median of 15 turns."""
     model, t, rows = bench.model, torch.tensor(500), []
     with bench.erasure().applied_to(model), torch.no_grad():
-        model.denoiser.eval()
         for batch in (1, 16):
             x_t, w = model.noise(range(batch)), torch.tensor([-1.0, 2.0] * batch)[:batch]
             c = model.encode_prompts(["a photo of the dog"]).expand(batch)
             null = model.encode_prompts([""]).expand(batch)
             sides = {
-                "two calls": lambda: Blend(w)(model, x_t, t, c, null, 7.5),  # noqa: B023
-                "one mixed batch": lambda: mixed(model, x_t, t, c, null, 7.5, w),  # noqa: B023
+                "one mixed batch": lambda: Blend(w)(model, x_t, t, c, null, 7.5),  # noqa: B023
+                "two calls": lambda: apart(model, x_t, t, c, null, 7.5, w),  # noqa: B023
                 "classifier-free guidance": lambda: ClassifierFree()(model, x_t, t, c, null, 7.5),  # noqa: B023
             }
             torch.testing.assert_close(sides["two calls"](), sides["one mixed batch"](), atol=1e-2, rtol=1e-2)
@@ -186,20 +170,18 @@ def branches(bench: Bench) -> list[dict]:
 
 def closeness(bench: Bench) -> list[dict]:
     """Mean distance of a pixel's colour, of 255, over the retained prompts' pictures, and Acc_s."""
-    model = bench.model
     base, _ = bench.drawn(RETAIN)
     rows, erasure = [], bench.erasure()
-    settings = {"the adapter alone (w = 0)": 0.0, "UnGuidance (w_2 = 2)": 2.0}
-    for label, w in settings.items():
-        rule = replace(erasure.guidance, w_1=min(w, erasure.guidance.w_1) if w else 0.0, w_2=w)
-        with replace(erasure, guidance=rule).applied_to(model):
-            images, _ = bench.drawn(RETAIN)
-            row = {"": label, "pixel distance": f"{255 * (images - base).abs().mean():.2f}"}
-            row |= {
-                name: f"{bench.accuracy(role):.1f}"
-                for name, role in zip(("Acc_e", "Acc_g", "Acc_s"), ROLES, strict=True)
-            }
-        rows.append(row)
+    for label, w in {
+        "the adapter alone": (0.0, 0.0),
+        "UnGuidance": (erasure.guidance.w_1, erasure.guidance.w_2),
+    }.items():
+        with replace(erasure, guidance=replace(erasure.guidance, w_1=w[0], w_2=w[1])).applied_to(bench.model):
+            drawn = {role: bench.drawn(role) for role in ROLES}
+        distance = 255 * (drawn[RETAIN][0] - base).abs().mean()
+        row = {"": label, "w_1, w_2": f"{w[0]:g}, {w[1]:g}", "pixel distance": f"{distance:.2f}"}
+        names = zip(("Acc_e", "Acc_g", "Acc_s"), drawn.values(), strict=True)
+        rows.append(row | {name: f"{bench.accuracy(*pictures):.1f}" for name, pictures in names})
     return rows
 
 

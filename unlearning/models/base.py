@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -159,6 +160,26 @@ class DiffusionModel(ABC):
         if self.prediction_type == "v_prediction":
             return alpha * x_t - sigma * prediction
         return (x_t - sigma * prediction) / alpha
+
+
+@contextmanager
+def adapter_for(denoiser: nn.Module, rows: Sequence[bool]) -> Iterator[None]:
+    """Within it the adapter is heard by some rows of a batch alone: `rows`, over and over until the batch is full.
+
+    peft's mixed-adapter batches: one call of the denoiser for both the base model and the adapted one.
+    """
+
+    def tell(layer: LoraLayer, arguments: tuple, keywords: dict) -> tuple[tuple, dict]:
+        names = [layer.active_adapters[0] if heard else "__base__" for heard in rows]
+        return arguments, {**keywords, "adapter_names": names * (len(arguments[0]) // len(rows))}
+
+    layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    hooks = [layer.register_forward_pre_hook(tell, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

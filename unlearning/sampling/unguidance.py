@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unlearning.images import digest
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.models.base import Conditioning, DiffusionModel, adapter_for
 from unlearning.sampling.guidance import ClassifierFree, Guidance
 from unlearning.sampling.sampler import as_published, denoise, per_row
 
@@ -122,13 +122,17 @@ class UnGuidance(LatentDifference, Guidance):
 
 @dataclass(frozen=True)
 class Blend(Guidance):
-    """w CFG(eps*) + (1 - w) CFG(eps_LoRA), w (B,): each row of a batch has its own."""
+    """w CFG(eps*) + (1 - w) CFG(eps_LoRA), w (B,): each row of a batch has its own; all branches in one call."""
 
     w: Tensor
     decisions: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self, model, x_t: Tensor, t: Tensor, c, null, scale: float | Tensor) -> Tensor:
-        base = ClassifierFree()(model.without_adapter(), x_t, t, c, null, scale)
-        unlearned = ClassifierFree()(model, x_t, t, c, null, scale)
+        if self.w.eq(0).all() or self.w.eq(1).all():
+            return ClassifierFree()(model if self.w.eq(0).all() else model.without_adapter(), x_t, t, c, null, scale)
+        x_t, c, null = torch.cat([x_t, x_t]), Conditioning.cat([c, c]), Conditioning.cat([null, null])
+        t, scale = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (t, scale))
+        with adapter_for(model.denoiser, [False] * len(self.w) + [True] * len(self.w)):
+            base, unlearned = ClassifierFree()(model, x_t, t, c, null, scale).chunk(2)
         w = per_row(self.w)
         return w * base + (1 - w) * unlearned
