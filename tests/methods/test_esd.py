@@ -43,7 +43,7 @@ def test_the_target_is_guidance_away_from_the_concept(model):
     method = esd(eta=2.0)
     method.student, method.teacher = model, model.snapshot([])
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["a photo of the cat"])
-    method.points = lambda *_: (x_t, t, c, ["a photo of the cat"])
+    method.points = lambda model, prompts, target: (x_t, t, c, target(x_t, t, c, prompts))
     eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
     expected = (3 * (eps_c - eps_0)).pow(2).mean()
     torch.testing.assert_close(method.loss(["a photo of the cat"]), expected, atol=1e-6, rtol=1e-3)

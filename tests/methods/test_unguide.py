@@ -52,7 +52,7 @@ def test_the_target_leads_away_from_the_concept_past_the_anchor(model, eta):
     method = unguide(eta=eta)
     method.student, method.teacher, method.task = model, model.snapshot([]), TASK
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts([CAT])
-    method.points = lambda *_: (x_t, t, c, [CAT])
+    method.points = lambda model, prompts, target: (x_t, t, c, target(x_t, t, c, prompts))
     eps_c, eps_ref = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([FOREST]))
     target = eps_ref - eta * (eps_c - eps_ref)
     torch.testing.assert_close(method.loss([CAT]), (eps_c - target).pow(2).mean(), atol=1e-7, rtol=1e-3)

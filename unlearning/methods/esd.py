@@ -11,10 +11,12 @@ config.
 By default t is the timestep at which x_t stands; schedule="paper" draws it as the authors' script does.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.methods.base import TrainedMethod
+from unlearning.models.base import Conditioning
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 
@@ -45,8 +47,12 @@ class ESD(TrainedMethod):
         """What is guided to, away from each of the prompts: the null prompt."""
         return [""] * len(prompts)
 
-    def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c, prompts = self.points(self.student, prompts)
+    @torch.no_grad()
+    def target(self, x_t: Tensor, t: Tensor, c: Conditioning, prompts: list[str]) -> Tensor:
+        """The bracket of eq. 6."""
         anchor = self.teacher.encode_prompts(self.anchors(prompts))
-        target = ClassifierFree()(self.teacher, x_t, t, c, anchor, -self.eta).detach()
+        return ClassifierFree()(self.teacher, x_t, t, c, anchor, -self.eta)
+
+    def loss(self, prompts: list[str]) -> Tensor:
+        x_t, t, c, target = self.points(self.student, prompts, self.target)
         return F.mse_loss(self.student.predict(x_t, t, c), target)

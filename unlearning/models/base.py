@@ -161,6 +161,11 @@ class DiffusionModel(ABC):
             return alpha * x_t - sigma * prediction
         return (x_t - sigma * prediction) / alpha
 
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction implies: (x_t - alpha x_0) / sigma."""
+        alpha, sigma = self._alpha_sigma(t)
+        return (x_t - alpha * self.to_x0(prediction, x_t, t)) / sigma
+
 
 @contextmanager
 def adapter_for(denoiser: nn.Module, rows: Sequence[bool]) -> Iterator[None]:

@@ -38,21 +38,54 @@ def denoise(
     Raises:
         UserError: For an unknown schedule, or the published one where it is not defined.
     """
-    if schedule == "paper" and model.prediction_type == "flow":
-        raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
-    if schedule not in SCHEDULES:
-        raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}.")
-    noise = (scheduler or model.solver).from_config(model.scheduler.config)
-    noise.set_timesteps(steps, device=model.device)
+    noise = _timesteps(model, scheduler or model.solver, steps, schedule)
     null = model.encode_prompts([""]).expand(len(x))
     rule = guidance or model.guidance.for_prompts(model, c, guidance_scale)
     flow = model.prediction_type == "flow"  # of which schedulers take noise and latents as they are
     x = x if flow else x * noise.init_noise_sigma
-    for t in noise.timesteps[1:] if schedule == "paper" else noise.timesteps:
+    for t in noise.timesteps[schedule == "paper" :]:
         yield t, x
         prediction = rule(model, x if flow else noise.scale_model_input(x, t), t, c, null, guidance_scale)
         x = noise.step(prediction, t, x).prev_sample
     yield torch.zeros_like(t), x
+
+
+@torch.no_grad()
+def skim(
+    model: DiffusionModel,
+    x: Tensor,
+    c: Conditioning,
+    *,
+    steps: int,
+    guidance_scale: float,
+    schedule: str = "diffusers",
+    every: int = 5,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields what `denoise` yields, of a trajectory that asks for a prediction at every so many timesteps only.
+
+    In between, the picture and the noise that the last prediction implies are held: x_s = alpha_s x_0 + sigma_s eps, as
+    in DDIM's own step (Song et al., 2021, eq. 12). Coarser, and so many times cheaper.
+    """
+    null, held = model.encode_prompts([""]).expand(len(x)), None
+    for i, t in enumerate(_timesteps(model, model.solver, steps, schedule).timesteps[schedule == "paper" :]):
+        s = t.expand(len(x))
+        x = model.add_noise(*held, s) if held else x
+        yield t, x
+        if i % every == 0:
+            prediction = model.guidance(model, x, t, c, null, guidance_scale)
+            held = model.to_x0(prediction, x, s), model.to_eps(prediction, x, s)
+    yield torch.zeros_like(t), held[0]
+
+
+def _timesteps(model: DiffusionModel, scheduler: type[SchedulerMixin], steps: int, schedule: str) -> SchedulerMixin:
+    """A scheduler with its timesteps set. Raises UserError as `denoise` says."""
+    if schedule not in SCHEDULES:
+        raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}.")
+    if schedule == "paper" and model.prediction_type == "flow":
+        raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
+    noise = scheduler.from_config(model.scheduler.config)
+    noise.set_timesteps(steps, device=model.device)
+    return noise
 
 
 def as_published(i: int, steps: int, length: int = 1000) -> tuple[int, range]:
