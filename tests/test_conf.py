@@ -15,7 +15,8 @@ from unlearning.__main__ import CONF
 from unlearning.data import folder, prompt
 
 FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("**/*.yaml") if p.parent != CONF)
-CHOICES = [str(p) for p in FILES if not p.name.startswith("_")]  # an underscore marks what others inherit from
+# A specialization is never chosen: it comes with its method and model, and is checked with them.
+CHOICES = [str(p) for p in FILES if p.parts[0] != "specialization"]
 # Not known without Hydra's own process, or given by the user.
 GIVEN = ["paths.output_dir=/nowhere", "title=a test"]
 NEEDS = {"dataset/folder": ["forget=/a/folder"]}
