@@ -8,7 +8,9 @@ from torch import Tensor
 
 from unlearning.concepts import UserError
 
-LEVELS = 3  # positions a level of input_blocks and output_blocks has: two layers and a sampler, or three layers
+PER_LEVEL = (
+    3  # positions that a level of input_blocks and of output_blocks has: two layers and a sampler, or three layers
+)
 
 
 def diffusers_name(name: str) -> str:
@@ -24,7 +26,7 @@ def diffusers_name(name: str) -> str:
         return f"mid_block.{place}.{match[2]}"
     if match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.([01])\.(.+)", name):
         side, number, part, rest = match.groups()
-        level, layer = divmod(int(number) - (side == "input"), LEVELS)
+        level, layer = divmod(int(number) - (side == "input"), PER_LEVEL)
         kind = "attentions" if part == "1" else "resnets"
         return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{kind}.{layer}.{rest}"
     raise ValueError(f"{name} is no layer of ldm's UNet that an adapter could be on")

@@ -50,8 +50,7 @@ class StableDiffusion(DiffusionModel):
         Args:
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
             dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, where it is not the weights' dtype: bfloat16 is two to three times
-                faster, and trains as well as it draws.
+            autocast: What the networks compute in, where it is not the weights' dtype (bfloat16, say).
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.
