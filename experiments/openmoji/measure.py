@@ -1,8 +1,8 @@
-"""The quality of the embedded models: python experiments/openmoji/measure.py [--model DIR] [--judge DIR]
+"""The quality of the embedded generators: python experiments/openmoji/measure.py [model=emoji_sd3 overrides ...]
 
-20 pictures a prompt, 50 DDIM steps at guidance 7.5, judged by the judge: the ten CIFAR-10 classes, all objects, their
-synonyms, and the styles; the judge on held-out drawings; the autoencoder's PSNR on them; sizes on disk. Pictures are
-kept in the store, so an interrupted measurement goes on.
+20 pictures a prompt, with the config's sampler (DDIM, 50 steps, guidance 7.5 for emoji_unet), judged by the judge:
+the ten CIFAR-10 classes, all objects, their synonyms, and the styles; the judge on held-out drawings; the autoencoder's
+PSNR on them; sizes on disk. Pictures are kept in the store, so an interrupted measurement goes on.
 """
 
 import argparse
@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from rendered import ROOT
 from train_judge import IGNORED, labelled
 
+from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
 from unlearning.evaluators.judge import EmojiJudge
 from unlearning.images import digest, load, manifest
-from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.base import DiffusionModel
 from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
-
-WEIGHTS = Path(__file__).parents[2] / "unlearning" / "weights"
 
 
 def prompts() -> dict[str, list[Prompt]]:
@@ -44,10 +45,12 @@ def prompts() -> dict[str, list[Prompt]]:
     }
 
 
-def accuracies(model: StableDiffusion, judge: EmojiJudge, images_per_prompt: int, seed: int) -> dict[str, float]:
+def accuracies(
+    model: DiffusionModel, sampler: Sampler, judge: EmojiJudge, images_per_prompt: int, seed: int
+) -> dict[str, float]:
     """Percent of pictures in which the judge sees what was asked for, by bar; and by object, for the worst."""
-    sampler, results = Sampler(), {}
-    place = ROOT / "measured" / digest(model.fingerprint, str(model.dtype), sampler.protocol)
+    results = {}
+    place = ROOT / "measured" / digest(model.fingerprint, model.numerics, sampler.protocol)
     bar = partial(pl.Trainer, logger=False, enable_checkpointing=False, devices=1)
     for name, asked in prompts().items():
         task = UnlearningTask((Concept("nothing"),), prompts=tuple(asked), images_per_prompt=images_per_prompt)
@@ -69,7 +72,7 @@ def accuracies(model: StableDiffusion, judge: EmojiJudge, images_per_prompt: int
 
 
 @torch.no_grad()
-def psnr(model: StableDiffusion, images: torch.Tensor) -> float:
+def psnr(model: DiffusionModel, images: torch.Tensor) -> float:
     """Mean over pictures (N, 64, 64, 3) of the decibels after encoding and decoding."""
     x = images.permute(0, 3, 1, 2).float() / 255
     errors = [(model.decode(model.encode_images(b)).cpu() - b).pow(2).mean((1, 2, 3)) for b in x.split(100)]
@@ -80,8 +83,10 @@ def megabytes(folder: Path) -> float:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
-def main(model: Path, judge: Path, images_per_prompt: int, seed: int, dtype: str) -> None:
-    pipeline, referee = StableDiffusion.load(str(model), dtype=dtype), EmojiJudge(judge / "classifier")
+def main(overrides: list[str], images_per_prompt: int, seed: int) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    model, sampler, referee = instantiate(cfg.model), instantiate(cfg.sampler), instantiate(cfg.judge.classifier)
     held_out = labelled("eval", 3000, 300)
     pictures, objects, styles = held_out.tensors
     named = [referee(b, "object")[1].argmax(1) for b in pictures.split(100)]
@@ -89,20 +94,19 @@ def main(model: Path, judge: Path, images_per_prompt: int, seed: int, dtype: str
     numbers = {
         "judge, objects": 100 * (torch.cat(named) == objects).float().mean().item(),
         "judge, styles": 100 * (torch.cat(styled) == styles)[styles != IGNORED].float().mean().item(),
-        "autoencoder PSNR (dB)": psnr(pipeline, pictures[:500]),
-        "emoji_unet (MB)": megabytes(model),
-        "judge (MB)": megabytes(judge),
+        "autoencoder PSNR (dB)": psnr(model, pictures[:500]),
+        "generator (MB)": megabytes(Path(cfg.model.path)),
+        "judge (MB)": megabytes(Path(cfg.judge.classifier.path).parent),
     }
     print(json.dumps(numbers, indent=2), flush=True)
-    numbers |= accuracies(pipeline, referee, images_per_prompt, seed)
+    numbers |= accuracies(model, sampler, referee, images_per_prompt, seed)
     print(json.dumps(numbers, indent=2))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=WEIGHTS / "emoji_unet")
-    parser.add_argument("--judge", type=Path, default=WEIGHTS / "judge")
+    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model=emoji_sd3")
     parser.add_argument("--images-per-prompt", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    main(**vars(parser.parse_args()))
+    options = parser.parse_args()
+    main(options.override, options.images_per_prompt, options.seed)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from unlearning.data import openmoji
 ROOT = Path(__file__).parents[2] / "outputs" / "openmoji"
 
 
-def _draw(job: tuple[str, int, int]) -> tuple[np.ndarray, tuple[tuple[str, ...], str]]:
-    picture = openmoji.sample(*job)
+def _draw(job: tuple[str, int, int], **shares: float) -> tuple[np.ndarray, tuple[tuple[str, ...], str]]:
+    picture = openmoji.sample(*job, **shares)
     return picture.image, (picture.objects, picture.style)
 
 
@@ -24,25 +25,28 @@ def _draw_nothing(job: tuple[str, int, int]) -> tuple[np.ndarray, tuple[tuple[st
 
 
 def rendered(
-    split: str, count: int, seed: int = 0, nothing: bool = False
+    split: str, count: int, seed: int = 0, nothing: bool = False, **shares: float
 ) -> tuple[np.ndarray, list[tuple[list[str], str]]]:
-    """`count` pictures (N, 64, 64, 3) uint8, memory-mapped, and the (objects, style) of each: none where `nothing`."""
-    name = f"{split}-{seed}-{count}{'-nothing' if nothing else ''}"
+    """`count` pictures (N, 64, 64, 3) uint8, memory-mapped, and the (objects, style) of each: none where `nothing`.
+
+    `shares` are those of openmoji.sample: how many are scenes, and how many in plain colour.
+    """
+    name = "-".join([split, str(seed), str(count), *(f"{v:g}-{k}" for k, v in shares.items())])
+    name += "-nothing" if nothing else ""
     images, labels = ROOT / f"{name}.npy", ROOT / f"{name}.json"
     if not labels.exists():
         ROOT.mkdir(parents=True, exist_ok=True)
-        partial = images.with_suffix(".partial.npy")
-        array = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, openmoji.SIZE, openmoji.SIZE, 3))
+        unfinished = images.with_suffix(".partial.npy")
+        array = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, openmoji.SIZE, openmoji.SIZE, 3))
         rows = []
         with Pool(os.cpu_count()) as pool:
             jobs = ((split, seed, i) for i in range(count))
-            for i, (image, row) in enumerate(
-                tqdm(pool.imap(_draw_nothing if nothing else _draw, jobs, 64), f"drawing {split}", count)
-            ):
+            drawn = pool.imap(_draw_nothing if nothing else partial(_draw, **shares), jobs, 64)
+            for i, (image, row) in enumerate(tqdm(drawn, f"drawing {split}", count)):
                 array[i] = image
                 rows.append(row)
         array.flush()
-        partial.rename(images)
+        unfinished.rename(images)
         labels.with_suffix(".partial").write_text(json.dumps(rows))
         labels.with_suffix(".partial").rename(labels)
     return np.load(images, mmap_mode="r"), json.loads(labels.read_text())

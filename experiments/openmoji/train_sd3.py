@@ -1,0 +1,164 @@
+"""The transformer and the text encoders of emoji_sd3, trained together: python experiments/openmoji/train_sd3.py
+[--steps N]
+
+Rectified flow (Esser et al., 2024: the prediction is eps - x_0, timesteps are logit-normal) on the latents of
+emoji_unet's autoencoder, captions dropped one time in ten for guidance, weights averaged. The prompt goes SD3's way: two
+CLIP encoders' last-but-one states side by side, a T5's below them, and the two pooled embeddings. Killed and started
+again, it goes on from its last checkpoint.
+"""
+
+import argparse
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from rendered import ROOT, loads_as_float32, names_no_folder, rendered
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from train_unet import PRINTABLE, L, encoded, tokenizer
+from training import trainer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from unlearning.data import openmoji
+
+# B batch, L tokens of each tokenizer; latents are (4, 16, 16).
+WIDTHS, D = (96, 64), 160  # of the two CLIP encoders; of the T5, and of the transformer, 160 both
+VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
+
+
+def word_tokenizer() -> T5Tokenizer:
+    """T5's unigrams: the world's words whole, any other word in letters."""
+    whole = [(f"▁{word}", -1.0) for word in openmoji.vocabulary()]
+    return T5Tokenizer(
+        vocab=[*((p, 0.0) for p in ("<pad>", "</s>", "<unk>")), ("▁", -10.0), *((c, -10.0) for c in PRINTABLE), *whole],
+        extra_ids=0, model_max_length=L,
+    )  # fmt: skip
+
+
+def clip(tokens: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=L, projection_dim=width, bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+    ))  # fmt: skip
+
+
+def t5(tokens: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(
+        vocab_size=len(tokens), d_model=D, d_kv=32, d_ff=2 * D, num_layers=1, num_heads=5, dropout_rate=0.0
+    ))  # fmt: skip
+
+
+def transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=D,
+        caption_projection_dim=D,
+        pooled_projection_dim=sum(WIDTHS),
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+class Batches(IterableDataset):
+    """Random latents with fresh captions, as both tokenizers spell them, without end."""
+
+    def __init__(self, latents: Tensor, labels: list, tokenizers: tuple, batch: int, dropped: float = 0.1):
+        self.latents, self.labels, self.tokenizers = latents, labels, tokenizers
+        self.batch, self.dropped = batch, dropped
+
+    def __iter__(self):
+        rng = np.random.default_rng(torch.initial_seed() % 2**63)
+        while True:
+            rows = rng.integers(len(self.labels), size=self.batch)
+            captions = ["" if rng.random() < self.dropped else openmoji.caption(*self.labels[i], rng) for i in rows]
+            spelled = [
+                t(captions, padding="max_length", max_length=L, truncation=True, return_tensors="pt").input_ids
+                for t in self.tokenizers
+            ]
+            yield self.latents[rows], *spelled
+
+
+class TextToImage(pl.LightningModule):
+    def __init__(self, tokens: CLIPTokenizer, words: T5Tokenizer, steps: int, lr: float):
+        super().__init__()
+        self.steps, self.lr, self.transformer = steps, lr, transformer()
+        self.clips, self.t5 = nn.ModuleList(clip(tokens, width) for width in WIDTHS), t5(words)
+
+    def told(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
+        """What StableDiffusion3Pipeline.encode_prompt gives the transformer."""
+        said = [encoder(pieces, output_hidden_states=True) for encoder in self.clips]
+        embeds = torch.cat([s.hidden_states[-2] for s in said], -1)
+        embeds = torch.cat([embeds, self.t5(words)[0].to(embeds)], 1)
+        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat([s.text_embeds for s in said], -1)}
+
+    def training_step(self, batch, batch_idx):
+        x_0, *ids = batch
+        x_0, eps = x_0.float(), torch.randn_like(x_0, dtype=torch.float32)
+        B = len(x_0)  # one timestep from each B-th of the distribution: a steadier loss
+        share = (torch.arange(B, device=x_0.device) + torch.rand(B, device=x_0.device)) / B
+        sigma = torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        x_t = torch.lerp(x_0, eps, sigma.reshape(-1, 1, 1, 1))
+        flow = self.transformer(x_t, timestep=1000 * sigma, **self.told(*ids)).sample.float()
+        loss = F.mse_loss(flow, eps - x_0)
+        self.log("mse", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: max(0.01, min(1, (i + 1) / 500, (self.steps - i) / (0.4 * self.steps)))
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: bool) -> None:
+    pl.seed_everything(0)
+    torch.set_float32_matmul_precision("high")
+    pictures, labels = rendered("train", images)
+    vae, tokens, words = AutoencoderKL.from_pretrained(VAE), tokenizer(), word_tokenizer()
+    module = TextToImage(tokens, words, steps, lr)
+    if compile:
+        module.transformer.compile()
+    data = Batches(encoded(vae, pictures), labels, (tokens, words), batch)
+    run = trainer("sd3", steps)
+    run.callbacks.append(EMAWeightAveraging(decay=0.999))
+    run.fit(module, DataLoader(data, batch_size=None, num_workers=workers, pin_memory=workers > 0), ckpt_path="last")
+
+    folder = ROOT / "emoji_sd3"
+    StableDiffusion3Pipeline(
+        vae=vae, transformer=module.transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=module.clips[0], tokenizer=tokens, text_encoder_2=module.clips[1], tokenizer_2=tokens,
+        text_encoder_3=module.t5, tokenizer_3=words,
+    ).to(torch.float16).save_pretrained(folder)  # fmt: skip
+    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        loads_as_float32(folder / encoder / "config.json")
+    names_no_folder(folder / "vae" / "config.json")
+    print("saved", folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that write captions")
+    parser.add_argument("--compile", action="store_true", help="worth it on a GPU")
+    main(**vars(parser.parse_args()))
