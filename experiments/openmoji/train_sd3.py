@@ -3,8 +3,8 @@
 
 Rectified flow (Esser et al., 2024: the prediction is eps - x_0, timesteps are logit-normal) on the latents of
 emoji_unet's autoencoder, captions dropped one time in ten for guidance, weights averaged. The prompt goes SD3's way:
-two CLIP encoders' last-but-one states side by side, a T5's below them, and the two pooled embeddings. Killed and started
-again, it goes on from its last checkpoint.
+two CLIP encoders' last-but-one states side by side, a T5's below them, and the two pooled embeddings. Killed and
+started again, it goes on from its last checkpoint.
 """
 
 import argparse
