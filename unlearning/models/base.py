@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from unlearning.concepts import UserError
 from unlearning.images import digest
 from unlearning.sampling.guidance import ClassifierFree, Guidance
 
@@ -81,6 +82,18 @@ class DiffusionModel(ABC):
         """Within it the networks compute in `autocast`, if there is one; their weights stay as they are."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
+    @property
+    def middle(self) -> str:
+        """The dotted name of the denoiser's layer at mid depth."""
+        if hasattr(self.denoiser, "mid_block"):
+            return "mid_block"
+        return f"transformer_blocks.{len(self.denoiser.transformer_blocks) // 2}"
+
+    @property
+    def patch(self) -> int:
+        """The side in latent pixels of what a transformer sees as one token; 1 for a UNet."""
+        return self.denoiser.config.get("patch_size") or 1
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What the denoiser is told for each prompt; "" is the null prompt of classifier-free guidance."""
@@ -102,12 +115,35 @@ class DiffusionModel(ABC):
         """The maps, by their denoiser parameter's prefix, through which the prompt enters the denoiser."""
 
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The denoiser's raw output (epsilon or v), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
+        """The denoiser's raw output (epsilon, v or flow), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
         with self.precision(), nullcontext() if self.adapted else _adapter_off(self.denoiser):
             if self.weights is None:
-                return self.denoiser(*arguments, **keywords).sample.float()
-            return functional_call(self.denoiser, dict(self.weights), arguments, keywords).sample.float()
+                output = self.denoiser(*arguments, **keywords)
+            else:
+                output = functional_call(self.denoiser, dict(self.weights), arguments, keywords)
+        return output.sample[:, : x_t.shape[1]].float()  # some predict their variance below
+
+    def features(self, x_t: Tensor, t: Tensor, c: Conditioning, layer: str | None = None) -> Tensor:
+        """What a layer of the denoiser puts out at every place of the picture, (B, D, h, w) float32.
+
+        Args:
+            layer: Its dotted name within the denoiser; by default the layer at mid depth.
+
+        Raises:
+            UserError: Where there is no such layer, or it has no output for every place.
+        """
+        name, outputs = layer or self.middle, []
+        try:
+            module = self.denoiser.get_submodule(name)
+        except AttributeError:
+            raise UserError(f"The denoiser has no layer {name!r}; the one at mid depth is {self.middle!r}.") from None
+        hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            self.predict(x_t, t, c)
+        finally:
+            hook.remove()
+        return _on_grid(outputs[-1], *(side // self.patch for side in x_t.shape[-2:]), name).float()
 
     @abstractmethod
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
@@ -165,6 +201,22 @@ class DiffusionModel(ABC):
         """The noise that a prediction implies: (x_t - alpha x_0) / sigma."""
         alpha, sigma = self._alpha_sigma(t)
         return (x_t - alpha * self.to_x0(prediction, x_t, t)) / sigma
+
+
+def _on_grid(output: Tensor | tuple, height: int, width: int, layer: str) -> Tensor:
+    """A layer's output (B, D, h, w): a UNet's as it is, of a transformer's tokens those that are the picture's.
+
+    Blocks of joint attention put out the text's tokens first, or one sequence that begins with them.
+    """
+    parts = [p for p in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(p)]
+    if parts[-1].ndim == 4:
+        return parts[-1]
+    places = height * width
+    for tokens in (p for p in reversed(parts) if p.ndim == 3 and p.shape[1] == places):
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+    if parts[-1].ndim != 3 or parts[-1].shape[1] < places:
+        raise UserError(f"Layer {layer!r} puts out {tuple(parts[-1].shape)}, which is no {height} by {width} grid.")
+    return parts[-1][:, -places:].transpose(1, 2).unflatten(2, (height, width))
 
 
 @contextmanager
