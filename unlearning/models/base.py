@@ -115,7 +115,7 @@ class DiffusionModel(ABC):
         """The maps, by their denoiser parameter's prefix, through which the prompt enters the denoiser."""
 
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The denoiser's raw output (epsilon, v or flow), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
+        """The denoiser's raw output (eps, v or flow), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
         with self.precision(), nullcontext() if self.adapted else _adapter_off(self.denoiser):
             if self.weights is None:
