@@ -7,6 +7,7 @@ to by name.
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +42,44 @@ def drawings(names: Sequence[str], style: str = "color", seed: int = 0) -> Calla
     return render
 
 
+class Lesson(Sequence):
+    """Pictures that a method may learn from, rendered when one is first looked at; half of them are scenes.
+
+    Args:
+        first: What every picture shows: one of these objects.
+        others: What stands beside it in a scene.
+        styles: What they are drawn in.
+        count: Pictures.
+        seed: Of a set of pictures: two sets of different seeds share none.
+    """
+
+    def __init__(self, first: Sequence[str], others: Sequence[str], styles: Sequence[str], count: int, seed: int):
+        self.first, self.others, self.styles, self.count, self.seed = first, others, styles, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i):
+        return self._images[i]
+
+    @cached_property
+    def _images(self) -> list[np.ndarray]:
+        return [picture.image for picture in self.pictures]
+
+    @cached_property
+    def pictures(self) -> list[openmoji.Picture]:
+        """With what is known of them: names, boxes, masks."""
+        return [self._draw(i) for i in range(self.count)]
+
+    def _draw(self, i: int) -> openmoji.Picture:
+        rng = openmoji.rng_of("lesson", self.seed, i)
+        name, style = self.first[i % len(self.first)], str(rng.choice(self.styles))
+        if i % 2:
+            beside = [str(o) for o in rng.choice([o for o in self.others if o != name], rng.integers(1, 3), False)]
+            return openmoji.scene([name, *beside], style, rng)
+        return openmoji.picture(name, style, rng)
+
+
 def prompts(concept: str, template: str) -> tuple[Prompt, ...]:
     """The erased object, its synonyms, and CIFAR-10's other objects; a faithful synonym shows the object itself."""
     words = [(concept, concept, ERASE)]
@@ -49,8 +88,13 @@ def prompts(concept: str, template: str) -> tuple[Prompt, ...]:
     return tuple(Prompt(template.format(word), role, {"object": name}) for word, name, role in words)
 
 
-def emoji_objects(concept: str, *, template: str = "a photo of the {}", images_per_prompt: int = 10) -> UnlearningTask:
-    """Erases one of the embedded world's fifty objects; what a method may retain are the objects not asked about."""
+def emoji_objects(
+    concept: str, *, template: str = "a photo of the {}", images_per_prompt: int = 10, pictures: int = 64
+) -> UnlearningTask:
+    """Erases one of the embedded world's fifty objects; what a method may retain are the objects not asked about.
+
+    `pictures` show it, for the methods that learn from images, and as many show others.
+    """
     known(concept, list(OBJECTS), "object")
     retain = [name for name in OBJECTS if name not in (*CIFAR10, concept)]
     return UnlearningTask(
@@ -59,6 +103,8 @@ def emoji_objects(concept: str, *, template: str = "a photo of the {}", images_p
         template=template,
         prompts=prompts(concept, template),
         images_per_prompt=images_per_prompt,
+        forget_images=Lesson([concept], retain, ["color"], pictures, seed=0),
+        retain_images=Lesson(retain, retain, ["color"], pictures, seed=1),
         references={ERASE: drawings([concept]), RETAIN: drawings([n for n in CIFAR10 if n != concept])},
     )
 

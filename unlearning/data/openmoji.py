@@ -21,7 +21,8 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
 SIZE = 64
-SPLITS = ("train", "judge", "eval")  # of the generators' training, of the judge's, and of every measurement
+# Of the generators' training, of the judge's, of every measurement, and of what a method may learn from.
+SPLITS = ("train", "judge", "eval", "lesson")
 LICENCE = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 
 

@@ -43,6 +43,17 @@ class Cycle(IterableDataset):
             yield from self.items
 
 
+class Prompts(pl.LightningDataModule):
+    """Prompts in turn, `batch_size` at a time, without end."""
+
+    def __init__(self, prompts: list[str], batch_size: int):
+        super().__init__()
+        self.prompts, self.batch_size = prompts, batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Cycle(self.prompts), batch_size=self.batch_size)
+
+
 class TrainedMethod(Method, pl.LightningModule):
     """A method that descends a loss.
 
@@ -54,7 +65,7 @@ class TrainedMethod(Method, pl.LightningModule):
         optimizer: Makes an optimizer of a list of parameters.
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
-        batch_size: Prompts of the erased concepts in a step.
+        batch_size: Prompts of the erased concepts in a step, or pictures, for a method that learns from those.
     """
 
     def __init__(
@@ -65,8 +76,12 @@ class TrainedMethod(Method, pl.LightningModule):
         self._optimizer, self._make_trainer = optimizer, trainer
 
     @abstractmethod
-    def loss(self, prompts: list[str]) -> Tensor:
-        """The objective () on a batch of prompts of the erased concepts."""
+    def loss(self, batch) -> Tensor:
+        """The objective () on a batch of `data`."""
+
+    def data(self) -> pl.LightningDataModule:
+        """What is learned from, when student, teacher and task are there; by default prompts of the erased concepts."""
+        return Prompts([self.task.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         self.task = task
@@ -76,13 +91,13 @@ class TrainedMethod(Method, pl.LightningModule):
             self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in lesson.parameters.items()})
             try:
                 trainer = self._make_trainer(max_steps=self.iterations)
-                trainer.fit(self, ckpt_path=_last_checkpoint(trainer))
+                trainer.fit(self, datamodule=self.data(), ckpt_path=_last_checkpoint(trainer))
                 return lesson.erasure()
             finally:
                 del self.student, self.teacher, self.task, self.weights
 
-    def training_step(self, prompts: list[str], batch_idx: int) -> Tensor:
-        loss = self.loss(prompts)
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
         self._insist(torch.isfinite(loss), f"The loss is {loss.item()} at step {self.global_step}.")
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -100,10 +115,6 @@ class TrainedMethod(Method, pl.LightningModule):
                 f"{otherwise} The last checkpoint, if there is one, holds finite weights; a smaller "
                 "method.optimizer.lr usually helps."
             )
-
-    def train_dataloader(self) -> DataLoader:
-        prompts = [self.task.prompt(concept.name) for concept in self.task.erase]
-        return DataLoader(Cycle(prompts), batch_size=self.batch_size)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self._optimizer(list(self.weights.values()))

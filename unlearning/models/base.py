@@ -99,6 +99,10 @@ class DiffusionModel(ABC):
         """What the denoiser is told for each prompt; "" is the null prompt of classifier-free guidance."""
 
     @abstractmethod
+    def vocabulary(self) -> list[str]:
+        """The whole words that the tokenizer knows, of three letters or more."""
+
+    @abstractmethod
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         """The position (B,) of each prompt's last word piece, before the end-of-text token."""
 
@@ -196,6 +200,23 @@ class DiffusionModel(ABC):
         if self.prediction_type == "v_prediction":
             return alpha * x_t - sigma * prediction
         return (x_t - sigma * prediction) / alpha
+
+    def to_prediction(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction that implies the picture x_0: `to_x0`'s inverse."""
+        alpha, sigma = self._alpha_sigma(t)
+        if self.prediction_type == "v_prediction":
+            return (alpha * x_t - x_0) / sigma
+        return (x_t - (x_0 if self.prediction_type == "flow" else alpha * x_0)) / sigma
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha_t² / sigma_t², (B, 1, 1, 1)."""
+        alpha, sigma = self._alpha_sigma(t)
+        return (alpha / sigma).square()
+
+    def timesteps(self, share: Tensor) -> Tensor:
+        """Those at `share` (B,) in [0, 1) of the schedule: whole ones, except of a flow, whose time is continuous."""
+        t = share.to(self.device) * self.scheduler.config.num_train_timesteps
+        return t.clamp(min=1) if self.prediction_type == "flow" else t.long()
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that a prediction implies: (x_t - alpha x_0) / sigma."""

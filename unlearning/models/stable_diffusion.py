@@ -92,6 +92,11 @@ class StableDiffusion(DiffusionModel):
         embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return Conditioning(embeds)
 
+    def vocabulary(self) -> list[str]:
+        pieces = self.pipeline.tokenizer.get_vocab()
+        words = (p.removesuffix("</w>") for p in pieces if p.endswith("</w>"))  # CLIP's mark of a word's end
+        return sorted(word for word in words if len(word) >= 3 and word.isascii() and word.isalpha())
+
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.pipeline.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
         return tokens.attention_mask.sum(1).to(self.device) - 2

@@ -1,0 +1,81 @@
+"""What is put in the concept's place before the teacher looks: z_blind = (1 - M) z_0 + M eta  (eq. 8).
+
+- gaussian: eta ~ N(0, I), fresh at every step; the write-up's.
+- blurred: the background, spread smoothly over the hole.
+- shuffled: patches of the background, in random order.
+- inpaint: what the teacher itself draws there, given the background alone.
+"""
+
+# N pictures, C H W latent shape, M masks (N, 1, H, W).
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearning.concepts import UserError
+from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.sampling.guidance import Guidance
+from unlearning.sampling.sampler import denoise
+
+KINDS = ("gaussian", "blurred", "shuffled", "inpaint")
+AT_ONCE, STEPS = 16, 20
+
+
+@dataclass(frozen=True)
+class Inpaint(Guidance):
+    """Guidance that knows part of the picture: where M is 0, the implied x_0 is z_0 and nothing else."""
+
+    z_0: Tensor
+    M: Tensor
+
+    def __call__(self, model, x_t: Tensor, t: Tensor, c: Conditioning, null: Conditioning, scale) -> Tensor:
+        t = t.expand(len(x_t))
+        x_0 = model.to_x0(model.predict(x_t, t, c), x_t, t)
+        return model.to_prediction(self.M * x_0 + (1 - self.M) * self.z_0, x_t, t)
+
+
+@torch.no_grad()
+def filling(kind: str, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
+    """eta (N, C, H, W). Raises UserError for an unknown kind."""
+    match kind:
+        case "gaussian":
+            return torch.randn_like(z_0)
+        case "blurred":
+            return blurred(z_0, M)
+        case "shuffled":
+            return shuffled(z_0, M)
+        case "inpaint":
+            pairs = zip(z_0.split(AT_ONCE), M.split(AT_ONCE), strict=True)
+            return torch.cat([inpainted(teacher, z, m) for z, m in pairs])
+    raise UserError(f"There is no blinding {kind!r}; there are {', '.join(KINDS)}.")
+
+
+def blurred(z_0: Tensor, M: Tensor) -> Tensor:
+    """The background's mean about each place, by a Gaussian of a quarter of the side."""
+    H, W = z_0.shape[-2:]
+    rows, columns = (torch.arange(side, device=z_0.device, dtype=z_0.dtype) for side in (H, W))
+    near_rows, near_columns = ((x[:, None] - x).div(len(x) / 4).square().mul(-0.5).exp() for x in (rows, columns))
+    weight = (1 - M).clamp(min=1e-4)
+    return (near_rows @ (weight * z_0) @ near_columns) / (near_rows @ weight @ near_columns)
+
+
+def shuffled(z_0: Tensor, M: Tensor) -> Tensor:
+    """Patches of an eighth of the side, drawn in proportion to how much background they hold."""
+    H, W = z_0.shape[-2:]
+    size = max(1, min(H, W) // 8)
+    patches = F.unfold(z_0, size, stride=1)  # (N, C size², places)
+    background = F.unfold(1 - M, size, stride=1).mean(1).pow(4) + 1e-6
+    down, across = -(-H // size), -(-W // size)
+    chosen = torch.multinomial(background, down * across, replacement=True)
+    laid = patches.gather(2, chosen[:, None].expand(-1, patches.shape[1], -1))
+    return F.fold(laid, (down * size, across * size), size, stride=size)[..., :H, :W]
+
+
+def inpainted(teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
+    """What the teacher draws under the null prompt, given the background."""
+    c, noise = teacher.encode_prompts([""]).expand(len(z_0)), torch.randn_like(z_0)
+    path = denoise(teacher, noise, c, steps=STEPS, guidance_scale=1.0, guidance=Inpaint(z_0, M))
+    for _, x in path:  # noqa: B007 (the last x is the picture)
+        pass
+    return x

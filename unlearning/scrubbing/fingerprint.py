@@ -1,0 +1,169 @@
+"""What a concept looks like to the frozen teacher, found in pictures without a label.
+
+Feature vectors of the forget images are clustered on the sphere; a cluster that the retain images share is background
+and is dropped; what is left, the prototypes, is where the concept is.
+"""
+
+# B batch, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from unlearning.concepts import UserError
+from unlearning.models.base import Conditioning, DiffusionModel
+
+AT_ONCE = 16  # pictures in a call of the teacher
+MOST = 200_000  # vectors kept of all pictures: memory does not grow with their number
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """
+    Args:
+        prototypes: (K, D), of unit length.
+        centre: (D,), what is taken off every feature first: features have a large common mean.
+        tau, alpha: M = sigmoid(alpha (S - tau)).
+        layer: Where in the denoiser the features are taken; None for the middle.
+    """
+
+    prototypes: Tensor
+    centre: Tensor
+    tau: float
+    alpha: float
+    layer: str | None = None
+
+    def similarity(self, teacher: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """S(u) = max_k <f_u, p_k>, (B, h, w)  (eqs. 5 and 6)."""
+        f = F.normalize(teacher.features(x_t, t, c, self.layer) - self.centre[:, None, None], dim=1)
+        return torch.einsum("bdhw,kd->bkhw", f, self.prototypes).amax(1)
+
+    def mask(self, S: Tensor, size: tuple[int, int]) -> Tensor:
+        """M = sigmoid(alpha (S - tau)), (B, 1, H, W), of S (B, h, w)  (eq. 7)."""
+        S = F.interpolate(S[:, None], size, mode="bilinear", align_corners=False)
+        return torch.sigmoid(self.alpha * (S - self.tau))
+
+
+class Fingerprinting:
+    """How a fingerprint is taken.
+
+    Args:
+        K: Clusters; fewer prototypes are left where some are dropped.
+        tau: A number, or "calibrated": the `quantile` of how similar the retain images' vectors are to the prototypes.
+        alpha: How sharply the mask rises about tau.
+        layer: The denoiser's layer whose features are looked at; None for the one at mid depth.
+        band: Timesteps, of the schedule's thousand, at which features carry meaning.
+        draws: Noises (and timesteps) over which a picture's similarity is averaged.
+        vectors: Kept of a picture, at most.
+        centred: Takes the retain images' mean off every feature.
+        purity: Drops a cluster unless of the vectors near its prototype (nearer than half of its members) this share
+            is the forget images', were there as many of the retain images. 0 keeps every cluster.
+        seed: Of the clustering.
+    """
+
+    def __init__(
+        self,
+        K: int = 5,
+        tau: float | str = 0.6,
+        alpha: float = 15.0,
+        layer: str | None = None,
+        band: tuple[int, int] = (300, 700),
+        draws: int = 4,
+        vectors: int = 2000,
+        centred: bool = True,
+        purity: float = 0.95,
+        quantile: float = 0.95,
+        seed: int = 42,
+    ):
+        if isinstance(tau, str) and tau != "calibrated":
+            raise UserError(f"tau is a number or 'calibrated', not {tau!r}.")
+        self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
+        self.vectors, self.centred, self.purity = vectors, centred, purity
+        self.quantile, self.seed = quantile, seed
+
+    def __call__(self, teacher: DiffusionModel, forget: Tensor, retain: Tensor) -> Fingerprint:
+        """Of forget and retain latents (N, C, H, W).
+
+        Raises UserError where there are too few of them, or nothing sets them apart.
+        """
+        needs = {"tau=calibrated": self.tau == "calibrated", "centred": self.centred, "purity": self.purity > 0}
+        if not len(retain) and any(needs.values()):
+            raise UserError(
+                f"The fingerprint's {', '.join(k for k, v in needs.items() if v)} compare with images that do not show "
+                "the concept: give some (retain=/a/folder), or set method.fingerprint.tau=0.6, "
+                "method.fingerprint.centred=false and method.fingerprint.purity=0."
+            )
+        f, r = self._vectors(teacher, forget), self._vectors(teacher, retain)
+        centre = r.mean(0) if self.centred else torch.zeros_like(f[0])
+        f, r = F.normalize(f - centre, dim=1), F.normalize(r - centre, dim=1)
+        if len(f) < self.K:
+            raise UserError(
+                f"{self.K} prototypes cannot be made of {len(f)} feature vectors: lower method.fingerprint.K."
+            )
+        prototypes = self._clusters(f)
+        if self.purity:
+            prototypes = self._chosen(prototypes, f, r)
+        tau = _quantile((r @ prototypes.T).amax(1), self.quantile) if self.tau == "calibrated" else self.tau
+        device = teacher.device
+        return Fingerprint(prototypes.to(device), centre.to(device), float(tau), self.alpha, self.layer)
+
+    @torch.no_grad()
+    def similarity(self, fingerprint: Fingerprint, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """S (N, h, w) of latents (N, C, H, W), at timesteps of the band, averaged over draws of the noise."""
+        parts = [
+            torch.stack([fingerprint.similarity(teacher, *seen) for seen in self._views(teacher, z_0)]).mean(0)
+            for z_0 in latents.split(AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+    def _views(self, teacher: DiffusionModel, z_0: Tensor) -> Iterator[tuple[Tensor, Tensor, Conditioning]]:
+        """The pictures (B, C, H, W) under the noise of every draw, as the teacher is shown them."""
+        c = teacher.encode_prompts([""]).expand(len(z_0))
+        for _ in range(self.draws):
+            t = torch.randint(*self.band, (len(z_0),), device=z_0.device)
+            yield teacher.add_noise(z_0, torch.randn_like(z_0), t), t, c
+
+    @torch.no_grad()
+    def _vectors(self, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """Feature vectors (V, D) on the CPU, as many of each picture, chosen at random."""
+        parts, each = [], min(self.vectors, MOST // max(1, len(latents)))
+        for z_0 in latents.split(AT_ONCE):
+            seen = [teacher.features(*view, self.layer).flatten(2) for view in self._views(teacher, z_0)]
+            for vectors in torch.cat(seen, 2).transpose(1, 2).cpu():  # (places, D) of one picture
+                parts.append(vectors[torch.randperm(len(vectors))[:each]])
+        return torch.cat(parts) if parts else torch.empty(0, 0)
+
+    def _clusters(self, f: Tensor) -> Tensor:
+        """Prototypes (K, D) of unit vectors f (V, D): spherical k-means  (eq. 4)."""
+        means = MiniBatchKMeans(self.K, batch_size=8192, random_state=self.seed, n_init="auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fewer distinct vectors than clusters: the empty ones are dropped below
+            means.fit(f.numpy())
+        centres = torch.from_numpy(means.cluster_centers_).float()
+        return F.normalize(centres[centres.norm(dim=1) > 0], dim=1)
+
+    def _chosen(self, prototypes: Tensor, f: Tensor, r: Tensor) -> Tensor:
+        """The prototypes whose clusters the retain images do not share."""
+        own, theirs = f @ prototypes.T, r @ prototypes.T  # (V, K)
+        member = F.one_hot(own.argmax(1), len(prototypes)).bool()
+        radius = torch.stack(
+            [own[member[:, k], k].median() if member[:, k].any() else own[0, k] for k in range(own.shape[1])]
+        )
+        near, as_near = ((radius <= S).double().mean(0) for S in (own, theirs))
+        pure = near >= self.purity * (near + as_near)
+        if not pure.any():
+            raise UserError(
+                "Nothing sets the forget images apart from the retain images: no cluster of their features is the "
+                "forget images' own. Give retain images that do not show the concept, more clusters "
+                "(method.fingerprint.K), another layer (method.fingerprint.layer), or method.fingerprint.purity=0."
+            )
+        return prototypes[pure]
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """torch.quantile, of any number of values (V,)."""
+    return values.kthvalue(max(1, round(q * len(values)))).values
