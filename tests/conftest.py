@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 from tests import tiny  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl", "sd3"])
+@pytest.fixture(scope="session", params=list(tiny.FAMILIES))
 def any_pipeline(request, tmp_path_factory):
     """(family, folder) of a tiny random pipeline of every family, saved as diffusers saves."""
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))

@@ -1,5 +1,6 @@
 """Tiny random pipelines of every family, built from code and saved to disk: what a user's own model looks like."""
 
+from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -9,6 +10,8 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -25,12 +28,19 @@ from transformers import (
     T5Tokenizer,
 )
 
+from unlearning.models.flux import Flux
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 
-WIDTH = 16
-FAMILIES = {"sd1": StableDiffusion, "sd2": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3}
+WIDTH, SIDE = 16, 16
+FAMILIES = {
+    "sd1": StableDiffusion,
+    "sd2": StableDiffusion,
+    "sdxl": StableDiffusionXL,
+    "sd3": StableDiffusion3,
+    "flux": Flux,
+}
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -69,42 +79,89 @@ def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )  # fmt: skip
 
 
-def pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
-    torch.manual_seed(seed)
+def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    pieces = T5Tokenizer(vocab=[*((p, 0.0) for p in ("<pad>", "</s>", "<unk>", "▁", *ascii_lowercase))], extra_ids=0)
+    config = T5Config(vocab_size=len(pieces), d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), pieces
+
+
+def sd1(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    tokens = tokenizer()
+    return StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=CLIPTextModel(text_config(tokens)), tokenizer=tokens, unet=denoiser(WIDTH),
+        scheduler=scheduler(prediction_type), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl() -> StableDiffusionXLPipeline:
     tokens = tokenizer()
     text = text_config(tokens)
-    if family == "sd3":
-        pieces = T5Tokenizer(
-            vocab=[*((p, 0.0) for p in ("<pad>", "</s>", "<unk>", "▁", *ascii_lowercase))], extra_ids=0
-        )
-        t5 = T5Config(vocab_size=len(pieces), d_model=2 * WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        transformer = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-            num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
-            pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
-        )  # fmt: skip
-        return StableDiffusion3Pipeline(
-            vae=autoencoder(scaling_factor=1.5, shift_factor=0.1), transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=tokens, tokenizer_2=tokenizer(),
-            text_encoder=CLIPTextModelWithProjection(text), text_encoder_2=CLIPTextModelWithProjection(text),
-            text_encoder_3=T5EncoderModel(t5), tokenizer_3=pieces,
-        )  # fmt: skip
-    if family == "sdxl":
-        second = CLIPTextModelWithProjection(text)
-        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4,
-                 "projection_class_embeddings_input_dim": WIDTH + 6 * 4}  # fmt: skip
-        return StableDiffusionXLPipeline(
-            vae=autoencoder(), text_encoder=CLIPTextModel(text), text_encoder_2=second, tokenizer=tokens,
-            tokenizer_2=tokenizer(), unet=denoiser(2 * WIDTH, **added), scheduler=scheduler(), add_watermarker=False,
-        )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=CLIPTextModel(text), tokenizer=tokens, unet=denoiser(WIDTH),
-        scheduler=scheduler("v_prediction" if family == "sd2" else "epsilon"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    second = CLIPTextModelWithProjection(text)
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+             "projection_class_embeddings_input_dim": WIDTH + 6 * 4}  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(), text_encoder=CLIPTextModel(text), text_encoder_2=second, tokenizer=tokens,
+        tokenizer_2=tokenizer(), unet=denoiser(2 * WIDTH, **added), scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    tokens = tokenizer()
+    text = text_config(tokens)
+    text_encoder_3, tokenizer_3 = t5()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.1), transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=tokens, tokenizer_2=tokenizer(),
+        text_encoder=CLIPTextModelWithProjection(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+    )  # fmt: skip
+
+
+def flux() -> FluxPipeline:
+    tokens = tokenizer()
+    text_encoder_2, tokenizer_2 = t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    return FluxPipeline(
+        vae=autoencoder(scaling_factor=0.4, shift_factor=0.1), transformer=transformer, tokenizer=tokens,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=CLIPTextModel(text_config(tokens)), text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2,
+    )  # fmt: skip
+
+
+BUILD = {"sd1": sd1, "sd2": partial(sd1, "v_prediction"), "sdxl": sdxl, "sd3": sd3, "flux": flux}
+
+
+def pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
+    torch.manual_seed(seed)
+    return BUILD[family]()
 
 
 def save(family: str, root: Path) -> Path:
     folder = root / family
     pipeline(family).save_pretrained(folder)
     return folder
+
+
+# What the call of a family's own pipeline needs, besides prompts and noise, to draw what a Sampler draws.
+NEEDS = {
+    "flux": lambda scale: {"negative_prompt": "", "true_cfg_scale": scale, "guidance_scale": Flux.embedded_guidance},
+}
+
+
+def drawn_by_diffusers(
+    family: str, pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], steps: int, scale: float
+) -> torch.Tensor:
+    """Pictures (B, 3, SIDE, SIDE) in [0, 1]."""
+    said = {"prompt": prompts, "guidance_scale": scale, "height": SIDE, "width": SIDE}
+    said |= NEEDS[family](scale) if family in NEEDS else {}
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return pipeline(**said, num_inference_steps=steps, generator=generators, output_type="pt").images

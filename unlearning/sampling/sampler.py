@@ -84,7 +84,7 @@ def _timesteps(model: DiffusionModel, scheduler: type[SchedulerMixin], steps: in
     if schedule == "paper" and model.prediction_type == "flow":
         raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
     noise = scheduler.from_config(model.scheduler.config)
-    noise.set_timesteps(steps, device=model.device)
+    model.set_timesteps(noise, steps)
     return noise
 
 
