@@ -21,6 +21,12 @@ def any_pipeline(request, tmp_path_factory):
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(scope="session", params=[f for f in tiny.FAMILIES if f not in ("pixart", "dit")])
+def adaptable_pipeline(request, tmp_path_factory):
+    """Those of the families that diffusers has adapters for."""
+    return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """The folder of a tiny random Stable Diffusion 1.x."""

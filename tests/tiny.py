@@ -6,12 +6,20 @@ from string import ascii_lowercase
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -23,12 +31,18 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from unlearning.models.dit import DiT
 from unlearning.models.flux import Flux
+from unlearning.models.pixart import PixArt
+from unlearning.models.sana import Sana
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
@@ -40,6 +54,9 @@ FAMILIES = {
     "sdxl": StableDiffusionXL,
     "sd3": StableDiffusion3,
     "flux": Flux,
+    "pixart": PixArt,
+    "sana": Sana,
+    "dit": DiT,
 }
 
 
@@ -137,7 +154,67 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
-BUILD = {"sd1": sd1, "sd2": partial(sd1, "v_prediction"), "sdxl": sdxl, "sd3": sd3, "flux": flux}
+def pixart(kind: type[DiffusionPipeline] = PixArtSigmaPipeline, sample_size: int = 8) -> DiffusionPipeline:
+    text_encoder, tokens = t5()
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=3, cross_attention_dim=24, caption_channels=2 * WIDTH,
+    )  # fmt: skip
+    return kind(
+        vae=autoencoder(), transformer=transformer, text_encoder=text_encoder, tokenizer=tokens,
+        scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+
+
+def sana() -> SanaPipeline:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *ascii_lowercase]
+    tokens = GemmaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], add_bos_token=True)
+    text = Gemma2Config(
+        vocab_size=len(tokens), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        cross_attention_head_dim=8, num_cross_attention_heads=2, cross_attention_dim=16, caption_channels=WIDTH,
+        timestep_scale=0.5,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        latent_channels=4, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 1, 1), encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+        downsample_block_type="Conv", upsample_block_type="interpolate", decoder_act_fns="silu", scaling_factor=0.4,
+    )  # fmt: skip
+    return SanaPipeline(
+        tokenizer=tokens, text_encoder=Gemma2Model(text), vae=vae, transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0,
+        ),
+    )  # fmt: skip
+
+
+CLASSES = {"a cat": 0, "a dog": 1}
+LABELS = {"0": "cat, house cat", "1": "dog", "2": "tiger cat", "3": "tiger, Panthera tigris"}
+
+
+def dit() -> DiTPipeline:
+    transformer = DiTTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+    )  # fmt: skip
+    built = DiTPipeline(transformer=transformer, vae=autoencoder(), scheduler=scheduler(), id2label=LABELS)
+    built.register_to_config(id2label=LABELS)  # DiTPipeline forgets to, and would save none
+    return built
+
+
+BUILD = {
+    "sd1": sd1,
+    "sd2": partial(sd1, "v_prediction"),
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "pixart": pixart,
+    "sana": sana,
+    "dit": dit,
+}
 
 
 def pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
@@ -151,17 +228,27 @@ def save(family: str, root: Path) -> Path:
     return folder
 
 
-# What the call of a family's own pipeline needs, besides prompts and noise, to draw what a Sampler draws.
-NEEDS = {
-    "flux": lambda scale: {"negative_prompt": "", "true_cfg_scale": scale, "guidance_scale": Flux.embedded_guidance},
+LIKE_OURS = {"use_resolution_binning": False, "clean_caption": False}
+# How a family's own pipeline is told what others are told by prompt, guidance_scale, height and width.
+TOLD = {
+    "flux": lambda told: (
+        told
+        | {"negative_prompt": "", "true_cfg_scale": told["guidance_scale"], "guidance_scale": Flux.embedded_guidance}
+    ),
+    "pixart": lambda told: told | LIKE_OURS,
+    "sana": lambda told: told | LIKE_OURS | {"height": 2 * SIDE, "width": 2 * SIDE},
+    "dit": lambda told: {
+        "class_labels": [CLASSES[prompt] for prompt in told["prompt"]],
+        "guidance_scale": told["guidance_scale"],
+    },
 }
 
 
 def drawn_by_diffusers(
     family: str, pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], steps: int, scale: float
 ) -> torch.Tensor:
-    """Pictures (B, 3, SIDE, SIDE) in [0, 1]."""
-    said = {"prompt": prompts, "guidance_scale": scale, "height": SIDE, "width": SIDE}
-    said |= NEEDS[family](scale) if family in NEEDS else {}
+    """What a Sampler should draw: pictures (B, 3, height, width) in [0, 1]."""
+    usual = {"prompt": prompts, "guidance_scale": scale, "height": SIDE, "width": SIDE}
+    told = TOLD[family](usual) if family in TOLD else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return pipeline(**said, num_inference_steps=steps, generator=generators, output_type="pt").images
+    return pipeline(**told, num_inference_steps=steps, generator=generators, output_type="pt").images

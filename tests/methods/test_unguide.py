@@ -109,8 +109,8 @@ def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_asks_for(model,
 # --- the adapter in other hands ---------------------------------------------------------------------------------------
 
 
-def test_plain_diffusers_loads_the_export(any_pipeline, tmp_path):
-    family, folder = any_pipeline
+def test_plain_diffusers_loads_the_export(adaptable_pipeline, tmp_path):
+    family, folder = adaptable_pipeline
     model = tiny.FAMILIES[family].load(str(folder), device="cpu")
     trained = unguide(iterations=3, lr=0.3, schedule="diffusers").fit(model, TASK)
     trained.save(tmp_path, base=model)

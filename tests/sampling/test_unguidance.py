@@ -17,8 +17,8 @@ PROMPTS = ["a photo of the cat", "a photo of the dog", ""]
 
 
 @pytest.fixture(scope="module")
-def model(any_pipeline):
-    family, folder = any_pipeline
+def model(adaptable_pipeline):
+    family, folder = adaptable_pipeline
     return FAMILIES[family].load(str(folder), device="cpu")
 
 

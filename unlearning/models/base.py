@@ -179,7 +179,8 @@ class DiffusionModel(ABC):
     @property
     def prediction_type(self) -> str:
         """ "epsilon", "v_prediction" or "flow": what the denoiser's output means."""
-        return self.scheduler.config.get("prediction_type", "flow")
+        meaning = self.scheduler.config.get("prediction_type", "flow")
+        return "flow" if meaning == "flow_prediction" else meaning
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.reshape(-1, 1, 1, 1).to(self.device)

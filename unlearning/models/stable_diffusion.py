@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -104,8 +105,12 @@ class StableDiffusion(DiffusionModel):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist
-        return (posterior.mean.float() - self._shift) * self.vae.config.scaling_factor
+        encoded = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype))
+        return (self._mean(encoded).float() - self._shift) * self.vae.config.scaling_factor
+
+    @staticmethod
+    def _mean(encoded: AutoencoderKLOutput) -> Tensor:
+        return encoded.latent_dist.mean
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
