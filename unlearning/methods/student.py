@@ -82,7 +82,7 @@ class LoRA:
         if not isinstance(model.denoiser, PeftAdapterMixin):
             raise UserError(
                 f"diffusers puts no adapter beside the weights of a {type(model.denoiser).__name__}. Choose a method "
-                "that moves the denoiser's own weights: method=esd_x or method=esd_u."
+                "that moves the denoiser's own weights, as method=esd_u does."
             )
         model.denoiser.add_adapter(LoraConfig(r=self.rank, target_modules=chosen, lora_alpha=self.alpha * self.rank))
         try:
