@@ -15,9 +15,15 @@ torch.set_num_threads(1)
 from tests import tiny  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl", "sd3"])
+@pytest.fixture(scope="session", params=list(tiny.FAMILIES))
 def any_pipeline(request, tmp_path_factory):
     """(family, folder) of a tiny random pipeline of every family, saved as diffusers saves."""
+    return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session", params=[f for f in tiny.FAMILIES if f not in ("pixart", "dit")])
+def adaptable_pipeline(request, tmp_path_factory):
+    """Those of the families that diffusers has adapters for."""
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 

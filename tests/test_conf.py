@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from unlearning import loggers
 from unlearning.__main__ import CONF
 from unlearning.data import folder, prompt
+from unlearning.models.flux import Flux
+from unlearning.models.stable_diffusion import StableDiffusion
 
 FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("**/*.yaml") if p.parent != CONF)
 # A specialization is never chosen: it comes with its method and model, and is checked with them.
@@ -21,7 +23,7 @@ CHOICES = [str(p) for p in FILES if p.parts[0] != "specialization"]
 GIVEN = ["paths.output_dir=/nowhere", "title=a test"]
 NEEDS = {"dataset/folder": ["forget=/a/folder"]}
 # Where a function passes on the settings it has no names for. A class passes them on to its parents.
-PASSES_ON: dict[Callable, Callable] = {folder.folder: prompt.task}
+PASSES_ON: dict[Callable, Callable] = {folder.folder: prompt.task, Flux.load: StableDiffusion.load}
 TAKES_ANYTHING = {loggers.wandb}  # wandb.init's settings
 GIVEN_LATER = {"trainer"}  # by __main__, to the methods that need one
 

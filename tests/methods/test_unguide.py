@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from tests.tiny import FAMILIES
+from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask, UserError
 from unlearning.erasure import Adapter, Erasure
 from unlearning.methods.student import LoRA
@@ -109,9 +109,9 @@ def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_asks_for(model,
 # --- the adapter in other hands ---------------------------------------------------------------------------------------
 
 
-def test_plain_diffusers_loads_the_export(any_pipeline, tmp_path):
-    family, folder = any_pipeline
-    model = FAMILIES[family].load(str(folder), device="cpu")
+def test_plain_diffusers_loads_the_export(adaptable_pipeline, tmp_path):
+    family, folder = adaptable_pipeline
+    model = tiny.FAMILIES[family].load(str(folder), device="cpu")
     trained = unguide(iterations=3, lr=0.3, schedule="diffusers").fit(model, TASK)
     trained.save(tmp_path, base=model)
     pure = Erasure.load(tmp_path)
@@ -119,10 +119,7 @@ def test_plain_diffusers_loads_the_export(any_pipeline, tmp_path):
         ours = Sampler(steps=3)(model, [CAT], [1])
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path, weight_name="weights.safetensors")
-    theirs = pipe(
-        CAT, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="pt", height=16, width=16,
-        guidance_scale=7.5,
-    ).images  # fmt: skip
+    theirs = tiny.drawn_by_diffusers(family, pipe, [CAT], [1], steps=3, scale=7.5)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     assert not torch.allclose(ours, Sampler(steps=3)(model, [CAT], [1]), atol=1e-3)
 

@@ -1,16 +1,32 @@
 """Every family through its own YAML, with a tiny random pipeline in the place of the real weights."""
 
+import re
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline
 from hydra.utils import instantiate
 
+from tests import tiny
 from tests.composed import config
 from unlearning.concepts import UserError
+from unlearning.methods.student import Weights
+from unlearning.models.base import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 
-YAML = {"sd1": ["emoji_unet", "sd14", "sd15"], "sd2": ["sd21"], "sdxl": ["sdxl"], "sd3": ["sd3"]}
+SCALE = 5.0
+YAML = {
+    "sd1": ["emoji_unet", "sd14", "sd15"],
+    "sd2": ["sd21"],
+    "sdxl": ["sdxl"],
+    "sd3": ["sd3"],
+    "flux": ["flux"],
+    "pixart": ["pixart"],
+    "sana": ["sana"],
+    "dit": ["dit"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +36,12 @@ def model(any_pipeline, tmp_path_factory):
         tmp_path_factory.mktemp("x"), f"model={YAML[family][-1]}", f"model.path={folder}", "model.dtype=float32"
     )
     return instantiate(cfg.model)
+
+
+@pytest.fixture
+def attention(any_pipeline) -> str:
+    """Names of weights that a method moves: esd_x's, where there is text to attend to."""
+    return "attn1" if any_pipeline[0] == "dit" else r"attn2|\.add_"
 
 
 def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
@@ -33,15 +55,19 @@ def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
         assert Sampler(steps=2)(loaded, ["a cat"], [0]).isfinite().all()
 
 
-def test_pictures_are_those_of_diffusers_own_pipeline(model):
+def test_pictures_are_those_of_diffusers_own_pipeline(any_pipeline, model):
+    family, _ = any_pipeline
     seeds, prompts = [3, 4], ["a cat", "a dog"]
-    ours = Sampler(steps=4, guidance_scale=5.0)(model, prompts, seeds)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    theirs = model.pipeline(
-        prompts, num_inference_steps=4, guidance_scale=5.0, generator=generators, output_type="pt",
-        height=16, width=16,
-    ).images  # fmt: skip
+    ours = Sampler(steps=4, guidance_scale=SCALE)(model, prompts, seeds)
+    theirs = tiny.drawn_by_diffusers(family, model.pipeline, prompts, seeds, steps=4, scale=SCALE)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_the_yamls_sampler_walks_as_the_pipeline_does(any_pipeline, model, tmp_path):
+    family, folder = any_pipeline
+    for name in YAML[family]:
+        cfg = config(tmp_path, f"model={name}", f"model.path={folder}")
+        assert instantiate(cfg.sampler).scheduler is type(model.pipeline.scheduler) is model.solver
 
 
 def test_a_batch_is_its_pictures_one_by_one(model):
@@ -60,14 +86,14 @@ def test_noise_is_added_and_taken_away(model):
         torch.testing.assert_close(x_t, (1 - sigma) * x_0 + sigma * eps)
         target = eps - x_0
     else:
-        torch.testing.assert_close(x_t, model.scheduler.add_noise(x_0, eps, t))
-        v_prediction = model.prediction_type == "v_prediction"
-        target = model.scheduler.get_velocity(x_0, eps, t) if v_prediction else eps
+        schedule = DDPMScheduler.from_config(model.scheduler.config)
+        torch.testing.assert_close(x_t, schedule.add_noise(x_0, eps, t))
+        target = schedule.get_velocity(x_0, eps, t) if model.prediction_type == "v_prediction" else eps
     torch.testing.assert_close(model.to_x0(target, x_t, t), x_0, atol=1e-4, rtol=1e-3)
 
 
-def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model):
-    names = [n for n, _ in model.denoiser.named_parameters() if "attn2" in n or ".add_" in n]
+def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model, attention):
+    names = [n for n, _ in model.denoiser.named_parameters() if re.search(attention, n)]
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     before, teacher = model.predict(x, t, c), model.snapshot(names)
     parameters = dict(model.denoiser.named_parameters())
@@ -82,23 +108,94 @@ def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model):
             parameters[name].copy_(teacher.weights[name])
 
 
-def test_text_projections_are_where_the_prompt_enters(model):
+def test_text_projections_are_where_the_prompt_enters(any_pipeline, model):
     projections = dict(model.text_projections())
-    assert projections and all(
-        m.in_features == model.encode_prompts([""]).embeds.shape[-1] for m in projections.values()
-    )
+    assert bool(projections) == (any_pipeline[0] != "dit"), "a class is no text"
+    width = model.encode_prompts([""]).embeds.shape[-1]
+    assert all(m.in_features == width for m in projections.values())
     assert all(f"{name}.weight" in dict(model.denoiser.named_parameters()) for name in projections)
 
 
+@pytest.mark.parametrize("any_pipeline", [f for f in tiny.FAMILIES if f not in ("sana", "dit")], indirect=True)
 def test_the_last_token_is_the_last_word_piece(model):
-    ids = model.pipeline.tokenizer("cat").input_ids
-    assert model.last_token(["cat", "a cat"]).tolist() == [len(ids) - 2, len(ids) - 1]
+    tokens = getattr(model.pipeline, model.tokenizer)
+    for prompt, place in zip(["cat", "a cat"], model.last_token(["cat", "a cat"]).tolist(), strict=True):
+        ids = tokens(prompt).input_ids
+        assert tokens.convert_ids_to_tokens(ids[place]).startswith("t")
+        assert set(ids[place + 1 :]) <= set(tokens.all_special_ids)
+    assert model.last_token([""]).tolist() == [0]
 
 
-def test_images_survive_the_autoencoder_in_shape(model):
-    latents = model.encode_images(torch.rand(2, 3, 16, 16))
+def test_images_survive_the_autoencoder_in_shape(any_pipeline, model):
+    pictures = torch.rand(2, 3, *(32, 32) if any_pipeline[0] == "sana" else (16, 16))
+    latents = model.encode_images(pictures)
     assert latents.shape == (2, *model.latent_shape)
-    assert model.decode(latents).shape == (2, 3, 16, 16)
+    assert model.decode(latents).shape == pictures.shape
+
+
+def blocks(model) -> list[str]:
+    """The layers that put out something for every place of the picture."""
+    names = [name for name, _ in model.denoiser.named_modules()]
+    return [n for n in names if re.fullmatch(r"(single_)?transformer_blocks\.\d+", n)] or ["mid_block"]
+
+
+@pytest.mark.parametrize("place", [(0, 3), (2, 1)])
+@pytest.mark.parametrize("as_many_words_as_places", [False, True])
+def test_features_are_those_of_their_place(model, place, as_many_words_as_places):
+    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+    if as_many_words_as_places:
+        words = (model.latent_shape[-1] // model.patch) ** 2
+        c = Conditioning(
+            c.embeds[:, :words], {k: v[:, :words] if v.shape[1] == c.embeds.shape[1] else v for k, v in c.extra.items()}
+        )
+    quarter = model.latent_shape[-1] // 4
+    row, column = (slice(i * quarter, (i + 1) * quarter) for i in place)
+    planted = x.clone()
+    planted[..., row, column] = 5 * model.noise([1])[..., row, column]
+    assert model.middle in blocks(model)
+    for layer in blocks(model):
+        changed = (model.features(planted, t, c, layer) - model.features(x, t, c, layer)).norm(dim=1)[0]
+        assert changed.shape == (changed.shape[0],) * 2 and changed.shape[0] >= 4
+        found = [4 * i // changed.shape[0] for i in divmod(int(changed.argmax()), changed.shape[1])]
+        spread = model.component == "unet"  # whose random convolutions move it by one
+        assert max(abs(i - j) for i, j in zip(found, place, strict=True)) <= spread
+    assert not any(module._forward_hooks for module in model.denoiser.modules())
+
+
+def test_what_is_said_of_no_place_is_no_feature(model):
+    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+    silent = [n for n, _ in model.denoiser.named_modules() if n.endswith((*dict(model.text_projections()), "linear_1"))]
+    for layer in [*silent, "no_such_layer"]:
+        with pytest.raises(UserError, match=layer):
+            model.features(x, t, c, layer)
+    assert silent and not any(module._forward_hooks for module in model.denoiser.modules())
+
+
+def test_a_student_learns_and_its_erasure_comes_and_goes(model, attention):
+    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor([500])
+    before = model.predict(x, t, c)
+    with Weights(attention).of(model) as lesson, torch.enable_grad():
+        target = before - 0.1
+        optimizer = torch.optim.Adam(lesson.parameters.values(), lr=1e-3)
+        losses = []
+        for _ in range(2):
+            losses.append(F.mse_loss(lesson.student.predict(x, t, c), target))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[1] < losses[0]
+        learned, erasure = model.predict(x, t, c).detach(), lesson.erasure()
+    assert torch.equal(model.predict(x, t, c), before)
+    with erasure.applied_to(model):
+        assert torch.equal(model.predict(x, t, c), learned) and not torch.equal(learned, before)
+    assert torch.equal(model.predict(x, t, c), before)
+
+
+def test_the_pipeline_saves_as_diffusers_does(model, tmp_path):
+    model.pipeline.save_pretrained(tmp_path)
+    again = type(model).load(str(tmp_path), device="cpu")
+    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+    assert torch.equal(again.predict(x, t, c), model.predict(x, t, c))
 
 
 def test_a_fingerprint_tells_weights_apart(sd1, tmp_path):

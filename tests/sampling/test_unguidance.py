@@ -17,8 +17,8 @@ PROMPTS = ["a photo of the cat", "a photo of the dog", ""]
 
 
 @pytest.fixture(scope="module")
-def model(any_pipeline):
-    family, folder = any_pipeline
+def model(adaptable_pipeline):
+    family, folder = adaptable_pipeline
     return FAMILIES[family].load(str(folder), device="cpu")
 
 
@@ -37,7 +37,7 @@ def adapter(model) -> Adapter:
 def plainly(model, adapter, prompt: str, seed: int, settings: LatentDifference, scale: float) -> float:
     """One summand of D, of one prompt and one repeat, written out."""
     scheduler = model.solver.from_config(model.scheduler.config)
-    scheduler.set_timesteps(settings.steps)
+    model.set_timesteps(scheduler, settings.steps)
     times = scheduler.timesteps[1:] if settings.schedule == "paper" else scheduler.timesteps
     z, c, null = model.noise([seed]), model.encode_prompts([prompt]), model.encode_prompts([""])
     with torch.no_grad():

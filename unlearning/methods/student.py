@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 from torch import nn
 
@@ -69,11 +70,20 @@ class LoRA:
 
     @contextmanager
     def of(self, model: DiffusionModel) -> Iterator[Lesson]:
-        """While the lesson lasts; then the model is what it was. Raises UserError where no linear map matches."""
+        """While the lesson lasts; then the model is what it was.
+
+        Raises:
+            UserError: Where no linear map matches, or diffusers has no adapters for the denoiser.
+        """
         linear = [n for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
         chosen = [n for n in linear if re.search(self.pattern, n)]
         if not chosen:
             raise UserError(f"No linear map of the denoiser has a name that matches {self.pattern!r}.")
+        if not isinstance(model.denoiser, PeftAdapterMixin):
+            raise UserError(
+                f"diffusers puts no adapter beside the weights of a {type(model.denoiser).__name__}. Choose a method "
+                "that moves the denoiser's own weights, as method=esd_u does."
+            )
         model.denoiser.add_adapter(LoraConfig(r=self.rank, target_modules=chosen, lora_alpha=self.alpha * self.rank))
         try:
             layers = {n: model.denoiser.get_submodule(n) for n in chosen}

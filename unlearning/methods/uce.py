@@ -14,6 +14,7 @@ solved in float64.
 import torch
 from torch import Tensor
 
+from unlearning.concepts import UserError
 from unlearning.erasure import WeightPatch
 from unlearning.methods.base import Method
 
@@ -46,6 +47,10 @@ class UCE(Method):
 
     @torch.no_grad()
     def fit(self, model, task) -> WeightPatch:
+        projections = dict(model.text_projections())
+        if not projections:
+            raise UserError(f"{model.name} reads no text: there is no map that UCE could edit. Choose another method.")
+
         def states(words: list[str]) -> Tensor:
             prompts = [template.format(word) for template in self.templates for word in words]
             return model.encode_prompts(prompts).embeds[torch.arange(len(prompts)), model.last_token(prompts)]
@@ -57,5 +62,5 @@ class UCE(Method):
         scale = scale.repeat(len(self.templates)).to(c.device)
         return WeightPatch({
             f"{name}.weight": closed_form(m.weight, c, c_star, scale, self.lamb).to(m.weight.dtype)
-            for name, m in model.text_projections()
+            for name, m in projections.items()
         })  # fmt: skip

@@ -126,7 +126,7 @@ class DiffusionModel(ABC):
                 output = self.denoiser(*arguments, **keywords)
             else:
                 output = functional_call(self.denoiser, dict(self.weights), arguments, keywords)
-        return output.sample[:, : x_t.shape[1]].float()  # some predict their variance below
+        return self._unpacked(output.sample, x_t.shape).float()
 
     def features(self, x_t: Tensor, t: Tensor, c: Conditioning, layer: str | None = None) -> Tensor:
         """What a layer of the denoiser puts out at every place of the picture, (B, D, h, w) float32.
@@ -147,11 +147,20 @@ class DiffusionModel(ABC):
             self.predict(x_t, t, c)
         finally:
             hook.remove()
-        return _on_grid(outputs[-1], *(side // self.patch for side in x_t.shape[-2:]), name).float()
+        height, width = (side // self.patch for side in x_t.shape[-2:])
+        return _on_grid(outputs[-1], height, width, c.embeds.shape[1], name).float()
 
     @abstractmethod
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         """The denoiser's positional and keyword arguments."""
+
+    def _unpacked(self, output: Tensor, shape: torch.Size) -> Tensor:
+        """The denoiser's output in the latents' shape (B, C, H, W)."""
+        return output[:, : shape[1]]  # some predict their variance below
+
+    def set_timesteps(self, scheduler: object, steps: int) -> None:
+        """Sets the timesteps at which a scheduler of diffusers walks from noise to one of this model's pictures."""
+        scheduler.set_timesteps(steps, device=self.device)
 
     def snapshot(self, names: Sequence[str]) -> "DiffusionModel":
         """This model with today's values of the named weights, sharing all others: a frozen teacher without a copy."""
@@ -174,7 +183,8 @@ class DiffusionModel(ABC):
     @property
     def prediction_type(self) -> str:
         """ "epsilon", "v_prediction" or "flow": what the denoiser's output means."""
-        return self.scheduler.config.get("prediction_type", "flow")
+        meaning = self.scheduler.config.get("prediction_type", "flow")
+        return "flow" if meaning == "flow_prediction" else meaning
 
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.reshape(-1, 1, 1, 1).to(self.device)
@@ -224,20 +234,18 @@ class DiffusionModel(ABC):
         return (x_t - alpha * self.to_x0(prediction, x_t, t)) / sigma
 
 
-def _on_grid(output: Tensor | tuple, height: int, width: int, layer: str) -> Tensor:
+def _on_grid(output: Tensor | tuple, height: int, width: int, text: int, layer: str) -> Tensor:
     """A layer's output (B, D, h, w): a UNet's as it is, of a transformer's tokens those that are the picture's.
 
-    Blocks of joint attention put out the text's tokens first, or one sequence that begins with them.
+    Blocks of joint attention put out the text's tokens and then the picture's, or one sequence of both.
     """
     parts = [p for p in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(p)]
     if parts[-1].ndim == 4:
         return parts[-1]
     places = height * width
-    for tokens in (p for p in reversed(parts) if p.ndim == 3 and p.shape[1] == places):
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
-    if parts[-1].ndim != 3 or parts[-1].shape[1] < places:
-        raise UserError(f"Layer {layer!r} puts out {tuple(parts[-1].shape)}, which is no {height} by {width} grid.")
-    return parts[-1][:, -places:].transpose(1, 2).unflatten(2, (height, width))
+    for tokens in (p for p in reversed(parts) if p.ndim == 3 and p.shape[1] in (places, text + places)):
+        return tokens[:, -places:].transpose(1, 2).unflatten(2, (height, width))
+    raise UserError(f"Layer {layer!r} puts out {tuple(parts[-1].shape)}, which is no {height} by {width} grid.")
 
 
 @contextmanager

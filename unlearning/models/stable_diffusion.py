@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from unlearning.models.base import Conditioning, DiffusionModel, fingerprint
 
 class StableDiffusion(DiffusionModel):
     component = "unet"
+    tokenizer = "tokenizer"  # what the pipeline calls that of the states which the denoiser attends to
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
     # A safety checker paints pictures black, which would count as erasure.
     load_options: ClassVar[dict] = {"safety_checker": None, "requires_safety_checker": False}
@@ -27,8 +29,6 @@ class StableDiffusion(DiffusionModel):
         self.pipeline, self.name, self.fingerprint = pipeline, name, fingerprint
         self.denoiser, self.vae, self.scheduler = getattr(pipeline, self.component), pipeline.vae, pipeline.scheduler
         self.dtype, self._device = self.denoiser.dtype, device
-        size = self.denoiser.config.sample_size
-        self.latent_shape = (self.denoiser.config.in_channels, size, size)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -87,6 +87,11 @@ class StableDiffusion(DiffusionModel):
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.denoiser.config.sample_size
+        return self.denoiser.config.in_channels, size, size
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
@@ -98,13 +103,19 @@ class StableDiffusion(DiffusionModel):
         return sorted(word for word in words if len(word) >= 3 and word.isascii() and word.isalpha())
 
     def last_token(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.pipeline.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-        return tokens.attention_mask.sum(1).to(self.device) - 2
+        tokens = getattr(self.pipeline, self.tokenizer)(
+            list(prompts), padding=True, truncation=True, return_tensors="pt"
+        )
+        return (tokens.attention_mask.sum(1).to(self.device) - 2).clamp(min=0)  # an empty prompt has its first only
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype)).latent_dist
-        return (posterior.mean.float() - self._shift) * self.vae.config.scaling_factor
+        encoded = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype))
+        return (self._mean(encoded).float() - self._shift) * self.vae.config.scaling_factor
+
+    @staticmethod
+    def _mean(encoded: AutoencoderKLOutput) -> Tensor:
+        return encoded.latent_dist.mean
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ def _timesteps(model: DiffusionModel, scheduler: type[SchedulerMixin], steps: in
     if schedule == "paper" and model.prediction_type == "flow":
         raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
     noise = scheduler.from_config(model.scheduler.config)
-    noise.set_timesteps(steps, device=model.device)
+    # DDIM's default is for pictures, and the config of a model made for another solver may be silent about it.
+    noise.register_to_config(clip_sample=model.scheduler.config.get("clip_sample", False))
+    model.set_timesteps(noise, steps)
     return noise
 
 

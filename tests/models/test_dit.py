@@ -1,0 +1,37 @@
+"""What DiT has of its own: classes in place of prompts."""
+
+import pytest
+
+from tests import tiny
+from unlearning.concepts import Concept, UnlearningTask, UserError
+from unlearning.methods.uce import UCE
+from unlearning.models.dit import DiT
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return DiT.load(str(tiny.save("dit", tmp_path_factory.mktemp("models"))), device="cpu")
+
+
+def test_a_prompt_stands_for_the_class_that_it_names(model):
+    prompts = ["cat", "a photo of the House Cat", "a dog, sleeping", "a tiger cat", "panthera tigris", ""]
+    assert model.encode_prompts(prompts).embeds.flatten().tolist() == [0, 0, 1, 2, 3, 1000]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a photo of the tigers", "Did you mean tiger"),
+        ("a photo of the house", "house cat"),
+        ("a catalogue", "names none of the 6 labels"),
+        ("a dog and a cat", "several classes"),
+    ],
+)
+def test_a_prompt_that_names_no_one_class_is_answered(model, prompt, says):
+    with pytest.raises(UserError, match=says):
+        model.encode_prompts([prompt])
+
+
+def test_uce_finds_nothing_to_edit(model):
+    with pytest.raises(UserError, match="reads no text"):
+        UCE().fit(model, UnlearningTask(erase=(Concept("cat"),)))

@@ -1,0 +1,68 @@
+"""DiT: a transformer that is told a class of ImageNet in place of a prompt, a variance learned beside the noise."""
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+from torch import Tensor, nn
+
+from unlearning.concepts import UserError
+from unlearning.models.base import Conditioning
+from unlearning.models.stable_diffusion import StableDiffusion
+
+
+class DiT(StableDiffusion):
+    component = "transformer"
+    pipeline_class: type[DiffusionPipeline] = DiTPipeline
+    load_options: ClassVar[dict] = {}
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The class (B, 1, 1) whose label each prompt has in it, "a photo of the goldfish"; "" is the null class.
+
+        Raises:
+            UserError: For a prompt with no label in it, or with those of several classes.
+        """
+        classes = torch.tensor([self._class(prompt) for prompt in prompts], device=self.device)
+        return Conditioning(classes.reshape(-1, 1, 1))
+
+    def last_token(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), dtype=torch.long, device=self.device)
+
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """None: a class is looked up in a table of every block."""
+        return iter(())
+
+    def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
+        return (x_t,), {"timestep": t.expand(len(x_t)), "class_labels": c.embeds.flatten()}
+
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        """The longest first, so that "tiger cat" is no tiger."""
+        labels = {label.lower(): number for label, number in self.pipeline.labels.items()}
+        return dict(sorted(labels.items(), key=lambda item: -len(item[0])))
+
+    @cached_property
+    def _any_label(self) -> re.Pattern:
+        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, self._labels)) or '(?!)'})(?!\w)")
+
+    def _class(self, prompt: str) -> int:
+        if not prompt:
+            return self.denoiser.config.num_embeds_ada_norm  # the row after those of the classes
+        named = self._any_label.findall(prompt.lower())
+        classes = {self._labels[label] for label in named}
+        if len(classes) == 1:
+            return classes.pop()
+        if classes:
+            raise UserError(f"{prompt!r} names several classes ({', '.join(named)}); {self.name} draws one a picture.")
+        words = re.findall(r"\w{3,}", prompt.lower())
+        near = [label for label in self._labels if set(words) & set(label.split())]
+        near += [label for word in words for label in get_close_matches(word, self._labels, 2, 0.7)]
+        hint = f" Did you mean {' or '.join(list(dict.fromkeys(near))[:5])}?" if near else ""
+        raise UserError(
+            f"{prompt!r} names none of the {len(self._labels)} labels that {self.name} draws.{hint} They are the "
+            "`id2label` of its model_index.json."
+        )
