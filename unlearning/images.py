@@ -93,6 +93,20 @@ def load(rows: Sequence[Row]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(row.path).convert("RGB")) for row in rows])
 
 
+def keep(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
+    """Writes pictures under their captions, in their order."""
+    for i, (caption, picture) in enumerate(pictures.items()):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{i}-{caption.replace(' ', '-')}.png", buffer.getvalue())
+
+
+def figures(run: Path) -> dict[str, Path]:
+    """What `keep` wrote below a run's folder, by caption."""
+    return {p.stem.partition("-")[2].replace("-", " "): p for p in sorted((run / "figures").glob("*.png"))}
+
+
 def with_decisions(row: Row) -> Row:
     """The row and what its picture, which is there, says was decided about it."""
     with Image.open(row.path) as image:

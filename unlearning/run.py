@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
@@ -23,6 +24,8 @@ from unlearning.evaluators.base import Evaluator
 from unlearning.images import (
     Row,
     digest,
+    figures,
+    keep,
     load,
     manifest,
     read_manifest,
@@ -91,7 +94,7 @@ class Run:
         """Finds the erasure, unless it is there already. What another model or other settings left is cleared away."""
         target, begun = self.folder / "erasure", self.folder / ".fit"
         if not begun.exists() or begun.read_text() != self._key():
-            for old in (target, self.folder / "checkpoints"):
+            for old in (target, self.folder / "checkpoints", self.folder / "figures"):
                 shutil.rmtree(old, ignore_errors=True)
             cost.forget(self.folder / "cost.json", "fit")
             write_atomically(begun, self._key())
@@ -104,6 +107,7 @@ class Run:
             partial = self.folder / ".erasure.partial"
             try:
                 erasure.save(partial, title=self.title, base=self.model)
+                keep(self.folder / "figures", self.method.figures)
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +152,8 @@ class Run:
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
         numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
         shown = {name: load(read_manifest(self.folder / "images" / f"{name}.csv")[:8]) for name in ("base", "erased")}
-        loggers.log(self.logger, numbers, {k: list(v) for k, v in shown.items()}, self.settings)
+        images = {k: list(v) for k, v in shown.items()} | {k: [Image.open(v)] for k, v in figures(self.folder).items()}
+        loggers.log(self.logger, numbers, images, self.settings)
 
     def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict[str, float | str]:
         asked = [(row.path.parent.name, row.path.name, row.role, row.labels) for row in rows]

@@ -5,11 +5,13 @@ nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -24,9 +26,11 @@ class Method(ABC):
 
     Attributes:
         works_on: The class of models it knows how to edit; anything else is refused before a weight is loaded.
+        figures: What the last fit saw, by caption; the run keeps them and the report shows them.
     """
 
     works_on: type = DiffusionModel
+    figures: Mapping[str, Image.Image] = MappingProxyType({})
 
     @abstractmethod
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure: ...

@@ -30,6 +30,7 @@ from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.blinding import filling
 from unlearning.scrubbing.conditioning import told
+from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprinting
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Scrubber(TrainedMethod):
         *,
         fingerprint: Fingerprinting,
         target_space: str = "x0",
-        conditioning: str = "words",
+        conditioning: str | None = "words",
         words: list[str] | None = None,
         blinding: str = "inpaint",
         detect: str = "once",
@@ -82,12 +83,13 @@ class Scrubber(TrainedMethod):
         _insist_on_images(task)
         forget, retain = (_latents(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
-        S = self.fingerprinting.similarity(self.fingerprint, teacher, forget)
+        S = self.fingerprinting.similarities(self.fingerprint, teacher, forget).amax(1)
         M = self.fingerprint.mask(S, forget.shape[-2:])
-        self.told = told(self.conditioning, teacher, task, forget, self.words)
+        self.told = told(self.conditioning, teacher, task, forget, M, self.words)
         if self.told.words:
             log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
         eta = filling(self.blinding, teacher, forget, M)
+        self.figures = figures(self, forget, retain, M, eta)
         return ForgetRetain((forget, M, eta), (retain,), self.batch_size)
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
@@ -102,7 +104,7 @@ class Scrubber(TrainedMethod):
         z_t = teacher.add_noise(z_0, eps, t)
         with torch.no_grad():
             if self.detect == "every_step":
-                M = self.fingerprint.mask(self.fingerprint.similarity(teacher, z_t, t, null), z_0.shape[-2:])
+                M = self._mask(z_t, t, null)
             eta = torch.randn_like(z_0) if self.blinding == "gaussian" else eta  # anew at every step
             z_blind_t = teacher.add_noise((1 - M) * z_0 + M * eta, eps, t)
             T, T_blind = teacher.predict(z_t, t, null), teacher.predict(z_blind_t, t, null)
@@ -110,6 +112,10 @@ class Scrubber(TrainedMethod):
         L_f = self._mean(M, self._error(S, z_t, T_blind, z_blind_t, t))
         L_b = self._mean(1 - M, self._error(S, z_t, T, z_t, t))
         return self.lamb_f * L_f + self.lamb_b * L_b
+
+    def _mask(self, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        S = self.fingerprint.similarities(self.teacher, z_t, t, c).amax(1)
+        return self.fingerprint.mask(S, z_t.shape[-2:])
 
     def _retain(self, z_0: Tensor) -> Tensor:
         """L_r  (eq. 13)."""

@@ -98,9 +98,10 @@ class StableDiffusion(DiffusionModel):
         return Conditioning(embeds)
 
     def vocabulary(self) -> list[str]:
-        pieces = self.pipeline.tokenizer.get_vocab()
-        words = (p.removesuffix("</w>") for p in pieces if p.endswith("</w>"))  # CLIP's mark of a word's end
-        return sorted(word for word in words if len(word) >= 3 and word.isascii() and word.isalpha())
+        pieces = getattr(self.pipeline, self.tokenizer).get_vocab()
+        words = [p.removesuffix("</w>") for p in pieces if p.endswith("</w>")]  # CLIP marks a word's end
+        words = words or [p.removeprefix("▁") for p in pieces if p.startswith("▁")]  # T5 and Gemma its beginning
+        return sorted({word for word in words if len(word) >= 3 and word.isascii() and word.isalpha()})
 
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         tokens = getattr(self.pipeline, self.tokenizer)(

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
 from unlearning.data import openmoji
-from unlearning.images import Row, read_manifest, write_atomically
+from unlearning.images import Row, figures, read_manifest, write_atomically
 from unlearning.reporting.table import UNEDITED, decimals, directions, measured, settings
 
 PAIRS, PROMPTS, CONCEPTS = 6, 12, 40  # shown at most: of a prompt, of a concept, of a section
@@ -136,6 +136,11 @@ def _inline(row: Row) -> str | None:
     return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
 
 
+def _whole(path: Path) -> str:
+    """A figure as a data URI, as it is."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def _markdown(text: str) -> str:
     """HTML of a README: without its front matter; its own HTML is escaped and its pictures are not fetched."""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
@@ -178,6 +183,7 @@ def report(run: Path) -> Path:
         protocols=list(dict.fromkeys(m.protocol for group in measures.values() for m in group if m.protocol)),
         sections=_by_concept(pairs),
         differences=differences,
+        figures={caption: _whole(path) for caption, path in figures(run).items()},
         picture=_inline,
         limit={"pairs": PAIRS, "prompts": PROMPTS, "concepts": CONCEPTS},
         command=_command(run),

@@ -2,7 +2,7 @@
 
 - null: nothing; the write-up's. The road from text to the concept stays open.
 - generic: prompts that name nothing.
-- words: the words of a vocabulary under which the teacher denoises the forget images best: a diffusion classifier
+- words: the words of a vocabulary under which the teacher denoises best what the masks cover: a diffusion classifier
   (Li et al., 2023, https://arxiv.org/abs/2303.16203, eq. 5) with every word for a class.
 - inverted: an embedding, trained until the teacher denoises the forget images best (Gal et al., 2023,
   https://arxiv.org/abs/2208.01618, eq. 2; here of the text encoder's output, and for the family's pooled text too).
@@ -25,6 +25,7 @@ GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a pho
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
 RETAINED = 64  # other words, whose prompts hold the rest in place
+DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,16 @@ class Told:
 
 
 def told(
-    kind: str, teacher: DiffusionModel, task: UnlearningTask, latents: Tensor, words: Sequence[str] | None = None
+    kind: str | None,
+    teacher: DiffusionModel,
+    task: UnlearningTask,
+    latents: Tensor,
+    M: Tensor,
+    words: Sequence[str] | None = None,
 ) -> Told:
     """
     Args:
-        latents: Of the forget images, (N, C, H, W).
+        latents, M: Of the forget images, (N, C, H, W), and where in them the concept is, (N, 1, H, W).
         words: The vocabulary; by default the tokenizer's whole words.
 
     Raises:
@@ -49,7 +55,7 @@ def told(
     """
     encode = teacher.encode_prompts
     match kind:
-        case "null":
+        case "null" | None:  # as YAML reads it
             return Told(encode([""]), encode([""]))
         case "generic":
             return Told(encode(["", *GENERIC]), encode([""]))
@@ -58,10 +64,10 @@ def told(
             others = [concept.name for concept in task.retain]
             return Told(encode(["", *_prompts(names)]), encode(["", *_prompts(others)]))
         case "words":
-            found, others = nearest_words(teacher, latents, list(words or teacher.vocabulary()))
+            found, others = nearest_words(teacher, latents, M, list(words or teacher.vocabulary()))
             return Told(encode(["", *_prompts(found)]), encode(["", *_prompts(others)]), tuple(found))
         case "inverted":
-            return Told(inverted(teacher, latents), encode([""]))
+            return Told(inverted(teacher, latents, M), encode([""]))
     raise UserError(f"There is no conditioning {kind!r}; there are {', '.join(KINDS)}.")
 
 
@@ -71,17 +77,18 @@ def _prompts(words: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def nearest_words(
-    teacher: DiffusionModel, latents: Tensor, words: list[str], looks: int = 4
+    teacher: DiffusionModel, latents: Tensor, M: Tensor, words: list[str], looks: int = 8
 ) -> tuple[list[str], list[str]]:
     """The words that stand for the pictures, best first, and words that do not.
 
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
-    left. A word stands for the pictures if it lowers the teacher's error by at least half as much as the best one does.
+    left. A word stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as
+    the best one does.
     """
     tried, left = {}, words
     while True:
-        error = errors(teacher, latents, ["", *left], looks)
-        gain = dict(zip(left, (error[0] - error[1:]).tolist(), strict=True))
+        error = errors(teacher, latents, M, ["", *left], looks)
+        gain = dict(zip(left, (error[0] - error[1:]).median(1).values.tolist(), strict=True))
         tried |= gain
         ranked = sorted(left, key=lambda word: -gain[word])
         if len(left) <= MOST:
@@ -98,13 +105,17 @@ def nearest_words(
     return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
 
 
-def errors(teacher: DiffusionModel, latents: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
-    """Mean squared error (W,) of x_0 by prompt, weighted as in training, on the same noised pictures for all."""
-    rows = torch.randint(len(latents), (looks,))
-    t = teacher.timesteps((torch.arange(looks) + torch.rand(looks)) / looks)
-    z_0 = latents[rows]
+def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
+    """Squared errors (W, looks) of x_0 where M is, by prompt: weighted as in training, at the same noise for all.
+
+    The pictures are those that show the concept largest: a word alone describes a picture of one thing.
+    """
+    largest = M.mean((1, 2, 3)).argsort(descending=True)[: -(-len(M) // 2)]
+    rows, (low, high) = largest[torch.randint(len(largest), (looks,))], DECISIVE
+    t = teacher.timesteps(low + (high - low) * (torch.arange(looks) + torch.rand(looks)) / looks)
+    z_0, where = latents[rows], M[rows] / (M[rows].sum((1, 2, 3), keepdim=True) * latents.shape[1]).clamp(min=1)
     x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
-    weight = teacher.snr(t).clamp(max=1)
+    weight = teacher.snr(t).clamp(max=1) * where
     jobs = [(p, i) for p in range(len(prompts)) for i in range(looks)]
     found = []
     for part in tqdm([jobs[i : i + AT_ONCE] for i in range(0, len(jobs), AT_ONCE)], "naming", leave=False):
@@ -113,14 +124,20 @@ def errors(teacher: DiffusionModel, latents: Tensor, prompts: Sequence[str], loo
         names = list(dict.fromkeys(asked))
         c = teacher.encode_prompts([prompts[p] for p in names])[[names.index(p) for p in asked]]
         error = w * (teacher.to_x0(teacher.predict(x, s, c), x, s) - z).square()
-        found.append(error.mean((1, 2, 3)))
-    return torch.cat(found).reshape(len(prompts), looks).mean(1).cpu()
+        found.append(error.sum((1, 2, 3)))
+    return torch.cat(found).reshape(len(prompts), looks).cpu()
 
 
 def inverted(
-    teacher: DiffusionModel, latents: Tensor, rows: int = 4, steps: int = 150, batch: int = 8, lr: float = 0.02
+    teacher: DiffusionModel,
+    latents: Tensor,
+    M: Tensor,
+    rows: int = 4,
+    steps: int = 150,
+    batch: int = 8,
+    lr: float = 0.02,
 ) -> Conditioning:
-    """`rows` embeddings that the teacher denoises the pictures best with, and the null prompt's."""
+    """`rows` embeddings with which the teacher denoises best what M covers, and the null prompt's."""
     null = teacher.encode_prompts([""])
     start = null.expand(rows)
     embeds = nn.Parameter(start.embeds + 0.01 * torch.randn_like(start.embeds))
@@ -128,13 +145,14 @@ def inverted(
     optimizer = torch.optim.Adam([embeds, *extra.values()], lr=lr)
     for _ in tqdm(range(steps), "inverting", leave=False):
         own = torch.randint(rows, (batch,), device=embeds.device)
-        z_0 = latents[torch.randint(len(latents), (batch,), device=latents.device)]
+        chosen = torch.randint(len(latents), (batch,), device=latents.device)
+        z_0, where = latents[chosen], M[chosen]
         t = teacher.timesteps(torch.rand(batch))
         x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
         c = Conditioning(embeds, {**start.extra, **extra})[own]
         with torch.enable_grad():
             error = (teacher.to_x0(teacher.predict(x_t, t, c), x_t, t) - z_0).square()
-            loss = (teacher.snr(t).clamp(max=1) * error).mean()
+            loss = (teacher.snr(t).clamp(max=1) * where * error).mean() / where.mean()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()

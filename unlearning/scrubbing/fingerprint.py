@@ -37,10 +37,10 @@ class Fingerprint:
     alpha: float
     layer: str | None = None
 
-    def similarity(self, teacher: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """S(u) = max_k <f_u, p_k>, (B, h, w)  (eqs. 5 and 6)."""
+    def similarities(self, teacher: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """<f_u, p_k>, (B, K, h, w); S(u) is their maximum over k  (eqs. 5 and 6)."""
         f = F.normalize(teacher.features(x_t, t, c, self.layer) - self.centre[:, None, None], dim=1)
-        return torch.einsum("bdhw,kd->bkhw", f, self.prototypes).amax(1)
+        return torch.einsum("bdhw,kd->bkhw", f, self.prototypes)
 
     def mask(self, S: Tensor, size: tuple[int, int]) -> Tensor:
         """M = sigmoid(alpha (S - tau)), (B, 1, H, W), of S (B, h, w)  (eq. 7)."""
@@ -97,7 +97,8 @@ class Fingerprinting:
                 "the concept: give some (retain=/a/folder), or set method.fingerprint.tau=0.6, "
                 "method.fingerprint.centred=false and method.fingerprint.purity=0."
             )
-        f, r = self._vectors(teacher, forget), self._vectors(teacher, retain)
+        f = self._vectors(teacher, forget)
+        r = self._vectors(teacher, retain) if len(retain) else f[:0]
         centre = r.mean(0) if self.centred else torch.zeros_like(f[0])
         f, r = F.normalize(f - centre, dim=1), F.normalize(r - centre, dim=1)
         if len(f) < self.K:
@@ -112,10 +113,10 @@ class Fingerprinting:
         return Fingerprint(prototypes.to(device), centre.to(device), float(tau), self.alpha, self.layer)
 
     @torch.no_grad()
-    def similarity(self, fingerprint: Fingerprint, teacher: DiffusionModel, latents: Tensor) -> Tensor:
-        """S (N, h, w) of latents (N, C, H, W), at timesteps of the band, averaged over draws of the noise."""
+    def similarities(self, fingerprint: Fingerprint, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """(N, K, h, w), of latents (N, C, H, W): at timesteps of the band, averaged over draws of the noise."""
         parts = [
-            torch.stack([fingerprint.similarity(teacher, *seen) for seen in self._views(teacher, z_0)]).mean(0)
+            torch.stack([fingerprint.similarities(teacher, *seen) for seen in self._views(teacher, z_0)]).mean(0)
             for z_0 in latents.split(AT_ONCE)
         ]
         return torch.cat(parts)
@@ -135,7 +136,7 @@ class Fingerprinting:
             seen = [teacher.features(*view, self.layer).flatten(2) for view in self._views(teacher, z_0)]
             for vectors in torch.cat(seen, 2).transpose(1, 2).cpu():  # (places, D) of one picture
                 parts.append(vectors[torch.randperm(len(vectors))[:each]])
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        return torch.cat(parts)
 
     def _clusters(self, f: Tensor) -> Tensor:
         """Prototypes (K, D) of unit vectors f (V, D): spherical k-means  (eq. 4)."""

@@ -1,0 +1,207 @@
+"""The scrubber's algebra for every kind of prediction, its losses, and its run from images to an erasure."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+import unlearning
+from tests.composed import config
+from tests.tiny import FAMILIES
+from unlearning.concepts import UserError
+from unlearning.erasure import Adapter, WeightPatch
+from unlearning.models.base import Conditioning
+from unlearning.scrubbing.conditioning import Told
+
+SMALL = [
+    "method.fingerprint.K=4", "method.fingerprint.purity=0", "method.fingerprint.draws=1", "method.conditioning=null",
+    "method.iterations=3", "method.batch_size=4", "dataset.pictures=6", "trainer.enable_progress_bar=false",
+    "method.fingerprint.layer=null", "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+LORA = [
+    "method.student._target_=unlearning.methods.student.LoRA", "~method.student.parameters",
+    "+method.student.modules=attn",
+]  # fmt: skip
+EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
+
+
+@pytest.fixture
+def model(any_pipeline):
+    family, folder = any_pipeline
+    return FAMILIES[family].load(str(folder), device="cpu")
+
+
+@pytest.fixture
+def scrub(tmp_path):
+    """scrub(*overrides) -> (a Scrubber, its task), on pictures of cats."""
+
+    def make(*overrides: str):
+        cfg = config(tmp_path, "method=scrubber", "concept=cat", *SMALL, *overrides)
+        return instantiate(cfg.method, trainer=instantiate(cfg.trainer)), shrunk(instantiate(cfg.dataset))
+
+    return make
+
+
+def shrunk(task):
+    """The task's pictures at a quarter of their side."""
+    less = {k: [image[::4, ::4] for image in getattr(task, k)] for k in ("forget_images", "retain_images")}
+    return replace(task, **less)
+
+
+def blinded(model):
+    """(z_t, z_blind_t, t, M (z_0 - eta)) under one noise."""
+    torch.manual_seed(0)
+    z_0, eta, eps = torch.randn(3, 2, *model.latent_shape).unbind()
+    M, t = torch.rand(2, 1, *model.latent_shape[1:]), torch.tensor([150, 700])
+    change = M * (z_0 - eta)
+    return model.add_noise(z_0, eps, t), model.add_noise(z_0 - change, eps, t), t, change
+
+
+def test_the_raw_target_leaves_the_concept_in_the_picture_that_the_student_implies(model):
+    z_t, z_blind_t, t, change = blinded(model)
+    T_blind = torch.randn_like(z_t)
+    implied, wanted = (model.to_x0(T_blind, z, t) for z in (z_t, z_blind_t))
+    alpha, sigma = model._alpha_sigma(t)
+    kept = {"epsilon": 1.0, "v_prediction": alpha**2, "flow": 1 - sigma}[model.prediction_type] * change
+    torch.testing.assert_close(implied, wanted + kept, atol=1e-4, rtol=1e-4)
+
+
+def test_the_corrected_target_is_the_papers_plus_what_the_noise_hides(model):
+    z_t, z_blind_t, t, _ = blinded(model)
+    T_blind, (alpha, sigma) = torch.randn_like(z_t), model._alpha_sigma(t)
+    by_hand = T_blind + (z_t - z_blind_t) * (alpha if model.prediction_type == "v_prediction" else 1) / sigma
+    by_x0 = model.to_prediction(model.to_x0(T_blind, z_blind_t, t), z_t, t)
+    torch.testing.assert_close(by_x0, by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_vanishes_at_its_target_and_nowhere_near_the_other(model, scrub):
+    z_t, z_blind_t, t, _ = blinded(model)
+    T_blind = torch.randn_like(z_t)
+    corrected = model.to_prediction(model.to_x0(T_blind, z_blind_t, t), z_t, t)
+    for space, target, other in (("x0", corrected, T_blind), ("raw", T_blind, corrected)):
+        method, _ = scrub(f"method.target_space={space}")
+        method.teacher = model
+        assert method._error(target, z_t, T_blind, z_blind_t, t).max() < 1e-6
+        assert method._error(other, z_t, T_blind, z_blind_t, t).mean() > 1e-3
+
+
+def test_errors_do_not_blow_up_at_small_timesteps(model, scrub):
+    method, _ = scrub()
+    method.teacher = model
+    z, t = torch.randn(2, *model.latent_shape), torch.tensor([1, 1])
+    S, T = torch.randn_like(z), torch.randn_like(z)
+    assert method._error(S, z, T, z, t).max() <= 1.01 * (S - T).square().max()
+
+
+def test_the_means_are_over_what_the_masks_cover_or_over_all(scrub):
+    M, error = torch.tensor([0.0, 0.5, 1.0, 0.0]).reshape(1, 1, 2, 2), torch.rand(1, 3, 2, 2)
+    weighted = (M * error).sum() / (1.5 * 3)
+    torch.testing.assert_close(scrub()[0]._mean(M, error), weighted)
+    published = (M.square() * error).sum() / error.numel()
+    torch.testing.assert_close(scrub("method.normalised=false")[0]._mean(M, error), published)
+
+
+def test_a_student_that_is_the_teacher_has_only_the_concept_to_learn(model, scrub):
+    torch.manual_seed(0)
+    method, _ = scrub("method.blinding=blurred", "method.lamb_b=1", "method.lamb_r=1")
+    null = model.encode_prompts([""])
+    method.student = method.teacher = model
+    method.told = Told(null, null)
+    z_0, nowhere = torch.randn(2, *model.latent_shape), torch.zeros(2, 1, *model.latent_shape[1:])
+    assert method.loss({"forget": (z_0, nowhere, torch.zeros_like(z_0)), "retain": (z_0,)}) < 1e-10
+    assert method.loss({"forget": (z_0, nowhere + 1, torch.zeros_like(z_0)), "retain": (z_0,)}) > 1e-4
+
+
+def test_the_teacher_is_told_nothing_and_the_student_what_stands_for_the_concept(model, scrub):
+    asked = {"student": [], "teacher": []}
+
+    def listening(who):
+        class View:
+            def __getattr__(self, name):
+                return getattr(model, name)
+
+            def predict(self, x_t, t, c: Conditioning):
+                asked[who].append(c.embeds)
+                return model.predict(x_t, t, c)
+
+        return View()
+
+    method, _ = scrub("method.lamb_r=0", "method.blinding=blurred")
+    method.student, method.teacher = listening("student"), listening("teacher")
+    null, cat = model.encode_prompts([""]), model.encode_prompts(["cat"])
+    method.told = Told(cat, null)
+    z_0 = torch.randn(2, *model.latent_shape)
+    method.loss({"forget": (z_0, torch.ones(2, 1, *z_0.shape[2:]), torch.zeros_like(z_0))})
+    assert all(torch.equal(c, null.expand(2).embeds) for c in asked["teacher"]) and len(asked["teacher"]) == 2
+    assert [torch.equal(c, cat.expand(2).embeds) for c in asked["student"]] == [True]
+
+
+@pytest.mark.parametrize("detect", ["once", "every_step"])
+@pytest.mark.parametrize("blinding", ["gaussian", "shuffled"])
+def test_every_family_is_scrubbed_and_left_as_it_was(model, scrub, blinding, detect):
+    method, task = scrub(f"method.blinding={blinding}", f"method.detect={detect}")
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    erasure = method.fit(model, task)
+    assert isinstance(erasure, WeightPatch) and set(erasure.weights) <= set(before)
+    assert any(not torch.equal(v, before[k]) for k, v in erasure.weights.items())
+    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert {"where the concept is found in forget images", "similarity to the nearest prototype"} <= set(method.figures)
+
+
+def test_with_a_lora_the_teacher_is_the_adapter_switched_off(sd1, scrub):
+    method, task = scrub(*LORA)
+    model = FAMILIES["sd1"].load(str(sd1), device="cpu")
+    assert isinstance(method.fit(model, task), Adapter)
+
+
+def test_steps_lower_the_loss(model, scrub):
+    """On one batch under one noise, the concept being everywhere."""
+    method, task = scrub("method.iterations=4", "method.optimizer.lr=1e-5", "method.blinding=blurred")
+    losses, loss = [], method.loss
+
+    def repeated(batch):
+        torch.manual_seed(7)
+        z_0, M, eta = (x[:1] for x in batch["forget"])
+        losses.append(loss({"forget": (z_0, torch.ones_like(M), torch.zeros_like(eta)), "retain": (-z_0,)}))
+        return losses[-1]
+
+    method.loss = repeated
+    one = task.forget_images[0]
+    method.fit(model, replace(task, forget_images=[one] * 4, retain_images=[255 - one] * 4))
+    assert losses[0] > losses[1] > losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [({"forget_images": []}, "none to forget"), ({"retain_images": "the same"}, "are the same")],
+)
+def test_images_it_cannot_learn_from_are_refused(sd1, scrub, images, says):
+    method, task = scrub()
+    images = {k: task.forget_images if v == "the same" else v for k, v in images.items()}
+    model = FAMILIES["sd1"].load(str(sd1), device="cpu")
+    with pytest.raises(UserError, match=says):
+        method.fit(model, replace(task, **images))
+
+
+@pytest.mark.parametrize("wrong", ["method.target_space=v", "method.detect=never"])
+def test_unknown_settings_are_answered(scrub, wrong):
+    with pytest.raises(Exception, match="There is no"):
+        scrub(wrong)
+
+
+def test_the_figures_are_in_the_report(unlearn):
+    run = unlearn(
+        "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.iterations=1", "method.batch_size=2",
+        "method.conditioning=null", "dataset.pictures=8", "method.fingerprint.K=8", "method.fingerprint.purity=0",
+        "method.blinding=shuffled", "evaluator=[accuracy]",
+    )  # fmt: skip
+    saved = sorted((run / "figures").glob("*.png"))
+    assert len(saved) == 5
+    page = (run / "report.html").read_text()
+    assert "What the method saw" in page and "patches most similar to each prototype" in page
+    assert np.mean([p.stat().st_size for p in saved]) > 2000

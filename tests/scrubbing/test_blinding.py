@@ -1,0 +1,57 @@
+"""What fills the hole: nothing of what was in it, and the background stays what it was."""
+
+import pytest
+import torch
+
+from unlearning.concepts import UserError
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.scrubbing.blinding import KINDS, blurred, filling, inpainted, shuffled
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+@pytest.fixture
+def hole():
+    """(z_0, M): a concept of 100 in a background of ones."""
+    z_0, M = torch.ones(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
+    M[:, :, 2:5, 2:5] = 1
+    return torch.where(M > 0, 100.0, z_0), M
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_filling_has_the_latents_shape_and_nothing_of_the_concept(model, hole, kind):
+    z_0, M = hole
+    fillings = []
+    for concept in (z_0, -z_0):
+        torch.manual_seed(0)
+        fillings.append(filling(kind, model, torch.where(M > 0, concept, z_0), M))
+    assert fillings[0].shape == z_0.shape and fillings[0].isfinite().all()
+    torch.testing.assert_close(M * fillings[0], M * fillings[1], atol=0.1, rtol=0)
+
+
+def test_blurred_is_the_background_gone_over_the_hole(hole):
+    torch.testing.assert_close(blurred(*hole), torch.ones(2, 4, 8, 8), atol=0.05, rtol=0)
+
+
+def test_shuffled_is_made_of_the_backgrounds_own_patches(hole):
+    torch.manual_seed(0)
+    assert (shuffled(*hole) == 1).all()
+    z_0 = torch.arange(64.0).reshape(1, 1, 8, 8)
+    drawn = shuffled(z_0, torch.zeros(1, 1, 8, 8))
+    assert set(drawn.flatten().tolist()) <= set(z_0.flatten().tolist()) and not torch.equal(drawn, z_0)
+
+
+def test_inpainting_leaves_the_background_and_draws_in_the_hole(model, hole):
+    torch.manual_seed(0)
+    z_0, M = hole
+    x = inpainted(model, z_0, M)
+    torch.testing.assert_close((1 - M) * x, (1 - M) * z_0, atol=0.2, rtol=0)  # the last step leaves a little noise
+    assert not torch.allclose(M * x, M * z_0, atol=1.0)
+
+
+def test_an_unknown_blinding_is_answered(model, hole):
+    with pytest.raises(UserError, match="gaussian, blurred, shuffled, inpaint"):
+        filling("black", model, *hole)

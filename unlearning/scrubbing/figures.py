@@ -1,0 +1,101 @@
+"""What the scrubber saw, to look at: masks over pictures, similarities, the patches that prototypes stand for."""
+
+# N pictures, K prototypes, h w feature grid, H W height and width of a picture.
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+TILE, COLUMNS, ROWS = 96, 8, 12  # pixels a side of a picture; pictures in a row; rows at most
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
+    """Pictures (H, W, 3) uint8 in rows of `columns`."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (TILE + 4) - 4, rows * (TILE + 4) - 4), "white")
+    for i, picture in enumerate(pictures):
+        tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, ((i % columns) * (TILE + 4), (i // columns) * (TILE + 4)))
+    return sheet
+
+
+def overlays(images: Sequence[np.ndarray], M: Tensor) -> Image.Image:
+    """Each picture, and below it the same with its mask (N, 1, h, w) laid over it in red."""
+    size = images[0].shape[:2]
+    covered = F.interpolate(M[:COLUMNS].float().cpu(), size, mode="bilinear", align_corners=False)[:, 0, :, :, None]
+    plain = [np.asarray(image) for image in images[:COLUMNS]]
+    red = np.array([230, 30, 30])
+    tinted = [
+        (image * (1 - 0.65 * m) + 0.65 * m * red).astype(np.uint8)
+        for image, m in zip(plain, covered.numpy(), strict=True)
+    ]
+    return grid(plain + tinted, len(plain))
+
+
+def exemplars(images: Sequence[np.ndarray], S: Tensor) -> Image.Image:
+    """A row for each prototype: the patches of different pictures that are most similar to it, S (N, K, h, w)."""
+    N, K, h, w = S.shape
+    patches = []
+    for k in range(min(K, ROWS)):
+        best, where = S[:, k].flatten(1).max(1)
+        for i in best.argsort(descending=True)[:COLUMNS].tolist():
+            patches.append(_patch(images[i], divmod(int(where[i]), w), (h, w)))
+    return grid(patches, min(COLUMNS, N))
+
+
+def _patch(image: np.ndarray, cell: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
+    """A quarter of the picture's side about a cell of the feature grid."""
+    H, W = image.shape[:2]
+    y, x = ((i + 0.5) / n for i, n in zip(cell, cells, strict=True))
+    side = min(H, W) // 4
+    top, left = (int(np.clip(at * full - side / 2, 0, full - side)) for at, full in ((y, H), (x, W)))
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
+def histogram(forget: Tensor, retain: Tensor, tau: float) -> Image.Image:
+    """How similar the places of forget and retain pictures are to their nearest prototype, S (N, h, w)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    values = {"forget": forget.flatten().cpu().numpy(), "retain": retain.flatten().cpu().numpy()}
+    bins = np.linspace(min(v.min() for v in values.values() if v.size), 1, 60)
+    for (name, value), colour in zip(values.items(), ("#d1495b", "#30638e"), strict=True):
+        axes.hist(value, bins, density=True, alpha=0.6, color=colour, label=name)
+    axes.axvline(tau, color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f}")
+    axes.set_xlabel("similarity to the nearest prototype")
+    axes.set_yticks([])
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer).convert("RGB")
+
+
+def pictures(images: Tensor) -> list[np.ndarray]:
+    """(N, 3, H, W) in [0, 1] to N of (H, W, 3) uint8."""
+    return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+@torch.no_grad()
+def figures(method, forget: Tensor, retain: Tensor, M: Tensor, eta: Tensor) -> dict[str, Image.Image]:
+    """Of a Scrubber whose first phase is over, by caption; M and eta are the forget images' masks and fillings."""
+    task, teacher, taken, how = method.task, method.teacher, method.fingerprint, method.fingerprinting
+    some = slice(0, COLUMNS)
+    S = how.similarities(taken, teacher, forget)
+    found = {
+        "where the concept is found in forget images": overlays(task.forget_images[some], M[some]),
+        "patches most similar to each prototype": exemplars(task.forget_images, S),
+        "what the teacher is shown in their place": grid(
+            pictures(teacher.decode((1 - M[some]) * forget[some] + M[some] * eta[some]))
+        ),
+    }
+    if len(retain):
+        S_r = how.similarities(taken, teacher, retain).amax(1)
+        M_r = taken.mask(S_r, retain.shape[-2:])
+        found["where it is found in retain images"] = overlays(task.retain_images[some], M_r[some])
+        found["similarity to the nearest prototype"] = histogram(S.amax(1), S_r, taken.tau)
+    return found
