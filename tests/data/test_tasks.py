@@ -46,6 +46,24 @@ def test_what_a_method_may_retain_is_never_asked_about(concept):
     assert not texts & {task.prompt(word) for c in task.retain for word in (c.name, *c.synonyms)}
 
 
+@pytest.mark.parametrize(
+    "task", [emoji_objects("cat", pictures=8), styles("neon", pictures=8)], ids=["object", "style"]
+)
+def test_what_a_method_may_learn_from_shows_the_concept_and_nothing_that_is_asked_about(task):
+    forget, retain = task.forget_images, task.retain_images
+    assert len(forget) == len(retain) == 8 and forget[0].shape == (64, 64, 3) and forget[0].dtype == np.uint8
+    assert len({image.tobytes() for image in (*forget, *retain)}) == 16, "no picture twice"
+    drawn = [*forget.pictures, *retain.pictures]
+    if task.name == "cat":
+        assert all(p.objects[0] == "cat" for p in forget.pictures)
+        assert not any("cat" in p.objects for p in retain.pictures)
+    else:
+        assert {p.style for p in forget.pictures} == {"neon"} and "neon" not in {p.style for p in retain.pictures}
+    asked = set(CIFAR10) - {"cat"}
+    assert not asked & {name for p in drawn for name in p.objects}
+    assert [len(p.objects) > 1 for p in forget.pictures] == [False, True] * 4, "every other one is a scene"
+
+
 def test_references_are_real_drawings_of_the_evaluations_split():
     task = emoji_objects("cat")
     assert set(task.references) == {ERASE, RETAIN}
@@ -199,6 +217,41 @@ def test_broken_pictures_are_named_and_left_out(mugs):
     assert message.startswith("3 of 13 pictures cannot be read and are left out")
     assert all(str(mugs / name) in message for name in ("corrupt.png", "truncated.png", "empty.jpg"))
     assert len(task.forget_images) + len(task.references[ERASE](100)) == 10
+
+
+def test_a_picture_of_one_pixel_is_named_and_left_out(mugs):
+    Image.new("RGB", (1, 1)).save(mugs / "dot.png")
+    with pytest.warns(UserWarning, match=r"dot\.png \(1 by 1 pixels are too few\)"):
+        assert len(folder("mug", str(mugs), size=16).forget_images) == 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix"),
+    [("CMYK", (0, 255, 255, 0), "jpg"), ("P", 1, "png"), ("RGBA", (255, 0, 0, 255), "png"), ("LA", (76, 255), "png")],
+)
+def test_pictures_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
+    image = Image.new(mode, (16, 16), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 255, 0, 0])
+    image.save(tmp_path / f"it.{suffix}")
+    [picture] = folder("mug", str(tmp_path), size=8).forget_images
+    wanted = (76, 76, 76) if mode == "LA" else (254, 0, 0)
+    assert np.abs(picture.astype(int) - wanted).max() <= 2
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    [picture] = folder("mug", str(tmp_path), size=8).forget_images
+    assert (picture == 255).all()
+
+
+def test_pictures_are_read_when_they_are_looked_at(mugs, monkeypatch):
+    task, read = folder("mug", str(mugs), size=16), []
+    load = type(task.forget_images).load
+    monkeypatch.setattr(type(task.forget_images), "load", lambda self, path: read.append(path) or load(self, path))
+    some = task.forget_images[2:4]
+    assert not read and len(some) == 2
+    assert greys(list(some)) <= set(range(10, 101, 10)) and len(read) == 2
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])

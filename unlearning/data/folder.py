@@ -1,21 +1,50 @@
 """A concept of the user's own: a folder of images that show it, and perhaps one of images that do not."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from unlearning.concepts import ERASE, RETAIN, UnlearningTask, UserError
 from unlearning.data import prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SMALLEST = 8  # pixels a side
 
 
-def read(folder: str | Path, size: int) -> list[np.ndarray]:
-    """The pictures below a folder (size, size, 3) uint8, cut square; a broken one is named in a warning and left out.
+@dataclass(frozen=True)
+class Pictures(Sequence):
+    """Pictures (size, size, 3) uint8, cut square, each read when it is looked at: a folder may hold many."""
+
+    paths: tuple[Path, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return Pictures(self.paths[i], self.size) if isinstance(i, slice) else self.load(self.paths[i])
+
+    def load(self, path: Path) -> np.ndarray:
+        """Transparency is put on white. Raises OSError or ValueError for what is no picture, or a tiny one."""
+        with Image.open(path) as image:
+            side = min(image.size)
+            if side < SMALLEST:
+                raise ValueError(f"{image.width} by {image.height} pixels are too few")
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            square = image.convert("RGB").crop((left, top, left + side, top + side))
+            return np.asarray(square.resize((self.size, self.size), Image.Resampling.LANCZOS))
+
+
+def read(folder: str | Path, size: int) -> Pictures:
+    """The pictures below a folder; a broken one is named in a warning and left out.
 
     Raises UserError if the folder is not there or holds no picture that can be read.
     """
@@ -23,28 +52,25 @@ def read(folder: str | Path, size: int) -> list[np.ndarray]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    pictures, broken = [], []
-    for path in paths:
+    pictures, broken = Pictures((), size), {}
+    for path in tqdm(paths, f"looking through {folder.name}", leave=False, disable=len(paths) < 1000):
         try:
-            with Image.open(path) as image:
-                side = min(image.size)
-                left, top = (image.width - side) // 2, (image.height - side) // 2
-                square = image.convert("RGB").crop((left, top, left + side, top + side))
-                pictures.append(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)))
+            pictures.load(path)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            broken.append(f"{path} ({error})")
+            broken[path] = error
     if broken:
-        named = "; ".join(broken)
+        named = "; ".join(f"{path} ({error})" for path, error in broken.items())
         warnings.warn(f"{len(broken)} of {len(paths)} pictures cannot be read and are left out: {named}", stacklevel=2)
-    if not pictures:
+    if len(broken) == len(paths):
         raise UserError(f"{folder} holds no picture that can be read ({', '.join(SUFFIXES)}).")
-    return pictures
+    return Pictures(tuple(path for path in paths if path not in broken), size)
 
 
-def _split(pictures: list[np.ndarray]) -> tuple[list[np.ndarray], Callable[[int], list[np.ndarray]]]:
+def _split(pictures: Pictures) -> tuple[Pictures, Callable[[int], Pictures]]:
     """Four in five to learn from, the fifth set apart to measure against: nothing is judged by what it was taught."""
-    apart = pictures[4::5]
-    return [p for i, p in enumerate(pictures) if i % 5 != 4], lambda count: apart[:count]
+    paths = pictures.paths
+    taught = replace(pictures, paths=tuple(p for i, p in enumerate(paths) if i % 5 != 4))
+    return taught, lambda count: pictures[4::5][:count]
 
 
 def folder(concept: str, forget: str, retain: str | None = None, *, size: int = 512, **settings) -> UnlearningTask:
@@ -61,7 +87,7 @@ def folder(concept: str, forget: str, retain: str | None = None, *, size: int = 
     if not concept:
         raise UserError("dataset=folder needs concept='...', the words a prompt would use for what the images show.")
     forget_images, real = _split(read(forget, size))
-    retain_images, real_retain = _split(read(retain, size) if retain else [])
+    retain_images, real_retain = _split(read(retain, size) if retain else Pictures((), size))
     return replace(
         prompt.task(concept, **settings),
         forget_images=forget_images,

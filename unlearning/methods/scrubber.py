@@ -9,8 +9,9 @@ blinded, z_blind = (1 - M) z_0 + M eta, at the same t and under the same noise e
 
 Deviations, each with a switch back to the write-up's own (conf/method/scrubber_seed.yaml has them all):
 - target_space=x0 compares the pictures x_0 that the predictions imply. As z_t and z_blind_t share their eps, a student
-  that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). Errors of
-  x_0 are weighted by min(1, SNR), so that they count as errors of x_0 at small t and of eps at large t.
+  that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). An error
+  of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
+  decides what is drawn, for almost nothing.
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
@@ -133,7 +134,7 @@ class Scrubber(TrainedMethod):
         if self.target_space == "raw":
             return (S - T).square()
         model = self.teacher
-        return model.snr(t).clamp(max=1) * (model.to_x0(S, z_S, t) - model.to_x0(T, z_T, t)).square()
+        return (model.to_x0(S, z_S, t) - model.to_x0(T, z_T, t)).square()
 
     def _mean(self, M: Tensor, error: Tensor) -> Tensor:
         if self.normalised:

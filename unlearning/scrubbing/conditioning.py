@@ -85,6 +85,8 @@ def nearest_words(
     left. A word stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as
     the best one does.
     """
+    if not words:
+        raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
     tried, left = {}, words
     while True:
         error = errors(teacher, latents, M, ["", *left], looks)
@@ -106,7 +108,7 @@ def nearest_words(
 
 
 def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
-    """Squared errors (W, looks) of x_0 where M is, by prompt: weighted as in training, at the same noise for all.
+    """Squared errors (W, looks) of x_0 where M is, by prompt: capped in weight, at the same noise for all.
 
     The pictures are those that show the concept largest: a word alone describes a picture of one thing.
     """
