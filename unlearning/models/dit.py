@@ -29,6 +29,9 @@ class DiT(StableDiffusion):
         classes = torch.tensor([self._class(prompt) for prompt in prompts], device=self.device)
         return Conditioning(classes.reshape(-1, 1, 1))
 
+    def vocabulary(self) -> list[str]:
+        return list(self._labels)
+
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         return torch.zeros(len(prompts), dtype=torch.long, device=self.device)
 

@@ -141,6 +141,8 @@ def inverted(
 ) -> Conditioning:
     """`rows` embeddings with which the teacher denoises best what M covers, and the null prompt's."""
     null = teacher.encode_prompts([""])
+    if not null.embeds.is_floating_point():
+        raise UserError(f"{teacher.name} is told a class, and between classes is nothing: conditioning=words.")
     start = null.expand(rows)
     embeds = nn.Parameter(start.embeds + 0.01 * torch.randn_like(start.embeds))
     extra = {k: nn.Parameter(v.clone()) for k, v in start.extra.items() if v.is_floating_point()}

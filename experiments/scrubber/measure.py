@@ -1,0 +1,246 @@
+"""What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs/emoji_unet | masks | cost
+
+- effect: of runs, by concept and method, mean ± standard error over seeds: accuracies in percent of the base model's,
+  and the FID of the erased model's retained pictures over that of the base model's own, both against the base model's
+  pictures of another seed (judge's features);
+- masks: where the fingerprint finds the concept, against the drawings' true silhouettes and boxes, and how much of the
+  retain images it covers;
+- cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
+  beside a whole second denoiser for a teacher.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from sklearn.metrics import roc_auc_score
+
+from unlearning.__main__ import CONF
+from unlearning.concepts import RETAIN
+from unlearning.evaluators.fid import FID
+from unlearning.images import load, read_manifest
+from unlearning.methods.scrubber import _latents
+from unlearning.methods.student import Lesson
+from unlearning.reporting.table import settings
+
+CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
+
+
+def mean(values: list[float], places: int = 1) -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.{places}f} ± {error:.{places}f}"
+
+
+def configured(*overrides: str):
+    folder = tempfile.mkdtemp(prefix="scrubber-")
+    quiet = ["logger=none", "trainer.callbacks=[]", "+trainer.enable_checkpointing=false", "+trainer.logger=false",
+             "trainer.enable_progress_bar=false", f"paths.output_dir={folder}", "title=scrubber"]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*quiet, "method=scrubber", *overrides])
+
+
+# --- effect -----------------------------------------------------------------------------------------------------------
+
+
+def effect(folder: Path, overrides: list[str]) -> list[dict]:
+    by_row = defaultdict(list)
+    for path in sorted(folder.rglob("metrics.json")):
+        run = settings(path.parent)
+        if str(run["method"]).startswith("scrubber"):
+            by_row[run["concept"], run["method"], _changed(path.parent)].append(path.parent)
+    features, rows = instantiate(configured().judge.features), []
+    for (concept, method, changed), runs in by_row.items():
+        numbers = [json.loads((run / "metrics.json").read_text()) for run in runs]
+        row = {"concept": concept, "method": method, "settings": changed, "seeds": len(runs)}
+        for name, key in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
+            values = [100 * n[key] / n[f"base/{key}"] for n in numbers if key in n]
+            row[f"{name} (% of base)"] = mean(values) if values else ""
+        ratios = [fid_ratio(features, one, other) for one, other in permutations(runs, 2)]
+        row["FID / FID of two seeds"] = mean(ratios, 2) if ratios else ""
+        rows.append(row)
+    return rows
+
+
+def _changed(run: Path) -> str:
+    """The overrides of a run but for those that the table has columns for, or that change no erasure."""
+    known = ("concept=", "seed=", "method=", "model.autocast", "sampler", "stages", "logger", "experiment", "trainer",
+             "dataset=", "dataset.images", "paths", "evaluator", "hydra")  # fmt: skip
+    lines = [line[2:] for line in (run / ".hydra" / "overrides.yaml").read_text().splitlines()]
+    return " ".join(line.removeprefix("method.") for line in lines if not line.startswith(known) and line)
+
+
+def fid_ratio(features, run: Path, other: Path) -> float:
+    """FID(erased, base of another seed) / FID(base, base of another seed), of the retained prompts' pictures."""
+    drawn = {name: _retained(run / "images" / f"{name}.csv") for name in ("erased", "base")}
+    against = _retained(other / "images" / "base.csv")
+    return _fid(features, drawn["erased"], against) / _fid(features, drawn["base"], against)
+
+
+def _retained(manifest: Path):
+    rows = [row for row in read_manifest(manifest) if row.role == RETAIN]
+    return load(rows), rows
+
+
+def _fid(features, generated, real) -> float:
+    metric = FID(features, roles=(RETAIN,), device="cpu")
+    metric._real[RETAIN] = metric._moments(real[0])
+    metric.update(*generated)
+    return metric.compute()["fidelity/fid"]
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def masks(_: Path, overrides: list[str]) -> list[dict]:
+    rows = []
+    for concept in CONCEPTS:
+        cfg = configured(f"concept={concept}", *overrides)
+        model, task, how = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.method.fingerprint)
+        forget, retain = (_latents(model, images) for images in (task.forget_images, task.retain_images))
+        found = defaultdict(list)
+        for seed in SEEDS:
+            pl.seed_everything(seed, verbose=False)
+            taken = how(model, forget, retain)
+            side = task.forget_images[0].shape[:2]
+            M, M_retain = (
+                taken.mask(how.similarities(taken, model, latents).amax(1), side)[:, 0].numpy()
+                for latents in (forget, retain)
+            )
+            for name, truth in true_places(task.forget_images.pictures).items():
+                found[f"AUC, {name}"].append(roc_auc_score(truth.ravel(), M.ravel()))
+                found[f"AUC, {name}, scenes"].append(roc_auc_score(truth[1::2].ravel(), M[1::2].ravel()))
+            found["mean mask on retain images"].append(float(M_retain.mean()))
+        rows.append({"concept": concept, "seeds": len(SEEDS), **{k: mean(v, 3) for k, v in found.items()}})
+    return rows
+
+
+def true_places(pictures) -> dict[str, np.ndarray]:
+    """(N, H, W) of the first object's silhouette, and of its box."""
+    silhouettes = np.stack([picture.masks[0] for picture in pictures])
+    boxes = np.zeros_like(silhouettes)
+    for box, picture in zip(boxes, pictures, strict=True):
+        left, top, right, bottom = picture.boxes[0]
+        box[top:bottom, left:right] = True
+    return {"silhouette": silhouettes, "box": boxes}
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+class Copied:
+    """A full student beside a whole second denoiser."""
+
+    def of(self, model):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def lesson():
+            teacher = copy.copy(model)
+            teacher.denoiser = copy.deepcopy(model.denoiser)
+            moving = dict(model.denoiser.named_parameters())
+            before = {n: p.detach().clone() for n, p in moving.items()}
+            model.denoiser.requires_grad_(True)
+            yield Lesson(model, teacher, moving, dict)
+            model.denoiser.requires_grad_(False)
+            model.denoiser.load_state_dict(before)
+
+        return lesson()
+
+
+STUDENTS = {"full": "full", "LoRA": "lora", "full, teacher copied": "full"}
+
+
+class Watch(pl.Callback):
+    """Seconds of each step, and what is in memory for its sake."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_batch_start(self, *_):
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, method, *_):
+        self.seconds.append(time.perf_counter() - self.start)
+        held: dict[int, int] = {}
+        state = [v for s in trainer.optimizers[0].state.values() for v in s.values() if torch.is_tensor(v)]
+        own = [*method.student.denoiser.parameters(), *method.teacher.denoiser.parameters(), *state]
+        own += [p.grad for p in method.student.denoiser.parameters() if p.grad is not None]
+        for tensor in (*own, *(method.teacher.weights or {}).values()):
+            held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        self.held = sum(held.values()) / 2**20
+
+
+def steps(student: str, overrides: list[str], count: int = 12) -> dict:
+    """Of one training in this process."""
+    chosen = f"student@method.student={STUDENTS[student]}"
+    fast = ["method.conditioning=generic", "method.blinding=gaussian", "dataset.pictures=16", "method.fingerprint.K=8",
+            "method.fingerprint.purity=0"]  # fmt: skip
+    cfg = configured("concept=cat", chosen, *fast, f"method.iterations={count}", *overrides)
+    model, task, watch = instantiate(cfg.model), instantiate(cfg.dataset), Watch()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    method = instantiate(cfg.method, trainer=instantiate(cfg.trainer, callbacks=[watch]))
+    if "copied" in student:
+        method.kind_of_student = Copied()
+    method.fit(model, task)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": statistics.median(watch.seconds[2:]), "held": watch.held, "growth": peak - before, "peak": peak}
+
+
+def cost(_: Path, overrides: list[str], turns: int = 3) -> list[dict]:
+    results = defaultdict(list)
+    for _turn in range(turns):
+        for student in STUDENTS:
+            command = [sys.executable, __file__, "steps", student, *overrides]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[student].append(json.loads(said.splitlines()[-1]))
+    first = statistics.mean(r["seconds"] for r in results["full"])
+    return [
+        {"student": student, "s / step": mean([r["seconds"] for r in found], 3),
+         "of the full student's": f"{statistics.mean(r['seconds'] for r in found) / first:.2f}",
+         "weights, gradients, optimizer (MiB)": f"{found[0]['held']:.1f}",
+         "growth of the process (MiB)": mean([r["growth"] for r in found]),
+         "peak of the process (MiB)": mean([r["peak"] for r in found])}
+        for student, found in results.items()
+    ]  # fmt: skip
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def render(rows: list[dict]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(str(row[c]) for c in rows[0]) + " |" for row in rows])
+
+
+if __name__ == "__main__":
+    logging.getLogger("pytorch_lightning").setLevel("ERROR")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("effect", "masks", "cost", "steps"))
+    parser.add_argument("where", nargs="?", default="outputs/runs", help="a folder of runs, for effect")
+    parser.add_argument("override", nargs="*", help="of the config: model.autocast=bfloat16")
+    options = parser.parse_args()
+    if options.what == "steps":  # one side of `cost`
+        print(json.dumps(steps(options.where, options.override)))
+    else:
+        given = (
+            options.override
+            if options.what == "effect"
+            else [o for o in (options.where, *options.override) if "=" in o]
+        )
+        print(render({"effect": effect, "masks": masks, "cost": cost}[options.what](Path(options.where), given)))
