@@ -60,12 +60,12 @@ class Scrubber(TrainedMethod):
         target_space: str = "x0",
         conditioning: str | None = "words",
         words: list[str] | None = None,
-        blinding: str = "inpaint",
+        blinding: str = "gaussian",
         detect: str = "once",
         normalised: bool = True,
         lamb_f: float = 1.0,
         lamb_b: float = 1.0,
-        lamb_r: float = 0.5,
+        lamb_r: float = 1.0,
         **training,
     ):
         super().__init__(**training)

@@ -76,7 +76,7 @@ class Fingerprinting:
         vectors: int = 2000,
         centred: bool = True,
         purity: float = 0.95,
-        quantile: float = 0.95,
+        quantile: float = 0.9,
         seed: int = 42,
     ):
         if isinstance(tau, str) and tau != "calibrated":
