@@ -1,4 +1,4 @@
-"""The quality of the embedded generators: python experiments/openmoji/measure.py [model=emoji_sd3 overrides ...]
+"""The quality of the embedded generators: python experiments/openmoji/measure.py [overrides ...]
 
 20 pictures a prompt, with the config's sampler (DDIM, 50 steps, guidance 7.5 for emoji_unet), judged by the judge:
 the ten CIFAR-10 classes, all objects, their synonyms, and the styles; the judge on held-out drawings; the autoencoder's
@@ -105,7 +105,7 @@ def main(overrides: list[str], images_per_prompt: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model=emoji_sd3")
+    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model.autocast=bfloat16")
     parser.add_argument("--images-per-prompt", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -228,11 +228,12 @@ def _markdown(names, by, groups, cells, theirs) -> str:
         if protocol := " | ".join(filter(None, usual)):
             protocols += [protocol] if protocol not in protocols else []
             header[-1] += _raised(protocols.index(protocol) + 1)
-    repeated = [key for key, group in groups.items() if len({run.get("seed") for run in group}) < len(group)]
+    who = ("seed", *BY)
+    repeated = [key for key, group in groups.items() if len({tuple(map(run.get, who)) for run in group}) < len(group)]
     for key in repeated:
         body[key][len(by)] += "‡"
     if repeated:
-        notes.append("‡ Some of these runs share a seed, so they differ in a setting; name it after --by.")
+        notes.append("‡ Some of these runs share even the seed, so they differ in another setting; name it after --by.")
     if theirs:
         notes.append("In brackets: the published number, and ours less it.")
     notes = [*(f"{_raised(i)} {protocol}" for i, protocol in enumerate(protocols, 1)), *notes]
