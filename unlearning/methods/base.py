@@ -100,6 +100,10 @@ class TrainedMethod(Method, pl.LightningModule):
             finally:
                 del self.student, self.teacher, self.task, self.weights
 
+    def on_train_start(self) -> None:
+        if self.global_rank:  # every process draws noise of its own, and the first what a single one would
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self._insist(torch.isfinite(loss), f"The loss is {loss.item()} at step {self.global_step}.")
