@@ -32,9 +32,9 @@ from sklearn.metrics import roc_auc_score
 
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN
+from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
 from unlearning.images import load, read_manifest
-from unlearning.methods.scrubber import _latents
 from unlearning.methods.student import Lesson
 from unlearning.reporting.table import settings
 
@@ -112,7 +112,7 @@ def masks(_: Path, overrides: list[str]) -> list[dict]:
     for concept in CONCEPTS:
         cfg = configured(f"concept={concept}", *overrides)
         model, task, how = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.method.fingerprint)
-        forget, retain = (_latents(model, images) for images in (task.forget_images, task.retain_images))
+        forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
         found = defaultdict(list)
         for seed in SEEDS:
             pl.seed_everything(seed, verbose=False)

@@ -1,9 +1,22 @@
 """Forget and retain pictures side by side, as batches of tensors of a Lightning run."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+AT_ONCE = 16  # pictures in a call of the autoencoder
+
+
+def encoded(model, images: Sequence[np.ndarray]) -> Tensor:
+    """Latents (N, C, H, W) of pictures (height, width, 3) uint8, a few of which are in memory at a time."""
+    batches = (images[i : i + AT_ONCE] for i in range(0, len(images), AT_ONCE))
+    parts = [model.encode_images(torch.from_numpy(np.stack(b)).permute(0, 3, 1, 2) / 255) for b in batches]
+    return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
 
 class ForgetRetain(pl.LightningDataModule):

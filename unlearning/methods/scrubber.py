@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import UserError
-from unlearning.data.forget_retain import ForgetRetain
+from unlearning.data.forget_retain import ForgetRetain, encoded
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.blinding import filling
@@ -36,7 +36,6 @@ from unlearning.scrubbing.fingerprint import Fingerprinting
 
 log = logging.getLogger(__name__)
 SPACES, MOMENTS = ("raw", "x0"), ("once", "every_step")
-AT_ONCE = 16  # pictures in a call of the autoencoder
 
 
 class Scrubber(TrainedMethod):
@@ -72,17 +71,15 @@ class Scrubber(TrainedMethod):
         for name, value, known in (("target_space", target_space, SPACES), ("detect", detect, MOMENTS)):
             if value not in known:
                 raise UserError(f"There is no {name} {value!r}; there are {', '.join(known)}.")
-        self.fingerprinting, self.target_space, self.conditioning, self.words = (
-            fingerprint, target_space, conditioning, words
-        )  # fmt: skip
-        self.blinding, self.detect, self.normalised = blinding, detect, normalised
+        self.fingerprinting, self.target_space, self.normalised = fingerprint, target_space, normalised
+        self.conditioning, self.words, self.blinding, self.detect = conditioning, words, blinding, detect
         self.lamb_f, self.lamb_b, self.lamb_r = lamb_f, lamb_b, lamb_r
 
     def data(self) -> ForgetRetain:
         """Phase 1: the fingerprint, and of every forget image its latent, its mask and what fills the hole."""
         teacher, task = self.teacher, self.task
         _insist_on_images(task)
-        forget, retain = (_latents(teacher, images) for images in (task.forget_images, task.retain_images))
+        forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
         S = self.fingerprinting.similarities(self.fingerprint, teacher, forget).amax(1)
         M = self.fingerprint.mask(S, forget.shape[-2:])
@@ -153,13 +150,6 @@ def _insist_on_images(task) -> None:
     )
     if same:
         raise UserError("The forget and the retain images are the same: what is to be forgotten must not be retained.")
-
-
-def _latents(teacher, images) -> Tensor:
-    """(N, C, H, W) of pictures (height, width, 3) uint8."""
-    batches = (images[i : i + AT_ONCE] for i in range(0, len(images), AT_ONCE))
-    parts = [teacher.encode_images(torch.from_numpy(np.stack(b)).permute(0, 3, 1, 2) / 255) for b in batches]
-    return torch.cat(parts) if parts else torch.empty(0, *teacher.latent_shape, device=teacher.device)
 
 
 def _some(c: Conditioning, batch: int) -> Conditioning:
