@@ -23,10 +23,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-LORA = [
-    "method.student._target_=unlearning.methods.student.LoRA", "~method.student.parameters",
-    "+method.student.modules=attn",
-]  # fmt: skip
 EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
 
 
@@ -41,7 +37,7 @@ def scrub(tmp_path):
     """scrub(*overrides) -> (a Scrubber, its task), on pictures of cats."""
 
     def make(*overrides: str):
-        cfg = config(tmp_path, "method=scrubber", "concept=cat", *SMALL, *overrides)
+        cfg = config(tmp_path, "method=scrubber", "student@method.student=full", "concept=cat", *SMALL, *overrides)
         return instantiate(cfg.method, trainer=instantiate(cfg.trainer)), shrunk(instantiate(cfg.dataset))
 
     return make
@@ -155,7 +151,7 @@ def test_every_family_is_scrubbed_and_left_as_it_was(model, scrub, blinding, det
 
 
 def test_with_a_lora_the_teacher_is_the_adapter_switched_off(sd1, scrub):
-    method, task = scrub(*LORA)
+    method, task = scrub("student@method.student=lora")
     model = FAMILIES["sd1"].load(str(sd1), device="cpu")
     assert isinstance(method.fit(model, task), Adapter)
 

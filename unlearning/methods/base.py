@@ -12,6 +12,7 @@ from types import MappingProxyType
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -67,17 +68,25 @@ class TrainedMethod(Method, pl.LightningModule):
     Args:
         student: What moves: some of the denoiser's own weights, or an adapter (methods/student.py).
         optimizer: Makes an optimizer of a list of parameters.
+        scheduler: Makes a schedule of the learning rate, stepped at every iteration, of an optimizer; None for none.
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or pictures, for a method that learns from those.
     """
 
     def __init__(
-        self, *, student: Weights | LoRA, optimizer: Callable, trainer: Callable, iterations: int, batch_size: int = 1
+        self,
+        *,
+        student: Weights | LoRA,
+        optimizer: Callable,
+        trainer: Callable,
+        iterations: int,
+        batch_size: int = 1,
+        scheduler: Callable | None = None,
     ):
         super().__init__()
         self.kind_of_student, self.iterations, self.batch_size = student, iterations, batch_size
-        self._optimizer, self._make_trainer = optimizer, trainer
+        self._optimizer, self._scheduler, self._make_trainer = optimizer, scheduler, trainer
 
     @abstractmethod
     def loss(self, batch) -> Tensor:
@@ -124,8 +133,11 @@ class TrainedMethod(Method, pl.LightningModule):
                 "method.optimizer.lr usually helps."
             )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self._optimizer(list(self.weights.values()))
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._optimizer(list(self.weights.values()))
+        if self._scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self._scheduler(optimizer), "interval": "step"}]
 
 
 def _last_checkpoint(trainer: pl.Trainer) -> Path | None:
