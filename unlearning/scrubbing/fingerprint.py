@@ -61,7 +61,8 @@ class Fingerprinting:
         vectors: Kept of a picture, at most.
         centred: Takes the retain images' mean off every feature.
         purity: Drops a cluster unless of the vectors near its prototype (nearer than half of its members) this share
-            is the forget images', were there as many of the retain images. 0 keeps every cluster.
+            is the forget images', were there as many of the retain images; the purest is kept if none is so pure. 0
+            keeps every cluster.
         seed: Of the clustering.
     """
 
@@ -155,14 +156,14 @@ class Fingerprinting:
             [own[member[:, k], k].median() if member[:, k].any() else own[0, k] for k in range(own.shape[1])]
         )
         near, as_near = ((radius <= S).double().mean(0) for S in (own, theirs))
-        pure = near >= self.purity * (near + as_near)
-        if not pure.any():
+        share = near / (near + as_near).clamp(min=1e-9)
+        if share.max() < 2 / 3:
             raise UserError(
                 "Nothing sets the forget images apart from the retain images: no cluster of their features is the "
                 "forget images' own. Give retain images that do not show the concept, more clusters "
                 "(method.fingerprint.K), another layer (method.fingerprint.layer), or method.fingerprint.purity=0."
             )
-        return prototypes[pure]
+        return prototypes[share >= min(self.purity, share.max().item())]
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
