@@ -1,6 +1,6 @@
 """What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs/emoji_unet | masks | cost
 
-- effect: of runs, by concept and method, mean ± standard error over seeds: accuracies in percent of the base model's,
+- effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base model's,
   and the FID of the erased model's retained pictures over that of the base model's own, both against the base model's
   pictures of another seed (judge's features);
 - masks: where the fingerprint finds the concept, against the drawings' true silhouettes and boxes, and how much of the
@@ -36,7 +36,7 @@ from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
 from unlearning.images import load, read_manifest
 from unlearning.methods.student import Lesson
-from unlearning.reporting.table import settings
+from unlearning.reporting.table import UNEDITED, settings
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
 
@@ -61,7 +61,7 @@ def effect(folder: Path, overrides: list[str]) -> list[dict]:
     by_row = defaultdict(list)
     for path in sorted(folder.rglob("metrics.json")):
         run = settings(path.parent)
-        if str(run["method"]).startswith("scrubber"):
+        if run["method"] != UNEDITED:
             by_row[run["concept"], run["method"], _changed(path.parent)].append(path.parent)
     features, rows = instantiate(configured().judge.features), []
     for (concept, method, changed), runs in by_row.items():
@@ -80,7 +80,7 @@ def _changed(run: Path) -> str:
     """The overrides of a run but for those that the table has columns for, or that change no erasure."""
     known = ("concept=", "seed=", "method=", "model.autocast", "sampler", "stages", "logger", "experiment", "trainer",
              "dataset=", "dataset.images", "paths", "evaluator", "hydra")  # fmt: skip
-    lines = [line[2:] for line in (run / ".hydra" / "overrides.yaml").read_text().splitlines()]
+    lines = [line[2:].lstrip("+~") for line in (run / ".hydra" / "overrides.yaml").read_text().splitlines()]
     return " ".join(line.removeprefix("method.") for line in lines if not line.startswith(known) and line)
 
 
