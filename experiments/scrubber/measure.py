@@ -1,8 +1,8 @@
 """What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs/emoji_unet | masks | cost
 
-- effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base model's,
-  and the FID of the erased model's retained pictures over that of the base model's own, both against the base model's
-  pictures of another seed (judge's features);
+- effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
+  model's, and the FID of the erased model's retained pictures over that of the base model's own, both against the base
+  model's pictures of another seed (judge's features);
 - masks: where the fingerprint finds the concept, against the drawings' true silhouettes and boxes, and how much of the
   retain images it covers;
 - cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
