@@ -36,7 +36,7 @@ from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
 from unlearning.images import load, read_manifest
 from unlearning.methods.student import Lesson
-from unlearning.reporting.table import UNEDITED, settings
+from unlearning.reporting.rows import UNEDITED, settings
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
 

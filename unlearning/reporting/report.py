@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
 from unlearning.data import openmoji
 from unlearning.images import Row, figures, read_manifest, write_atomically
-from unlearning.reporting.table import UNEDITED, decimals, directions, measured, settings
+from unlearning.reporting.comparison import decimals
+from unlearning.reporting.rows import UNEDITED, directions, measured, settings
 
 PAIRS, PROMPTS, CONCEPTS = 6, 12, 40  # shown at most: of a prompt, of a concept, of a section
 THUMBNAIL = 192  # pixels; larger pictures are shrunk to it

@@ -1,0 +1,61 @@
+"""Which commit made which row of a table, by what each run recorded of itself."""
+
+from collections.abc import Mapping, Sequence
+
+from unlearning.provenance import facts, maker, read
+from unlearning.reporting.comparison import grouped, words
+from unlearning.reporting.sheet import Cell, Note, Sheet
+
+UNKNOWN = "not recorded"
+MIXED, CHANGED, SILENT = "†", "‡", "§"
+NOTES = {
+    MIXED: "More than one commit made this row.",
+    CHANGED: "Made from a tree with changes that the commit does not have.",
+    SILENT: "A run without a provenance.json: nobody knows what made it.",
+}
+
+
+def attribution(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[Sheet, bool]:
+    """The rows of the runs with the commits that made them and what else differs between their sittings.
+
+    And whether every row comes of one commit, unchanged and recorded.
+    """
+    header = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")]
+    lines, found = [], set()
+    for key, group in grouped(runs, by).items():
+        made = {run["run"]: _sittings(run) for run in group}
+        makers: dict[str, list[str]] = {}
+        for run in group:
+            for name in dict.fromkeys(map(maker, made[run["run"]])) if made[run["run"]] else (UNKNOWN,):
+                makers.setdefault(name, []).append(f"{run.get('seed')}")
+        sittings = [sitting for each in made.values() for sitting in each]
+        faults = {
+            MIXED: len(makers) > 1,
+            CHANGED: any(sitting["dirty"] for sitting in sittings),
+            SILENT: not all(made.values()),
+        }
+        marks = tuple(mark for mark, is_so in faults.items() if is_so)
+        found |= {*marks}
+        told = (
+            next(iter(makers))
+            if len(makers) == 1
+            else "; ".join(f"{m} (seed {', '.join(s)})" for m, s in makers.items())
+        )
+        cells = Cell(str(len(group))), Cell(told, marks=marks), Cell(_differences(sittings) or "–")
+        lines.append([*words(key), *cells])
+    return Sheet(
+        len(header), header, lines, [Note(text, mark) for mark, text in NOTES.items() if mark in found]
+    ), not found
+
+
+def _sittings(run: Mapping) -> Sequence[Mapping]:
+    return (read(run["run"]) or {}).get("sittings", ())
+
+
+def _differences(sittings: Sequence[Mapping]) -> str:
+    """The versions and the hardware that are not the same in all: "torch 2.8.0 | 2.9.0"."""
+    values: dict[str, dict[str, None]] = {}
+    for sitting in sittings:
+        for name, value in facts(sitting).items():
+            values.setdefault(name, {})[str(value)] = None
+    return "; ".join(f"{name} {' | '.join(seen)}" for name, seen in values.items() if len(seen) > 1)

@@ -1,0 +1,66 @@
+"""A paper's numbers, from a CSV: method, concept, metric, value, source."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from unlearning.concepts import UserError
+
+COLUMNS = ("method", "concept", "metric", "value", "source")
+AVERAGE = "average"  # the concept of a number that is a mean over a paper's concepts
+
+
+@dataclass(frozen=True)
+class Number:
+    """A published value in the unit of our metric, and where it stands: paper, table, how it was measured."""
+
+    value: float
+    source: str
+
+
+def published(path: Path) -> dict[tuple[str, str, str], Number]:
+    """A paper's numbers by (method, concept, metric), of a CSV with the columns method, concept, metric, value, source.
+
+    Raises UserError where there is no such file, it lacks a column, a value is no number, or a number is there twice.
+    """
+    found: dict[tuple[str, str, str], Number] = {}
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            for missing in (name for name in COLUMNS if name not in (lines.fieldnames or ())):
+                raise UserError(f"{path} has no column {missing!r}; it needs {', '.join(COLUMNS)}.")
+            for line in lines:
+                key = (line["method"], line["concept"], line["metric"])
+                if key in found:
+                    raise UserError(f"{path}, line {lines.line_num}: {', '.join(key)} is there already.")
+                found[key] = Number(_number(line["value"], f"{path}, line {lines.line_num}"), line["source"] or "")
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    return found
+
+
+def _number(text: str | None, place: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = float("nan")
+    if not isfinite(value):
+        raise UserError(f"{place}: the value {text!r} is no number. Leave out what was not published.")
+    return value
+
+
+def beside(
+    numbers: Mapping[tuple[str, str, str], Number], by: Sequence[str], key: Sequence, metric: str
+) -> Number | None:
+    """The number to hold against the metric of the row `key`, whose values are those of the settings `by`.
+
+    A row that does not tell concepts apart is held against the paper's average, or the only concept that it has.
+    """
+    asked = dict(zip(by, key, strict=True))
+    method = asked.get("method")
+    if "concept" in asked:
+        return numbers.get((method, asked["concept"], metric))
+    concepts = {c: number for (m, c, name), number in numbers.items() if (m, name) == (method, metric)}
+    return concepts.get(AVERAGE) or (next(iter(concepts.values())) if len(concepts) == 1 else None)
