@@ -27,6 +27,7 @@ class Evaluator(Metric):
 
     full_state_update = False
     higher_is_better: ClassVar[dict[str, bool]] = {}  # for every key that `compute` may give
+    details: Sequence[dict] = ()  # what was found in each picture, if that is kept beside the numbers; as JSON has it
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)
