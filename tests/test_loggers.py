@@ -5,12 +5,13 @@ import json
 import logging
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from unlearning import loggers
+from unlearning import images, loggers
 
 PICTURE = np.full((8, 8, 3), 200, np.uint8)
 
@@ -25,7 +26,11 @@ def offline(monkeypatch, tmp_path):
 
 
 def build(folder, *labels):
-    targets = {"csv": "pytorch_lightning.loggers.CSVLogger", "wandb": "unlearning.loggers.wandb"}
+    targets = {
+        "csv": "pytorch_lightning.loggers.CSVLogger",
+        "tensorboard": "unlearning.loggers.TensorBoard",
+        "wandb": "unlearning.loggers.wandb",
+    }
     return loggers.build({label: {"_target_": targets[label], "save_dir": str(folder)} for label in labels})
 
 
@@ -47,15 +52,28 @@ def records(path):
             yield record
 
 
-def history(folder):
-    """The scalars of the only W&B run under `folder`, once its file is whole: W&B ends it a moment after the run."""
+def whole(folder):
+    """The records of the only W&B run under `folder`, by kind; its file is whole a moment after the run."""
     [path] = folder.rglob("*.wandb")
+    kinds = {}
     for _ in range(100):
-        if any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+        kinds = {}
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            kinds.setdefault(kind, []).append(getattr(record, kind))
+        if "exit" in kinds:
             break
         time.sleep(0.1)
-    rows = [record.history.item for record in records(path) if record.WhichOneof("record_type") == "history"]
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for row in rows for item in row}
+    return kinds
+
+
+def items(records):
+    return {i.key or ".".join(i.nested_key): json.loads(i.value_json) for record in records for i in record}
+
+
+def history(folder):
+    """The scalars of the only W&B run under `folder`."""
+    return items(record.item for record in whole(folder)["history"])
 
 
 def test_what_is_logged_can_be_read_back(offline, tmp_path, capfd):
@@ -75,6 +93,89 @@ def test_what_is_logged_can_be_read_back(offline, tmp_path, capfd):
     assert len(list(tmp_path.rglob("*.table.json"))) == 1
     assert not (tmp_path / "home").exists(), "W&B wrote outside the run's folder"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Two pictures before and after of each of two prompts."""
+
+    def rows(which, shade):
+        made = [
+            images.Row(tmp_path / "store" / which / f"{i}.png", prompt, role, {}, 4_000_000_000 + i)
+            for i, (prompt, role) in enumerate([("a cat", "erase")] * 2 + [("a dog", "retain")] * 2)
+        ]
+        for row in made:
+            images.save(PICTURE // shade, row)
+        return made
+
+    return list(zip(rows("base", 1), rows("erased", 2), strict=True))
+
+
+def test_a_dashboard_can_group_filter_and_look(offline, tmp_path, pairs):
+    options = {"group": "table1", "job_type": "uce", "tags": ["sd14", "cat"], "config": {"method": "uce"}}
+    built = loggers.build(
+        {"wandb": {"_target_": "unlearning.loggers.wandb", "save_dir": str(tmp_path / "logs"), **options}}
+    )
+    metrics = {"efficacy/acc_e": 5.0, "efficacy/acc_e/protocol": "argmax"}
+    settings = {"method": {"lamb": 0.5, "templates": ["{}", "a {}"]}, "seed": 7, "dataset": {"rows": [*range(900)]}}
+    loggers.log(built, metrics, config=settings, pairs=pairs)
+    loggers.close(built)
+
+    kept = whole(tmp_path)
+    [run] = kept["run"]
+    assert (run.run_group, run.job_type, list(run.tags)) == ("table1", "uce", ["sd14", "cat"])
+    config = items(record.update for record in (run.config, *kept["config"]))
+    expected = {"method": "uce", "method.lamb": 0.5, "method.templates": "{}+a {}", "seed": 7}
+    assert config.items() >= (expected | {"dataset.rows": "900 entries"}).items()
+    assert items(record.update for record in kept["summary"]).items() >= metrics.items()
+    [artifact] = [a for a in kept["artifact"] if a.name.endswith("-pictures")]
+    files = {content.path: Path(content.local_path) for content in artifact.manifest.contents}
+    table = json.loads(files["pictures.table.json"].read_text())
+    assert table["columns"] == ["prompt", "role", "seed", "base", "erased"]
+    assert [row[:3] for row in table["data"]] == [["a cat", "erase", 4_000_000_000], ["a dog", "retain", 4_000_000_002]]
+    shades = [[np.array(Image.open(files[cell["path"]])).mean() for cell in row[3:]] for row in table["data"]]
+    assert shades == [[200, 100], [200, 100]], "before and after, side by side"
+
+
+def test_the_command_line_says_where_a_run_belongs(offline, unlearn):
+    folder = unlearn("logger=wandb", "concept=Van Gogh", "dataset=prompt", "seed=3")
+    kept = whole(folder)
+    [run] = kept["run"]
+    assert (run.run_group, run.job_type) == ("emoji_unet/prompt/Van-Gogh", "none")
+    assert run.display_name == "Van-Gogh-none-seed3" and {"emoji_unet", "prompt", "Van-Gogh"} < set(run.tags)
+    config = items(record.update for record in (run.config, *kept["config"]))
+    assert config.items() >= {"method": "none", "concept": "Van Gogh", "sampler": "ddim", "sampler.steps": 2}.items()
+    assert set(json.loads((folder / "metrics.json").read_text())) <= set(items(r.update for r in kept["summary"]))
+    assert [a.name.split("-")[-1] for a in kept["artifact"]] == ["metrics", "pictures"]
+
+
+def test_pictures_that_are_gone_cost_a_logger_nothing(tmp_path, pairs, caplog):
+    pairs[0][0].path.unlink()
+    assert [row[:2] for row in loggers._sides(pairs)] == [["a dog", "retain"]]
+    loggers.log(build(tmp_path, "csv"), {"value": 1}, pairs=pairs)
+    assert not caplog.text
+
+
+def test_tensorboard_holds_numbers_and_pictures(tmp_path, pairs):
+    pytest.importorskip("tensorboard", reason="pip install 'unlearning[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    built = build(tmp_path, "tensorboard")
+    loggers.log(built, {"efficacy/acc_e": 5.0, "efficacy/acc_e/protocol": "argmax"}, config={"seed": 7}, pairs=pairs)
+    loggers.close(built)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("efficacy/acc_e")[0].value == 5.0
+    assert {"base/0", "base/1", "erased/0", "erased/1"} == set(events.Tags()["images"])
+
+
+def test_without_tensorboard_the_run_is_told_what_to_install(tmp_path, caplog, monkeypatch):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("tensorboard")
+
+    monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger.__init__", missing)
+    assert build(tmp_path, "tensorboard") == []
+    assert "Logger tensorboard is left out" in caplog.text and "unlearning[tensorboard]" in caplog.text
 
 
 def test_two_runs_of_one_process_do_not_mix(offline, tmp_path):

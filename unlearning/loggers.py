@@ -3,14 +3,19 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from unlearning.concepts import UserError
+from unlearning.images import Row
 
 messages = logging.getLogger(__name__)
+PAIRS, LISTED = 32, 16  # at most: pictures before and after, and entries of a setting that is a list
 
 
 class Forgiving(Logger):
@@ -44,6 +49,9 @@ class Forgiving(Logger):
     def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
         self.attempt("log_table", key, columns, data)
 
+    def log_summary(self, values: dict[str, float | str]) -> None:
+        self.attempt("log_summary", values)
+
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         self.attempt("after_save_checkpoint", checkpoint_callback)
 
@@ -71,9 +79,25 @@ class Forgiving(Logger):
 
 
 class WandbRun(WandbLogger):
-    """Lightning's logger, and a way to end its run before the process ends: a sweep has many runs in one process."""
+    """Lightning's logger, with what a sweep and its dashboard need of it."""
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """By dotted name, as a sweep calls them: its agent has set some already, which nested ones would not meet."""
+        super().log_hyperparams(flat(params))
+
+    def log_summary(self, values: Mapping[str, float | str]) -> None:
+        """What the run is listed by: the names of metrics.json, protocols too."""
+        self.experiment.summary.update(dict(values))
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+        """A table whose cells may be pictures."""
+        from wandb import Image as Picture
+
+        shown = [[Picture(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in data]
+        super().log_table(key, columns, shown)
 
     def finish(self) -> None:
+        """Ends the run before the process ends: a sweep has many runs in one process."""
         if self._experiment is not None:
             self._experiment.finish()
 
@@ -86,7 +110,7 @@ def wandb(save_dir: str | Path, project: str = "unlearning", **options: Any) -> 
     Args:
         save_dir: A folder of this run alone.
         project: The project on the server.
-        options: More of `wandb.init`: name, group, tags, ...
+        options: More of `wandb.init`: name, group, job_type, tags, config, ...
     """
     folder = Path(save_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +124,37 @@ def wandb(save_dir: str | Path, project: str = "unlearning", **options: Any) -> 
     return WandbRun(save_dir=folder, project=project, mode=mode, reinit="create_new", settings=settings, **options)
 
 
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger, which shows pictures too. Raises UserError where TensorBoard is not installed."""
+
+    def __init__(self, save_dir: str | Path):
+        try:
+            super().__init__(save_dir, name="tensorboard", version="")
+        except ModuleNotFoundError:
+            raise UserError("TensorBoard is not installed: pip install 'unlearning[tensorboard]'") from None
+
+    def log_image(self, key: str, images: list[np.ndarray | Image.Image]) -> None:
+        for i, picture in enumerate(images):
+            pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+            self.experiment.add_image(f"{key}/{i}", pixels, dataformats="HWC")
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": {"eta": 1.0}, "templates": ["{}", "a {}"]} -> {"method.eta": 1.0, "templates": "{}+a {}"}.
+
+    Of a list with many entries, how many.
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            found[f"{prefix}{key}"] = "+".join(map(str, value)) if len(value) <= LISTED else f"{len(value)} entries"
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def build(configs: Mapping[str, Any] | None) -> list[Forgiving]:
     """The loggers of a configuration; one that cannot be built is left out."""
     from hydra.utils import instantiate
@@ -107,7 +162,7 @@ def build(configs: Mapping[str, Any] | None) -> list[Forgiving]:
     loggers = []
     for label, config in (configs or {}).items():
         try:
-            loggers.append(Forgiving(label, instantiate(config)))
+            loggers.append(Forgiving(label, instantiate(config, _convert_="all")))
         except Exception as error:
             warn(label, "is left out", error)
     return loggers
@@ -115,11 +170,17 @@ def build(configs: Mapping[str, Any] | None) -> list[Forgiving]:
 
 def log(
     loggers: Sequence[Forgiving],
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | str],
     images: Mapping[str, Sequence[np.ndarray | Image.Image]] | None = None,
     config: Mapping[str, Any] | None = None,
+    pairs: Sequence[tuple[Row, Row]] = (),
 ) -> None:
-    """What a run came to: its configuration, its metrics (one by one and as a table), its pictures (H, W, 3) uint8.
+    """What a run came to: its configuration, its metrics with their protocols, its pictures.
+
+    Args:
+        metrics: What metrics.json holds: shown one by one, as a table, and as the run's summary.
+        images: Figures (H, W, 3) uint8 by caption.
+        pairs: Manifest rows before and after, of which the first of each prompt are shown side by side.
 
     Raises:
         TypeError: A picture of floats. W&B would keep it, silently, as a black one.
@@ -129,15 +190,33 @@ def log(
             if not isinstance(picture, Image.Image) and getattr(picture, "dtype", None) != np.uint8:
                 kind = getattr(picture, "dtype", type(picture).__name__)
                 raise TypeError(f"The pictures under {key!r} have to be uint8 arrays or PIL images, and one is {kind}.")
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    sides = _sides(pairs)
+    if sides:
+        images = {"base": [row[-2] for row in sides], "erased": [row[-1] for row in sides], **(images or {})}
     for logger in loggers:
         if config:
             logger.log_hyperparams(dict(config))
-        logger.log_metrics(dict(metrics))
-        logger.log_table("metrics", ["metric", "value"], [list(row) for row in metrics.items()])
+        logger.log_metrics(numbers)
+        logger.log_summary(dict(metrics))
+        logger.log_table("metrics", ["metric", "value"], [list(row) for row in numbers.items()])
+        if sides:
+            logger.log_table("pictures", ["prompt", "role", "seed", "base", "erased"], sides)
         for key, pictures in (images or {}).items():
             if len(pictures):
                 logger.log_image(key, list(pictures))
         logger.save()
+
+
+def _sides(pairs: Sequence[tuple[Row, Row]]) -> list[list[Any]]:
+    """[prompt, role, seed, before, after] of the first pair of each prompt whose pictures are there."""
+    first = {after.prompt: (before, after) for before, after in reversed(pairs)}
+    sides = []
+    for before, after in list(reversed(first.values()))[:PAIRS]:
+        with suppress(OSError):
+            pictures = [Image.open(row.path).convert("RGB") for row in (before, after)]
+            sides.append([after.prompt, after.role, after.seed, *pictures])
+    return sides
 
 
 def close(loggers: Sequence[Forgiving]) -> None:

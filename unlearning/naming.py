@@ -1,8 +1,9 @@
-"""How a run's folder is named: by what was chosen, and by a digest of every setting that its results depend on."""
+"""How a run is named: by what was chosen, and by a digest of every setting that its results depend on."""
 
 import re
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from unlearning.images import digest
@@ -21,8 +22,20 @@ def fingerprint(config: DictConfig) -> str:
     return digest(OmegaConf.to_container(decisive, resolve=True))[:8]
 
 
+def chosen(group: str) -> str | None:
+    """The file that a running Hydra chose of a group; None where none was chosen, and where no Hydra is running."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
+def together(concept: str) -> str:
+    """What a dashboard groups a run under: its experiment or, of none, the concept and where it is erased."""
+    return chosen("experiment") or "/".join(filter(None, (chosen("model"), chosen("dataset"), slug(concept))))
+
+
 def register_resolvers() -> None:
-    """Makes ${package:folder}, ${slug:text} and ${fingerprint:} known to OmegaConf."""
+    """Makes ${package:folder}, ${slug:text}, ${fingerprint:}, ${chosen:group} and ${together:concept} known."""
     OmegaConf.register_new_resolver("package", lambda name: str(Path(__file__).parent / name), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("chosen", chosen, replace=True)
+    OmegaConf.register_new_resolver("together", together, replace=True)
     OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)
