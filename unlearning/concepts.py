@@ -37,6 +37,28 @@ class Prompt:
     guidance_scale: float | None = None
 
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a picture, what it shows, and why it is looked at; `labels` as a prompt's."""
+
+    box: Box
+    role: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A picture for an image-to-image model to put out again: (H, W, 3) uint8 by `read`, what is in it, if known."""
+
+    name: str
+    role: str
+    read: Callable[[], np.ndarray] = field(repr=False)
+    regions: tuple[Region, ...] = ()
+
+
 @dataclass(frozen=True)
 class UnlearningTask:
     """Frozen: everything a method may know, and everything an evaluation asks.
@@ -47,7 +69,9 @@ class UnlearningTask:
         template: How a concept's name becomes a prompt.
         prompts: The evaluation's prompts. No method may look at these.
         images_per_prompt: Pictures drawn of each prompt.
+        inputs: What an evaluation of an image-to-image model starts from, in place of prompts.
         forget_images, retain_images: Pictures (H, W, 3) uint8 that a method may learn from; may be empty.
+        forget_boxes: Where in each of the forget images the concept is, where that is known.
         references: For a role, a function of a count that gives so many real pictures (uint8) of what the prompts of
             that role ask for: the reference set of an FID.
         skipped: What of the user's data could not be used, a message each.
@@ -58,8 +82,10 @@ class UnlearningTask:
     template: str = "a photo of the {}"
     prompts: tuple[Prompt, ...] = ()
     images_per_prompt: int = 1
+    inputs: Sequence[Input] = ()
     forget_images: Sequence[np.ndarray] = ()
     retain_images: Sequence[np.ndarray] = ()
+    forget_boxes: Callable[[], Sequence[Sequence[Box]]] | None = None
     references: dict[str, Callable[[int], Sequence[np.ndarray]]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 

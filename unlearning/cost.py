@@ -27,7 +27,7 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
         nonlocal evaluations
         evaluations += len(arguments[0])
 
-    hook = model.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)

@@ -88,13 +88,13 @@ class Erasure(ABC):
 
 @dataclass(frozen=True)
 class WeightPatch(Erasure):
-    """New values for some weights of the denoiser, by parameter name. An empty patch is the unedited model."""
+    """New values for some weights of the model's network, by parameter name. An empty patch is the unedited model."""
 
     weights: Mapping[str, Tensor] = field(repr=False)
 
     @contextmanager
     def applied_to(self, model) -> Iterator:
-        parameters = dict(model.denoiser.named_parameters())
+        parameters = dict(model.network.named_parameters())
         unknown = self.weights.keys() - parameters.keys()
         if unknown:
             raise UserError(f"This erasure is not for this model: it has no weight named {sorted(unknown)[0]}.")

@@ -4,11 +4,13 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,7 +19,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
-from unlearning import cost, loggers
+from unlearning import cost, loggers, provenance
 from unlearning.concepts import UnlearningTask, UserError
 from unlearning.erasure import Erasure, WeightPatch
 from unlearning.evaluators.base import Evaluator
@@ -27,16 +29,16 @@ from unlearning.images import (
     figures,
     keep,
     load,
-    manifest,
     read_manifest,
     with_decisions,
     write_atomically,
     write_manifest,
 )
 from unlearning.methods.base import Method
-from unlearning.models.base import DiffusionModel
+from unlearning.models.model import Model
 from unlearning.reporting.report import report, teaser
 from unlearning.sampling.generation import generate
+from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -59,10 +61,10 @@ class Run:
 
     folder: Path
     store: Path
-    load_model: Callable[[], DiffusionModel]
+    load_model: Callable[[], Model]
     task: UnlearningTask
     method: Method
-    sampler: Sampler
+    sampler: Sampler | Reconstruction
     evaluators: Mapping[str, Evaluator]
     trainer: Callable[..., pl.Trainer]
     seed: int = 0
@@ -71,7 +73,7 @@ class Run:
     settings: dict = field(default_factory=dict)
 
     @cached_property
-    def model(self) -> DiffusionModel:
+    def model(self) -> Model:
         return self.load_model()
 
     def execute(self, stages: Sequence[str] = STAGES) -> dict[str, float | str]:
@@ -92,6 +94,7 @@ class Run:
 
     def fit(self) -> None:
         """Finds the erasure, unless it is there already. What another model or other settings left is cleared away."""
+        self._record(seed=self.seed, model=self.model.fingerprint, data=self._data())
         target, begun = self.folder / "erasure", self.folder / ".fit"
         if not begun.exists() or begun.read_text() != self._key():
             for old in (target, self.folder / "checkpoints", self.folder / "figures"):
@@ -117,24 +120,50 @@ class Run:
     def _key(self) -> str:
         """A digest of all that the erasure depends on: the model, the method's settings, the seed, what it may know."""
         known = (self.task.erase, self.task.retain, self.task.template)
+        method = self.settings.get("method")
+        return digest(self.model.fingerprint, self.model.numerics, method, self.seed, known, self._shown)
+
+    def _data(self) -> str:
+        """A digest of all that the dataset gives: what may be known, and what is asked."""
+        known = (self.task.erase, self.task.retain, self.task.template)
+        asked = (self.task.prompts, self.task.images_per_prompt, list(self.task.inputs))
+        return digest(known, self._shown, asked)
+
+    @cached_property
+    def _shown(self) -> list:
+        """Digests of the pictures that a method may learn from."""
         images = (*self.task.forget_images, *self.task.retain_images)
-        shown = [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
-        return digest(self.model.fingerprint, self.model.numerics, self.settings.get("method"), self.seed, known, shown)
+        return [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
+
+    def _record(self, **made_of: object) -> None:
+        if first_rank():
+            provenance.record(self.folder, **made_of)
 
     def generate(self) -> None:
-        """Draws the evaluation's prompts with the base model, where no run has yet, and with the erased one."""
-        erasure = Erasure.load(self.folder / "erasure")
+        """Draws what the evaluation asks for with the base model, where no run has yet, and with the erased one.
+
+        What fails is left out of the manifest, and counted: it is measured neither as erased nor as kept.
+        """
+        erasure, before = Erasure.load(self.folder / "erasure"), []
+        self._record()
         for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
             place = digest(self.model.fingerprint, self.model.numerics, edit.fingerprint, self.sampler.protocol)
-            rows = manifest(self.store / "images" / place, self.task, self.seed)
+            rows = self.sampler.manifest(self.store / "images" / place, self.task, self.seed)
+            rows = [replace(row, base=base) for row, base in zip_longest(rows, before)]
+            before = [row.path for row in rows]
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, rows, self.trainer)
             wait_for_all_ranks()
             if first_rank():
-                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, rows))
+                drawn = [row for row in rows if row.path.exists()]
+                if not drawn:
+                    raise UserError("No picture could be made; the warnings above say why.")
+                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, drawn))
+                write_atomically(self.folder / "images" / f"{name}.failed", str(len(rows) - len(drawn)))
 
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
+        self._record()
         metrics = {}
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
@@ -146,17 +175,27 @@ class Run:
             for label, evaluator in self.evaluators.items():
                 for key, value in self._evaluation(rows, evaluator, f"{label} of {name}").items():
                     metrics[prefix + key] = value
+        known = {key: up for evaluator in self.evaluators.values() for key, up in evaluator.higher_is_better.items()}
+        metrics |= {f"{key}/better": "higher" if up else "lower" for key, up in known.items() if key in metrics}
         metrics |= suppression(metrics)
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
+        metrics |= {"cost/failed": failed} if (failed := self._failed()) else {}
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}
-        shown = {name: load(read_manifest(self.folder / "images" / f"{name}.csv")[:8]) for name in ("base", "erased")}
-        images = {k: list(v) for k, v in shown.items()} | {k: [Image.open(v)] for k, v in figures(self.folder).items()}
-        loggers.log(self.logger, numbers, images, self.settings)
+        base, erased = (read_manifest(self.folder / "images" / f"{name}.csv") for name in ("base", "erased"))
+        images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
+        loggers.log(self.logger, metrics, images, self.settings, list(zip(base, erased, strict=True)))
+
+    def _failed(self) -> int:
+        """Pictures that could not be made."""
+        counts = (self.folder / "images").glob("*.failed")
+        return sum(int(path.read_text()) for path in counts)
 
     def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict[str, float | str]:
-        asked = [(row.path.parent.name, row.path.name, row.role, row.labels) for row in rows]
+        asked = [
+            ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
+            for row in rows
+        ]
         evaluator.reset()
         path = self.store / "evaluations" / f"{digest(self.task.name, asked, evaluator.protocol)}.json"
         if not path.exists():
@@ -165,9 +204,17 @@ class Run:
                 evaluator.update(load(rows[i : i + size]), rows[i : i + size])
             results = {}
             for key, value in evaluator.compute().items():
+                if math.isnan(value):
+                    raise UserError(f"{label}: {key} is not a number. Look at the pictures in {rows[0].path.parent}.")
                 results |= {key: value, f"{key}/protocol": evaluator.protocol}
             path.parent.mkdir(parents=True, exist_ok=True)
+            if evaluator.details:
+                lines = [json.dumps(picture) + "\n" for picture in evaluator.details]
+                write_atomically(path.with_suffix(".jsonl"), "".join(lines))
             write_atomically(path, json.dumps(results, indent=2))
+        if (details := path.with_suffix(".jsonl")).exists():
+            (self.folder / "details").mkdir(exist_ok=True)
+            write_atomically(self.folder / "details" / f"{label.replace(' ', '-')}.jsonl", details.read_bytes())
         return json.loads(path.read_text())
 
     def report(self) -> None:

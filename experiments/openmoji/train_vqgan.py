@@ -1,9 +1,10 @@
 """emoji_vqgan, a VQ-GAN of scenes of several objects: python experiments/openmoji/train_vqgan.py [--steps N]
 
-64×64×3 pictures to 16×16 codes of 1,024 (Esser et al., 2021). Loss: the autoencoder's (train_vae.py), the codebook's,
-and from half of the steps on a patch discriminator's (hinge), whose weight is small: an emoji has little texture. Codes
-that a hundred steps did not use are put where the encoder's outputs are. Killed and started again, it goes on from its
-last checkpoint.
+64×64×3 pictures to 16×16 codes of 1,024 (Esser et al., 2021). It begins as emoji_unet's autoencoder, with a codebook of
+k-means over its latents, which then follows the encoder's outputs by moving averages (van den Oord et al., 2017,
+appendix A). Loss: the autoencoder's (train_vae.py), the commitment's, and over the last third of the steps a patch
+discriminator's (hinge), whose weight is small: an emoji has little texture. Codes that a hundred steps did not use are
+put where the encoder's outputs are. Killed and started again, it goes on from its last checkpoint.
 """
 
 import argparse
@@ -11,31 +12,49 @@ import argparse
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
-from rendered import ROOT, rendered
+from diffusers import AutoencoderKL, VQModel
+from rendered import ROOT, names_no_folder, rendered
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from train_vae import differences, opponents
 from training import trainer
 
 # B batch, C code width, K codes, h w grid of codes.
-K, C = 1024, 16
+K, C = 1024, 4
 SCENES = 0.7  # of the pictures; the others show one object, large
+VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
+DECAY, COMMITMENT = 0.99, 0.25
 
 
-def build() -> VQModel:
-    return VQModel(
-        block_out_channels=(32, 64, 96),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+@torch.no_grad()
+def begun(pictures: Tensor) -> VQModel:
+    """emoji_unet's autoencoder with a codebook, k-means over the latents of pictures (N, 64, 64, 3) uint8."""
+    vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32)
+    same = ("block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types", "up_block_types")
+    vq = VQModel(
+        **{name: vae.config[name] for name in same},
         latent_channels=C,
         vq_embed_dim=C,
         num_vq_embeddings=K,
         sample_size=64,
         scaling_factor=1.0,
     )
+    weights = vae.state_dict()
+    mean = weights.pop("quant_conv.weight")[:C, :, 0, 0], weights.pop("quant_conv.bias")[:C]
+    for name in ("weight", "bias"):  # of a posterior only the mean is wanted: the last convolution and that map in one
+        own = weights[f"encoder.conv_out.{name}"]
+        weights[f"encoder.conv_out.{name}"] = torch.einsum("oi,i...->o...", mean[0], own)
+    weights["encoder.conv_out.bias"] += mean[1]
+    weights["quant_conv.weight"], weights["quant_conv.bias"] = torch.eye(C)[..., None, None], torch.zeros(C)
+    batches = (b.permute(0, 3, 1, 2).float() / 127.5 - 1 for b in pictures.split(64))
+    latents = torch.cat([vae.encode(b).latent_dist.mean for b in batches])
+    found = MiniBatchKMeans(K, batch_size=8192, n_init=1, random_state=0).fit(
+        latents.permute(0, 2, 3, 1).reshape(-1, C)
+    )
+    weights["quantize.embedding.weight"] = torch.from_numpy(found.cluster_centers_).float()
+    vq.load_state_dict(weights)
+    return vq
 
 
 def discriminator() -> nn.Sequential:
@@ -48,25 +67,29 @@ def discriminator() -> nn.Sequential:
 
 
 class VQGAN(pl.LightningModule):
-    def __init__(self, steps: int, lr: float, adversary: float):
+    def __init__(self, vq: VQModel, steps: int, lr: float, adversary: float):
         super().__init__()
         self.automatic_optimization = False
         self.steps, self.lr, self.weight = steps, lr, adversary
-        self.vq, self.discriminator = build(), discriminator()
+        self.vq, self.discriminator = vq, discriminator()
+        vq.quantize.requires_grad_(False)
         self.register_buffer("idle", torch.zeros(K, dtype=torch.long))  # steps since a code was last used
+        self.register_buffer("counts", torch.ones(K))
+        self.register_buffer("sums", vq.quantize.embedding.weight.detach().clone())
 
     def training_step(self, batch, batch_idx):
         x = batch[0].permute(0, 3, 1, 2).float() / 127.5 - 1
         paint, judge = self.optimizers()
         h = self.vq.encode(x).latents.float()
-        z, codebook, (_, _, codes) = self.vq.quantize(h)
+        z, _, (_, _, codes) = self.vq.quantize(h)
         y = self.vq.decode(z, force_not_quantize=True).sample.float()
         pixels = F.l1_loss(y, x)
         edges = sum(F.l1_loss(a, b) for a, b in zip(differences(y), differences(x), strict=True))
         colours = F.l1_loss(F.avg_pool2d(opponents(y), 4), F.avg_pool2d(opponents(x), 4))
-        playing = self.global_step // 2 >= self.steps // 2  # Lightning counts the steps of both optimizers
+        commitment = COMMITMENT * F.mse_loss(h, z.detach())
+        playing = self.global_step // 2 >= self.steps * 2 // 3  # Lightning counts the steps of both optimizers
         fooling = -self.discriminator(y).mean() if playing else pixels.new_zeros(())
-        self._descend(paint, pixels + edges + 5 * colours + codebook + self.weight * fooling, self.vq)
+        self._descend(paint, pixels + edges + 5 * colours + commitment + self.weight * fooling, self.vq)
         if playing:
             real, fake = self.discriminator(x), self.discriminator(y.detach())
             self._descend(judge, (F.relu(1 - real) + F.relu(1 + fake)).mean(), self.discriminator)
@@ -74,7 +97,7 @@ class VQGAN(pl.LightningModule):
             judge.step()  # keeps the two counts, and the two schedules, together
         for schedule in self.lr_schedulers():
             schedule.step()
-        self._revive(h, codes)
+        self._follow(h.permute(0, 2, 3, 1).flatten(0, 2), codes)
         self.log_dict({"l1": pixels, "psnr": 10 * torch.log10(4 / F.mse_loss(y, x)),
                        "used": (self.idle < 100).float().mean()}, prog_bar=True)  # fmt: skip
 
@@ -87,19 +110,22 @@ class VQGAN(pl.LightningModule):
         self.untoggle_optimizer(optimizer)
 
     @torch.no_grad()
-    def _revive(self, h: Tensor, codes: Tensor) -> None:
-        """Puts every hundred steps what was idle for as long onto outputs h (B, C, h, w) of the encoder."""
+    def _follow(self, outputs: Tensor, codes: Tensor) -> None:
+        """Moves each code to the mean of the encoder's outputs (N, C) that were given to it; idle ones onto some."""
+        codebook, codes = self.vq.quantize.embedding.weight, codes.flatten()
+        self.counts.lerp_(torch.bincount(codes, minlength=K).to(self.counts), 1 - DECAY)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, outputs), 1 - DECAY)
+        codebook.copy_(self.sums / self.counts.clamp(min=1e-3)[:, None])
         self.idle += 1
         self.idle[codes.unique()] = 0
         if self.global_step % 200 < 2 and self.global_step // 2 < 0.8 * self.steps:
             idle = (self.idle >= 100).nonzero().flatten()
-            outputs = h.permute(0, 2, 3, 1).flatten(0, 2)
-            chosen = torch.randint(len(outputs), (len(idle),), device=h.device)
-            self.vq.quantize.embedding.weight[idle] = outputs[chosen].to(self.vq.quantize.embedding.weight)
-            self.idle[idle] = 0
+            codebook[idle] = self.sums[idle] = outputs[torch.randint(len(outputs), (len(idle),), device=codes.device)]
+            self.counts[idle], self.idle[idle] = 1, 0
 
     def configure_optimizers(self):
-        paint = torch.optim.AdamW(self.vq.parameters(), self.lr, betas=(0.5, 0.99), weight_decay=1e-4)
+        moving = [p for p in self.vq.parameters() if p.requires_grad]
+        paint = torch.optim.AdamW(moving, self.lr, betas=(0.5, 0.99), weight_decay=1e-4)
         judge = torch.optim.AdamW(self.discriminator.parameters(), self.lr / 4, betas=(0.5, 0.99))
         lower = lambda i: max(0.01, min(1, (i + 1) / 200, (self.steps - i) / (0.4 * self.steps)))  # noqa: E731
         return [paint, judge], [torch.optim.lr_scheduler.LambdaLR(o, lower) for o in (paint, judge)]
@@ -108,22 +134,23 @@ class VQGAN(pl.LightningModule):
 def main(steps: int, batch: int, images: int, lr: float, adversary: float, workers: int) -> None:
     pl.seed_everything(0)
     torch.set_float32_matmul_precision("high")
-    data = TensorDataset(torch.from_numpy(rendered("train", images, seed=1, scenes=SCENES)[0]))
-    module = VQGAN(steps, lr, adversary)
+    pictures = torch.from_numpy(rendered("train", images, seed=1, scenes=SCENES)[0])
+    data, module = TensorDataset(pictures), VQGAN(begun(pictures[:1000]), steps, lr, adversary)
     sampler = RandomSampler(data, replacement=True, num_samples=steps * batch)
     run = trainer("vqgan", 2 * steps)
     run.gradient_clip_val = None  # clipped above, each network by itself
     run.fit(module, DataLoader(data, batch, sampler=sampler, num_workers=workers), ckpt_path="last")
     module.vq.eval().to(torch.float16).save_pretrained(ROOT / "emoji_vqgan")
+    names_no_folder(ROOT / "emoji_vqgan" / "config.json")
     print("saved", ROOT / "emoji_vqgan")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--adversary", type=float, default=0.02, help="weight of the discriminator's loss")
     parser.add_argument("--workers", type=int, default=0)
     main(**vars(parser.parse_args()))

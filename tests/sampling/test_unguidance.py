@@ -161,9 +161,9 @@ def test_rows_may_have_their_own_scales(model, adapter):
     seeds, scales = [1, 2], [3.0, 9.0]
     whole = replace(adapter, guidance=UnGuidance(threshold=0.0, repeats=2, schedule="diffusers"))
     with whole.applied_to(model):
-        together, decided = Sampler(steps=3).draw(model, PROMPTS[:2], seeds, scales)
+        together, decided = Sampler(steps=3).sample(model, PROMPTS[:2], seeds, scales)
         for i in range(2):
-            alone, own = Sampler(steps=3, guidance_scale=scales[i]).draw(
+            alone, own = Sampler(steps=3, guidance_scale=scales[i]).sample(
                 model, PROMPTS[i : i + 1], seeds[i : i + 1], [None]
             )
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4)

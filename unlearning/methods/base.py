@@ -20,6 +20,7 @@ from unlearning.concepts import UnlearningTask, UserError
 from unlearning.erasure import Erasure
 from unlearning.methods.student import LoRA, Weights
 from unlearning.models.base import DiffusionModel
+from unlearning.models.model import Model
 
 
 class Method(ABC):
@@ -30,11 +31,11 @@ class Method(ABC):
         figures: What the last fit saw, by caption; the run keeps them and the report shows them.
     """
 
-    works_on: type = DiffusionModel
+    works_on: type[Model] = DiffusionModel
     figures: Mapping[str, Image.Image] = MappingProxyType({})
 
     @abstractmethod
-    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure: ...
+    def fit(self, model: Model, task: UnlearningTask) -> Erasure: ...
 
 
 class Cycle(IterableDataset):

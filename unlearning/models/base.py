@@ -2,12 +2,10 @@
 
 # B batch, C latent channels, H W latent height and width, L tokens, D text width.
 import copy
-import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unlearning.concepts import UserError
-from unlearning.images import digest
+from unlearning.models.model import Model
 from unlearning.sampling.guidance import ClassifierFree, Guidance
 
 
@@ -43,7 +41,7 @@ class Conditioning:
         return Conditioning(torch.cat([p.embeds for p in parts]), extra)
 
 
-class DiffusionModel(ABC):
+class DiffusionModel(Model):
     """A text-to-image latent diffusion model.
 
     Attributes:
@@ -53,7 +51,6 @@ class DiffusionModel(ABC):
         solver: A class of diffusers that walks it from noise to picture.
         guidance: How predictions are combined at each sampling step.
         latent_shape: (C, H, W) of one picture.
-        name, fingerprint: What it was loaded from, and a digest of the weights found there.
     """
 
     denoiser: nn.Module
@@ -62,25 +59,12 @@ class DiffusionModel(ABC):
     solver: type = DDIMScheduler
     guidance: Guidance = ClassifierFree()
     latent_shape: tuple[int, int, int]
-    name: str
-    fingerprint: str
-    dtype: torch.dtype
     weights: Mapping[str, Tensor] | None = None  # of a snapshot: values that stand in for the denoiser's own
-    autocast: torch.dtype | None = None  # what the networks compute in, where it is not the weights' dtype
     adapted: bool = True  # whether an adapter beside the denoiser's weights, if there is one, is heard
 
     @property
-    def device(self) -> torch.device:
-        return torch.device(self._device)
-
-    @property
-    def numerics(self) -> str:
-        """What it computes in: pictures of one precision are not those of another."""
-        return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
-
-    def precision(self) -> AbstractContextManager:
-        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are."""
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+    def network(self) -> nn.Module:
+        return self.denoiser
 
     @property
     def middle(self) -> str:
@@ -275,16 +259,3 @@ def _adapter_off(denoiser: nn.Module) -> Iterator[None]:
         yield
     finally:
         denoiser.enable_adapters()
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest of the weights and configs below a folder: names, sizes, and the first and last megabyte of each."""
-
-    def ends(path: Path) -> str:
-        with path.open("rb") as file:
-            head = file.read(2**20)
-            file.seek(-min(2**20, path.stat().st_size), 2)
-            return hashlib.sha256(head + file.read()).hexdigest()
-
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
-    return digest([(str(p.relative_to(folder)), p.stat().st_size, ends(p)) for p in files])

@@ -3,7 +3,6 @@
 What later families share with them is inherited from here.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel, fingerprint
+from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.models.model import chosen_device, fingerprint
 
 
 class StableDiffusion(DiffusionModel):
@@ -60,9 +60,7 @@ class StableDiffusion(DiffusionModel):
         Raises:
             UserError: Where there is no such folder, it is a pickled checkpoint, or the hub cannot be reached.
         """
-        if device == "auto":
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            device = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu"
+        place = chosen_device(device)
         _check(path)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)
@@ -77,13 +75,13 @@ class StableDiffusion(DiffusionModel):
         pipeline.set_progress_bar_config(disable=True)
         if attention_slicing:
             pipeline.enable_attention_slicing()
-        if offload and torch.device(device).type != "cpu":
+        if offload and place.type != "cpu":
             pipeline.enable_model_cpu_offload()
         else:
-            pipeline.to(device)
+            pipeline.to(place)
         if compile:
             getattr(pipeline, cls.component).compile()
-        model = cls(pipeline, name=str(path), fingerprint=fingerprint(Path(folder)), device=torch.device(device))
+        model = cls(pipeline, name=str(path), fingerprint=fingerprint(Path(folder)), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
 

@@ -8,6 +8,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from unlearning.concepts import UserError
+from unlearning.images import Row, manifest
 from unlearning.models.base import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import Guidance
 
@@ -133,9 +134,16 @@ class Sampler:
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures (B, 3, height, width) in [0, 1], one for each prompt and seed."""
-        return self.draw(model, prompts, seeds, [None] * len(prompts))[0]
+        return self.sample(model, prompts, seeds, [None] * len(prompts))[0]
 
-    def draw(
+    manifest = staticmethod(manifest)
+
+    def draw(self, model: DiffusionModel, rows: Sequence[Row]) -> tuple[Tensor, list[dict[str, float]]]:
+        """The pictures of a manifest's rows, and what was decided about each."""
+        asked = zip(*((row.prompt, row.seed, row.guidance_scale) for row in rows), strict=True)
+        return self.sample(model, *asked)
+
+    def sample(
         self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], scales: Sequence[float | None]
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """The pictures, and what the model's guidance decided about each; None stands for the sampler's own scale."""

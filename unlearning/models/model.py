@@ -1,0 +1,66 @@
+"""What every model is, whatever it makes pictures of: a name, a digest of its weights, a network that erasure edits."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unlearning.images import digest
+
+
+class Model(ABC):
+    """
+    Attributes:
+        name, fingerprint: What it was loaded from, and a digest of the weights found there.
+        dtype: Of its weights.
+        autocast: What the networks compute in, where it is not that.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    _device: torch.device
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What erasure edits, and whose calls are counted."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._device)
+
+    @property
+    def numerics(self) -> str:
+        """What it computes in: pictures of one precision are not those of another."""
+        return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
+
+    def precision(self) -> AbstractContextManager:
+        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def chosen_device(device: str) -> torch.device:
+    """ "auto" is the accelerator where there is one; of several, each process of a distributed run has its own."""
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu")
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the weights and configs below a folder: names, sizes, and the first and last megabyte of each."""
+
+    def ends(path: Path) -> str:
+        with path.open("rb") as file:
+            head = file.read(2**20)
+            file.seek(-min(2**20, path.stat().st_size), 2)
+            return hashlib.sha256(head + file.read()).hexdigest()
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+    return digest([(str(p.relative_to(folder)), p.stat().st_size, ends(p)) for p in files])

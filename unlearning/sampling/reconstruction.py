@@ -1,0 +1,46 @@
+"""Pictures put out again by an image-to-image model: what sampling is to a model that has no prompts."""
+
+# B batch, H W height and width.
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlearning.concepts import ERASE, SYNONYM
+from unlearning.images import Row, load, manifest_of_inputs
+
+FAILED = "failed"  # among what was decided about a picture: why there is none
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """
+    Args:
+        batch_size: How many pictures at once; it changes no picture.
+    """
+
+    batch_size: int = 16
+
+    manifest = staticmethod(manifest_of_inputs)
+
+    @property
+    def protocol(self) -> str:
+        return "codes of the nearest vectors, decoded"
+
+    @torch.no_grad()
+    def draw(self, model, rows: Sequence[Row]) -> tuple[Tensor, list[dict]]:
+        """The inputs of a manifest's rows as the model puts them out, (B, 3, H, W) in [0, 1], and what was replaced."""
+        images = load(rows, "source")
+        codes, decided = model.encode(as_tensor(images)), [{} for _ in rows]
+        if model.edit is not None:
+            boxes = [[r.box for r in row.regions if r.role in (ERASE, SYNONYM)] for row in rows]
+            known = [b if row.regions else None for b, row in zip(boxes, rows, strict=True)]
+            codes, decided = model.edit(images, codes, known, [row.seed for row in rows])
+        return model.decode(codes), decided
+
+
+def as_tensor(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
