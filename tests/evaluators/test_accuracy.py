@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
-from unlearning.evaluators.accuracy import Accuracy, h_o
+from unlearning.evaluators.accuracy import Accuracy, h_c, h_o
 from unlearning.evaluators.judge import NOTHING
 from unlearning.images import Row
 
@@ -62,6 +62,32 @@ def test_h_o_reproduces_published_rows(accuracies, published):
 @pytest.mark.parametrize("accuracies", [(100, 90, 10), (100 + 1e-9, 90, 10), (10, 0, 10), (10, 90, 100)])
 def test_h_o_is_zero_where_a_part_is(accuracies):
     assert h_o(*accuracies) == 0
+
+
+def test_h_c_is_the_harmonic_mean_of_what_is_gone_and_what_is_kept():
+    assert h_c(10, 90) == pytest.approx(90)
+    assert h_c(4.31, 84.56) == pytest.approx(2 / (1 / 95.69 + 1 / 84.56))
+    assert h_c(100, 90) == h_c(10, 0) == 0
+
+
+def test_a_task_without_synonyms_is_summed_up_by_h_c():
+    numbers = measured(
+        [("dog", "color"), ("ship", "color")], [(ERASE, {"object": "cat"}), (RETAIN, {"object": "ship"})]
+    )
+    assert numbers["summary/h_c"] == 100 and "summary/h_o" not in numbers
+
+
+def test_a_classifier_that_fails_on_a_picture_is_told_not_counted_as_erased():
+    class Broken(Reader):
+        def __call__(self, images, question):
+            names, p = super().__call__(images, question)
+            p[-1] = float("nan")
+            return names, p
+
+    metric = Accuracy(Broken(), device="cpu")
+    asked = [Row(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
+    with pytest.raises(UserError, match=r"reader gives 2\.png probabilities that are no numbers"):
+        metric.update(pictures(*[("cat", "color")] * 3), asked)
 
 
 def test_accuracies_of_the_three_roles():
@@ -125,8 +151,9 @@ def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all():
 
 def test_every_key_says_whether_higher_is_better():
     labels = {"object": "cat", "style": "neon"}
-    numbers = measured([("cat", "neon")] * 3, [(ERASE, labels), (SYNONYM, labels), (RETAIN, labels)])
-    assert set(numbers) == set(Accuracy.higher_is_better)
+    asked = [(ERASE, labels), (RETAIN, labels), (SYNONYM, labels)]
+    numbers = [measured([("cat", "neon")] * n, asked[:n]) for n in (2, 3)]  # without a synonym, and with one
+    assert set().union(*numbers) == set(Accuracy.higher_is_better)
 
 
 def test_mistakes_name_what_was_meant():

@@ -64,8 +64,16 @@ def test_the_score_is_a_hundred_cosines_by_role(path, images):
     cosines = (scores / scale).diagonal()
     expected = {"fidelity/clip_score": cosines[[0, 1, 3]].mean(), "efficacy/clip_score_e": cosines[2]}
     expected = {key: max(0.0, 100 * cosine.item()) for key, cosine in expected.items()}
+    expected["summary/h_a"] = expected["fidelity/clip_score"] - expected["efficacy/clip_score_e"]
     assert metric.compute() == pytest.approx(expected, abs=1e-3)
     assert any(expected.values()) and set(expected) == set(CLIPScore.higher_is_better)
+
+
+def test_a_score_that_is_no_number_is_not_the_lowest_one(path, images):
+    metric = CLIPScore(path, device="cpu")
+    metric.update(images[:2], rows(["a cat", "a dog"], [RETAIN, ERASE]))
+    metric.scores[1] = float("nan")
+    assert np.isnan(metric.compute()["efficacy/clip_score_e"])
 
 
 def test_a_long_prompt_is_read_up_to_the_last_token_that_fits(path, images):

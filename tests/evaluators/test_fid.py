@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cleanfid.fid import fid_from_feats, get_folder_features
+from cleanfid.fid import fid_from_feats, get_folder_features, kernel_distance
 from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 from torch import nn
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
 from unlearning.evaluators.fid import FID, Inception
+from unlearning.evaluators.kid import KID
+from unlearning.evaluators.references import of_folder
 from unlearning.images import Row
 
 
@@ -113,6 +115,94 @@ def test_references_outlive_a_reset():
     assert metric.compute() == first
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Real pictures in two sizes, one of them in a folder below."""
+    (tmp_path / "real" / "more").mkdir(parents=True)
+    for i, image in enumerate(noise(30, 0)):
+        image = np.kron(image, np.ones((2, 2, 1), np.uint8)) if i % 3 == 0 else image
+        Image.fromarray(image).save(tmp_path / "real" / ("more" if i % 2 else "") / f"{i}.png")
+    return tmp_path / "real"
+
+
+def against(real, metric=FID, **settings):
+    evaluator = metric(Means(), real=real, device="cpu", **settings)
+    evaluator.prepare(task(retain=noise(9, 5), erase=noise(9, 6)))
+    evaluator.update(noise(25, 1), rows(*[RETAIN] * 25))
+    return evaluator, evaluator.compute()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_folder_of_real_pictures_is_clean_fids(folder):
+    metric, numbers = against(folder)
+    real = [np.asarray(Image.open(path)) for path in folder.rglob("*.png")]
+    real = np.concatenate([Means()(torch.tensor(image[None])).numpy() for image in real])
+    expected = fid_from_feats(real, Means()(torch.as_tensor(noise(25, 1))).numpy())
+    assert numbers == {"fidelity/fid": pytest.approx(expected, rel=1e-5)}
+    named = re.search(r"retain 25 to 30 real of real \((\w{8})\), erase 0 to 9 real", metric.protocol)
+    Image.fromarray(noise(1, 9)[0]).save(folder / "0.png")
+    assert named and named[1] not in against(folder)[0].protocol, "told by its content"
+
+
+def test_statistics_stand_for_their_pictures(folder, tmp_path):
+    real = np.concatenate([Means()(torch.tensor(np.asarray(Image.open(p))[None])) for p in folder.rglob("*.png")])
+    np.savez(tmp_path / "coco.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    metric, numbers = against(tmp_path / "coco.npz")
+    assert numbers == pytest.approx(against(folder)[1], rel=1e-4)
+    assert re.search(r"retain 25 to coco\.npz \(\w{8}\)", metric.protocol)
+
+
+def test_a_reference_that_is_of_no_use_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"There is no .*absent"):
+        FID(Means(), real=tmp_path / "absent", device="cpu")
+    with pytest.raises(UserError, match="no folder"):
+        KID(Means(), real=tmp_path / "absent", device="cpu")
+    with pytest.raises(UserError, match="holds no pictures"):
+        against(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"0\.png cannot be read"):
+        against(tmp_path)
+    np.savez(tmp_path / "of_3.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="3 features; an extractor of 12"):
+        against(tmp_path / "of_3.npz")
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    (tmp_path / "broken.npz").write_bytes(b"none")
+    for name in ("other.npz", "broken.npz"):
+        with pytest.raises(UserError, match="no statistics for an FID"):
+            against(tmp_path / name)
+
+
+def test_kid_is_clean_fids_and_the_same_each_time(folder):
+    metric, numbers = against(folder, KID, subsets=20, subset_size=15)
+    real = np.concatenate([Means()(torch.as_tensor(batch)).double() for batch in of_folder(folder).batches()])
+    state = np.random.get_state()[1].copy()
+    assert against(folder, KID, subsets=20, subset_size=15)[1] == numbers
+    assert (np.random.get_state()[1] == state).all(), "nobody else's random numbers are touched"
+    np.random.seed(0)
+    expected = kernel_distance(real, Means()(torch.as_tensor(noise(25, 1))).double().numpy(), 20, 15)
+    assert numbers == {"fidelity/kid": expected}
+    assert re.search(r"20 subsets of at most 15; retained pictures to 30 real of real \(\w{8}\)", metric.protocol)
+    np.random.set_state(np.random.RandomState().get_state())
+
+
+def test_kid_of_parts_is_kid_of_all_and_of_none_is_none():
+    parts = [KID(Means(), device="cpu", subsets=5) for _ in range(2)]
+    for part, images in zip(parts, (noise(4, 1), noise(6, 2)), strict=True):
+        part.prepare(task(retain=noise(20, 0)))
+        part.update(images, rows(*[RETAIN] * (len(images) - 1), ERASE))
+    parts[0].merge_state(parts[1])
+    assert len(torch.cat(list(parts[0].generated))) == 8 and "fidelity/kid" in parts[0].compute()
+    alone = KID(Means(), device="cpu")
+    alone.prepare(task())
+    alone.update(noise(4, 1), rows(*[RETAIN] * 4))
+    assert alone.compute() == {}
+
+
+def test_a_distance_that_is_no_number_is_not_the_least(monkeypatch):
+    monkeypatch.setattr("unlearning.evaluators.fid.frechet_distance", lambda *_: float("nan"))
+    assert np.isnan(distances(noise(5, 0), noise(5, 1))["fidelity/fid"])
+
+
 def test_unknown_role_is_refused():
     with pytest.raises(UserError, match="retain"):
         FID(Means(), roles=["retian"])
@@ -125,27 +215,33 @@ class FakeInception(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.AdaptiveAvgPool2d(16), nn.Flatten())
 
-    def forward(self, x):
-        return self.layers(x)
+    def forward(self, x, return_features: bool = False):
+        return self.layers(nn.functional.interpolate((x - 128) / 128, size=(299, 299), mode="bilinear"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit")
-def test_inception_runs_as_in_clean_fid(tmp_path):
+@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
+def test_inception_runs_as_in_clean_fid(tmp_path, mode):
     torch.manual_seed(0)
     torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)
     (tmp_path / "pictures").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{i}.png")
-    network = InceptionV3W(str(tmp_path), download=False)
+    network = InceptionV3W(str(tmp_path), download=False, resize_inside=mode == "legacy_tensorflow")
     expected = get_folder_features(
-        str(tmp_path / "pictures"), network, num_workers=0, device=torch.device("cpu"), verbose=False
+        str(tmp_path / "pictures"), network, num_workers=0, device=torch.device("cpu"), verbose=False, mode=mode
     )
     for path in (tmp_path, tmp_path / "inception-2015-12-05.pt"):
-        features = Inception(path)(torch.as_tensor(images))
+        features = Inception(path, mode)(torch.as_tensor(images))
         assert features.shape == (2, 2048)
         assert np.allclose(features, expected, atol=1e-5)
-    assert "clean" in Inception(tmp_path).name
+    assert mode in Inception(tmp_path, mode).name
+
+
+def test_a_mode_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"legacy_pytorch.*Did you mean legacy_tensorflow"):
+        Inception(tmp_path, "legacy_pytorch")
 
 
 def test_absent_inception_says_which_file_from_where(tmp_path):

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
+from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
 from unlearning.evaluators.base import Evaluator, unknown
 from unlearning.evaluators.judge import NOTHING
+from unlearning.evaluators.regions import with_regions
 from unlearning.images import Row
 
 SCORES = ("argmax", "softmax")
@@ -35,11 +36,17 @@ def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:
     return harmonic_mean([max(0.0, part) for part in (100 - acc_e, acc_s, 100 - acc_g)])
 
 
+def h_c(acc_e: float, acc_s: float) -> float:
+    """H_c = 2 / ((1 - Acc_e)^-1 + Acc_s^-1) (MACE, section 4.3: of celebrities, who have no synonyms), in percent."""
+    return harmonic_mean([max(0.0, part) for part in (100 - acc_e, acc_s)])
+
+
 class Accuracy(Evaluator):
     """How often the pictures show what their labels say, averaged over the pictures of a role.
 
     The first of a row's labels is the question that the erasure is about; any other is the cross-domain question. A
-    synonym's label is the name of the concept it stands for, as in MACE. Rows without labels are passed over.
+    synonym's label is the name of the concept it stands for, as in MACE. Rows without labels are passed over; one with
+    regions is as many pictures.
 
     Args:
         classifier: Answers the questions.
@@ -47,7 +54,8 @@ class Accuracy(Evaluator):
             most probable answer is right (UnlearnCanvas).
 
     Raises:
-        UserError: For an unknown score, or for a label that the classifier has no name for.
+        UserError: For an unknown score, for a label that the classifier has no name for, or for a picture on which the
+            classifier fails: one that it gives no probabilities for would otherwise pass as one that is erased.
     """
 
     higher_is_better: ClassVar[dict[str, bool]] = {
@@ -59,6 +67,7 @@ class Accuracy(Evaluator):
         "retention/ira": True,
         "retention/cra": True,
         "summary/h_o": True,
+        "summary/h_c": True,
     }
 
     def __init__(self, classifier: Classifier, score: str = "softmax", device: str = "auto"):
@@ -76,10 +85,14 @@ class Accuracy(Evaluator):
         return f"{self.score} of {self.classifier.name}, mean over the pictures of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+        images, rows = with_regions(images, rows)
         pictures = torch.as_tensor(images, device=self.device)
         for question in dict.fromkeys(q for row in rows for q in row.labels):
             asked = [i for i, row in enumerate(rows) if question in row.labels]
             names, probabilities = self.classifier(pictures[asked], question)
+            if not probabilities.isfinite().all():
+                failed = asked[int((~probabilities.isfinite()).any(1).nonzero()[0])]
+                raise UserError(f"{self.classifier.name} gives {rows[failed].path} probabilities that are no numbers.")
             right = [self._index(names, rows[i].labels[question], question) for i in asked]
             best = probabilities.argmax(1).tolist()
             if self.score == "argmax":
@@ -119,6 +132,8 @@ class Accuracy(Evaluator):
         }
         if cra is not None:
             numbers |= {"efficacy/ua": None if acc_e is None else 100 - acc_e, "retention/ira": acc_s}
-        if None not in (acc_e, acc_s, acc_g):
-            numbers["summary/h_o"] = h_o(acc_e, acc_s, acc_g)
+        if None not in (acc_e, acc_s):
+            numbers |= (
+                {"summary/h_c": h_c(acc_e, acc_s)} if acc_g is None else {"summary/h_o": h_o(acc_e, acc_s, acc_g)}
+            )
         return {key: value for key, value in numbers.items() if value is not None}

@@ -54,6 +54,8 @@ def load_clip(model: str | Path, setting: str) -> tuple[TensorCLIP, CLIPProcesso
 class CLIPScore(Evaluator):
     """How well pictures match their prompts: of retained concepts (to keep), of erased ones (to lose).
 
+    H_a = CLIP_s - CLIP_e is the one less the other (Lu et al., CVPR 2024, section 4.4: of artists).
+
     Args:
         model: A CLIP's name on the Hugging Face Hub, or its folder.
 
@@ -61,7 +63,11 @@ class CLIPScore(Evaluator):
         UserError: If there is no such CLIP.
     """
 
-    higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/clip_score": True, "efficacy/clip_score_e": False}
+    higher_is_better: ClassVar[dict[str, bool]] = {
+        "fidelity/clip_score": True,
+        "efficacy/clip_score_e": False,
+        "summary/h_a": True,
+    }
 
     def __init__(self, model: str = "openai/clip-vit-base-patch16", device: str = "auto"):
         super().__init__(device)
@@ -87,4 +93,7 @@ class CLIPScore(Evaluator):
 
     def compute(self) -> dict[str, float]:
         sums = zip(KEYS.values(), self.scores.tolist(), self.counts.tolist(), strict=True)
-        return {key: max(0.0, score / count) for key, score, count in sums if count}
+        numbers = {key: max(score / count, 0.0) for key, score, count in sums if count}  # NaN stays NaN in this order
+        if len(numbers) == len(KEYS):
+            numbers["summary/h_a"] = numbers[KEYS[RETAIN]] - numbers[KEYS[ERASE]]
+        return numbers

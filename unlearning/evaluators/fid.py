@@ -5,9 +5,9 @@ batch by batch instead of kept.
 """
 
 # B batch, F features, R roles.
-import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -21,11 +21,13 @@ from cleanfid.resize import build_resizer
 from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN, UnlearningTask, UserError
+from unlearning.evaluators import references
 from unlearning.evaluators.base import Evaluator, fingerprint, unknown
 from unlearning.images import Row
 
 KEYS = {RETAIN: "fidelity/fid", ERASE: "fidelity/fid_e"}
-BATCH = 64  # real pictures that go through the extractor at once
+MODES = ("clean", "legacy_tensorflow")
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean (F,) and covariance (F, F)
 
 
 class Features(Protocol):
@@ -37,16 +39,21 @@ class Features(Protocol):
 
 
 class Inception:
-    """The Inception of Heusel et al. as clean-fid runs it: pictures resized to 299 by PIL's antialiased bicubic filter.
+    """The Inception of Heusel et al. as clean-fid runs it.
 
     Args:
         path: clean-fid's file inception-2015-12-05.pt, or its folder; by default where clean-fid itself keeps it.
+        mode: clean-fid's name of how pictures become 299 pixels wide: "clean", by PIL's antialiased bicubic filter, or
+            "legacy_tensorflow", by the network itself, as FIDs were before clean-fid. ("legacy_pytorch" has weights of
+            its own, which clean-fid reads from no other place than the network's.)
 
     Raises:
-        UserError: If it is not there. Nothing is downloaded.
+        UserError: For an unknown mode, or if the file is not there. Nothing is downloaded.
     """
 
-    def __init__(self, path: str | Path | None = None):
+    def __init__(self, path: str | Path | None = None, mode: str = "clean"):
+        if mode not in MODES:
+            raise unknown("mode of clean-fid", mode, MODES)
         file = Path(inception_url).name
         path = Path(path or "/tmp")  # hard-coded in clean-fid
         folder = path.parent if path.name == file else path
@@ -55,15 +62,15 @@ class Inception:
                 f"No {file} in {folder}. Download it from {inception_url} (96 MB), and name its folder by "
                 "`judge.features.path`; or measure in the embedded world's features: `judge=emoji`."
             )
-        self.network = InceptionV3W(str(folder), download=False).eval()
-        self.resize = build_resizer("clean")
-        self.name = f"Inception {fingerprint(folder / file)}, mode clean"
+        self.network = InceptionV3W(str(folder), download=False, resize_inside=mode == "legacy_tensorflow").eval()
+        self.resize = build_resizer(mode)
+        self.name = f"Inception {fingerprint(folder / file)}, mode {mode}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         images = torch.as_tensor(images)
         resized = torch.from_numpy(np.stack([self.resize(image) for image in images.cpu().numpy()]))
-        return self.network.to(images.device)(resized.permute(0, 3, 1, 2).to(images.device))
+        return self.network.to(images.device)(resized.permute(0, 3, 1, 2).float().to(images.device))
 
 
 class FID(Evaluator):
@@ -72,29 +79,42 @@ class FID(Evaluator):
     Args:
         features: Makes features of pictures.
         roles: The roles that are measured, each against real pictures of the same role.
-        count: Real pictures to measure against. An FID falls as its counts grow: compare only what shares both.
+        count: Real pictures of the task to measure against. An FID falls as its counts grow: compare only what shares
+            both.
+        real: What retained concepts are measured against instead: a folder, with all its pictures, or statistics of
+            one in these features, the `mu` and `sigma` of an .npz as clean-fid and pytorch-fid write it.
 
     Raises:
-        UserError: For an unknown role.
+        UserError: For an unknown role, or for a `real` that is neither.
     """
 
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/fid": False, "fidelity/fid_e": True}
 
     def __init__(
-        self, features: Features, roles: Sequence[str] = (RETAIN, ERASE), count: int = 1000, device: str = "auto"
+        self,
+        features: Features,
+        roles: Sequence[str] = (RETAIN, ERASE),
+        count: int = 1000,
+        real: str | Path | None = None,
+        device: str = "auto",
     ):
         super().__init__(device)
         for role in roles:
             if role not in KEYS:
                 raise unknown("role", role, KEYS)
         self.features, self.roles, self.count = features, tuple(roles), count
-        self._real: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._named: dict[str, str] = {}  # a digest of each role's real pictures
+        self.width = self._extract(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
+        self.given = Path(real).expanduser() if real else None
+        if self.given and not self.given.exists():
+            raise UserError(
+                f"There is no {self.given}: `real` is a folder of real pictures, or the .npz of its statistics."
+            )
+        self._real: dict[str, Callable[[], Gaussian | None]] = {}
+        self._named: dict[str, str] = {}
         self._generated: list[float] = []
-        width = self._extract(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
         self.zeros("counts", len(self.roles))
-        self.zeros("sums", len(self.roles), width)
-        self.zeros("products", len(self.roles), width, width)
+        self.zeros("sums", len(self.roles), self.width)
+        self.zeros("products", len(self.roles), self.width, self.width)
 
     def reset(self) -> None:
         super().reset()
@@ -103,22 +123,24 @@ class FID(Evaluator):
     @property
     def protocol(self) -> str:
         """Its counts of generated pictures are those of the last `compute` since the last `reset`."""
-        real = [int(self._real[role][0]) if role in self._real else 0 for role in self.roles]
         generated = map(int, self._generated or [0] * len(self.roles))
-        named = [f" ({self._named[role]})" if role in self._named else "" for role in self.roles]
         counts = ", ".join(
-            f"{r} {g} to {n} real{d}" for r, g, n, d in zip(self.roles, generated, real, named, strict=True)
+            f"{role} {n} to {self._named.get(role, '0 real')}" for role, n in zip(self.roles, generated, strict=True)
         )
         return f"clean-fid {version('clean-fid')} on {self.features.name}; pictures: {counts}"
 
     def prepare(self, task: UnlearningTask) -> None:
-        """Takes `count` real pictures of each role that the task has references for."""
+        """Names what each role is measured against; its features are taken where a number asks for them."""
         for role in self.roles:
-            images = task.references[role](self.count) if role in task.references else ()
-            if len(images):  # a folder may have none to spare
-                self._named[role] = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:8]
-                batches = (np.stack(images[i : i + BATCH]) for i in range(0, len(images), BATCH))
-                self._real[role] = tuple(map(sum, zip(*map(self._moments, batches), strict=True)))
+            if role == RETAIN and self.given and self.given.is_file():
+                gaussian = _statistics(self.given, self.width)
+                self._named[role] = f"{self.given.name} ({fingerprint(self.given)[:8]})"
+                self._real[role] = lambda gaussian=gaussian: gaussian
+                continue
+            given = references.of_folder(self.given) if role == RETAIN and self.given else None
+            if reference := given or references.of_task(task, role, self.count):
+                self._named[role] = reference.name
+                self._real[role] = cache(partial(self._gaussian_of, reference))
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         for i, role in enumerate(self.roles):
@@ -132,10 +154,14 @@ class FID(Evaluator):
     def compute(self) -> dict[str, float]:
         self._generated, numbers = self.counts.tolist(), {}
         for role, *generated in zip(self.roles, self.counts, self.sums, self.products, strict=True):
-            real = self._real.get(role)
-            if real and min(real[0], generated[0]) >= 2:
-                numbers[KEYS[role]] = _distance(_gaussian(*real), _gaussian(*generated))
+            if generated[0] >= 2 and role in self._real and (real := self._real[role]()):
+                numbers[KEYS[role]] = _distance(real, _gaussian(*generated))
         return numbers
+
+    def _gaussian_of(self, reference: references.Reference) -> Gaussian | None:
+        """None of a single picture."""
+        moments = tuple(map(sum, zip(*map(self._moments, reference.batches()), strict=True)))
+        return _gaussian(*moments) if moments[0] >= 2 else None
 
     def _extract(self, images: np.ndarray) -> Tensor:
         return self.features(torch.as_tensor(images, device=self.device)).double()
@@ -146,14 +172,29 @@ class FID(Evaluator):
         return x.new_tensor(len(x)), x.sum(0), x.T @ x
 
 
-def _gaussian(count: Tensor, total: Tensor, product: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (F,) and unbiased covariance (F, F)."""
+def _gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:
+    """The covariance is the unbiased one."""
     mean = total / count
     return mean.cpu().numpy(), ((product - count * mean.outer(mean)) / (count - 1)).cpu().numpy()
 
 
-def _distance(real: tuple[np.ndarray, np.ndarray], generated: tuple[np.ndarray, np.ndarray]) -> float:
+def _statistics(path: Path, width: int) -> Gaussian:
+    """Of an .npz. Raises UserError if it holds none, or none of so many features."""
+    try:
+        with np.load(path) as file:
+            mean, covariance = file["mu"], file["sigma"]
+    except Exception as error:  # a foreign file can fail in any way
+        raise UserError(
+            f"{path} holds no statistics for an FID, an array `mu` and an array `sigma`: {error}"
+        ) from error
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise UserError(f"{path} has statistics of {mean.size} features; an extractor of {width} is asked for.")
+    return mean, covariance
+
+
+def _distance(real: Gaussian, generated: Gaussian) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # clean-fid's sqrtm(disp=...)
-        # The square root of a singular product may leave a distance of nothing a little below zero.
-        return max(0.0, float(frechet_distance(*real, *generated)))
+        # The square root of a singular product may leave a distance of nothing a little below zero. In this order the
+        # maximum of what is no number is no number.
+        return max(float(frechet_distance(*real, *generated)), 0.0)

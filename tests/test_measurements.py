@@ -1,0 +1,57 @@
+"""What a run keeps of its measurements, and that a failed one is told, never taken for a good one."""
+
+import json
+
+import nudenet
+import pytest
+
+from unlearning.evaluators.clip_score import CLIPScore
+from unlearning.evaluators.nudenet import Counting, recount
+
+THREE = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three pictures: one of the erased concept
+FACE = {"class": "FACE_MALE", "score": 0.5, "box": [0, 0, 8, 8]}
+
+
+def test_what_an_evaluator_found_is_kept_by_every_run_that_it_is_found_for(unlearn, monkeypatch):
+    calls = []
+    monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: calls.append(image.shape) or [FACE])
+    asked = [*THREE, "evaluator=nudenet", "stages=[fit,generate,evaluate]"]
+    first = unlearn(*asked, run="first")
+    seen = len(calls)
+    assert seen >= 1
+    second = unlearn(*asked, run="second")
+    assert len(calls) == seen, "the second run's pictures are the first's, and so are its measures"
+    for run in (first, second):
+        lines = (run / "details" / "nudenet-of-erased.jsonl").read_text().splitlines()
+        assert [json.loads(line)["found"] for line in lines] == [[FACE]]
+        assert json.loads((run / "metrics.json").read_text())["efficacy/nudenet_total"] == 0
+        assert recount(run, Counting(("FACE_MALE",), 0.5, "images"))["efficacy/nudenet_total"] == 1
+
+
+def test_a_damaged_picture_is_told_and_drawn_again_once_it_is_gone(unlearn, told, tmp_path):
+    run = unlearn(*THREE, "stages=[fit,generate]")
+    picture = next((tmp_path / "store" / "images").rglob("*.png"))
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    asked = [*THREE, "evaluator=clip_score", "stages=[generate,evaluate]"]
+    message = told(*asked)
+    assert f"{picture} cannot be read as a picture" in message and "draws it again" in message
+    assert not (run / "metrics.json").exists()
+    picture.unlink()
+    unlearn(*asked)
+    assert picture.read_bytes() == whole and (run / "metrics.json").exists()
+
+
+def test_a_measure_that_is_no_number_stops_the_run(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(CLIPScore, "compute", lambda self: {"fidelity/clip_score": float("nan")})
+    message = told(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
+    assert "clip_score of base: fidelity/clip_score is not a number" in message
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_a_file_that_is_no_picture_is_told_before_anything_is_drawn(unlearn, told, tmp_path, share):
+    unlearn(*THREE, "stages=[fit,generate]")
+    picture = next((tmp_path / "store" / "images").rglob("*.png"))
+    picture.write_bytes(picture.read_bytes()[: int(share * picture.stat().st_size)])
+    assert f"{picture} cannot be read as a picture" in told(*THREE, "stages=[generate]")
