@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -86,15 +87,11 @@ def _processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def sitting() -> dict[str, object]:
-    """What takes part from now on: when, by which commit, with which packages, on which machine."""
-    return {
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-        **repository(),
-        "python": platform.python_version(),
-        "packages": packages(),
-        "hardware": hardware(),
-    }
+@cache
+def circumstances() -> dict[str, object]:
+    """By which commit, with which packages and on which machine this process works, from its start to its end."""
+    python = platform.python_version()
+    return {**repository(), "python": python, "packages": packages(), "hardware": hardware()}
 
 
 def joined(known: Mapping, now: Mapping, made_of: Mapping) -> dict:
@@ -116,8 +113,8 @@ def record(folder: Path, **made_of: object) -> None:
         made_of: What the results depend on besides the settings, as JSON has it: the seed, and digests of the model and
             of the data. Without any, what is known of them stands.
     """
-    known, now = read(folder), json.loads(json.dumps(sitting()))
-    after = joined(known or {}, now, made_of)
+    known, begun = read(folder), datetime.now(UTC).isoformat(timespec="seconds")
+    after = joined(known or {}, {"begun": begun, **circumstances()}, made_of)
     if after != known:
         write_atomically(folder / FILE, json.dumps(after, indent=2))
 
