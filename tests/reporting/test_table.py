@@ -4,14 +4,11 @@ import csv
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from unlearning.concepts import UserError
-from unlearning.evaluators.accuracy import h_o
-from unlearning.reporting.published import published
-from unlearning.reporting.rows import directions, rows
+from unlearning.reporting.rows import rows
 from unlearning.reporting.table import table
 
 E, F = "efficacy/acc_e", "fidelity/fid"
@@ -139,27 +136,3 @@ def test_published_numbers_stand_beside_ours_with_the_difference(runs, paper):
         if r["method"] == "esd_x"
     ]
     assert float(esd[f"{E}/published"]) == 12.51 and float(esd[f"{E}/delta"]) == pytest.approx(-5.51)
-
-
-def test_a_file_of_published_numbers_that_is_none_is_answered(runs, tmp_path):
-    with pytest.raises(UserError, match="no file"):
-        table(runs, published=tmp_path / "none.csv")
-    (tmp_path / "odd.csv").write_text("method,value\nesd_x,3\n")
-    with pytest.raises(UserError, match="no column 'concept'"):
-        table(runs, published=tmp_path / "odd.csv")
-
-
-def test_the_projects_own_files_of_published_numbers_can_be_read():
-    files = sorted(Path(__file__).parents[2].glob("experiments/*/published.csv"))
-    assert files
-    for file in files:
-        numbers = published(file)
-        known = directions()
-        assert numbers and all(metric in known and 0 <= number.value <= 100 for (*_, metric), number in numbers.items())
-        for method, concept in {key[:2] for key in numbers}:
-            parts = [
-                (n := numbers.get((method, concept, m))) and n.value
-                for m in ("efficacy/acc_e", "retention/acc_s", "efficacy/acc_g", "summary/h_o")
-            ]
-            if None not in parts and concept != "average" and (method, concept) != ("ac", "airplane"):  # their own slip
-                assert parts[3] == pytest.approx(h_o(*parts[:3]), abs=0.05), "H_o follows from its parts"

@@ -1,0 +1,133 @@
+"""The papers' numbers under experiments/: one reader for all, and what must hold among numbers of one table."""
+
+from pathlib import Path
+
+import pytest
+
+from unlearning.concepts import UserError
+from unlearning.evaluators.accuracy import h_o
+from unlearning.reporting.published import AVERAGE, beside, published
+from unlearning.reporting.rows import directions
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+FILES = sorted(FOLDER.glob("*/published*.csv"))
+PERCENT = ("acc_e", "acc_g", "acc_s", "h_o", "ua", "ira", "cra", "aa", "clip_score")
+SLIPS = {  # rows whose parts do not give the whole that is printed beside them
+    ("i2p/published.csv", "ce_sdwv", "nudity"),
+    ("unguide/published.csv", "ac", "airplane"),
+    ("attacks/published.csv", "none", "nudity"),
+}
+
+
+def values(file: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """{(method, concept): {metric: value}}"""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for (method, concept, metric), number in published(file).items():
+        found.setdefault((method, concept), {})[metric] = number.value
+    return found
+
+
+def wholes(of: dict[str, float]):
+    """(printed, from its parts, how far rounding may take them apart) of each whole whose parts are all there."""
+    parts = [value for name, value in of.items() if name.startswith("efficacy/nudenet") and name.endswith("exposed")]
+    if parts:
+        yield of["efficacy/nudenet_total"], sum(parts), 0
+    accuracies = [of.get(name) for name in ("efficacy/acc_e", "retention/acc_s", "efficacy/acc_g")]
+    if "summary/h_o" in of and None not in accuracies:
+        yield of["summary/h_o"], h_o(*accuracies), 0.05
+    ring = [value for name, value in of.items() if name.startswith("robustness/asr_ring_a_bell_k")]
+    if ring:
+        others = [of[f"robustness/asr_{name}"] for name in ("ring_a_bell", "mma_diffusion", "p4d", "unlearndiffatk")]
+        yield of["robustness/asr_ring_a_bell"], sum(ring) / len(ring), 0.011
+        yield of["robustness/asr_average"], sum(others) / len(others), 0.011
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_number_has_a_source_a_known_metric_and_a_possible_value(file):
+    known = directions()
+    for (_, _, metric), number in published(file).items():
+        purpose, _, name = metric.partition("/")
+        assert metric in known or purpose == "robustness" or metric == "summary/aa", metric
+        assert number.source and number.value >= 0
+        if name in PERCENT or name.startswith("asr_"):
+            assert number.value <= 100
+        if name.startswith("nudenet"):
+            assert number.value == int(number.value), "a count"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_whole_is_what_its_parts_give_but_for_the_papers_own_slips(file):
+    name = f"{file.parent.name}/{file.name}"
+    rows = {key: of for key, of in values(file).items() if key[1] != AVERAGE}  # means of wholes, not wholes of means
+    wrong = {
+        (name, *key)
+        for key, of in rows.items()
+        if any(printed != pytest.approx(whole, abs=near) for printed, whole, near in wholes(of))
+    }
+    assert wrong == {slip for slip in SLIPS if slip[0] == name}
+
+
+def test_imagenettes_averages_are_those_of_its_ten_classes():
+    rows = values(FOLDER / "imagenette" / "published.csv")
+    for method in ("none", "esd_u"):
+        classes = [of for (m, concept), of in rows.items() if m == method and concept != AVERAGE]
+        assert len(classes) == 10
+        for metric, printed in rows[method, AVERAGE].items():
+            assert sum(of[metric] for of in classes) / 10 == pytest.approx(printed, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["published.csv", "published_objects.csv"])
+def test_what_unlearncanvas_means_leave_for_cra_is_a_share(name):
+    for of in values(FOLDER / "unlearncanvas" / name).values():
+        assert 0 <= 3 * of["summary/aa"] - of["efficacy/ua"] - of["retention/ira"] <= 100
+
+
+def test_every_table_says_what_it_is_and_how_to_run_it():
+    for folder in {file.parent for file in FILES}:
+        text = (folder / "README.md").read_text()
+        assert "\nunlearn " in text and all(file.name in text for file in FILES if file.parent == folder)
+
+
+# --- the reader -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(*lines: str, header: str = "method,concept,metric,value,source") -> Path:
+        path = tmp_path / "published.csv"
+        path.write_text("\n".join([header, *lines]) + "\n")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("lines", "answer"),
+    [
+        (["esd,cat,fidelity/fid,-,a paper"], "line 2: the value '-' is no number"),
+        (["esd,cat,fidelity/fid,nan,a paper"], "no number"),
+        (["esd,cat,fidelity/fid,1,a paper", "esd,cat,fidelity/fid,2,another"], "line 3: esd, cat, fidelity/fid is"),
+    ],
+)
+def test_a_number_that_is_none_or_there_twice_is_answered_with_its_line(written, lines, answer):
+    with pytest.raises(UserError, match=answer):
+        published(written(*lines))
+
+
+def test_a_file_that_lacks_a_column_is_answered(written, tmp_path):
+    with pytest.raises(UserError, match="no column 'source'"):
+        published(written("esd,cat,fidelity/fid,1", header="method,concept,metric,value"))
+    with pytest.raises(UserError, match="no file"):
+        published(tmp_path / "none.csv")
+
+
+def test_a_row_without_concepts_is_held_against_the_average_or_the_only_concept_there_is(written):
+    lines = ["esd,cat,m,1,a", "esd,dog,m,3,a", "esd,average,m,2,a", "uce,cat,m,4,a", "sld,cat,m,5,a", "sld,dog,m,6,a"]
+    numbers = published(written(*lines))
+
+    def found(by, *key):
+        number = beside(numbers, by, key, "m")
+        return number and number.value
+
+    assert found(["concept", "method"], "dog", "esd") == 3
+    assert [found(["method"], name) for name in ("esd", "uce", "sld")] == [2, 4, None]
