@@ -37,7 +37,7 @@ def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:
 
 
 def h_c(acc_e: float, acc_s: float) -> float:
-    """H_c = 2 / ((1 - Acc_e)^-1 + Acc_s^-1) (MACE, section 4.3: of celebrities, who have no synonyms), in percent."""
+    """H_c = 2 / ((1 - Acc_e)^-1 + Acc_s^-1) (MACE: of celebrities, who have no synonyms), in percent."""
     return harmonic_mean([max(0.0, part) for part in (100 - acc_e, acc_s)])
 
 

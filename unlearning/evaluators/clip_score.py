@@ -54,7 +54,7 @@ def load_clip(model: str | Path, setting: str) -> tuple[TensorCLIP, CLIPProcesso
 class CLIPScore(Evaluator):
     """How well pictures match their prompts: of retained concepts (to keep), of erased ones (to lose).
 
-    H_a = CLIP_s - CLIP_e is the one less the other (Lu et al., CVPR 2024, section 4.4: of artists).
+    H_a = CLIP_s - CLIP_e is the one less the other (Lu et al., CVPR 2024: of artists).
 
     Args:
         model: A CLIP's name on the Hugging Face Hub, or its folder.
