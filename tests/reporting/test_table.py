@@ -15,7 +15,7 @@ E, F = "efficacy/acc_e", "fidelity/fid"
 
 
 def measured(value, protocol="argmax", **more):
-    return {E: value, f"{E}/protocol": protocol, f"base/{E}": 100.0} | more
+    return {E: value, f"{E}/protocol": protocol, f"{E}/better": "lower", f"base/{E}": 100.0} | more
 
 
 @pytest.fixture
@@ -77,6 +77,37 @@ def test_another_protocol_is_marked_and_does_not_compete(finished, runs):
     assert "¹ argmax" in text and f"† {E} of emoji_unet, emoji_objects, cat, uce: threshold 0.5" in text
 
 
+def test_the_second_best_is_marked_where_it_is_not_the_last(finished, runs):
+    assert "<u>" not in table(runs, [E]), "of two rivals the loser is no second best"
+    finished("runs/uce", measured(50.0), method="uce")
+    text = table(runs, [E])
+    assert "**7.0 ± 2.1**" in text and "<u>21.0 ± 1.0</u>" in text and "<u>50.0" not in text
+    finished("runs/mace", measured(7.0), method="mace")
+    assert "**7.0**" in table(runs, [E]) and "<u>" not in table(runs, [E]), "two are best: the next is the third"
+
+
+def test_the_unedited_model_neither_wins_nor_comes_second(finished, runs):
+    finished("runs/uce", measured(50.0), method="uce")
+    row = next(row for row in cells(table(runs, [E])) if row[3] == "none")
+    assert row[-1] == "1.0"
+    rates = cells(table(runs, [E], by=["method", "sampler.steps"]))
+    assert [row[-1] for row in rates[1:]] == ["1.0", "<u>21.0 ± 1.0</u>", "**7.0 ± 2.1**", "50.0"]
+
+
+def test_a_mean_over_protocols_is_marked_even_where_it_is_the_only_cell(finished, tmp_path):
+    for seed, protocol in enumerate(("argmax", "softmax")):
+        finished(f"mixed/{seed}", measured(5.0, protocol), seed=seed)
+    text = table(tmp_path / "mixed", [E])
+    assert cells(text)[1][-1] == "5.00 ± 0.00†" and "esd_x: argmax | softmax" in text
+
+
+def test_the_runs_say_themselves_what_is_better(finished, tmp_path):
+    for method, value in (("a", 1.0), ("b", 2.0)):
+        finished(f"own/{method}", {"efficacy/own": value, "efficacy/own/better": "higher"}, method=method)
+    head, *body = cells(table(tmp_path / "own"))
+    assert head[-1] == "efficacy/own ↑" and [row[-1] for row in body] == ["1.00", "**2.00**"]
+
+
 def test_seeds_of_one_row_with_different_protocols_are_marked(finished, runs):
     finished("runs/more", measured(6.0, "threshold 0.5"), method="ac", seed=2)
     assert "ac: argmax | threshold 0.5" in table(runs, [E])
@@ -112,6 +143,24 @@ def test_from_the_command_line(runs):
     assert wrong.returncode == 1 and wrong.stderr.startswith("No run has the metric nothing")
 
 
+@pytest.mark.parametrize("format", ["markdown", "latex", "html"])
+def test_every_format_names_every_protocol(finished, runs, format):
+    finished("runs/uce", measured(0.0, "threshold 0.5"), method="uce")
+    text = table(runs, [E, F], format=format)
+    assert all(protocol in text for protocol in ("argmax", "threshold 0.5")) and "21.0" in text
+
+
+def test_the_command_answers_before_anything_heavy_is_imported():
+    code = (
+        "import sys; sys.argv = ['unlearn-table', '--help']\n"
+        "from unlearning.reporting.table import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'hydra', 'jinja2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n") and "exit status is 1" in " ".join(done.stdout.split())
+
+
 # --- a paper's numbers ------------------------------------------------------------------------------------------------
 
 
@@ -136,3 +185,10 @@ def test_published_numbers_stand_beside_ours_with_the_difference(runs, paper):
         if r["method"] == "esd_x"
     ]
     assert float(esd[f"{E}/published"]) == 12.51 and float(esd[f"{E}/delta"]) == pytest.approx(-5.51)
+
+
+def test_the_note_says_where_the_published_numbers_stand(runs, paper):
+    assert "ours less it. Published: a paper." in table(runs, [E], published=paper)
+    paper.write_text("method,concept,metric,value,source\nsld,cat,fidelity/fid,1,a paper\n")
+    text = table(runs, [E], published=paper)
+    assert "nothing is published" in text and "In brackets" not in text

@@ -1,0 +1,91 @@
+"""Which commit made a row, told from what the runs recorded; and the exit status that a script can rely on."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from unlearning.provenance import FILE
+from unlearning.reporting.table import check
+
+
+def sitting(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:
+    packages = {"unlearning": "0.1.0", "torch": torch}
+    return {
+        **{"begun": "2026-01-01T00:00:00+00:00", "commit": commit, "dirty": dirty, "python": "3.12.1"},
+        **{"packages": packages, "hardware": {"cpu": cpu, "gpus": []}},
+    }
+
+
+@pytest.fixture
+def made(finished, tmp_path):
+    """made("uce", [sitting, ...], [...]): a run a seed, of so many sittings; of none, a run that recorded nothing."""
+
+    def make(method: str, *seeds: list[dict]):
+        for seed, sittings in enumerate(seeds):
+            run = finished(f"runs/{method}{seed}", method=method, seed=seed)
+            if sittings:
+                (run / FILE).write_text(json.dumps({"seed": seed, "sittings": sittings}))
+        return tmp_path / "runs"
+
+    return make
+
+
+def told(folder) -> tuple[dict[str, tuple[str, str]], str, bool]:
+    """{method: (made by, what differs)}, the notes, and whether all is well."""
+    text, sound = check(folder, ["method"])
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[2:] if line[0:1] == "|"
+    ]
+    return {row[0]: (row[2], row[3]) for row in rows}, text.partition("\n\n")[2], sound
+
+
+def test_rows_of_one_commit_are_sound(made):
+    folder = made("uce", [sitting()], [sitting()])
+    assert told(made("esd_x", [sitting(commit="b" * 40)]))[0]["esd_x"] == ("b" * 10, "–")
+    assert told(folder) == ({"esd_x": ("b" * 10, "–"), "uce": ("a" * 10, "–")}, "", True)
+
+
+def test_seeds_of_two_commits_are_marked(made):
+    rows, notes, sound = told(made("uce", [sitting()], [sitting(commit="b" * 40)], [sitting()]))
+    assert rows["uce"] == (f"{'a' * 10} (seed 0, 2); {'b' * 10} (seed 1)†", "–")
+    assert "More than one commit" in notes and not sound
+
+
+def test_a_run_that_two_commits_made_is_marked(made):
+    rows, _, sound = told(made("uce", [sitting(), sitting(commit="b" * 40)]))
+    assert rows["uce"][0] == f"{'a' * 10} (seed 0); {'b' * 10} (seed 0)†" and not sound
+
+
+def test_a_changed_tree_is_marked(made):
+    rows, notes, sound = told(made("uce", [sitting(dirty=True)]))
+    assert rows["uce"][0] == f"{'a' * 10}, changed‡" and "changes that the commit does not have" in notes and not sound
+
+
+def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
+    rows, notes, sound = told(made("uce", []))
+    assert rows["uce"][0] == "not recorded§" and "nobody knows" in notes and not sound
+    assert told(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
+
+
+def test_an_installed_package_is_told_by_its_version(made):
+    rows, _, sound = told(made("uce", [sitting(commit=None, dirty=None)]))
+    assert rows["uce"][0] == "unlearning 0.1.0" and sound
+
+
+def test_versions_and_hardware_that_differ_are_named_and_forgiven(made):
+    rows, _, sound = told(made("uce", [sitting()], [sitting(torch="2.8.0", cpu="another")]))
+    assert rows["uce"][1] == "torch 2.9.0 \\| 2.8.0; cpu a cpu \\| another" and sound
+
+
+def test_the_exit_status(made):
+    command = [sys.executable, "-m", "unlearning.reporting.table", "--check", "--by", "method", "--format", "csv"]
+    folder = made("uce", [sitting()])
+    done = subprocess.run([*command, "--", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["made by"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["a" * 10]
+    made("esd_x", [sitting(dirty=True)])
+    assert subprocess.run([*command, "--", str(folder)], capture_output=True).returncode == 1
