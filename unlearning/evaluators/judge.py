@@ -59,10 +59,17 @@ class Judge(ModelMixin, ConfigMixin):
         self.object_head = nn.Linear(channels[-1], len(self.objects))
         self.style_head = nn.Linear(channels[-1], len(self.styles))
 
-    def forward(self, x: Tensor) -> Verdict:
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """What each of the trunk's blocks puts out, (B, C, h, w)."""
         if x.shape[-1] != self.config.size:
             x = F.interpolate(x, size=(self.config.size,) * 2, mode="bilinear", antialias=True, align_corners=False)
-        features = self.trunk(self.stem(2 * x - 1)).mean((2, 3))
+        x, outputs = self.stem(2 * x - 1), []
+        for block in self.trunk:
+            outputs.append(x := block(x))
+        return outputs
+
+    def forward(self, x: Tensor) -> Verdict:
+        features = self.activations(x)[-1].mean((2, 3))
         return Verdict(self.object_head(features), self.style_head(features), features)
 
     @torch.no_grad()
@@ -117,3 +124,18 @@ class JudgeFeatures(_Trained):
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.verdict(images).features
+
+
+class JudgeLayers(_Trained):
+    """The judge as what an LPIPS is taken on: all channels of its blocks weigh the same, and its blocks 1 together."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        channels = self.judge.config.channels
+        self.weights = [torch.full((count,), 1 / len(channels)) for count in channels]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Activations (B, C, h, w) for pictures (B, H, W, 3) uint8."""
+        images = torch.as_tensor(images)
+        return self.judge.to(images.device).activations(images.permute(0, 3, 1, 2) / 255)
