@@ -1,9 +1,12 @@
 """The papers' numbers under experiments/: one reader for all, and what must hold among numbers of one table."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from unlearning.__main__ import CONF
 from unlearning.concepts import UserError
 from unlearning.evaluators.accuracy import h_o
 from unlearning.reporting.published import AVERAGE, beside, published
@@ -84,8 +87,14 @@ def test_what_unlearncanvas_means_leave_for_cra_is_a_share(name):
 
 def test_every_table_says_what_it_is_and_how_to_run_it():
     for folder in {file.parent for file in FILES}:
-        text = (folder / "README.md").read_text()
-        assert "\nunlearn " in text and all(file.name in text for file in FILES if file.parent == folder)
+        text = (folder / "README.md").read_text().replace("\\\n", " ")
+        assert all(file.name in text for file in FILES if file.parent == folder)
+        commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("unlearn ")]
+        assert commands
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            for command in commands:
+                words = [word for word in shlex.split(command)[1:] if word != "-m"]
+                compose("config", overrides=[w if "[" in w else w.split(",")[0] for w in words])
 
 
 # --- the reader -------------------------------------------------------------------------------------------------------
