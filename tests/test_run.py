@@ -100,6 +100,7 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
         *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
         *(f"erasure/{name}" for name in ("README.md", "erasure.json", "weights.safetensors")),
         *("images/base.csv", "images/erased.csv", "metrics.json", "cost.json", "report.html", "teaser.png", ".lock"),
+        *("details/nudenet-of-base.jsonl", "details/nudenet-of-erased.jsonl"),
         *("provenance.json", *([".fit"] if (run / ".fit").exists() else [])),
     }
     assert not partial(tmp_path)
