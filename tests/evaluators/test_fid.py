@@ -1,6 +1,7 @@
 """FID against its closed form, against clean-fid's own number, and clean-fid's Inception on a network of ours."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
-from unlearning.evaluators.fid import FID, Inception
+from unlearning.evaluators.fid import FID, Inception, main
 from unlearning.evaluators.kid import KID
 from unlearning.evaluators.references import of_folder
 from unlearning.images import Row
@@ -237,6 +238,23 @@ def test_inception_runs_as_in_clean_fid(tmp_path, mode):
         assert features.shape == (2, 2048)
         assert np.allclose(features, expected, atol=1e-5)
     assert mode in Inception(tmp_path, mode).name
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_the_command_writes_what_an_fid_reads(tmp_path, folder, monkeypatch):
+    torch.manual_seed(0)
+    torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    words = [folder, tmp_path / "real.npz", "--inception", tmp_path, "--mode", "legacy_tensorflow"]
+    monkeypatch.setattr(sys, "argv", ["fid", *map(str, words)])
+    main()
+    features = Inception(tmp_path, "legacy_tensorflow")
+    real = torch.cat([features(torch.as_tensor(batch)) for batch in of_folder(folder).batches()]).double()
+    written = np.load(tmp_path / "real.npz")
+    assert np.allclose(written["mu"], real.mean(0)) and np.allclose(written["sigma"], np.cov(real, rowvar=False))
+    FID(features, roles=[RETAIN], real=tmp_path / "real.npz").prepare(task())
+    monkeypatch.setattr(sys, "argv", ["fid", str(tmp_path / "absent"), "x.npz", "--inception", str(tmp_path)])
+    with pytest.raises(SystemExit, match="absent holds no pictures"):
+        main()
 
 
 def test_a_mode_that_is_not_there_is_told(tmp_path):

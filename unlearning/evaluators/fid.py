@@ -1,10 +1,15 @@
 """Fréchet distance between the features of generated and of real pictures (Heusel et al., NeurIPS 2017), by clean-fid.
 
 clean-fid: Parmar et al., CVPR 2022. Its resizing and its distance are used as they are, on features that are summed up
-batch by batch instead of kept.
+batch by batch instead of kept. Real pictures that many runs are measured against are gone through once by
+
+    python -m unlearning.evaluators.fid /the/folder/of/val2014 coco.npz      # then evaluator.fid.real=coco.npz
 """
 
 # B batch, F features, R roles.
+import argparse
+import io
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,7 +28,7 @@ from torch import Tensor
 from unlearning.concepts import ERASE, RETAIN, UnlearningTask, UserError
 from unlearning.evaluators import references
 from unlearning.evaluators.base import Evaluator, fingerprint, unknown
-from unlearning.images import Row
+from unlearning.images import Row, write_atomically
 
 KEYS = {RETAIN: "fidelity/fid", ERASE: "fidelity/fid_e"}
 MODES = ("clean", "legacy_tensorflow")
@@ -131,6 +136,7 @@ class FID(Evaluator):
 
     def prepare(self, task: UnlearningTask) -> None:
         """Names what each role is measured against; its features are taken where a number asks for them."""
+        self._real, self._named = {}, {}
         for role in self.roles:
             if role == RETAIN and self.given and self.given.is_file():
                 gaussian = _statistics(self.given, self.width)
@@ -198,3 +204,28 @@ def _distance(real: Gaussian, generated: Gaussian) -> float:
         # The square root of a singular product may leave a distance of nothing a little below zero. In this order the
         # maximum of what is no number is no number.
         return max(float(frechet_distance(*real, *generated)), 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m unlearning.evaluators.fid",
+        description="Writes the statistics of a folder of real pictures, mu and sigma, to measure runs against.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path, help="an .npz")
+    parser.add_argument("--inception", type=Path, help="the folder of inception-2015-12-05.pt; /tmp unless given")
+    parser.add_argument("--mode", default="clean", help=" or ".join(MODES))
+    asked = parser.parse_args()
+    try:
+        fid = FID(Inception(asked.inception, asked.mode))
+        gaussian = fid._gaussian_of(references.of_folder(asked.folder))
+        if gaussian is None:
+            raise UserError(f"{asked.folder} holds a single picture, which has no covariance.")
+        np.savez(buffer := io.BytesIO(), mu=gaussian[0], sigma=gaussian[1])
+        write_atomically(asked.file.with_suffix(".npz"), buffer.getvalue())
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

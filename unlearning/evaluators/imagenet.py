@@ -33,9 +33,10 @@ class ResNet50:
             raise UserError(
                 f"No ResNet-50 at {path}. Download {known.url} (98 MB), and name it by `judge.classifier.path`."
             )
-        self.network = resnet50()
+        with torch.device("meta"):
+            self.network = resnet50()
         try:
-            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
         except Exception as error:  # a damaged or foreign file can fail in any way
             raise UserError(f"{path} holds no weights of torchvision's ResNet-50 ({known.url}): {error}") from error
         self.network.eval()

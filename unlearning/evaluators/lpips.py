@@ -50,11 +50,12 @@ class AlexNet:
         path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / Path(known.url).name).expanduser()
         if not path.is_file():
             raise UserError(f"No AlexNet at {path}. Download {known.url} (233 MB), and name it by `judge.layers.path`.")
-        self.network = alexnet().features.eval()
+        with torch.device("meta"):
+            self.network = alexnet().features.eval()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             parts = {name.removeprefix("features."): value for name, value in state.items() if "features." in name}
-            self.network.load_state_dict(parts)
+            self.network.load_state_dict(parts, assign=True)
         except Exception as error:  # a damaged or foreign file can fail in any way
             raise UserError(f"{path} holds no weights of torchvision's AlexNet ({known.url}): {error}") from error
         self.mean, self.std = known.transforms().mean, known.transforms().std

@@ -133,20 +133,20 @@ class NudeNet(Evaluator):
     ):
         super().__init__("cpu")  # NudeNet asks onnxruntime for no other
         self.counting = Counting(tuple(classes), threshold, rule)
-        self.resolution = resolution or (640 if model_path else 320)
-        self.file = Path(model_path or Path(nudenet.__file__).with_name("320n.onnx"))
-        if not self.file.is_file():
+        resolution = resolution or (640 if model_path else 320)
+        file = Path(model_path or Path(nudenet.__file__).with_name("320n.onnx"))
+        if not file.is_file():
             raise UserError(
-                f"No NudeNet model at {self.file}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases; "
+                f"No NudeNet model at {file}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases; "
                 "name the file by `evaluator.nudenet.model_path`, or leave that null for the 320n of the wheel."
             )
-        self.detector = nudenet.NudeDetector(str(self.file), inference_resolution=self.resolution)
+        self.detector = nudenet.NudeDetector(str(file), inference_resolution=resolution)
+        self.name = f"NudeNet {version('nudenet')}, {file.name} {fingerprint(file)} at {resolution} px"
         self.add_state("details", [], None)
 
     @property
     def protocol(self) -> str:
-        detector = f"NudeNet {version('nudenet')}, {self.file.name} {fingerprint(self.file)} at {self.resolution} px"
-        return f"{detector}, {self.counting}"
+        return f"{self.name}, {self.counting}"
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         for image, row in zip(images, rows, strict=True):

@@ -52,16 +52,17 @@ def torchvision_name(name: str) -> str:
 def vision_transformer(state: Mapping[str, Tensor]) -> VisionTransformer:
     """torchvision's ViT of timm's state dict; sizes are read off the tensors. Raises KeyError, or RuntimeError."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    network = VisionTransformer(
-        image_size=SIDE,
-        patch_size=patch,
-        num_layers=len([name for name in state if name.endswith("attn.qkv.weight")]),
-        num_heads=width // HEAD,
-        hidden_dim=width,
-        mlp_dim=len(state["blocks.0.mlp.fc1.weight"]),
-        num_classes=len(state["head.weight"]),
-    )
-    network.load_state_dict({torchvision_name(name): value for name, value in state.items()})
+    with torch.device("meta"):
+        network = VisionTransformer(
+            image_size=SIDE,
+            patch_size=patch,
+            num_layers=len([name for name in state if name.endswith("attn.qkv.weight")]),
+            num_heads=width // HEAD,
+            hidden_dim=width,
+            mlp_dim=len(state["blocks.0.mlp.fc1.weight"]),
+            num_classes=len(state["head.weight"]),
+        )
+    network.load_state_dict({torchvision_name(name): value for name, value in state.items()}, assign=True)
     return network.eval()
 
 
