@@ -34,8 +34,16 @@ def sd1(tmp_path_factory):
     return tiny.save("sd1", tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(scope="session")
+def vqgan(tmp_path_factory):
+    """The folder of a tiny random VQ-GAN."""
+    folder = tmp_path_factory.mktemp("models") / "vqgan"
+    tiny.vqgan().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def unlearn(sd1, tmp_path, monkeypatch):
+def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     """unlearn(*overrides) -> the run's folder: the command line in this process, on a tiny model and in few steps.
 
     SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
@@ -46,8 +54,13 @@ def unlearn(sd1, tmp_path, monkeypatch):
     def call(*overrides: str, run: str = "run") -> Path:
         from unlearning.__main__ import main
 
-        few = ["sampler.steps=2", "sampler.batch_size=4", "dataset.images_per_prompt=1"]
-        places = [f"model.path={sd1}", f"paths.store={tmp_path}/store", f"hydra.run.dir={tmp_path}/{run}"]
+        said = dict(o.split("=", 1) for o in overrides if "=" in o)
+        model, few = sd1, ["sampler.batch_size=4", "sampler.steps=2"]
+        if said.get("model") == "emoji_vqgan":
+            model, few, said = vqgan, few[:1], {"dataset": "emoji_scenes", **said}
+        scenes = said.get("dataset") == "emoji_scenes"
+        few += ["dataset.images=4", "dataset.pictures=12"] if scenes else ["dataset.images_per_prompt=1"]
+        places = [f"model.path={model}", f"paths.store={tmp_path}/store", f"hydra.run.dir={tmp_path}/{run}"]
         defaults = [*few, *places, "logger=none", "evaluator=[]", "method=none", "trainer.accelerator=cpu"]
         named = {o.split("=")[0] for o in overrides}
         asked = [*(o for o in defaults if o.split("=")[0] not in named), *overrides]

@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    VQModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -252,3 +253,15 @@ def drawn_by_diffusers(
     told = TOLD[family](usual) if family in TOLD else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipeline(**told, num_inference_steps=steps, generator=generators, output_type="pt").images
+
+
+def vqgan(seed: int = 0) -> VQModel:
+    """64×64 pictures as 16×16 codes of 32."""
+    torch.manual_seed(seed)
+    vq = VQModel(
+        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, vq_embed_dim=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        num_vq_embeddings=32, sample_size=64, scaling_factor=1.0,
+    )  # fmt: skip
+    vq.quantize.embedding.weight.data.normal_(std=0.2)  # diffusers begins with all vectors near zero
+    return vq

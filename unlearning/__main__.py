@@ -70,6 +70,8 @@ def compose_and_run(cfg: DictConfig) -> None:
     console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the pictures.", soft_wrap=True)
     if skipped := metrics.get("cost/skipped"):
         raise UserError(f"Everything else is done, but {skipped} rows were skipped; each is named in a warning above.")
+    if failed := metrics.get("cost/failed"):
+        raise UserError(f"Everything else is done, but {failed} pictures could not be made; warnings above say why.")
 
 
 def main() -> None:

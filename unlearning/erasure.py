@@ -2,19 +2,23 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor
 
+from unlearning.codes.detection import Detector, cells
+from unlearning.codes.replacement import Counted, Replacement
 from unlearning.concepts import UserError
 from unlearning.images import digest, write_atomically
 from unlearning.sampling.guidance import Guidance, NegativePrompt
+from unlearning.sampling.reconstruction import FAILED
 from unlearning.sampling.unguidance import UnGuidance  # noqa: F401 (a saved one is found among Guidance's subclasses)
 
 HEADER = """\
@@ -205,6 +209,91 @@ class Adapter(Erasure):
     @classmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "Adapter":
         return cls(tensors, GuidanceEdit._restore(settings, {}).guidance if settings else None)
+
+
+@dataclass(frozen=True)
+class CodebookEdit(Erasure):
+    """Other codes in the place of some of a picture's, between a VQ-GAN's encoder and its decoder.
+
+    Args:
+        known: What the replacement goes by.
+        replacement: What is put there.
+        detector: Where; without one, wherever a code of E stands.
+    """
+
+    known: Counted = field(repr=False)
+    replacement: Replacement
+    detector: Detector | None = None
+
+    @contextmanager
+    def applied_to(self, model) -> Iterator:
+        before, fill = model.edit, self.replacement.prepared(self.known, model.codebook)
+
+        def edit(images: np.ndarray, codes: Tensor, boxes: Sequence, seeds: Sequence[int]) -> tuple[Tensor, list[dict]]:
+            """Codes (B, h, w) of pictures (B, H, W, 3) uint8 as they are decoded, and what was replaced where."""
+            old = codes.cpu()
+            new, decided = old.clone(), self._found(images, boxes)
+            where = cells([told.get("boxes", ()) for told in decided], images.shape[1:3], codes.shape[1:])
+            where = where if self.detector else torch.isin(old, self.known.explicit)
+            for i, seed in enumerate(seeds):
+                if FAILED not in decided[i]:
+                    new[i] = fill(old[i], where[i], torch.Generator().manual_seed(seed))
+                    changed = (new[i] != old[i]).sum()
+                    decided[i] |= {"cells": old[i].numel(), "chosen": int(where[i].sum()), "changed": int(changed)}
+            return new, decided
+
+        try:
+            model.edit = edit
+            yield model
+        finally:
+            model.edit = before
+
+    def _found(self, images: np.ndarray, boxes: Sequence) -> list[dict]:
+        """{"boxes": [...]} of each picture, {} without a detector; a picture that it trips over has {"failed": why}."""
+        if self.detector is None:
+            return [{} for _ in images]
+        try:
+            return [{"boxes": found} for found in self.detector(images, boxes)]
+        except UserError:
+            raise
+        except Exception as error:  # whatever a detector trips over, the other pictures still count
+            if len(images) == 1:
+                return [{FAILED: f"the detector failed: {error}"}]
+            return [self._found(images[i : i + 1], boxes[i : i + 1])[0] for i in range(len(images))]
+
+    def usage(self, base) -> str:
+        how = json.dumps(self._settings(), indent=2)
+        return (
+            f"Codes replaced between the encoder and the decoder of `{base.name}`, with these settings:\n\n"
+            f"```json\n{how}\n```\n\nTo clean other pictures: `unlearn ... dataset=folder input=/a/folder/of/images`."
+        )
+
+    def _settings(self) -> dict:
+        parts = {"replacement": self.replacement, "detector": self.detector}
+        return {name: part and {"kind": type(part).__name__, **asdict(part)} for name, part in parts.items()}
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        tensors = {f.name: getattr(self.known, f.name) for f in fields(Counted)}
+        for name in [n for n, t in tensors.items() if t is not None and t.is_sparse]:
+            counts = tensors.pop(name).coalesce()
+            tensors |= {f"{name}.indices": counts.indices().int(), f"{name}.values": counts.values()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "CodebookEdit":
+        K, known = len(tensors["codes"]), {}
+        for name, tensor in tensors.items():
+            whole, _, part = name.partition(".")
+            if not part:
+                known[name] = tensor
+            elif part == "indices":
+                known[whole] = torch.sparse_coo_tensor(tensor.long(), tensors[f"{whole}.values"], (K, K))
+        made = {}
+        for name, kinds in (("replacement", Replacement), ("detector", Detector)):
+            told = dict(settings[name] or {})
+            found = {kind.__name__: kind for kind in kinds.__subclasses__()}
+            made[name] = found[told.pop("kind")](**told) if told else None
+        return cls(Counted(**known), **made)
 
 
 @torch.no_grad()

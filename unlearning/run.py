@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -142,24 +141,26 @@ class Run:
     def generate(self) -> None:
         """Draws what the evaluation asks for with the base model, where no run has yet, and with the erased one.
 
-        What fails is left out of the manifest, and counted: it is measured neither as erased nor as kept.
+        What either fails at is left out of both manifests, and counted: it is measured neither as erased nor as kept.
         """
-        erasure, before = Erasure.load(self.folder / "erasure"), []
+        erasure, asked = Erasure.load(self.folder / "erasure"), {}
         self._record()
         for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
             place = digest(self.model.fingerprint, self.model.numerics, edit.fingerprint, self.sampler.protocol)
             rows = self.sampler.manifest(self.store / "images" / place, self.task, self.seed)
-            rows = [replace(row, base=base) for row, base in zip_longest(rows, before)]
-            before = [row.path for row in rows]
+            bases = [row.path for row in asked["base"]] if asked else [None] * len(rows)
+            asked[name] = [replace(row, base=base) for row, base in zip(rows, bases, strict=True)]
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
-                generate(self.model, self.sampler, rows, self.trainer)
+                generate(self.model, self.sampler, asked[name], self.trainer)
             wait_for_all_ranks()
-            if first_rank():
-                drawn = [row for row in rows if row.path.exists()]
-                if not drawn:
-                    raise UserError("No picture could be made; the warnings above say why.")
-                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, drawn))
-                write_atomically(self.folder / "images" / f"{name}.failed", str(len(rows) - len(drawn)))
+        if first_rank():
+            drawn = [pair for pair in zip(*asked.values(), strict=True) if all(row.path.exists() for row in pair)]
+            if not drawn:
+                raise UserError("No picture could be made; the warnings above say why.")
+            for name, rows in zip(asked, zip(*drawn, strict=True), strict=True):
+                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, rows))
+            count, told = len(asked["base"]) - len(drawn), self.folder / "images" / "failed"
+            write_atomically(told, str(count)) if count else told.unlink(missing_ok=True)
 
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
@@ -188,8 +189,8 @@ class Run:
 
     def _failed(self) -> int:
         """Pictures that could not be made."""
-        counts = (self.folder / "images").glob("*.failed")
-        return sum(int(path.read_text()) for path in counts)
+        path = self.folder / "images" / "failed"
+        return int(path.read_text()) if path.exists() else 0
 
     def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict[str, float | str]:
         asked = [

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from unlearning.concepts import ERASE, RETAIN, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask, UserError
 from unlearning.data import prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -73,12 +74,19 @@ def _split(pictures: Pictures) -> tuple[Pictures, Callable[[int], Pictures]]:
     return taught, lambda count: pictures[4::5][:count]
 
 
-def folder(concept: str, forget: str, retain: str | None = None, *, size: int = 512, **settings) -> UnlearningTask:
+def _inputs(pictures: Pictures) -> tuple[Input, ...]:
+    return tuple(Input(path.name, ERASE, partial(pictures.load, path)) for path in pictures.paths)
+
+
+def folder(
+    concept: str, forget: str, retain: str | None = None, input: str | None = None, *, size: int = 512, **settings
+) -> UnlearningTask:
     """Erases what the images of `forget` show and `concept` names.
 
     Args:
         concept: The word that stands for it in prompts; the methods that work on text need it.
         forget, retain: Folders of images.
+        input: A folder of images that an image-to-image model is to clean; nothing is known of what they show.
         size: The side in pixels that the images are cut to: the model's.
         settings: Those of a task in free text (data/prompt.py): synonyms, anchor, others, ...
     """
@@ -92,5 +100,6 @@ def folder(concept: str, forget: str, retain: str | None = None, *, size: int = 
         prompt.task(concept, **settings),
         forget_images=forget_images,
         retain_images=retain_images,
+        inputs=_inputs(read(input, size)) if input else (),
         references={ERASE: real, RETAIN: real_retain},
     )

@@ -54,7 +54,7 @@ def chosen_device(device: str) -> torch.device:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the weights and configs below a folder: names, sizes, and the first and last megabyte of each."""
+    """A digest of a file, or of the weights and configs below a folder: names, sizes, and both ends of each."""
 
     def ends(path: Path) -> str:
         with path.open("rb") as file:
@@ -63,4 +63,5 @@ def fingerprint(folder: Path) -> str:
             return hashlib.sha256(head + file.read()).hexdigest()
 
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
+    files = [folder] if folder.is_file() else files
     return digest([(str(p.relative_to(folder)), p.stat().st_size, ends(p)) for p in files])

@@ -1,0 +1,71 @@
+"""What the measurements of latent code replacement share: the model, the task and the judge; intervals; tables."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unlearning.__main__ import CONF
+from unlearning.evaluators.regions import with_regions
+from unlearning.images import Row
+from unlearning.sampling.reconstruction import as_tensor
+
+BATCH = 32
+
+
+class Bench:
+    """A model, a task and a judge, as the command line would build them."""
+
+    def __init__(self, overrides: list[str]):
+        self.folder, self.overrides = Path(tempfile.mkdtemp(prefix="lcr-")), overrides
+        cfg = self.configured("method=lcr")
+        self.model, self.task = instantiate(cfg.model), instantiate(cfg.dataset)
+        self.judge = instantiate(cfg.judge.classifier)
+        self.fid = instantiate(cfg.evaluator.fid)
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        self.trainer = partial(pl.Trainer, **dict.fromkeys(quiet, False))
+
+    def configured(self, *overrides: str):
+        quiet = ["logger=none", f"paths.output_dir={self.folder}", "title=lcr", "model=emoji_vqgan"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=[*quiet, *self.overrides, *overrides])
+
+    def method(self, *overrides: str):
+        return instantiate(self.configured(*overrides).method, trainer=self.trainer)
+
+    def codes(self, images) -> Tensor:
+        """(N, h, w), of pictures (H, W, 3) uint8."""
+        parts = DataLoader([images[i] for i in range(len(images))], BATCH, collate_fn=np.stack)
+        return torch.cat([self.model.encode(as_tensor(part)).cpu() for part in parts])
+
+
+def recognised(bench: Bench, images: np.ndarray, rows: list[Row]) -> list[tuple[int, str, bool]]:
+    """(picture, role of the region, whether the judge names what it shows) of every region."""
+    found = []
+    for i, row in enumerate(rows):
+        pictures, regions = with_regions(images[i : i + 1], [row])
+        names, probabilities = bench.judge(torch.as_tensor(pictures), "object")
+        best = [names[j] for j in probabilities.argmax(1)]
+        found += [(i, r.role, seen == r.labels["object"]) for seen, r in zip(best, regions, strict=True)]
+    return found
+
+
+def interval(values: list[float], places: int = 1, times: float = 1.0) -> str:
+    """The mean, and half the width of its 95 % interval over pictures: 2,000 bootstrap samples."""
+    values = np.array(values) * times
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{values.mean():.{places}f} ± {(high - low) / 2:.{places}f}"
+
+
+def printed(title: str, header: list[str], rows: list[list[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)

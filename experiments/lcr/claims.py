@@ -1,0 +1,189 @@
+"""Latent code replacement, claim by claim: python experiments/lcr/claims.py codes | probe | decoder | counting
+
+- codes: how the concept's codes are spread, and whether those of E stand where the concept does;
+- probe: the logistic probe on codes, and what changing single codes does to it;
+- decoder: how far a changed code is seen, and whether codes of the concept make it in another picture;
+- counting: the pass over pictures beside encoding and counting them one by one.
+
+Settings as overrides: concept=ship dataset.images=50.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench import BATCH, Bench, interval, printed, recognised
+from hydra.utils import instantiate
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_tensor
+
+from unlearning.codes import probe
+from unlearning.codes.detection import cells
+from unlearning.codes.frequency import FORGET, RETAIN, SCORES, count
+from unlearning.concepts import ERASE
+from unlearning.data.folder import read
+from unlearning.images import Row
+
+
+def codes(bench: Bench) -> None:
+    boxes = instantiate(bench.configured("method=lcr_localized", "detector@method.detector=boxes").method.detector)
+    whole = count(bench.model, bench.task, bench.trainer, pairs=True)
+    within = count(bench.model, bench.task, bench.trainer, pairs=True, within=boxes)
+    columns = {"forget": (whole, FORGET), "forget, in the concept's boxes": (within, FORGET), "retain": (whole, RETAIN)}
+    told = {name: found.statistics(which) for name, (found, which) in columns.items()}
+    first = next(iter(told.values()))
+    printed("How the codes are spread", ["", *columns], [[s, *(f"{t[s]:,.4g}" for t in told.values())] for s in first])
+    grids = bench.codes(bench.task.forget_images)
+    inside = cells(bench.task.forget_boxes(), (bench.model.size,) * 2, bench.model.grid)
+    rows = []
+    for label, found in (("whole pictures", whole), ("the concept's boxes", within)):
+        for name, score in SCORES.items():
+            for K in (8, 32, 128, 256):
+                E = score(found).argsort(descending=True, stable=True)[:K]
+                hit = torch.isin(grids, E)
+                retained = whole.codes[RETAIN][E].sum() / whole.codes[RETAIN].sum()
+                rows.append([label, name, str(K), f"{100 * hit[inside].float().mean():.1f}",
+                             f"{100 * hit[~inside].float().mean():.1f}", f"{100 * retained:.1f}"])  # fmt: skip
+    printed("Where the codes of E stand, % of places", ["counted in", "score", "K", "in the concept's boxes",
+            "elsewhere in the same pictures", "in retain pictures"], rows)  # fmt: skip
+
+
+# --- probe ------------------------------------------------------------------------------------------------------------
+
+
+def probed(bench: Bench) -> None:
+    forget, retain = bench.codes(bench.task.forget_images), bench.codes(bench.task.retain_images)
+    rows, K = [], len(bench.model.codebook)
+    for label, how in (("as published", {}), ("ten times the rate, 60 epochs", {"lr": 1e-3, "epochs": 60})):
+        tested = probe.trained(forget, retain, K, bench.trainer, **how)
+        single = probe.influence(tested.probe, tested.codes)
+        _, together = probe.combination(tested.probe, tested.codes, 14)
+        grid = tested.codes[tested.labels == 0][0]
+        _, path = probe.flips(tested.probe, grid, 8)
+        rows.append([label, f"{tested.accuracy:.3f}", f"{tested.f1:.3f}", f"{tested.auc:.3f}", f"{single.max():.4f}",
+                     f"{together[-1]:.4f}", " → ".join(f"{p:.2f}" for p in path)])  # fmt: skip
+    header = ["accuracy", "F1", "AUC", "mean |Δp| of the most influential code", "of the best 14 together",
+              "p of a picture without the concept, by greedy flips"]  # fmt: skip
+    printed("The probe", ["", *header], rows)
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+def decoder(bench: Bench) -> None:
+    """One code changed in the middle; and the concept's codes put into pictures without it, at another place."""
+    model, pixels = bench.model, bench.model.size // bench.model.grid[0]
+    grids = bench.codes(bench.task.retain_images)[: BATCH * 4]
+    middle = bench.model.grid[0] // 2
+    chance = torch.randint(len(model.codebook), (len(grids),), generator=torch.Generator().manual_seed(0))
+    changed = grids.clone()
+    changed[:, middle, middle] = chance
+    difference = (model.decode(changed) - model.decode(grids)).abs().mean(1).cpu()
+    y, x = torch.meshgrid(*(torch.arange(model.size) for _ in range(2)), indexing="ij")
+    centre = (middle + 0.5) * pixels - 0.5
+    away = torch.maximum((y - centre).abs(), (x - centre).abs()) / pixels  # in cells
+    rings = [
+        ("the cell itself", away <= 0.5),
+        *((f"{d} cells away", (away > d - 0.5) & (away <= d + 0.5)) for d in range(1, 5)),
+        ("farther", away > 4.5),
+    ]
+    total = difference.sum((1, 2))
+    rows = [
+        [
+            name,
+            interval((255 * difference[:, ring].mean(1)).tolist(), 2),
+            interval((100 * difference[:, ring].sum(1) / total.clamp(min=1e-9)).tolist()),
+        ]
+        for name, ring in rings
+    ]
+    printed("One code changed: where the picture changes", ["", "mean |Δ|, of 255", "share of all change, %"], rows)
+    printed(
+        "Codes of the concept in another picture",
+        ["what is put in", "the judge sees the concept there, %"],
+        list(pasted(bench)),
+    )
+
+
+def pasted(bench: Bench) -> Iterator[list[str]]:
+    """The codes under the concept's box in one picture, put where another object was in another."""
+    donors = [i for i in bench.task.inputs if i.role == ERASE]
+    hosts = [i for i in bench.task.inputs if i.role != ERASE]
+    given = bench.codes([d.read() for d in donors])
+    taken = bench.codes([h.read() for h in hosts])
+    box = [next(r.box for r in d.regions if r.role == ERASE) for d in donors]
+    where = cells([[b] for b in box], (bench.model.size,) * 2, bench.model.grid)
+    shuffled = given.clone()
+    for i, mask in enumerate(where):
+        own = given[i][mask]
+        shuffled[i][mask] = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(i))]
+    for label, codes in (
+        ("nothing", taken),
+        ("the concept's codes, in their order", given),
+        ("the same codes, shuffled", shuffled),
+    ):
+        pictures = bench.model.decode(torch.where(where, codes, taken)).mul(255).round().byte().permute(0, 2, 3, 1)
+        rows = [
+            Row(Path(), d.name, ERASE, {}, 0, regions=tuple(r for r in d.regions if r.role == ERASE)) for d in donors
+        ]
+        seen = [float(is_) for _, _, is_ in recognised(bench, pictures.cpu().numpy(), rows)]
+        yield [label, interval(seen, times=100)]
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def counting(bench: Bench) -> None:
+    """From image files on disk, as a user has them, by turns; seconds are medians of five."""
+    folder = bench.folder / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(bench.task.forget_images):
+        Image.fromarray(image).save(folder / f"{i:05}.png")
+    pictures = read(folder, bench.model.size)
+    half = len(pictures) // 2
+    task = replace(bench.task, forget_images=pictures[:half], retain_images=pictures[half:], forget_boxes=None)
+
+    def ours() -> Tensor:
+        return count(bench.model, task, bench.trainer).codes.sum(0)
+
+    def one_by_one() -> Tensor:
+        counts = Counter()
+        for path in pictures.paths:
+            image = Image.open(path).convert("RGB").resize((bench.model.size,) * 2)
+            for code in bench.model.encode(to_tensor(image)[None]).flatten().tolist():
+                counts[code] += 1
+        return torch.tensor([counts[k] for k in range(len(bench.model.codebook))])
+
+    seconds = {ours: [], one_by_one: []}
+    for _ in range(5):
+        for run in seconds:
+            start = time.perf_counter()
+            counts = run()
+            seconds[run].append(time.perf_counter() - start)
+            seconds.setdefault("counts", []).append(counts)
+    found = seconds.pop("counts")
+    same = all(torch.equal(found[0], other) for other in found)
+    a, b = (float(np.median(values)) for values in seconds.values())
+    printed(f"{len(pictures)} pictures, {torch.get_num_threads()} threads; the same counts: {same}",
+            ["", "seconds", "pictures a second", "times as fast"],
+            [["one by one", f"{b:.2f}", f"{len(pictures) / b:.0f}", "1.0"],
+             ["one pass", f"{a:.2f}", f"{len(pictures) / a:.0f}", f"{b / a:.1f}"]])  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "codes": codes, "probe": probed, "decoder": decoder, "counting": counting,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    print(f"python experiments/lcr/claims.py {' '.join(sys.argv[1:])}")
+    PARTS[arguments.part](Bench(arguments.overrides))

@@ -1,0 +1,84 @@
+"""Every replacement, global at several K and localized by boxes and by the judge: python experiments/lcr/table.py
+
+Each cell is a mean over pictures with its 95 % interval (bootstrap). Settings as overrides: concept=ship
+dataset.images=50.
+"""
+
+import sys
+from itertools import chain
+
+import torch
+from bench import BATCH, Bench, interval, printed, recognised
+from hydra.utils import instantiate
+from tqdm import tqdm
+
+from unlearning.concepts import ERASE
+from unlearning.evaluators.similarity import Similarity
+from unlearning.images import Row, manifest_of_inputs, save
+
+REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
+GLOBAL_K = (8, 32, 128, 256, 512)
+
+
+def table(bench: Bench) -> None:
+    rows = manifest_of_inputs(bench.folder / "images", bench.task, 0)
+    base = drawn(bench, rows)
+    for row, image in zip(rows, base, strict=True):
+        save(image, row)
+    before = recognised(bench, base, rows)
+    bench.fid.prepare(bench.task)
+    body = [["none", "", "", *scored(bench, base, base, rows, before, [{}] * len(rows))]]
+    near = [("localized", d, r, []) for d in ("boxes", "judge") for r in REPLACEMENTS]
+    wide = [("global", f"K = {K}", r, [f"method.selection.top={K}"]) for K in GLOBAL_K for r in REPLACEMENTS[:3]]
+    for kind, where, replacement, more in tqdm(near + wide):
+        chosen = [f"replacement@method.replacement={replacement}", *more]
+        chosen += (
+            ["method=lcr_localized", f"detector@method.detector={where}"] if kind == "localized" else ["method=lcr"]
+        )
+        erasure = bench.method(*chosen).fit(bench.model, bench.task)
+        with erasure.applied_to(bench.model):
+            after, decided = drawn(bench, rows, decided=True)
+        body.append([replacement, kind, where, *scored(bench, after, base, rows, before, decided)])
+    shown = sum(row.role == ERASE for row in rows)
+    printed(
+        f"{bench.task.name}: {shown} scenes that show it and {len(rows) - shown} that do not",
+        ["replacement", "kind", "where", "still seen, % of before", "others still seen, %", "in scenes without it, %",
+         "PSNR outside", "SSIM outside", "FID", "cells changed, %"],
+        body,
+    )  # fmt: skip
+
+
+def drawn(bench: Bench, rows: list[Row], decided: bool = False):
+    draw = instantiate(bench.configured().sampler).draw
+    images, told = zip(*(draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True)
+    images = (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (images, list(chain(*told))) if decided else images
+
+
+def scored(bench: Bench, after, base, rows, before, decided) -> list[str]:
+    """Of regions the judge recognised before, how many it still does; the rest against the unedited pictures."""
+    now = recognised(bench, after, rows)
+    still = {True: [], False: []}  # whether the region is the concept's
+    for (_, role, was), (_, _, is_) in zip(before, now, strict=True):
+        if was:
+            still[role == ERASE].append(float(is_))
+    shows = {i for i, role, _ in before if role == ERASE}
+    beside = [
+        float(b) for (i, role, was), (_, _, b) in zip(before, now, strict=True) if was and role != ERASE and i in shows
+    ]
+    absent = [float(b) for (i, role, was), (_, _, b) in zip(before, now, strict=True) if was and i not in shows]
+    similar = [Similarity("cpu").of(after[i], base[i], rows[i]) for i in sorted(shows)]
+    bench.fid.reset()
+    for i in range(0, len(rows), BATCH):
+        bench.fid.update(after[i : i + BATCH], [Row(r.path, r.prompt, "retain", {}, 0) for r in rows[i : i + BATCH]])
+    changed = [told["changed"] / told["cells"] for i, told in enumerate(decided) if i in shows and told] or [0.0]
+    return [
+        interval(still[True], times=100), interval(beside, times=100), interval(absent, times=100),
+        interval([p for p, _ in similar]), interval([s for _, s in similar], 3),
+        f"{bench.fid.compute()['fidelity/fid']:.1f}", interval(changed, times=100),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(f"python experiments/lcr/table.py {' '.join(sys.argv[1:])}")
+    table(Bench(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Counting codes: as by hand, in any batches and over any processes; E, S and their errors."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from unlearning.codes.frequency import FORGET, RETAIN, CodeCounts, Frequencies, Selection
+from unlearning.concepts import UserError
+
+K = 6
+GRIDS = torch.tensor([[[0, 0, 1], [2, 0, 1]], [[3, 3, 3], [3, 1, 3]], [[0, 5, 5], [0, 5, 5]]])
+
+
+def counted(*updates, **kept) -> Frequencies:
+    counts = CodeCounts(K, **kept)
+    for codes, which, *where in updates:
+        counts.update(codes, which, *where)
+    return Frequencies(**counts.compute())
+
+
+def test_codes_images_and_pairs_are_counted_as_by_hand():
+    found = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN), pairs=True)
+    assert found.codes[FORGET].tolist() == [5, 3, 1, 5, 0, 4]
+    assert found.codes[RETAIN].tolist() == [3, 2, 1, 0, 0, 0]
+    assert found.images == [3, 1]
+    across, down = (p.to_dense() for p in found.pairs)
+    assert across.nonzero().tolist() == [[0, 0], [0, 1], [2, 0]] and across[0, 1] == 2
+    assert {(a, b): int(down[a, b]) for a, b in down.nonzero().tolist()} == {(0, 0): 1, (0, 2): 1, (1, 1): 1}
+    assert found.top_pairs == [2, 2], "3 right of 3, and 1 right of 0"
+
+
+def test_only_the_places_asked_for_count():
+    where = torch.zeros_like(GRIDS, dtype=torch.bool)
+    where[0, 0, :2] = True
+    found = counted((GRIDS, FORGET, where), pairs=True)
+    assert found.codes[FORGET].tolist() == [2, 0, 0, 0, 0, 0]
+    assert found.images[FORGET] == 1, "a picture of which nothing counts is none"
+    assert found.top_pairs[FORGET] == 1
+
+
+def test_batches_and_processes_change_nothing():
+    whole = counted((GRIDS, FORGET), (GRIDS, RETAIN), pairs=True, blocks=4)
+    parts = [CodeCounts(K, pairs=True, blocks=4) for _ in range(2)]
+    for i, grid in enumerate(GRIDS):
+        for which in (FORGET, RETAIN):
+            parts[i % 2].update(grid[None], which)
+    parts[0].merge_state(pickle.loads(pickle.dumps(parts[1])))
+    again = Frequencies(**parts[0].compute())
+    assert torch.equal(again.codes, whole.codes) and again.images == whole.images
+    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(again.pairs, whole.pairs, strict=True))
+    torch.testing.assert_close(again.units, whole.units)
+
+
+def test_the_size_is_the_codebooks_however_many_the_pictures():
+    counts = CodeCounts(K, pairs=True, blocks=10)
+    sizes = []
+    for _ in range(3):
+        for _ in range(20):
+            counts.update(torch.randint(K, (8, 5, 5)), RETAIN)
+        sizes.append(sum(getattr(counts, name).numel() for name in counts._defaults))
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_the_blocks_kept_are_a_fair_sample():
+    """Of 400 grids, each of one code, the blocks kept name early and late ones alike."""
+    torch.manual_seed(0)
+    counts = CodeCounts(400, blocks=2000)
+    for first in range(0, 400, 50):
+        grids = torch.arange(first, first + 50)[:, None, None].expand(50, 8, 8)
+        counts.update(grids, RETAIN)
+    kept = Frequencies(**counts.compute()).blocks
+    assert kept.shape == (2000, 3, 3) and (kept == kept[:, :1, :1]).all(), "blocks stay whole"
+    halves = (kept[:, 0, 0] < 200).double().mean()
+    assert abs(halves - 0.5) < 0.05
+
+
+def test_statistics_are_those_of_the_definition():
+    found = counted((GRIDS, FORGET), pairs=True)
+    told = found.statistics(FORGET)
+    p = np.array([5, 3, 1, 5, 4]) / 18
+    assert told["unique"] == 5 and told["codes"] == 18 and told["images"] == 3
+    assert told["entropy, bits"] == pytest.approx(-(p * np.log2(p)).sum())
+    assert told["entropy, % of the most"] == pytest.approx(100 * -(p * np.log2(p)).sum() / np.log2(K))
+    assert told["the most frequent, %"] == pytest.approx(100 * 5 / 18)
+    h = np.array([np.bincount(g.flatten(), minlength=K) for g in GRIDS], float)
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    mean = np.mean([h[i] @ h[j] for i in range(3) for j in range(3) if i != j])
+    assert told["cosine of two pictures' histograms"] == pytest.approx(mean)
+
+
+def test_the_published_score_and_ours():
+    found = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN))
+    ratio = found.ratio()
+    assert ratio[0] == pytest.approx(5 / 3) and ratio[3] == pytest.approx(5e8, rel=1e-6) and ratio[4] == 1
+    odds = found.log_odds()
+    assert odds[0] == pytest.approx(np.log(5.5 / 21) - np.log(3.5 / 9))
+    more = counted((GRIDS, FORGET), *[(GRIDS[:1], RETAIN)] * 1000).log_odds()
+    assert abs(more[1] - np.log((3 / 18) / (2 / 6))) < 0.2, "the sets' sizes do not matter"
+
+
+def test_e_and_s():
+    found = counted((GRIDS, FORGET), (GRIDS[:1].repeat(10, 1, 1), RETAIN))
+    explicit, safe = Selection(top=2, min_freq=10)(found)
+    assert explicit.tolist() == [3, 5] and safe.tolist() == [0, 1, 2]
+    explicit, safe = Selection(top=None, threshold=1e6, min_freq=15)(found)
+    assert explicit.tolist() == [3, 5] and safe.tolist() == [0, 1]
+    explicit, safe = Selection(score="log_odds", top=5, min_freq=1)(found)
+    assert not set(explicit.tolist()) & set(safe.tolist())
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"top": None, "threshold": 1e12}, "lower method.selection.threshold"),
+    ({"min_freq": 10_000}, "Lower method.selection.min_freq"),
+    ({"top": 6}, "No code is safe"),
+    ({"score": "odds"}, "ratio, log_odds"),
+    ({"top": None}, "method.selection.top"),
+])  # fmt: skip
+def test_nothing_to_erase_or_nothing_safe_is_said(settings, said):
+    with pytest.raises(UserError, match=said):
+        Selection(**{"min_freq": 1, **settings})(counted((GRIDS, FORGET), (GRIDS, RETAIN)))

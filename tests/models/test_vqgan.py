@@ -1,0 +1,54 @@
+"""VQ-GANs: the codes and pictures are diffusers' own, from a folder or a foreign checkpoint, in any batch."""
+
+import pytest
+import torch
+
+from tests import tiny
+from unlearning.concepts import UserError
+from unlearning.models.vqgan import VQGAN
+
+IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_codes_and_pictures_are_those_of_diffusers(vqgan):
+    model, vq = VQGAN.load(str(vqgan), device="cpu"), tiny.vqgan().eval()
+    with torch.no_grad():
+        z, _, (_, _, codes) = vq.quantize(vq.encode(2 * IMAGES - 1).latents)
+        pictures = (vq.decode(z, force_not_quantize=True).sample / 2 + 0.5).clamp(0, 1)
+    assert model.grid == (16, 16) and model.size == 64 and model.codebook.shape == (32, 4)
+    assert torch.equal(model.encode(IMAGES).flatten(), codes)
+    assert len(codes.unique()) > 4, "or the test says nothing"
+    torch.testing.assert_close(model.decode(model.encode(IMAGES)), pictures)
+
+
+def test_a_batch_changes_no_code(vqgan):
+    model = VQGAN.load(str(vqgan), device="cpu")
+    alone = torch.cat([model.encode(image[None]) for image in IMAGES])
+    assert torch.equal(model.encode(IMAGES), alone)
+
+
+def test_codes_of_a_gumbel_quantizer_are_the_argmax_of_its_logits():
+    torch.manual_seed(1)
+    vq, logits = tiny.vqgan(), torch.nn.Conv2d(4, 32, 1)
+    model = VQGAN(vq, logits=logits, name="x", fingerprint="y", device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = logits(vq.encode(2 * IMAGES - 1).latents).argmax(1)
+    assert torch.equal(model.encode(IMAGES), expected) and torch.equal(model.encode(IMAGES), expected)
+
+
+def test_half_precision_by_dtype(vqgan):
+    assert VQGAN.load(str(vqgan), device="cpu", dtype="bfloat16").codebook.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_loaded_is_said(vqgan, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        VQGAN.load(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="No VQModel could be loaded from"):
+        VQGAN.load(str(tmp_path / "empty"))
+    broken = tmp_path / "broken"
+    tiny.vqgan().save_pretrained(broken)
+    weights = broken / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="No VQModel could be loaded from"):
+        VQGAN.load(str(broken))

@@ -1,0 +1,158 @@
+"""Does any single code matter? A logistic classifier on grids of codes, and what changing them does to it.
+
+After the study's probe: Embedding(K, 32), flattened, dropout, one linear layer; binary cross-entropy, Adam.
+"""
+
+# B batch, K codes, D width of the embedding, P = h w places.
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping
+from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
+
+
+class Probe(pl.LightningModule):
+    """p(the concept is in the picture | its codes).
+
+    Args:
+        K, places: Codes, and how many a picture has.
+        width, dropout, lr, weight_decay: The study's.
+        pos_weight: Weight of a picture of the concept: how many others there are to one of it.
+    """
+
+    def __init__(
+        self, K: int, places: int, *, width: int = 32, dropout: float = 0.2, lr: float = 1e-4,
+        weight_decay: float = 2.5e-5, pos_weight: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.embedding, self.dropout, self.linear = nn.Embedding(K, width), dropout, nn.Linear(places * width, 1)
+        self.lr, self.weight_decay, self.pos_weight = lr, weight_decay, torch.tensor(pos_weight)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits (B,) of grids (B, h, w)."""
+        x = F.dropout(self.embedding(codes.flatten(1)).flatten(1), self.dropout, self.training)
+        return self.linear(x)[:, 0]
+
+    def _loss(self, batch: Sequence[Tensor]) -> Tensor:
+        codes, labels = batch
+        return F.binary_cross_entropy_with_logits(self(codes), labels, pos_weight=self.pos_weight.to(labels))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return self._loss(batch)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.lr, weight_decay=self.weight_decay)
+
+    @property
+    def weights(self) -> Tensor:
+        """(P, D): the linear layer's, by place."""
+        return self.linear.weight.view(-1, self.embedding.embedding_dim)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A trained probe, the grids (B, h, w) it was tested on with their labels (B,), and how well it did."""
+
+    probe: Probe
+    codes: Tensor
+    labels: Tensor
+    accuracy: float
+    f1: float
+    auc: float
+
+
+def trained(
+    forget: Tensor,
+    retain: Tensor,
+    K: int,
+    trainer: Callable[..., pl.Trainer],
+    *,
+    epochs: int = 20,
+    seed: int = 42,
+    **how,
+) -> Tested:
+    """A probe for grids (B, h, w) of the concept's pictures and of others: 70 % to train on, 15 to stop by, 15 to test.
+
+    Args:
+        trainer: Makes a Trainer of max_epochs and callbacks.
+        how: Settings of the probe.
+    """
+    pl.seed_everything(seed, verbose=False)
+    codes = torch.cat([forget, retain]).cpu()
+    labels = torch.cat([torch.ones(len(forget)), torch.zeros(len(retain))])
+    data = TensorDataset(codes, labels)
+    parts = random_split(data, [0.7, 0.15, 0.15], Generator().manual_seed(seed))
+    probe = Probe(K, codes[0].numel(), pos_weight=len(retain) / len(forget), **how)
+    patience = EarlyStopping("val/loss", patience=5)
+    trainer(max_epochs=epochs, callbacks=[patience]).fit(
+        probe, DataLoader(parts[0], 64, shuffle=True), DataLoader(parts[1], 256)
+    )
+    probe.eval().cpu()
+    codes, labels = data[parts[2].indices]
+    with torch.no_grad():
+        p, truth = probe(codes).sigmoid(), labels.long()
+    numbers = (binary_accuracy(p, truth), binary_f1_score(p, truth), binary_auroc(p, truth))
+    return Tested(probe, codes, labels, *(n.item() for n in numbers))
+
+
+@torch.no_grad()
+def contributions(probe: Probe, codes: Tensor, token: int = 0) -> Tensor:
+    """(B, K): by how much each picture's logit falls when all its places of a code are given to `token`.
+
+    The probe is linear in its embeddings, so one pass tells of every code: sum over its places of w_i · (e_k - e_0).
+    """
+    moved = _parts(probe, codes, token)
+    found = torch.zeros(len(codes), probe.embedding.num_embeddings)
+    return found.scatter_add_(1, codes.flatten(1), moved)
+
+
+def _parts(probe: Probe, codes: Tensor, token: int) -> Tensor:
+    """(B, P): w_i · (e_code - e_token) at each place."""
+    e = probe.embedding.weight
+    return ((e[codes.flatten(1)] - e[token]) * probe.weights).sum(-1)
+
+
+@torch.no_grad()
+def influence(probe: Probe, codes: Tensor, token: int = 0) -> Tensor:
+    """(K,): the mean over pictures of |Δp| when all places of a code are given to `token`."""
+    logits = probe(codes)
+    changed = logits[:, None] - contributions(probe, codes, token)
+    return (changed.sigmoid() - logits.sigmoid()[:, None]).abs().mean(0)
+
+
+@torch.no_grad()
+def combination(probe: Probe, codes: Tensor, size: int, token: int = 0) -> tuple[list[int], list[float]]:
+    """Codes that matter most together, found greedily, and the mean |Δp| of the first one, two, ... of them."""
+    logits, falls = probe(codes), contributions(probe, codes, token)
+    p, fallen, chosen, effects = logits.sigmoid(), torch.zeros_like(logits), [], []
+    for _ in range(size):
+        effect = ((logits - fallen)[:, None] - falls).sigmoid().sub(p[:, None]).abs().mean(0)
+        effect[chosen] = -1
+        best = int(effect.argmax())
+        chosen.append(best)
+        effects.append(effect[best].item())
+        fallen = fallen + falls[:, best]
+    return chosen, effects
+
+
+@torch.no_grad()
+def flips(probe: Probe, grid: Tensor, edits: int) -> tuple[Tensor, list[float]]:
+    """The grid (h, w) after so many single changes, each the one that raises p most, and p before and after each."""
+    changed, path = grid.clone().flatten(), [probe(grid[None]).sigmoid().item()]
+    gain = probe.weights @ probe.embedding.weight.T  # (P, K): a code's part in the logit at a place
+    free = torch.ones(len(changed), dtype=torch.bool)  # a place is changed once
+    for _ in range(edits):
+        rise = gain - gain.gather(1, changed[:, None])
+        rise[~free] = -torch.inf
+        place, code = divmod(int(rise.argmax()), rise.shape[1])
+        changed[place], free[place] = code, False
+        path.append(probe(changed.view(1, *grid.shape)).sigmoid().item())
+    return changed.view(grid.shape), path

@@ -1,0 +1,66 @@
+"""How much of a picture is as the unedited model made it: PSNR and SSIM (Wang et al., 2004) outside what was erased."""
+
+# B batch, H W height and width.
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from unlearning.concepts import RETAIN
+from unlearning.evaluators.base import Evaluator
+from unlearning.images import Row, load
+
+
+class Similarity(Evaluator):
+    """Means over pictures, each against the unedited model's of the same row; rows without one are passed over.
+
+    A picture's regions of the erased concept are left out. Of a row without regions whose role is not "retain", all of
+    the picture is about the concept, and it is passed over.
+    """
+
+    higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/psnr": True, "fidelity/ssim": True}
+
+    def __init__(self, device: str = "auto"):
+        super().__init__(device)
+        self.zeros("psnr")
+        self.zeros("ssim")
+        self.zeros("count")
+
+    @property
+    def protocol(self) -> str:
+        return "against the unedited model's picture, outside the erased regions; PSNR of at most 60 dB, SSIM 11 × 11"
+
+    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+        for i, row in enumerate(rows):
+            if row.base and (row.regions or row.role == RETAIN):
+                psnr, ssim = self.of(images[i], load([row], "base")[0], row)
+                self.psnr += psnr
+                self.ssim += ssim
+                self.count += 1
+
+    def of(self, image: np.ndarray, base: np.ndarray, row: Row) -> tuple[float, float]:
+        """PSNR in dB and SSIM in [-1, 1] of one picture (H, W, 3) uint8."""
+        a, b = (torch.tensor(x, device=self.device).permute(2, 0, 1)[None] / 255 for x in (image, base))
+        outside = _outside(row, image.shape[:2]).to(self.device)
+        error = (a - b).square().mean(1)[0][outside].mean()
+        psnr = -10 * torch.log10(error.clamp(min=1e-6))
+        _, similar = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
+        return psnr.item(), similar.mean(1)[0][outside].mean().item()
+
+    def compute(self) -> dict[str, float]:
+        if not self.count:
+            return {}
+        return {f"fidelity/{name}": (getattr(self, name) / self.count).item() for name in ("psnr", "ssim")}
+
+
+def _outside(row: Row, size: tuple[int, int]) -> Tensor:
+    """The places (H, W) of a picture that no region of the erased concept covers."""
+    outside = torch.ones(size, dtype=torch.bool)
+    for region in row.regions:
+        if region.role != RETAIN:
+            left, top, right, bottom = region.box
+            outside[top:bottom, left:right] = False
+    return outside

@@ -1,0 +1,95 @@
+"""VQ-GANs: pictures to grids of codes and back. diffusers' VQModel, and taming-transformers' checkpoints."""
+
+# B batch, H W height and width, h w grid of codes, K codes, C their width.
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unlearning.concepts import UserError
+from unlearning.models import taming
+from unlearning.models.model import Model, chosen_device, fingerprint
+
+
+class VQGAN(Model):
+    """
+    A code is the nearest vector of the codebook, or, where the quantizer was trained by Gumbel's softmax, the argmax of
+    its logits: the same picture always has the same codes. (The reference samples them.)
+
+    Attributes:
+        codebook: (K, C).
+        grid: (h, w) of one picture.
+        size: The pictures' side in pixels.
+        edit: Replaces codes before they are decoded, see CodebookEdit; None for the unedited model.
+    """
+
+    edit: Callable | None = None
+
+    def __init__(
+        self, vq: VQModel, *, logits: nn.Module | None = None, name: str, fingerprint: str, device: torch.device
+    ):
+        self.vq, self.logits = vq.requires_grad_(False).eval(), logits and logits.requires_grad_(False).eval()
+        self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
+
+    @classmethod
+    def load(cls, path: str, *, dtype: str = "float32", autocast: str | None = None, device: str = "auto") -> "VQGAN":
+        """Loads a folder that VQModel.save_pretrained wrote, or a checkpoint of taming-transformers.
+
+        Args:
+            dtype: Of the weights: float32, bfloat16 or float16.
+            autocast: What the networks compute in, where it is not the weights' dtype. Half precision changes codes.
+            device: "auto" takes the accelerator where there is one.
+
+        Raises:
+            UserError: Where there is neither, or it cannot be read.
+        """
+        place, folder, dtype = chosen_device(device), Path(path), getattr(torch, dtype)
+        if folder.is_dir():
+            try:
+                vq, logits = VQModel.from_pretrained(folder, dtype=dtype, use_safetensors=True), None
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise UserError(f"No VQModel could be loaded from {path}: {error}") from error
+        else:
+            vq, logits = taming.load(folder)
+        vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
+        logits = logits and logits.to(place, dtype)
+        model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
+        model.autocast = getattr(torch, autocast) if autocast else None
+        return model
+
+    @property
+    def network(self) -> nn.Module:
+        return self.vq
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.vq.quantize.embedding.weight
+
+    @property
+    def size(self) -> int:
+        return self.vq.config.sample_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.size // 2 ** (len(self.vq.config.block_out_channels) - 1)
+        return side, side
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1]."""
+        with self.precision():
+            z = self.vq.encode((2 * images - 1).to(self.device, self.dtype)).latents
+            if self.logits is not None:
+                return self.logits(z).argmax(1)
+        z = z.float().permute(0, 2, 3, 1)
+        return torch.cdist(z.flatten(0, 2), self.codebook.float()).argmin(1).reshape(z.shape[:3])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1]."""
+        z = self.codebook[codes.to(self.device)].permute(0, 3, 1, 2)
+        with self.precision():
+            return (self.vq.decode(z, force_not_quantize=True).sample.float() / 2 + 0.5).clamp(0, 1)
