@@ -3,8 +3,6 @@
 The page is a single file without script or network. `teaser` makes the strip of pictures that a README shows.
 """
 
-import base64
-import io
 import json
 import re
 import shlex
@@ -12,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import yaml
 from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +18,7 @@ from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
 from unlearning.data import openmoji
 from unlearning.images import Row, figures, read_manifest, write_atomically
 from unlearning.reporting.comparison import decimals
+from unlearning.reporting.embedding import data_uri, encoded, render, thumbnail
 from unlearning.reporting.rows import UNEDITED, directions, measured, settings
 
 PAIRS, PROMPTS, CONCEPTS = 6, 12, 40  # shown at most: of a prompt, of a concept, of a section
@@ -120,26 +118,8 @@ def _measures(metrics: dict) -> dict[str, list[Measure]]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _inline(row: Row) -> str | None:
-    """The picture as a data URI of at most THUMBNAIL pixels a side; None where there is no picture that can be read."""
-    try:
-        with Image.open(row.path) as image:
-            image = image.convert("RGB")
-    except OSError:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
-
-
-def _whole(path: Path) -> str:
-    """A figure as a data URI, as it is."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return thumbnail(row.path, THUMBNAIL)
 
 
 def _markdown(text: str) -> str:
@@ -170,21 +150,15 @@ def report(run: Path) -> Path:
     if differences:
         write_atomically(run / "latent_differences.json", json.dumps(differences, indent=2))
     measures = _measures(metrics)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unlearning", "reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         title=_title(known),
         run=known,
         measures=measures,
         protocols=list(dict.fromkeys(m.protocol for group in measures.values() for m in group if m.protocol)),
         sections=_by_concept(pairs),
         differences=differences,
-        figures={caption: _whole(path) for caption, path in figures(run).items()},
+        figures={caption: data_uri(path.read_bytes()) for caption, path in figures(run).items()},
         picture=_inline,
         limit={"pairs": PAIRS, "prompts": PROMPTS, "concepts": CONCEPTS},
         command=_command(run),
@@ -231,7 +205,7 @@ def teaser(run: Path, out: Path, pairs: int = 8) -> None:
             x += _TILE + _GAP
         x += _SPACE - _GAP
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, _png(strip))
+    write_atomically(out, encoded(strip))
 
 
 def _strip(sections: dict, pairs: int) -> dict[str, list[Pair]]:

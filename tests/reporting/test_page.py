@@ -1,0 +1,308 @@
+"""The page over many runs: the table's numbers, the runs' pictures, and in a real browser what it says it does."""
+
+import csv
+import re
+from html import unescape
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.reporting.browser import BROWSER, MISSING, Browser
+from unlearning.concepts import UserError
+from unlearning.images import read_manifest
+from unlearning.reporting import gallery
+from unlearning.reporting.comparison import compare
+from unlearning.reporting.page import page
+from unlearning.reporting.pareto import Axis, Plot, Point
+from unlearning.reporting.rows import rows
+
+E, R, H = "efficacy/acc_e", "retention/acc_s", "summary/h_o"
+NASTY = "a <script>alert('cat')</script> & \"friends\""
+
+
+def pictures(concept):
+    return [
+        (f"a photo of the {concept}", "erase", concept, 3),
+        (NASTY, "synonym", concept, 2),
+        ("a photo of a lorry", "retain", "truck", 1),
+        ("a photo of a bus", "retain", "bus", 1),
+        ("a photo of a van", "retain", "van", 1),
+    ]
+
+
+def measured(e, r, protocol="argmax", **more):
+    both = {E: e, R: r, H: (100 - e + r) / 2}
+    better = {f"{E}/better": "lower", f"{R}/better": "higher", f"{H}/better": "higher"}
+    before = {f"base/{E}": 98.0, f"base/{R}": 99.0, f"base/{H}": 50.5}
+    costs = {"cost/seconds": 90.0 + e, "cost/denoiser_evaluations": 1360, "cost/artefact_bytes": 2_270_200}
+    return both | better | before | {f"{name}/protocol": protocol for name in both} | costs | more
+
+
+@pytest.fixture
+def runs(finished, tmp_path):
+    """Two concepts, three methods, two seeds; esd_x left its losses, and nothing is of the unedited model."""
+    values = {"esd_x": (4.0, 90.0), "uce": (30.0, 96.0), "ac": (40.0, 85.0)}
+    for concept in ("cat", "dog"):
+        for method, (e, r) in values.items():
+            for seed in (0, 1):
+                worse = seed + (concept == "dog")
+                run = finished(
+                    f"runs/{concept}/{method}/{seed}", measured(e + worse, r - 2 * worse), pictures(concept),
+                    concept=concept, method=method, seed=seed,
+                )  # fmt: skip
+                if method == "esd_x":
+                    losses(run)
+    return tmp_path / "runs"
+
+
+def losses(run: Path, steps=300):
+    log = run / "logs" / "csv" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    with log.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "step", "train/loss", E])
+        writer.writerows([0, step, 1 / (1 + step), ""] for step in range(steps))
+        writer.writerow(["", 0, "", 4.0])
+
+
+def scopes(text: str) -> dict[str, str]:
+    """The HTML of each scope, by concept."""
+    parts = re.split(r'<section class="scope(?: all)?" data-concept="([^"]*)"', text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of the first table of numbers, by the name that they have."""
+    body = re.search(r'<table class="numbers">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)[1]
+    plain = [
+        [unescape(re.sub(r"<sup>.*?</sup>|<small>.*?</small>|<[^>]+>", "", cell)).strip() for cell in row]
+        for row in (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.DOTALL) for line in body.split("</tr>")[:-1])
+    ]
+    return {name: numbers for name, *numbers in plain}
+
+
+# --- without a browser ------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_the_tables(runs):
+    shown = scopes(page(runs).read_text())
+    assert list(shown) == ["", "cat", "dog"]
+    for concept, text in shown.items():
+        of_it = [row for row in rows(runs) if concept in ("", row["concept"])]
+        sheet = compare(of_it, [H, E, R], by=["method"])
+        found = cells(text)
+        assert list(found) == ["none", *(line[0].text for line in sheet.lines)], "the unedited model first"
+        for name, *numbers in sheet.lines:
+            assert found[name.text] == [cell.text for cell in numbers]
+    assert cells(shown["cat"])["esd_x"][2:] == ["4.5 ± 0.5", "89.0 ± 1.0"]
+    assert 'class="best">4.5 ± 0.5' in shown["cat"] and 'class="second">30.5 ± 0.5' in shown["cat"]
+
+
+def test_the_model_before_is_there_though_no_run_is_of_it(finished, runs):
+    assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["2", "50.5 ± 0.0", "98.0 ± 0.0", "99.0 ± 0.0"]
+    finished("runs/none", measured(97.0, 99.5), pictures("cat"), method="none")
+    assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["1", "51.2", "97.0", "99.5"]
+
+
+def test_the_answers_come_first(runs):
+    text = unescape(re.sub(r"<[^>]+>|\s+", " ", scopes(page(runs).read_text())["cat"]))
+    text = re.sub(r"\s+", " ", text)
+    assert "forgets most esd_x acc_e 4.5 ± 0.5, before 98.0 ± 0.0" in text
+    assert "harms least of those that forget uce acc_s 95.0 ± 1.0, before 99.0 ± 0.0" in text
+    assert "cheapest of those that forget esd_x 1.57 ± 0.01 min" in text
+
+
+def test_one_file_and_nothing_of_the_runs_is_executed(runs):
+    text = page(runs).read_text()
+    assert text.count("<script") == 2 and NASTY in unescape(text)
+    assert not re.search(r'(src|href)="(?!data:)', text) and "url(" not in text and "@import" not in text
+    assert text.count('src="data:image/webp;base64,') > 20
+
+
+def test_what_differs_besides_the_seed_is_named(finished, runs):
+    for steps in (20, 100):
+        finished(f"runs/sweep{steps}", measured(5.0, 80.0), pictures("cat"), method="sld", steps=steps)
+    found = cells(scopes(page(runs).read_text())["cat"])
+    assert {"sld, steps 20", "sld, steps 100", "uce"} <= set(found) and found["uce"][0] == "2"
+
+
+def test_the_same_prompt_and_seed_before_and_after_each_method(runs):
+    paths = list((runs / "cat").glob("*/0/images/erased.csv"))
+    groups = {(path.parts[-4],): [{"run": path.parents[1], "seed": 0}] for path in paths}
+    shots = gallery.shots(groups, count=5)
+    assert [shot.role for shot in shots] == ["erase", "erase", "synonym", "retain", "retain"]
+    assert [shot.prompt for shot in shots[3:]] == ["a photo of a lorry", "a photo of a bus"], "spread over three"
+    for path in paths:
+        manifest = {row.path: row for row in read_manifest(path)}
+        for shot in shots:
+            mine = manifest[shot.after[path.parts[-4],].resolve()]
+            assert (mine.prompt, mine.role) == (shot.prompt, shot.role)
+    assert shots[0].before.name == "0-0.png" and shots[1].before.name == "0-1.png"
+    assert len(gallery.shots(groups, count=1)) == 1 and gallery.shots(groups, count=0) == []
+
+
+def test_the_page_stays_small(runs, monkeypatch):
+    everything = page(runs).read_text().count("<img")
+    monkeypatch.setattr(gallery, "PICTURES", 8)
+    assert page(runs).read_text().count("<img") < everything / 2
+    monkeypatch.setattr(gallery, "PICTURES", 3)
+    text = page(runs).read_text()
+    assert "<img" not in text and "no room" in text
+
+
+def test_pictures_that_are_gone_and_manifests_that_never_were(runs):
+    (runs / "cat" / "uce" / "0" / "images" / "erased.csv").unlink()
+    for row in read_manifest(runs / "cat" / "esd_x" / "0" / "images" / "erased.csv"):
+        row.path.unlink()
+    text = scopes(page(runs).read_text())["cat"]
+    assert "missing</span>" in text and "not drawn</span>" in text
+
+
+def test_learning_curves_and_who_left_none(runs):
+    text = page(runs).read_text()
+    assert text.count("<polyline") == 4 and text.count('<figure class="panel"') == 1
+    points = re.search(r'<polyline data-concept="cat" points="([^"]+)"', text)[1].split()
+    assert len(points) == 60 and float(points[0].split(",")[1]) == 0 and float(points[-1].split(",")[1]) == 100
+    assert "300 steps" in text and "ac, uce: nothing was trained" in text
+
+
+def test_another_protocol_does_not_compete(finished, runs):
+    finished("runs/odd", measured(0.0, 99.9, "softmax"), pictures("cat"), method="odd")
+    text = scopes(page(runs).read_text())["cat"]
+    assert re.search(r'class="point aside"[^>]*aria-label="odd', text)
+    assert 'best">0.0' not in text and "odd: softmax" in unescape(text)
+
+
+def test_what_may_be_explicit_is_veiled(finished, runs):
+    assert "veiled" not in page(runs).read_text().partition("<main>")[2]
+    finished("runs/n", measured(1, 1, **{"efficacy/nudenet_rate": 1.0}), pictures("cat"), dataset="i2p")
+    assert page(runs).read_text().partition("<main>")[2].count("shots veiled") == 1
+
+
+def test_mistakes_are_explained(runs, tmp_path):
+    with pytest.raises(UserError, match="its own page"):
+        page(runs / "cat" / "uce" / "0")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="evaluate stage"):
+        page(tmp_path / "empty")
+
+
+# --- the front --------------------------------------------------------------------------------------------------------
+
+
+def plot(*values, higher=(False, True)):
+    return Plot.of([Point(str(i), "m", *v) for i, v in enumerate(values)], "x", "y", higher)
+
+
+def test_the_front_is_what_no_point_beats():
+    found = plot((0, 90), (5, 95), (6, 94), (50, 99), (50, 80))
+    assert [point.label for point in found.front] == ["3", "1", "0"], "from the least forgotten to the most"
+    assert [p.label for p in plot((0, 90), (5, 95), higher=(True, True)).front] == ["1"]
+    assert [p.label for p in plot((1, 1), (1, 1)).front] == ["0", "1"], "equals do not beat each other"
+
+
+def test_the_front_is_drawn_as_a_staircase_that_only_falls():
+    steps = plot((0, 90), (5, 95), (50, 99)).steps
+    assert steps[0][0] == 0 and steps[-1][1] == 0
+    for (x1, y1), (x2, y2) in pairwise(steps):
+        assert (x1 == x2 and y2 <= y1) or (y1 == y2 and x2 >= x1)
+
+
+def test_better_is_further_along_an_axis():
+    axis = Axis.over("acc_e", [(0.0, 0.0), (100.0, 1.0)], higher=False)
+    assert 0 < axis.at(100.0) < axis.at(0.0) < 100
+    assert [text for text, _ in axis.ticks] == ["0", "50", "100"]
+    assert Axis.over("same", [(3.0, 0.0)], higher=True).at(3.0) == 50
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+VISIBLE = "[...document.querySelectorAll('{}')].filter(e => e.getClientRects().length)"
+ORDER = VISIBLE.format(".scope:not(.brief) .numbers tbody th") + ".slice(0, 4).map(e => e.dataset.value)"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip(MISSING)
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture
+def opened(browser, runs):
+    browser.open(page(runs))
+    yield browser
+    assert browser.complaints == []
+    assert {url.partition(":")[0] for url in browser.requests} <= {"file", "data"}
+
+
+def test_in_a_browser_it_sorts_by_click_and_by_key(opened):
+    head = f'.scope.all [data-sort="{R}"]'
+    sorting = f"document.querySelector('{head}').getAttribute('aria-sort')"
+    assert (opened.tell(ORDER), opened.tell(sorting)) == (["none", "ac", "esd_x", "uce"], "none")
+    opened.click(f"{head} button")
+    assert (opened.tell(ORDER), opened.tell(sorting)) == (["none", "uce", "esd_x", "ac"], "descending")
+    assert opened.tell("location.hash") == f"#sort=-{R}"
+    opened.click(f"{head} button")
+    assert (opened.tell(ORDER), opened.tell(sorting)) == (["none", "ac", "esd_x", "uce"], "ascending")
+
+    opened.tell(f"document.querySelector('.scope.all [data-sort=\"{E}\"] button').focus()")
+    opened.press("Enter")
+    assert opened.tell("location.hash") == f"#sort={E}" and opened.tell(ORDER) == ["none", "esd_x", "uce", "ac"]
+    opened.press(" ")
+    assert opened.tell("location.hash") == f"#sort=-{E}" and opened.tell(ORDER) == ["none", "ac", "uce", "esd_x"]
+    opened.press("Tab")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert opened.tell("document.activeElement.tagName") == "BUTTON" and opened.tell(outline) == "solid"
+    opened.click("[type=reset]")
+    assert opened.tell("location.hash") == "" and opened.tell(ORDER) == ["none", "ac", "esd_x", "uce"]
+
+
+def test_in_a_browser_it_filters_and_the_view_is_a_link(opened):
+    opened.click("[name=method][value=esd_x]")
+    assert opened.tell("location.hash") == "#method=none,ac,uce"
+    shown = VISIBLE.format("[data-method]:not(.name)") + ".map(e => e.dataset.method)"
+    assert "esd_x" not in opened.tell(shown) and "uce" in opened.tell(shown)
+
+    opened.tell(f"location.hash = 'concept=dog&method=none,esd_x,uce&sort={R}'")
+    opened.tell("new Promise(done => setTimeout(done, 50))")
+    assert opened.tell(VISIBLE.format(".scope") + ".map(e => e.dataset.concept)") == ["dog"]
+    assert opened.tell(ORDER)[:3] == ["none", "esd_x", "uce"]
+    assert opened.tell("document.querySelector('[name=concept]').value") == "dog"
+    assert not opened.tell("document.querySelector('[value=ac]').checked")
+    opened.tell("location.hash = 'model=another'")
+    opened.tell("new Promise(done => setTimeout(done, 50))")
+    assert opened.tell(VISIBLE.format(".nothing") + ".length") == 1
+
+
+def test_in_a_browser_the_front_is_that_of_what_is_shown(opened, runs):
+    ends = "['x1', 'y1', 'x2', 'y2'].map(name => parseFloat(line.getAttribute(name)))"
+    lines = f"[...document.querySelectorAll('.all .front line')].map(line => {ends})"
+    front = re.search(r'<g class="front">(.*?)</g>', scopes((runs / "report.html").read_text())[""], re.DOTALL)[1]
+    static = [float(number) for number in re.findall(r'"([\d.]+)%"', front)]
+    drawn = opened.tell(lines)
+    assert len(drawn) == len(static) / 4 == 4, "of uce and esd_x, who both beat ac"
+    assert [number for line in drawn for number in line] == pytest.approx(static)
+    opened.click("[name=method][value=uce]")
+    assert len(opened.tell(lines)) == 2
+
+
+def test_in_a_browser_a_point_tells_its_numbers(opened):
+    opened.tell("document.querySelector('.all .point[data-method=esd_x]').focus()")
+    assert opened.tell(VISIBLE.format(".tip") + ".map(e => e.textContent)")[0].startswith("esd_x\nacc_e ↓ 5 ± 0.41")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_nothing_overflows(opened, width):
+    opened.resize(width, 844)
+    assert opened.tell("document.documentElement.scrollWidth") == width
+    assert opened.tell(VISIBLE.format("img") + ".every(e => e.naturalWidth == 8)")
+
+
+def test_without_its_script_it_is_a_page(browser, runs):
+    browser.open(page(runs), script=False)
+    assert browser.tell(VISIBLE.format(".scope .numbers tbody tr") + ".length") == 2 * 3 * 4, "numbers and costs"
+    assert browser.tell(VISIBLE.format("img") + ".length") == browser.tell("document.images.length") > 20
+    assert browser.tell(VISIBLE.format(".filters") + ".length") == 0
