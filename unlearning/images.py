@@ -44,8 +44,8 @@ class Row:
     """One picture of a manifest: what was asked for, why, and where the picture is.
 
     `guidance_scale` is None where it is the sampler's; `decided` is what was decided about the picture on the way (by a
-    guidance, say). `base` is the unedited model's picture for the same row. Of an image-to-image model `prompt` is the
-    input's name, `source` the input itself, and `regions` what is known to be in it.
+    guidance, say). `base` is the unedited model's picture for the same row, where that is another. Of an image-to-image
+    model `prompt` is the input's name, `source` the input itself, and `regions` what is known to be in it.
     """
 
     path: Path

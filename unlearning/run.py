@@ -148,8 +148,8 @@ class Run:
         for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
             place = digest(self.model.fingerprint, self.model.numerics, edit.fingerprint, self.sampler.protocol)
             rows = self.sampler.manifest(self.store / "images" / place, self.task, self.seed)
-            bases = [row.path for row in asked["base"]] if asked else [None] * len(rows)
-            asked[name] = [replace(row, base=base) for row, base in zip(rows, bases, strict=True)]
+            pairs = zip(rows, asked.get("base", rows), strict=True)
+            asked[name] = [row if row.path == base.path else replace(row, base=base.path) for row, base in pairs]
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, asked[name], self.trainer)
             wait_for_all_ranks()

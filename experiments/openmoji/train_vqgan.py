@@ -1,6 +1,6 @@
 """emoji_vqgan, a VQ-GAN of scenes of several objects: python experiments/openmoji/train_vqgan.py [--steps N]
 
-64×64×3 pictures to 16×16 codes of 1,024 (Esser et al., 2021). It begins as emoji_unet's autoencoder, with a codebook of
+64×64×3 pictures to 16×16 codes of 2,048 (Esser et al., 2021). It begins as emoji_unet's autoencoder, with a codebook of
 k-means over its latents, which then follows the encoder's outputs by moving averages (van den Oord et al., 2017,
 appendix A). Loss: the autoencoder's (train_vae.py), the commitment's, and over the last third of the steps a patch
 discriminator's (hinge), whose weight is small: an emoji has little texture. Codes that a hundred steps did not use are
@@ -21,40 +21,45 @@ from train_vae import differences, opponents
 from training import trainer
 
 # B batch, C code width, K codes, h w grid of codes.
-K, C = 1024, 4
+K, C = 2048, 4
 SCENES = 0.7  # of the pictures; the others show one object, large
 VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
 DECAY, COMMITMENT = 0.99, 0.25
 
 
 @torch.no_grad()
-def begun(pictures: Tensor) -> VQModel:
-    """emoji_unet's autoencoder with a codebook, k-means over the latents of pictures (N, 64, 64, 3) uint8."""
-    vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32)
-    same = ("block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types", "up_block_types")
+def begun(pictures: Tensor, init: str | None) -> VQModel:
+    """A VQModel's autoencoder, or emoji_unet's, with a codebook: k-means over the latents of pictures (N, 64, 64, 3)."""
     vq = VQModel(
-        **{name: vae.config[name] for name in same},
+        block_out_channels=(32, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=C,
         vq_embed_dim=C,
         num_vq_embeddings=K,
         sample_size=64,
         scaling_factor=1.0,
     )
-    weights = vae.state_dict()
-    mean = weights.pop("quant_conv.weight")[:C, :, 0, 0], weights.pop("quant_conv.bias")[:C]
-    for name in ("weight", "bias"):  # of a posterior only the mean is wanted: the last convolution and that map in one
-        own = weights[f"encoder.conv_out.{name}"]
-        weights[f"encoder.conv_out.{name}"] = torch.einsum("oi,i...->o...", mean[0], own)
-    weights["encoder.conv_out.bias"] += mean[1]
-    weights["quant_conv.weight"], weights["quant_conv.bias"] = torch.eye(C)[..., None, None], torch.zeros(C)
-    batches = (b.permute(0, 3, 1, 2).float() / 127.5 - 1 for b in pictures.split(64))
-    latents = torch.cat([vae.encode(b).latent_dist.mean for b in batches])
-    found = MiniBatchKMeans(K, batch_size=8192, n_init=1, random_state=0).fit(
-        latents.permute(0, 2, 3, 1).reshape(-1, C)
-    )
-    weights["quantize.embedding.weight"] = torch.from_numpy(found.cluster_centers_).float()
-    vq.load_state_dict(weights)
+    own = VQModel.from_pretrained(init).float().state_dict() if init else _without_posterior()
+    vq.load_state_dict({name: w for name, w in own.items() if "quantize" not in name}, strict=False)
+    latents = torch.cat([vq.encode(b.permute(0, 3, 1, 2).float() / 127.5 - 1).latents for b in pictures.split(64)])
+    means = MiniBatchKMeans(K, batch_size=8192, n_init=1, random_state=0)
+    means.fit(latents.permute(0, 2, 3, 1).reshape(-1, C).numpy())
+    vq.quantize.embedding.weight.copy_(torch.from_numpy(means.cluster_centers_))
     return vq
+
+
+def _without_posterior() -> dict[str, Tensor]:
+    """emoji_unet's autoencoder, of whose posterior the mean alone is kept: its last convolution and that map in one."""
+    weights = AutoencoderKL.from_pretrained(VAE).float().state_dict()
+    matrix, shift = weights.pop("quant_conv.weight")[:C, :, 0, 0], weights.pop("quant_conv.bias")[:C]
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+        weights[name] = torch.einsum("oi,i...->o...", matrix, weights[name])
+    weights["encoder.conv_out.bias"] += shift
+    weights["quant_conv.weight"], weights["quant_conv.bias"] = torch.eye(C)[..., None, None], torch.zeros(C)
+    return weights
 
 
 def discriminator() -> nn.Sequential:
@@ -127,15 +132,15 @@ class VQGAN(pl.LightningModule):
         moving = [p for p in self.vq.parameters() if p.requires_grad]
         paint = torch.optim.AdamW(moving, self.lr, betas=(0.5, 0.99), weight_decay=1e-4)
         judge = torch.optim.AdamW(self.discriminator.parameters(), self.lr / 4, betas=(0.5, 0.99))
-        lower = lambda i: max(0.01, min(1, (i + 1) / 200, (self.steps - i) / (0.4 * self.steps)))  # noqa: E731
+        lower = lambda i: max(0.01, min(1, (i + 1) / 200, 1 - i / self.steps))  # noqa: E731
         return [paint, judge], [torch.optim.lr_scheduler.LambdaLR(o, lower) for o in (paint, judge)]
 
 
-def main(steps: int, batch: int, images: int, lr: float, adversary: float, workers: int) -> None:
+def main(steps: int, batch: int, images: int, lr: float, adversary: float, workers: int, init: str | None) -> None:
     pl.seed_everything(0)
     torch.set_float32_matmul_precision("high")
     pictures = torch.from_numpy(rendered("train", images, seed=1, scenes=SCENES)[0])
-    data, module = TensorDataset(pictures), VQGAN(begun(pictures[:1000]), steps, lr, adversary)
+    data, module = TensorDataset(pictures), VQGAN(begun(pictures[:1000], init), steps, lr, adversary)
     sampler = RandomSampler(data, replacement=True, num_samples=steps * batch)
     run = trainer("vqgan", 2 * steps)
     run.gradient_clip_val = None  # clipped above, each network by itself
@@ -147,10 +152,11 @@ def main(steps: int, batch: int, images: int, lr: float, adversary: float, worke
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--adversary", type=float, default=0.02, help="weight of the discriminator's loss")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--init", help="the folder of a VQModel to begin from, in place of emoji_unet's autoencoder")
     main(**vars(parser.parse_args()))
