@@ -13,7 +13,7 @@ from unlearning.concepts import UserError
 from unlearning.images import read_manifest
 from unlearning.reporting import gallery
 from unlearning.reporting.comparison import compare
-from unlearning.reporting.page import page
+from unlearning.reporting.page import main, page
 from unlearning.reporting.pareto import Axis, Plot, Point
 from unlearning.reporting.rows import rows
 
@@ -178,6 +178,16 @@ def test_what_may_be_explicit_is_veiled(finished, runs):
     assert "veiled" not in page(runs).read_text().partition("<main>")[2]
     finished("runs/n", measured(1, 1, **{"efficacy/nudenet_rate": 1.0}), pictures("cat"), dataset="i2p")
     assert page(runs).read_text().partition("<main>")[2].count("shots veiled") == 1
+
+
+def test_from_the_command_line(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["unlearn-report", str(runs), "--to", str(tmp_path / "pages" / "mine.html")])
+    main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pages" / "mine.html")
+    assert (tmp_path / "pages" / "mine.html").read_text() == page(runs).read_text()
+    monkeypatch.setattr("sys.argv", ["unlearn-report", str(tmp_path / "pages")])
+    with pytest.raises(SystemExit, match="evaluate stage"):
+        main()
 
 
 def test_mistakes_are_explained(runs, tmp_path):
