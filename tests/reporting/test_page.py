@@ -102,7 +102,17 @@ def test_the_numbers_are_the_tables(runs):
 def test_the_model_before_is_there_though_no_run_is_of_it(finished, runs):
     assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["2", "50.5 ± 0.0", "98.0 ± 0.0", "99.0 ± 0.0"]
     finished("runs/none", measured(97.0, 99.5), pictures("cat"), method="none")
-    assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["1", "51.2", "97.0", "99.5"]
+    shown = scopes(page(runs).read_text())
+    assert cells(shown["cat"])["none"] == ["1", "51.2", "97.0", "99.5"]
+    assert cells(shown["dog"])["none"][0] == "2" and cells(shown[""])["none"][0] == "3"
+
+
+def test_a_mean_over_fewer_concepts_says_so(finished, runs):
+    assert "of 2 concepts" not in page(runs).read_text()
+    finished("runs/cat/sld", measured(1.0, 99.0), pictures("cat"), method="sld")
+    shown = scopes(page(runs).read_text())
+    assert "1 of 2 concepts" in shown[""] and "of 2 concepts" not in shown["cat"]
+    assert cells(shown[""])["none"][0] == "4", "the unedited model's are of both"
 
 
 def test_the_answers_come_first(runs):

@@ -66,11 +66,9 @@ def _varied(runs: Sequence[Mapping]) -> list[str]:
 
 
 def _before(runs: Sequence[Mapping], by: Sequence[str]) -> Iterator[dict]:
-    """What the runs measured of the unedited model, as runs of it; nothing where some run is of the unedited model."""
-    if any(run.get("method") == UNEDITED for run in runs):
-        return
-    seen = set()
-    for run in runs:
+    """What the runs measured of the unedited model, as runs of it; of the concepts that have no run of it."""
+    seen, told_already = set(), {run.get("concept") for run in runs if run.get("method") == UNEDITED}
+    for run in (run for run in runs if run.get("concept") not in told_already):
         known = {k: v for k, v in run.items() if k.endswith("/better") or ("/" not in k and not k.startswith("method"))}
         same = (known.get("concept"), known.get("seed"), *(known.get(name) for name in by))
         if same not in seen:

@@ -19,6 +19,7 @@ class Line:
 
     key: Key
     label: str
+    coverage: str  # "2 of 10 concepts", where it is a mean over fewer than other rows
     n: Cell
     cells: Mapping[str, Cell]  # by metric
 
@@ -71,17 +72,21 @@ class Scope:
 
     @cached_property
     def lines(self) -> list[Line]:
-        words = self.sheet.words
-        return [
-            Line(key, self._label(key), cells[words], dict(zip(self.metrics, cells[words + 1 :], strict=True)))
-            for key, cells in zip(self.groups, self.sheet.lines, strict=True)
-        ]
+        words, found = self.sheet.words, []
+        for key, cells in zip(self.groups, self.sheet.lines, strict=True):
+            numbers = dict(zip(self.metrics, cells[words + 1 :], strict=True))
+            found.append(Line(key, self._label(key), self._coverage(key), cells[words], numbers))
+        return found
 
     def _label(self, key: Key) -> str:
         """The method and those of its settings that vary: "esd_x, eta 2"."""
         same = [other for other in self.groups if other[0] == key[0]]
         differing = [i for i in range(1, len(key)) if len({other[i] for other in same}) > 1]
         return ", ".join([str(key[0]), *(f"{self.by[i].rpartition('.')[2]} {key[i]}" for i in differing)])
+
+    def _coverage(self, key: Key) -> str:
+        own, all_ = (len({run.get("concept") for run in runs}) for runs in (self.groups[key], self.runs))
+        return f"{own} of {all_} concepts" if own < all_ else ""
 
     @cached_property
     def higher(self) -> dict[str, bool]:
