@@ -28,7 +28,7 @@ class Bench:
         cfg = self.configured("method=lcr")
         self.model, self.task = instantiate(cfg.model), instantiate(cfg.dataset)
         self.judge = instantiate(cfg.judge.classifier)
-        self.fid = instantiate(cfg.evaluator.fid)
+        self.fid, self.sampler = instantiate(cfg.evaluator.fid), instantiate(cfg.sampler)
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         self.trainer = partial(pl.Trainer, **dict.fromkeys(quiet, False))
 

@@ -9,9 +9,10 @@ from itertools import chain
 
 import torch
 from bench import BATCH, Bench, interval, printed, recognised
-from hydra.utils import instantiate
 from tqdm import tqdm
 
+from unlearning.codes.frequency import count
+from unlearning.codes.replacement import Blocks
 from unlearning.concepts import ERASE
 from unlearning.evaluators.similarity import Similarity
 from unlearning.images import Row, manifest_of_inputs, save
@@ -26,6 +27,7 @@ def table(bench: Bench) -> None:
     for row, image in zip(rows, base, strict=True):
         save(image, row)
     before = recognised(bench, base, rows)
+    found = count(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
     bench.fid.prepare(bench.task)
     body = [["none", "", "", *scored(bench, base, base, rows, before, [{}] * len(rows))]]
     near = [("localized", d, r, []) for d in ("boxes", "judge") for r in REPLACEMENTS]
@@ -35,8 +37,7 @@ def table(bench: Bench) -> None:
         chosen += (
             ["method=lcr_localized", f"detector@method.detector={where}"] if kind == "localized" else ["method=lcr"]
         )
-        erasure = bench.method(*chosen).fit(bench.model, bench.task)
-        with erasure.applied_to(bench.model):
+        with bench.method(*chosen).edit(found).applied_to(bench.model):
             after, decided = drawn(bench, rows, decided=True)
         body.append([replacement, kind, where, *scored(bench, after, base, rows, before, decided)])
     shown = sum(row.role == ERASE for row in rows)
@@ -49,8 +50,9 @@ def table(bench: Bench) -> None:
 
 
 def drawn(bench: Bench, rows: list[Row], decided: bool = False):
-    draw = instantiate(bench.configured().sampler).draw
-    images, told = zip(*(draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True)
+    images, told = zip(
+        *(bench.sampler.draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True
+    )
     images = (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return (images, list(chain(*told))) if decided else images
 

@@ -29,7 +29,7 @@ DECAY, COMMITMENT = 0.99, 0.25
 
 @torch.no_grad()
 def begun(pictures: Tensor, init: str | None) -> VQModel:
-    """A VQModel's autoencoder, or emoji_unet's, with a codebook: k-means over the latents of pictures (N, 64, 64, 3)."""
+    """A VQModel's autoencoder, or emoji_unet's; the codebook is k-means over latents of pictures (N, 64, 64, 3)."""
     vq = VQModel(
         block_out_channels=(32, 32, 64),
         layers_per_block=1,

@@ -228,7 +228,7 @@ class _Pictures(Sequence):
 
 
 def count(
-    model, task, trainer: Callable[..., pl.Trainer], *, batch_size: int = 64, within: Detector | None = None, **kept
+    model, task, trainer: Callable[..., pl.Trainer], *, batch_size: int = 16, within: Detector | None = None, **kept
 ) -> Frequencies:
     """One pass over a task's forget and retain images.
 

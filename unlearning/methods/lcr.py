@@ -18,7 +18,7 @@ import torch
 
 from unlearning.codes.detection import Detector
 from unlearning.codes.figures import figures
-from unlearning.codes.frequency import RETAIN, Selection, count
+from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count
 from unlearning.codes.replacement import Counted, Replacement
 from unlearning.concepts import UserError
 from unlearning.erasure import CodebookEdit
@@ -55,6 +55,12 @@ class LCR(Method):
     def fit(self, model: VQGAN, task) -> CodebookEdit:
         kept = {"pairs": self.replacement.pairs, "blocks": self.replacement.blocks}
         found = count(model, task, self._make_trainer, batch_size=self.batch_size, within=self.within, **kept)
+        erasure = self.edit(found)
+        self.figures = figures(model, task, found, erasure.known.explicit)
+        return erasure
+
+    def edit(self, found: Frequencies) -> CodebookEdit:
+        """What follows from the counts. Raises UserError where no code is the concept's, or none is safe."""
         explicit, safe = self.selection(found)
         known = {"explicit": explicit, "safe": safe, "codes": found.codes[RETAIN]}
         if self.replacement.pairs:
@@ -65,5 +71,4 @@ class LCR(Method):
                 raise UserError(
                     "No 3 by 3 block of the retain pictures is all of safe codes: lower method.selection.top."
                 )
-        self.figures = figures(model, task, found, explicit)
         return CodebookEdit(Counted(**known), self.replacement, self.detector)

@@ -55,6 +55,7 @@ class VQGAN(Model):
         else:
             vq, logits = taming.load(folder)
         vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
+        vq = vq.to(memory_format=torch.channels_last)  # half the time on a CPU
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
