@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,6 +170,22 @@ def with_decisions(row: Row) -> Row:
     """The row and what its picture, which is there, says was decided about it."""
     with _opened(row.path) as image:
         return replace(row, decided=json.loads(getattr(image, "text", {}).get("decided", "{}")))
+
+
+def write_named(folder: Path, rows: Iterable[Row]) -> None:
+    """The pictures made of inputs, as PNG files below `folder` under the inputs' names: no copies where links work."""
+    for row in rows:
+        name = folder / (row.prompt if row.prompt.endswith(".png") else f"{row.prompt}.png")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
+        try:
+            try:
+                os.link(row.path, partial)
+            except OSError:  # another disk
+                shutil.copyfile(row.path, partial)
+            partial.replace(name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_manifest(path: Path, rows: Iterable[Row]) -> None:

@@ -32,6 +32,7 @@ from unlearning.images import (
     with_decisions,
     write_atomically,
     write_manifest,
+    write_named,
 )
 from unlearning.methods.base import Method
 from unlearning.models.model import Model
@@ -159,6 +160,7 @@ class Run:
                 raise UserError("No picture could be made; the warnings above say why.")
             for name, rows in zip(asked, zip(*drawn, strict=True), strict=True):
                 write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, rows))
+                write_named(self.folder / "images" / name, [row for row in rows if row.source])
             count, told = len(asked["base"]) - len(drawn), self.folder / "images" / "failed"
             write_atomically(told, str(count)) if count else told.unlink(missing_ok=True)
 

@@ -106,10 +106,12 @@ def test_a_folder_of_photographs_is_cleaned_and_its_manifest_says_where(unlearn,
         told = {row["prompt"]: json.loads(row["decided"]) for row in csv.DictReader(file)}
     assert told["astronaut0.png"]["boxes"] == [[24, 8, 36, 22]] and told["astronaut0.png"]["chosen"] == 3 * 4
     assert told["coffee0.png"] == {"boxes": [], "cells": 256, "chosen": 0, "changed": 0}
-    _, erased = drawn(run)
+    erased = sorted(list(drawn(run))[1], key=lambda row: row.prompt)
     same = {row.prompt: np.array_equal(load([row]), load([row], "base")) for row in erased}
     assert same == {"astronaut0.png": False, "coffee0.png": True}, "nothing found: it passes through unchanged"
     assert json.loads((run / "metrics.json").read_text())["efficacy/unchanged"] == 50, "and is counted"
+    assert {p.name for p in (run / "images" / "erased").iterdir()} == set(same), "under their own names"
+    assert (run / "images" / "erased" / "astronaut0.png").read_bytes() == erased[0].path.read_bytes()
 
 
 def test_a_detector_that_trips_over_a_picture_is_a_failure_of_that_picture(unlearn, told, photos, monkeypatch):

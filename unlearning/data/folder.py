@@ -74,8 +74,9 @@ def _split(pictures: Pictures) -> tuple[Pictures, Callable[[int], Pictures]]:
     return taught, lambda count: pictures[4::5][:count]
 
 
-def _inputs(pictures: Pictures) -> tuple[Input, ...]:
-    return tuple(Input(path.name, ERASE, partial(pictures.load, path)) for path in pictures.paths)
+def _inputs(pictures: Pictures, root: Path) -> tuple[Input, ...]:
+    """Each under its path within the folder."""
+    return tuple(Input(str(p.relative_to(root)), ERASE, partial(pictures.load, p)) for p in pictures.paths)
 
 
 def folder(
@@ -100,6 +101,6 @@ def folder(
         prompt.task(concept, **settings),
         forget_images=forget_images,
         retain_images=retain_images,
-        inputs=_inputs(read(input, size)) if input else (),
+        inputs=_inputs(read(input, size), Path(input).expanduser()) if input else (),
         references={ERASE: real, RETAIN: real_retain},
     )
