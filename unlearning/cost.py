@@ -12,6 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.images import write_atomically
 
+METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
+
 
 @contextmanager
 def measured(path: Path, stage: str, model) -> Iterator[None]:

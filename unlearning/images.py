@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
@@ -32,9 +33,11 @@ def digest(*parts: object) -> str:
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """All of the file or none of it, whatever happens on the way."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # a pid may be another's on another machine
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a machine that loses power keeps the name without the content
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,6 +40,7 @@ from unlearning.reporting.report import report, teaser
 from unlearning.sampling.generation import generate
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
+from unlearning.store import describe
 
 log = logging.getLogger(__name__)
 STAGES = ("fit", "generate", "evaluate", "report")
@@ -57,6 +58,7 @@ class Run:
         trainer: Makes a Lightning Trainer.
         logger: Lightning loggers, told the settings, the numbers and some pictures.
         title: What the erasure is called in its README.
+        records: Texts by the names of their files, written as soon as the folder is this run's alone.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Run:
     logger: Sequence = ()
     title: str = "An erased concept"
     settings: dict = field(default_factory=dict)
+    records: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Model:
@@ -85,6 +88,9 @@ class Run:
         if unknown:
             raise UserError(f"There is no stage {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}.")
         with alone_in(self.folder):
+            for name, text in self.records.items() if first_rank() else ():
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                write_atomically(self.folder / name, text)
             for stage in STAGES:
                 if stage in stages and (first_rank() or stage in SHARED):
                     log.info("%s: %s", self.title, stage)
@@ -151,6 +157,9 @@ class Run:
             rows = self.sampler.manifest(self.store / "images" / place, self.task, self.seed)
             pairs = zip(rows, asked.get("base", rows), strict=True)
             asked[name] = [row if row.path == base.path else replace(row, base=base.path) for row, base in pairs]
+            about = {"model": self.model.name, "erasure": "none", "sampler": self.sampler.protocol}
+            about |= {"erasure": f"{self.title}, seed {self.seed}"} if name == "erased" else {}
+            describe(self.store / "images" / place, about)
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, asked[name], self.trainer)
             wait_for_all_ranks()
@@ -234,6 +243,12 @@ def suppression(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
             gone = 100 * (1 - metrics[key] / metrics[f"base/{key}"])
             return {"efficacy/suppression": gone, "efficacy/suppression/protocol": f"of {key}"}
     return {}
+
+
+def metrics_of(evaluators: Iterable[Evaluator]) -> set[str]:
+    """The names of all metrics that a run with these evaluators may come to."""
+    erased = {"efficacy/suppression", *cost.METRICS}.union(*(e.higher_is_better for e in evaluators))
+    return erased | {f"base/{name}" for name in erased}
 
 
 @contextmanager

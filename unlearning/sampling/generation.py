@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
+from unlearning.claims import claimed
 from unlearning.images import Row, missing, save
 from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
@@ -17,11 +19,27 @@ class Generation(pl.LightningModule):
     def __init__(self, model, sampler: Sampler | Reconstruction):
         super().__init__()
         self.model, self.sampler = model, sampler
+        self.left: list[Row] = []  # to other processes, which were drawing them already
 
     def transfer_batch_to_device(self, batch: list[Row], device, dataloader_idx: int) -> list[Row]:
         return batch  # rows hold no tensors
 
     def predict_step(self, rows: list[Row], batch_idx: int) -> int:
+        with claimed(rows) as mine:
+            self.draw(mine)
+        self.left += missing(row for row in rows if row not in mine)
+        return len(mine)
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Waits for what was left to other processes, and draws what they have not."""
+        for i in range(0, len(self.left), self.sampler.batch_size):
+            with claimed(self.left[i : i + self.sampler.batch_size], wait=True) as mine:
+                self.draw(mine)
+
+    def draw(self, rows: list[Row]) -> None:
+        if not rows:
+            return
         images, decisions = self.sampler.draw(self.model, rows)
         images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for image, row, decided in zip(images, rows, decisions, strict=True):
@@ -29,16 +47,18 @@ class Generation(pl.LightningModule):
                 log.warning("%s is not put out: %s", row.source or row.prompt, decided[FAILED])
             else:
                 save(image, row, decided)
-        return len(rows)
 
 
 def generate(model, sampler: Sampler | Reconstruction, rows: Sequence[Row], trainer: Callable[..., pl.Trainer]) -> int:
     """Draws every picture that is not in the store yet; returns how many there were to draw.
 
-    What fails on the way is named in a warning, and missing from the store afterwards.
+    What another process is drawing at the moment is left to it, and waited for at the end. What fails on the way is
+    named in a warning, and missing from the store afterwards.
     """
     todo = missing(rows)
     if todo:
+        generation = Generation(model, sampler)
         loader = DataLoader(todo, batch_size=sampler.batch_size, collate_fn=list)
-        trainer().predict(Generation(model, sampler), loader, return_predictions=False)
+        trainer().predict(generation, loader, return_predictions=False)
+        generation.finish()
     return len(todo)
