@@ -83,6 +83,11 @@ def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def drawn(store: Path) -> dict[str, int]:
+    """The pictures among them."""
+    return {name: time for name, time in files(store).items() if name.endswith(".png")}
+
+
 def partial(folder: Path) -> list[str]:
     return [str(p) for p in folder.rglob("*partial*")]
 
@@ -101,7 +106,7 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
         *(f"erasure/{name}" for name in ("README.md", "erasure.json", "weights.safetensors")),
         *("images/base.csv", "images/erased.csv", "metrics.json", "cost.json", "report.html", "teaser.png", ".lock"),
         *("details/nudenet-of-base.jsonl", "details/nudenet-of-erased.jsonl"),
-        *("provenance.json", *([".fit"] if (run / ".fit").exists() else [])),
+        *("provenance.json", ".finished", *([".fit"] if (run / ".fit").exists() else [])),
     }
     assert not partial(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -229,8 +234,7 @@ def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypa
     evaluations()
     updates = []
     monkeypatch.setattr(FID, "update", lambda self, *a: updates.append(a))
-    with pytest.warns(UserWarning, match="zz.png"):
-        unlearn(*command, "method=negative_prompt")
+    unlearn(*command, "method=negative_prompt", "sampler.batch_size=3")
     assert evaluations() == 0 and not updates, "nothing is measured again"
 
 
@@ -310,8 +314,8 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 2, ctrl_c)
         assert "Interrupted" in told(*command)
-    store, run = tmp_path / "store", tmp_path / "run"
-    first = files(store)
+    store, run = tmp_path / "store" / "images", tmp_path / "run"
+    first = drawn(store)
     assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
     assert evaluations() == pictures(4)
     with monkeypatch.context() as patch:
@@ -320,7 +324,7 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
     assert evaluations() == pictures(9 + 4) and not (run / "images").exists()
     unlearn(*command)
     assert evaluations() == pictures(9)
-    assert first.items() <= files(store).items() and len(files(store)) == 2 * PICTURES
+    assert first.items() <= drawn(store).items() and len(drawn(store)) == 2 * PICTURES
     assert (run / "report.html").exists()
 
 
@@ -459,6 +463,15 @@ def test_a_folder_takes_one_run_at_a_time(unlearn, told, tmp_path, evaluations):
         assert evaluations() == 0 and not (tmp_path / "store").exists()
         unlearn(*SMALL, run="another")
     assert (unlearn(*SMALL) / "report.html").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_others_record_alone(unlearn, told, tmp_path):
+    run = unlearn(*SMALL, "stages=[fit]")
+    with alone_in(run):
+        before = files(run / ".hydra")
+        told(*SMALL, "seed=1")
+        assert files(run / ".hydra") == before
+    assert "seed: 0" in (run / ".hydra" / "config.yaml").read_text()
 
 
 def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):

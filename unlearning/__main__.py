@@ -3,15 +3,22 @@
 Nothing heavy is imported before the settings are known to be right, so that --help and a typo are answered at once.
 """
 
+import json
+import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from unlearning import checking, finished, sharing, sweeps
 from unlearning.concepts import UserError
 from unlearning.naming import register_resolvers
 
@@ -20,35 +27,63 @@ register_resolvers()
 
 
 def run(cfg: DictConfig) -> dict[str, float | str]:
-    """Builds what the config names and executes its stages; the one place where settings become objects."""
-    from functools import partial
+    """What metrics.json holds when the run that the config describes is over; if it has been before, that at once."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    folder, key = Path(cfg.paths.output_dir), finished.key(settings)
+    if finished.finished(folder, key, cfg.stages):
+        logging.getLogger(__name__).info("%s: nothing is left to do", cfg.title)
+        metrics = folder / "metrics.json"
+        return json.loads(metrics.read_text()) if metrics.exists() else {}
+    try:
+        metrics = _execute(cfg, settings)
+    except BaseException:
+        sharing.forget()
+        raise
+    if not metrics.get("cost/failed"):
+        finished.finish(folder, key, cfg.stages)
+    return metrics
 
+
+def _execute(cfg: DictConfig, settings: dict) -> dict[str, float | str]:
+    """Builds what the config names and executes its stages; the one place where settings become objects."""
     from hydra.utils import get_class, get_method, instantiate
 
-    task = instantiate(cfg.dataset)  # before anything slow is imported: its names are what is mistyped most
+    def shared(name: str, node: DictConfig) -> Callable[[], Any]:
+        told = OmegaConf.to_container(node, resolve=True)
+        return lambda: sharing.shared(name, told, lambda: instantiate(node))
+
+    checking.check_names(cfg, CONF)
+    checking.check(settings["dataset"], "dataset")
+    task = shared("dataset", cfg.dataset)()  # before anything slow is imported: its names are what is mistyped most
+    checking.check(settings)
 
     from unlearning import loggers
-    from unlearning.run import Run
+    from unlearning.run import Run, metrics_of
 
+    for name in ("pytorch_lightning", "lightning_fabric"):  # whose import has set their levels to INFO
+        logging.getLogger(name).setLevel(logging.WARNING)
     method, model = get_class(cfg.method._target_), get_method(cfg.model._target_).__self__
     if not issubclass(model, method.works_on):
         raise UserError(f"{method.__name__} works on a {method.works_on.__name__}; a {model.__name__} is none.")
+    evaluators = {name: shared(f"evaluator {name}", node)() for name, node in cfg.get("evaluator", {}).items()}
+    sweeps.check_objective(settings["objective"], metrics_of(evaluators.values()))
     logger = loggers.build(cfg.get("logger"))
     trainer = instantiate(cfg.trainer, logger=logger)
     needs = {"trainer": trainer} if OmegaConf.is_missing(cfg.method, "trainer") else {}
     work = Run(
         folder=Path(cfg.paths.output_dir),
         store=Path(cfg.paths.store),
-        load_model=partial(instantiate, cfg.model),
+        load_model=shared("model", cfg.model),
         task=task,
         method=instantiate(cfg.method, **needs),
         sampler=instantiate(cfg.sampler),
-        evaluators={name: instantiate(evaluator) for name, evaluator in cfg.get("evaluator", {}).items()},
+        evaluators=evaluators,
         trainer=trainer,
         seed=cfg.seed,
         logger=logger,
         title=cfg.title,
-        settings=OmegaConf.to_container(cfg, resolve=True),
+        settings=settings,
+        records=_records(cfg),
     )
     try:
         return work.execute(cfg.stages)
@@ -56,15 +91,23 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
         loggers.close(logger)
 
 
+def _records(cfg: DictConfig) -> dict[str, str]:
+    """What Hydra would write into .hydra, were it to wait until the folder is this run's alone."""
+    if not HydraConfig.initialized():
+        return {}
+    told = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    return {f".hydra/{name}.yaml": OmegaConf.to_yaml(node) for name, node in told.items()}
+
+
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def compose_and_run(cfg: DictConfig) -> None:
+def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     from rich.console import Console
 
     from unlearning.reporting.summary import summary
 
     metrics = run(cfg)
     if int(os.environ.get("LOCAL_RANK", 0)):
-        return  # the first process of a distributed run tells
+        return None  # the first process of a distributed run tells
     console = Console()
     console.print(summary(metrics))
     console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the pictures.", soft_wrap=True)
@@ -72,6 +115,7 @@ def compose_and_run(cfg: DictConfig) -> None:
         raise UserError(f"Everything else is done, but {skipped} rows were skipped; each is named in a warning above.")
     if failed := metrics.get("cost/failed"):
         raise UserError(f"Everything else is done, but {failed} pictures could not be made; warnings above say why.")
+    return sweeps.objective(cfg.objective, metrics)
 
 
 def main() -> None:
@@ -79,16 +123,24 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the message can be ours
     try:
         compose_and_run()
-    except (HydraException, OmegaConfBaseException, UserError, OSError) as error:
-        sys.exit(_message(error))
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits
             sys.exit("Interrupted. The same command goes on from here.")
         raise
+    except sweeps.JobFailed as error:
+        sys.exit(sweeps.failures() or str(error))
+    except Exception as error:
+        if failed := sweeps.failures():
+            print(failed, file=sys.stderr)
+        sys.exit(_message(error))
+    if failed := sweeps.failures():
+        sys.exit(failed)
 
 
 def _message(error: BaseException) -> str:
     """What to tell the user. Raises the error again if it is a fault of the program's."""
+    if not isinstance(error, HydraException | OmegaConfBaseException | UserError | OSError | YAMLError):
+        raise error
     from unlearning.suggestions import explain
 
     cause = error

@@ -5,9 +5,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    ValidationError,
+)
+from yaml import YAMLError
+
+NO_GROUP = re.compile(r"Could not override '([^'@]+)'\. No match in the defaults list")
+SWEEPS = ("launcher/joblib", "launcher/submitit_slurm", "launcher/submitit_local", "sweeper/optuna")
+EXTRAS = {f"hydra/{name}": "sweeps" for name in SWEEPS} | {"hydra/launcher/ray": "ray"}  # Hydra's plugins
 
 
 def explain(error: Exception, conf: Path, argv: Sequence[str] = ()) -> str:
@@ -28,6 +39,16 @@ def explain(error: Exception, conf: Path, argv: Sequence[str] = ()) -> str:
                 return f"`{key}` has no value. Give it one: `{key}=...`."
             case ConfigKeyError(full_key=str()) | ConfigAttributeError(full_key=str()):
                 return no_such_setting(cause, conf)
+            case InterpolationKeyError(full_key=str(key)):
+                return no_such_reference(cause, key)
+            case ConfigCompositionException() if (group := NO_GROUP.search(str(cause))) and group[1] not in groups(
+                conf
+            ):
+                return f"There is no group `{group[1]}` to choose from.{did_you_mean(group[1], groups(conf))}"
+            case ValidationError(full_key=str(key), msg=str(reason)):
+                return f"`{key}`: {reason.splitlines()[0]}."
+            case YAMLError():
+                return f"A file of settings is not written as YAML is:\n{cause}"
     lines = re.split(r"\n\s*\n|\nConfig search path|\nSee https?:", str(error).strip())[0].splitlines()
     return "\n".join(lines[:5]) or type(error).__name__
 
@@ -38,10 +59,18 @@ def no_such_choice(error: MissingConfigException, conf: Path, argv: Sequence[str
     text = f"There is no {group or 'config'} `{name}`.{did_you_mean(name, known)}"
     if known:
         text += f" {(group or 'config').rpartition('/')[2].capitalize()}s: {', '.join(known)}."
+    if extra := EXTRAS.get(error.missing_cfg_file):
+        text += f" It comes with an extra: pip install 'unlearning[{extra}]'."
     asked_by = re.match(r"In '(.+?)'", str(error))
     if asked_by and not any(name in argument for argument in argv):
         text += f" (`{asked_by[1]}` asks for it.)"
     return text
+
+
+def no_such_reference(error: InterpolationKeyError, key: str) -> str:
+    name = re.search(r"'(.+)' not found", str(error))[1]
+    names = [setting for setting in leaves(plain(error.parent_node._get_root())) if setting != key]
+    return f"`{key}` refers to `{name}`, which is no setting.{did_you_mean(name, names)}"
 
 
 def no_such_setting(error: ConfigKeyError | ConfigAttributeError, conf: Path) -> str:

@@ -7,7 +7,7 @@ to by name.
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -33,8 +33,12 @@ def as_concept(name: str) -> Concept:
 
 
 def drawings(names: Sequence[str], style: str = "color", seed: int = 0) -> Callable[[int], list[np.ndarray]]:
-    """A function of a count: so many rendered pictures of `names` in turn, from the evaluation's seeds."""
+    """A function of a count: so many rendered pictures of `names` in turn, from the evaluation's seeds.
 
+    They are rendered once, and kept as long as the task.
+    """
+
+    @cache
     def render(count: int) -> list[np.ndarray]:
         rngs = (openmoji.rng_of("eval", seed, i) for i in range(count))
         return [openmoji.picture(names[i % len(names)], style, rng).image for i, rng in enumerate(rngs)]

@@ -135,8 +135,7 @@ class FID(Evaluator):
         return f"clean-fid {version('clean-fid')} on {self.features.name}; pictures: {counts}"
 
     def prepare(self, task: UnlearningTask) -> None:
-        """Names what each role is measured against; its features are taken where a number asks for them."""
-        self._real, self._named = {}, {}
+        """Names what each role is measured against; its features are taken where a number asks for them, and once."""
         for role in self.roles:
             if role == RETAIN and self.given and self.given.is_file():
                 gaussian = _statistics(self.given, self.width)
@@ -144,7 +143,10 @@ class FID(Evaluator):
                 self._real[role] = lambda gaussian=gaussian: gaussian
                 continue
             given = references.of_folder(self.given) if role == RETAIN and self.given else None
-            if reference := given or references.of_task(task, role, self.count):
+            reference = given or references.of_task(task, role, self.count)
+            if reference is None:
+                self._named.pop(role, None), self._real.pop(role, None)  # those of another task
+            elif reference.name != self._named.get(role):
                 self._named[role] = reference.name
                 self._real[role] = cache(partial(self._gaussian_of, reference))
 
