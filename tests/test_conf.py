@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -129,10 +131,14 @@ def test_every_run_of_an_experiment_composes(experiment):
     assert any("unlearn " in line and f"experiment={experiment}" in line for line in comments[:3]), "how is it run?"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=[*GIVEN, f"experiment={experiment}"], return_hydra_config=True)
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which knows what glob(*) stands for
     params = OmegaConf.to_container(config.hydra.sweeper, resolve=False).get("params") or {}
     for key, values in params.items():
-        override = OverridesParser.create().parse_override(f"{key}={values}")
-        values = override.sweep_string_iterator() if override.is_sweep_override() else [str(values)]
+        [override] = parser.parse_overrides([f"{key}={values}"])
+        if isinstance(interval := override.value(), IntervalSweep):
+            values = [interval.start, interval.end]
+        else:
+            values = override.sweep_string_iterator() if override.is_sweep_override() else [str(values)]
         for value in values:
             check(composed(f"experiment={experiment}", f"{key}={value}"))
 
