@@ -1,0 +1,177 @@
+"""What a sweep saves, what a kill costs it, and what two at once do to one store: counted, not believed.
+
+python experiments/sweeps/measure.py                   # of experiment=everything: hours on two cores
+python experiments/sweeps/measure.py -o method=none,uce,negative_prompt -o concept=cat -o sampler.steps=4 \
+    -o dataset.images_per_prompt=1                     # the same questions of a small sweep: minutes
+
+Everything is run as a user would, by the command line, in processes of its own and in a folder that is thrown away.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
+
+from unlearning.__main__ import CONF
+from unlearning.reporting.table import table
+
+METRICS = ("efficacy/*", "retention/*", "summary/*", "fidelity/*")  # those that do not depend on the machine
+NAMES = ("time", "kill", "two")
+
+
+class Place:
+    """A folder of runs and a store, and the commands that fill them."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace, store: Path | None = None):
+        self.runs, self.store, self.options = folder / "runs", store or folder / "store", options
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log"
+
+    def start(self, *overrides: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "unlearning",
+            *overrides,
+            f"paths.runs={self.runs}",
+            f"paths.store={self.store}",
+        ]
+        with self.log.open("a") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def sweep(self) -> subprocess.Popen:
+        launcher = [f"hydra/launcher={self.options.launcher}"] if self.options.launcher != "basic" else []
+        return self.start("-m", f"experiment={self.options.experiment}", *launcher, *self.options.override)
+
+    def end(self, process: subprocess.Popen) -> None:
+        if process.wait():
+            sys.exit(f"A command failed; its last words are in {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    def finished(self) -> dict[Path, int]:
+        """Every finished run, and when its report was written."""
+        return {p.parent: (p.parent / "report.html").stat().st_mtime_ns for p in self.runs.rglob(".finished")}
+
+    def pictures(self) -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in self.store.rglob("*.png")}
+
+    def spent(self) -> int:
+        """How many denoiser evaluations went into the pictures that its runs have drawn."""
+        costs = [json.loads(p.read_text()) for p in self.runs.rglob("cost.json")]
+        return sum(s["denoiser_evaluations"] for c in costs for name, s in c.items() if name.startswith("generate"))
+
+    def table(self) -> str:
+        return table(self.runs, metrics=METRICS)
+
+
+def jobs(options: argparse.Namespace) -> list[list[str]]:
+    """The overrides of each of the sweep's runs."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", [f"experiment={options.experiment}"], return_hydra_config=True)
+        params = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        swept = {o.get_key_element(): o for o in parser.parse_overrides([*params, *options.override])}
+        each = [
+            [f"{key}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+            for key, o in swept.items()
+        ]
+    return [list(words) for words in itertools.product(*each)]
+
+
+def whole_sweep(root: Path, options: argparse.Namespace) -> Place:
+    """One that nothing has happened to."""
+    place = Place(root / "whole", options)
+    if not place.finished():
+        place.end(place.sweep())
+    return place
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure_time(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
+    """One sweep, the same sweep again, and its runs one at a time, each a process and a store of its own."""
+    place = Place(root / "whole", options)
+    seconds = timed(lambda: place.end(place.sweep()))
+    again = timed(lambda: place.end(place.sweep()))
+    alone = 0.0
+    for i, overrides in enumerate(runs):
+        single = Place(root / "single" / str(i), options)
+        alone += timed(lambda single=single, overrides=overrides: single.end(single.start(*overrides)))
+    print(
+        f"time: {len(runs)} runs in one sweep {seconds:.0f} s, one at a time {alone:.0f} s: {seconds / alone:.2f} of it"
+    )
+    print(f"time: the finished sweep again {again:.1f} s")
+
+
+def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
+    """A sweep that is killed when half of its runs are done, and started again."""
+    place, whole = Place(root / "killed", options), whole_sweep(root, options)
+    process = place.sweep()
+    while len(place.finished()) < len(runs) / 2 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished, pictures = place.finished(), place.pictures()
+    place.end(place.sweep())
+    same = place.table() == whole.table()
+    rerun = sum(place.finished()[run] != when for run, when in finished.items())
+    redrawn = sum(place.pictures()[path] != when for path, when in pictures.items())
+    print(f"kill: with {len(finished)} of {len(runs)} runs and {len(pictures)} pictures done; then again: "
+          f"{rerun} of these runs done twice, {redrawn} of these pictures drawn twice")  # fmt: skip
+    print(f"kill: the table is {'identical' if same else 'ANOTHER'} to that of a sweep that was not killed")
+
+
+def measure_two(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
+    """The same sweep twice at once, into two folders of runs and one store."""
+    whole = whole_sweep(root, options)
+    both = [Place(root / name, options, root / "shared") for name in ("one", "other")]
+    for place, process in [(place, place.sweep()) for place in both]:
+        place.end(process)
+    there, corrupt = both[0].pictures(), 0
+    for path in there:
+        try:
+            Image.open(path).load()
+        except (OSError, SyntaxError):
+            corrupt += 1
+    left = len(list((root / "shared").rglob("*.partial")))
+    spent, needed = sum(place.spent() for place in both), whole.spent()
+    same = both[0].table() == both[1].table() == whole.table()
+    print(f"two: {len(there)} pictures, {corrupt} corrupt, {left} half written")
+    print(f"two: {spent} denoiser evaluations drew them; one sweep alone needs {needed}")
+    print(f"two: the tables are {'identical' if same else 'NOT identical'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="everything")
+    parser.add_argument("-o", "--override", action="append", default=[], help="of the sweep: method=none,uce")
+    parser.add_argument("--launcher", default="basic", help="hydra/launcher of the sweeps: joblib, ...")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    options = parser.parse_args()
+    options.override += ["logger=csv"]
+    runs = jobs(options)
+    print("$", shlex.join(["python", *sys.argv]), flush=True)
+    with tempfile.TemporaryDirectory(prefix="sweeps-") as folder:
+        for name in options.only:
+            globals()[f"measure_{name}"](Path(folder), options, runs)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
