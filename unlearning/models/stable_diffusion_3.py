@@ -20,8 +20,10 @@ class StableDiffusion3(StableDiffusion):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         texts = list(prompts)
+        # As many tokens as diffusers takes, or fewer, where the T5 was taught no more.
+        longest = min(256, getattr(self.pipeline.tokenizer_3, "model_max_length", 256))
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            texts, texts, texts, device=self.device, do_classifier_free_guidance=False
+            texts, texts, texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )
         return Conditioning(embeds, {"pooled": pooled})
 
