@@ -115,6 +115,20 @@ def test_ctrl_c_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
     assert set(metrics(tmp_path / "runs")) == {"uce/seed0"} and not list(tmp_path.rglob("failed.json"))
 
 
+def test_a_termination_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
+    draw = Sampler.draw
+
+    def terminated(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)  # of which Lightning makes a note
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "draw", terminated)
+        said = told_by("method=none", "seed=0,1", "sampler.batch_size=1")
+    assert said == "Interrupted. The same command goes on from here."
+    assert len(list((tmp_path / "store").rglob("*.png"))) == 1 and not list(tmp_path.rglob("failed.json"))
+
+
 def test_a_reason_is_one_line():
     fault = RuntimeError("Error in call to target 'x':\nTypeError()")
     fault.__cause__ = ValueError("one\ntwo")

@@ -124,7 +124,8 @@ def main() -> None:
     try:
         compose_and_run()
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits
+        asked = isinstance(stop.__context__, KeyboardInterrupt) or type(stop).__name__ == "SIGTERMException"
+        if isinstance(stop, KeyboardInterrupt) or asked:  # what Lightning makes of Ctrl-C and of a termination
             sys.exit("Interrupted. The same command goes on from here.")
         raise
     except sweeps.JobFailed as error:

@@ -79,6 +79,7 @@ def failures() -> str:
     if Failures.latest is None or not Failures.latest.exists():
         return ""
     failed = [json.loads(line) for line in Failures.latest.read_text().splitlines()]
+    Failures.latest.unlink()
     lines = [f"{os.path.relpath(job['folder'])}: {job['error']}" for job in failed]
     count = "1 job" if len(failed) == 1 else f"{len(failed)} jobs"
     return "\n".join([f"\n{count} failed; the others are done. The same command tries again what is missing.", *lines])

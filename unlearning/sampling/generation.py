@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from unlearning.claims import claimed
@@ -28,6 +29,8 @@ class Generation(pl.LightningModule):
         with claimed(rows) as mine:
             self.draw(mine)
         self.left += missing(row for row in rows if row not in mine)
+        if self.trainer.received_sigterm:  # which Lightning heeds while it trains, and only then
+            raise SIGTERMException
         return len(mine)
 
     @torch.inference_mode()
