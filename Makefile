@@ -1,13 +1,18 @@
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test install
+.PHONY: demo test everything install
 
 demo: install
 	.venv/bin/unlearn concept=cat method=esd_x
 
 test: install
 	.venv/bin/python -m pytest
+
+everything: install
+	.venv/bin/unlearn -m experiment=everything hydra/launcher=joblib
+	.venv/bin/unlearn-table outputs/runs
+	.venv/bin/unlearn-report outputs/runs
 
 install: .venv/.installed
 
