@@ -39,7 +39,9 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
     except BaseException:
         sharing.forget()
         raise
-    if not metrics.get("cost/failed"):
+    from unlearning.run import first_rank
+
+    if first_rank() and not metrics.get("cost/failed"):
         finished.finish(folder, key, cfg.stages)
     return metrics
 
