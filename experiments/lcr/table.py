@@ -18,7 +18,7 @@ from unlearning.evaluators.similarity import Similarity
 from unlearning.images import Row, manifest_of_inputs, save
 
 REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
-GLOBAL_K = (8, 32, 128, 256, 512)
+GLOBAL_K = (16, 64, 256, 512, 1024)
 
 
 def table(bench: Bench) -> None:

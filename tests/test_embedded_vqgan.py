@@ -1,0 +1,67 @@
+"""emoji_vqgan, as shipped: small, plain diffusers loads it, the judge knows its scenes again, and it can forget."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from hydra.utils import instantiate
+
+from tests.composed import config
+from unlearning.__main__ import run
+from unlearning.data.scenes import emoji_scenes
+from unlearning.evaluators.judge import EmojiJudge
+from unlearning.evaluators.regions import with_regions
+from unlearning.images import Row
+from unlearning.models.vqgan import VQGAN
+from unlearning.sampling.reconstruction import as_tensor
+
+WEIGHTS = Path(__file__).parents[1] / "unlearning" / "weights"
+FOLDER = WEIGHTS / "emoji_vqgan"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """(pictures of objects cut out of scenes, of the same reconstructed, what they show, codes)."""
+    inputs = emoji_scenes("cat", images=40, pictures=1).inputs
+    pictures = np.stack([i.read() for i in inputs])
+    model = VQGAN.load(str(FOLDER), device="cpu")
+    codes = model.encode(as_tensor(pictures))
+    again = (model.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = [Row(Path(), i.name, i.role, {}, 0, regions=i.regions) for i in inputs]
+    (before, told), (after, _) = with_regions(pictures, rows), with_regions(again, rows)
+    return before, after, [r.labels["object"] for r in told], codes
+
+
+def test_it_is_small_and_plain_diffusers_loads_it():
+    assert sum(p.stat().st_size for p in FOLDER.iterdir()) < 4e6
+    vq = VQModel.from_pretrained(FOLDER)
+    assert vq.config.num_vq_embeddings == 2048 and vq.config.sample_size == 64
+
+
+def test_the_judge_knows_the_objects_again(scenes):
+    before, after, shown, _ = scenes
+    judge = EmojiJudge(WEIGHTS / "judge" / "classifier")
+
+    def right(pictures) -> np.ndarray:
+        names, probabilities = judge(torch.as_tensor(pictures), "object")
+        return np.array([names[i] == name for i, name in zip(probabilities.argmax(1), shown, strict=True)])
+
+    was, is_ = right(before), right(after)
+    assert was.mean() > 0.95 and is_[was].mean() > 0.9
+
+
+def test_its_codebook_is_in_use(scenes):
+    assert len(scenes[-1].unique()) > 0.7 * 2048, "of 80 scenes; experiments/openmoji/measure_vqgan.py has a thousand"
+
+
+def test_it_forgets_where_the_concept_is_and_keeps_what_stands_beside(tmp_path):
+    """The claim of latent code replacement, on twelve scenes; experiments/lcr has the table."""
+    chosen = ["model=emoji_vqgan", "method=lcr_localized", "detector@method.detector=boxes", "concept=ship"]
+    small = ["dataset.images=12", "dataset.pictures=100", "stages=[fit,generate,evaluate]", "evaluator=[accuracy]"]
+    numbers = run(config(tmp_path, *chosen, *small))
+    assert numbers["base/efficacy/acc_e"] > 60
+    assert numbers["efficacy/acc_e"] <= 0.1 * numbers["base/efficacy/acc_e"]
+    assert numbers["retention/acc_s"] >= 0.9 * numbers["base/retention/acc_s"]
+    assert instantiate(config(tmp_path, *chosen).model).network.config.num_vq_embeddings == 2048
