@@ -90,8 +90,8 @@ def numbers(runs: Path) -> dict[str, dict]:
 def test_a_job_that_fails_is_written_down_and_the_others_are_done(sweep, told_by, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, UCE, "fit", 1, lambda: 1 / 0)
-        said = told_by("method=none,uce", "seed=0,1")
-    assert set(metrics(tmp_path / "runs")) == {"none/seed0", "none/seed1", "uce/seed1"}
+        said = told_by("method=uce", "seed=0,1")
+    assert set(metrics(tmp_path / "runs")) == {"uce/seed1"}
     [record] = (tmp_path / "runs").rglob("failed.json")
     first, line = said.strip().splitlines()
     assert first.startswith("1 job failed; the others are done.")
@@ -99,8 +99,8 @@ def test_a_job_that_fails_is_written_down_and_the_others_are_done(sweep, told_by
     failed = json.loads(record.read_text())
     assert "uce/seed0" in failed["folder"] and "method=uce" in failed["job"] and "1 / 0" in failed["traceback"]
 
-    sweep("method=none,uce", "seed=0,1")
-    assert len(metrics(tmp_path / "runs")) == 4 and not record.exists(), "the same command mends it"
+    sweep("method=uce", "seed=0,1")
+    assert len(metrics(tmp_path / "runs")) == 2 and not record.exists(), "the same command mends it"
 
 
 def test_a_mistake_in_one_job_is_told_in_its_own_words(told_by, tmp_path):
@@ -141,12 +141,12 @@ def test_a_reason_is_one_line():
 
 
 def test_a_sweep_started_again_does_only_what_is_missing(sweep, tmp_path, monkeypatch, loads):
-    command = ["method=none,negative_prompt,uce", "seed=0,1", "evaluator=nudenet"]
+    command = ["method=none,uce", "evaluator=clip_score"]
     sweep(*command)
     assert loads() == 1
     runs = tmp_path / "runs"
     before, measured = files(runs), numbers(runs)
-    gone = next(runs.rglob("uce/seed1*/metrics.json"))
+    gone = next(runs.rglob("uce/seed0*/metrics.json"))
     gone.unlink()
     executed = []
     execute = Run.execute
@@ -198,10 +198,10 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("owner", "name", "k"), [(UCE, "fit", 2), (Sampler, "draw", 4), (Run, "report", 3)])
+@pytest.mark.parametrize(("owner", "name", "k"), [(Sampler, "draw", 3), (Run, "report", 2)])
 def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, monkeypatch, owner, name, k):
     def sweep(place: str) -> Path:
-        unlearn(*FEW, "method=none,uce", "seed=0,1", "evaluator=clip_score", "sampler.batch_size=1",
+        unlearn(*FEW, "method=none,uce", "evaluator=clip_score", "sampler.batch_size=1",
                 f"paths.runs={tmp_path}/{place}/runs", f"paths.store={tmp_path}/{place}/store")  # fmt: skip
         return tmp_path / place
 
@@ -214,23 +214,23 @@ def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, mon
     finished = [p.parent for p in (tmp_path / "killed").rglob(".finished")]
     kept = [*(tmp_path / "killed/store").rglob("*.png"), *(folder / "report.html" for folder in finished)]
     before = [path.stat().st_mtime_ns for path in kept]
-    assert 0 < len(finished) < 4
+    assert len(finished) == 1 and len(kept) >= 3
     again, whole = sweep("killed"), sweep("whole")
-    assert numbers(again) == numbers(whole) and len(numbers(again)) == 4
+    assert numbers(again) == numbers(whole) and len(numbers(again)) == 2
     assert [path.stat().st_mtime_ns for path in kept] == before, "nothing is drawn or run again"
 
 
 def test_two_sweeps_at_once_share_a_store(unlearn, tmp_path):
-    command = [*FEW, "method=none,negative_prompt", "seed=0,1", "dataset.images_per_prompt=5", "evaluator=clip_score"]
+    command = [*FEW, "method=none,negative_prompt", "dataset.images_per_prompt=9", "evaluator=clip_score"]
     both = [in_a_process(lambda place=place: unlearn(*command, f"paths.runs={tmp_path}/{place}")) for place in "ab"]
     assert [os.waitpid(pid, 0)[1] for pid in both] == [0, 0]
-    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") and len(numbers(tmp_path / "a")) == 4
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") and len(numbers(tmp_path / "a")) == 2
     there = list((tmp_path / "store").rglob("*.png"))
     for picture in there:
         Image.open(picture).verify()
     costs = [json.loads(p.read_text()) for place in "ab" for p in (tmp_path / place).rglob("cost.json")]
     spent = sum(stage["denoiser_evaluations"] for cost in costs for stage in cost.values())
-    assert spent == 2 * 2 * len(there) == 2 * 2 * 40, "of two steps, guided: every picture was drawn once"
+    assert spent == 2 * 2 * len(there) == 2 * 2 * 36, "of two steps, guided: every picture was drawn once"
     assert not list(tmp_path.rglob("*partial*"))
 
 
@@ -269,7 +269,7 @@ def test_memory_never_holds_two_models(monkeypatch):
 
 def test_a_job_that_fails_leaves_nothing_to_share(sweep, told_by, monkeypatch, loads):
     at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
-    told_by("method=uce", "seed=0,1,2", "stages=[fit]")
+    told_by("method=uce", "seed=0,1", "stages=[fit]")
     assert loads() == 2
 
 
