@@ -10,7 +10,8 @@ from PIL import Image
 from skimage import data as photographs
 
 from unlearning.codes.detection import Detector, NudeNet, cells
-from unlearning.erasure import Erasure
+from unlearning.codes.replacement import Counted, Uniform
+from unlearning.erasure import CodebookEdit, Erasure
 from unlearning.images import load, read_manifest
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import Reconstruction, as_tensor
@@ -164,3 +165,19 @@ def test_every_detector_can_be_saved_with_its_settings():
     for kind in Detector.__subclasses__():
         settings = {"concept": "cat", "path": "x"} if kind.__name__ == "Judge" else {}
         assert kind(**json.loads(json.dumps(asdict(kind(**settings))))) == kind(**settings)
+
+
+def test_the_face_in_a_real_photograph_is_replaced_to_the_cell(vqgan):
+    """NudeNet finds it, in 256 × 256 pixels; every cell under its box gets another code, and no other cell does."""
+    photo = np.asarray(Image.fromarray(photographs.astronaut()).resize((256, 256)))
+    model, detector = VQGAN.load(str(vqgan), device="cpu"), NudeNet(classes=("FACE_FEMALE",), min_score=0.5)
+    codes = model.encode(as_tensor(photo[None]))
+    unseen = next(k for k in range(32) if not (codes == k).any())
+    known = Counted(torch.tensor([0]), torch.tensor([unseen]), torch.ones(32))
+    with CodebookEdit(known, Uniform(), detector).applied_to(model):
+        after, (told,) = model.edit(photo[None], codes, [None], [0])
+    (box,) = told["boxes"]
+    left, top, right, bottom = (side / 4 for side in box)  # a cell is four pixels wide
+    rows, columns = np.mgrid[:64, :64]
+    under = (columns + 1 > left) & (columns < right) & (rows + 1 > top) & (rows < bottom)
+    assert np.array_equal((after != codes)[0].numpy(), under) and 0 < under.mean() < 0.2
