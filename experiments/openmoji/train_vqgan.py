@@ -29,7 +29,7 @@ DECAY, COMMITMENT = 0.99, 0.25
 
 @torch.no_grad()
 def begun(pictures: Tensor, init: str | None) -> VQModel:
-    """A VQModel's autoencoder, or emoji_unet's; the codebook is k-means over latents of pictures (N, 64, 64, 3)."""
+    """A VQModel, or emoji_unet's autoencoder, whose codebook is k-means over latents of pictures (N, 64, 64, 3)."""
     vq = VQModel(
         block_out_channels=(32, 32, 64),
         layers_per_block=1,
@@ -43,7 +43,11 @@ def begun(pictures: Tensor, init: str | None) -> VQModel:
         scaling_factor=1.0,
     )
     own = VQModel.from_pretrained(init).float().state_dict() if init else _without_posterior()
-    vq.load_state_dict({name: w for name, w in own.items() if "quantize" not in name}, strict=False)
+    codebook = own.pop("quantize.embedding.weight", None)
+    vq.load_state_dict(own, strict=False)
+    if codebook is not None and len(codebook) == K:
+        vq.quantize.embedding.weight.copy_(codebook)
+        return vq
     latents = torch.cat([vq.encode(b.permute(0, 3, 1, 2).float() / 127.5 - 1).latents for b in pictures.split(64)])
     means = MiniBatchKMeans(K, batch_size=8192, n_init=1, random_state=0)
     means.fit(latents.permute(0, 2, 3, 1).reshape(-1, C).numpy())

@@ -133,7 +133,10 @@ def test_absent_or_foreign_weights_say_what_is_wanted(tmp_path):
 
 
 def test_a_run_is_measured_against_its_own_base(unlearn):
-    run = unlearn("dataset=prompt", "dataset.others=[dog]", "evaluator=lpips", "stages=[fit,generate,evaluate]")
+    measured = ["dataset=prompt", "dataset.others=[dog]", "evaluator=lpips", "stages=[fit,generate,evaluate]"]
+    run = unlearn(*measured, "method=negative_prompt")
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["fidelity/lpips"] == metrics["efficacy/lpips_e"] == 0, "nothing was erased"
+    assert metrics["fidelity/lpips"] > 0 and metrics["efficacy/lpips_e"] > 0
     assert not any(key.startswith("base/") for key in metrics)
+    untouched = json.loads((unlearn(*measured, "method=none", run="none") / "metrics.json").read_text())
+    assert not any("lpips" in key for key in untouched), "nothing was erased, and there is no distance to measure"
