@@ -48,14 +48,13 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     """unlearn(*overrides) -> the run's folder: the command line in this process, on a tiny model and in few steps.
 
     SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
+    unlearn.arguments(*overrides) is what would have to be typed.
     """
     sharing.forget()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it
 
-    def call(*overrides: str, run: str = "run") -> Path:
-        from unlearning.__main__ import main
-
+    def arguments(*overrides: str, run: str = "run") -> list[str]:
         said = dict(o.split("=", 1) for o in overrides if "=" in o)
         model, few = sd1, ["sampler.batch_size=4", "sampler.steps=2"]
         if said.get("model") == "emoji_vqgan":
@@ -66,14 +65,19 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
         defaults = [*few, *places, "logger=none", "evaluator=[]", "method=none", "trainer.accelerator=cpu"]
         named = {o.split("=")[0] for o in overrides}
         asked = [*(o for o in defaults if o.split("=")[0] not in named), *overrides]
-        asked.sort(key=lambda o: not o.startswith("-"))  # argparse wants -m first
-        monkeypatch.setattr(sys, "argv", ["unlearn", *asked])
+        return sorted(asked, key=lambda o: not o.startswith("-"))  # argparse wants -m first
+
+    def call(*overrides: str, run: str = "run") -> Path:
+        from unlearning.__main__ import main
+
+        monkeypatch.setattr(sys, "argv", ["unlearn", *arguments(*overrides, run=run)])
         try:
             main()
         finally:
             signal.signal(signal.SIGINT, handler)
         return tmp_path / run
 
+    call.arguments = arguments
     return call
 
 
@@ -92,5 +96,5 @@ def told(unlearn):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one at the end."""
-    longest = ("test_embedded_world", "test_run", "test_sweeps", "test_contract", "test_distributed")
+    longest = ("test_embedded_world", "test_run", "test_sweeps", "test_distributed")
     items.sort(key=lambda item: next((i for i, name in enumerate(longest) if name in item.nodeid), len(longest)))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -184,33 +183,30 @@ def test_other_evaluators_stages_or_files_are_not_taken_for_done(unlearn, tmp_pa
     assert [times("sampler.batch_size=3"), times("sampler.batch_size=3")] == [1, 0]
 
 
-def in_a_process(call: Callable[[], object]) -> int:
-    """The pid of a copy of this process that makes the call."""
-    if (pid := os.fork()) == 0:
-        try:
-            call()
-        finally:
-            os._exit(0)
-    return pid
+def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen:
+    """The command line in a process of its own, which first runs the Python of `before`."""
+    program = (
+        f"{before}\nimport sys\nfrom unlearning.__main__ import main\nsys.argv = {['unlearn', *arguments]!r}\nmain()"
+    )
+    return subprocess.Popen([sys.executable, "-c", program])
 
 
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("owner", "name", "k"), [(Sampler, "draw", 3), (Run, "report", 2)])
-def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, monkeypatch, owner, name, k):
+@pytest.mark.parametrize(("owner", "name", "k"), [("Sampler", "draw", 3), ("Run", "report", 2)])
+def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, owner, name, k):
+    def command(place: str) -> list[str]:
+        return [*FEW, "method=none,uce", "evaluator=clip_score", "sampler.batch_size=1",
+                f"paths.runs={tmp_path}/{place}/runs", f"paths.store={tmp_path}/{place}/store"]  # fmt: skip
+
     def sweep(place: str) -> Path:
-        unlearn(*FEW, "method=none,uce", "evaluator=clip_score", "sampler.batch_size=1",
-                f"paths.runs={tmp_path}/{place}/runs", f"paths.store={tmp_path}/{place}/store")  # fmt: skip
+        unlearn(*command(place))
         return tmp_path / place
 
-    def struck() -> None:
-        at_call(monkeypatch, owner, name, k, killed)
-        sweep("killed")
-
-    _, status = os.waitpid(in_a_process(struck), 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    strike = f"from tests.test_sweeps import *\nat_call(pytest.MonkeyPatch(), {owner}, {name!r}, {k}, killed)"
+    assert in_a_process(unlearn.arguments(*command("killed")), strike).wait() == -signal.SIGKILL
     finished = [p.parent for p in (tmp_path / "killed").rglob(".finished")]
     kept = [*(tmp_path / "killed/store").rglob("*.png"), *(folder / "report.html" for folder in finished)]
     before = [path.stat().st_mtime_ns for path in kept]
@@ -222,8 +218,8 @@ def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, mon
 
 def test_two_sweeps_at_once_share_a_store(unlearn, tmp_path):
     command = [*FEW, "method=none,negative_prompt", "dataset.images_per_prompt=9", "evaluator=clip_score"]
-    both = [in_a_process(lambda place=place: unlearn(*command, f"paths.runs={tmp_path}/{place}")) for place in "ab"]
-    assert [os.waitpid(pid, 0)[1] for pid in both] == [0, 0]
+    both = [in_a_process(unlearn.arguments(*command, f"paths.runs={tmp_path}/{place}")) for place in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b") and len(numbers(tmp_path / "a")) == 2
     there = list((tmp_path / "store").rglob("*.png"))
     for picture in there:
