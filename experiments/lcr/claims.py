@@ -173,9 +173,9 @@ def counting(bench: Bench) -> None:
             found.append(run())
             seconds[name].append(time.perf_counter() - start)
     took = {name: float(np.median(values)) for name, values in seconds.items()}
-    same = all(torch.equal(found[0], counts) for counts in found)
+    other = max(int((found[0] - counts).abs().sum()) // 2 for counts in found)
     printed(
-        f"{len(pictures)} pictures, {torch.get_num_threads()} threads; the same counts: {same}",
+        f"{len(pictures)} pictures, {torch.get_num_threads()} threads; counted otherwise: {other} of {found[0].sum()}",
         ["", "seconds", "pictures a second", "times as fast"],
         [[n, f"{t:.2f}", f"{len(pictures) / t:.0f}", f"{took['one by one'] / t:.1f}"] for n, t in took.items()],
     )
