@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from unlearning.codes.detection import Detector, cells
+from unlearning.codes.detection import Detector, cells, found
 from unlearning.codes.replacement import Counted, Replacement
 from unlearning.concepts import UserError
 from unlearning.images import digest, write_atomically
@@ -232,7 +232,7 @@ class CodebookEdit(Erasure):
         def edit(images: np.ndarray, codes: Tensor, boxes: Sequence, seeds: Sequence[int]) -> tuple[Tensor, list[dict]]:
             """Codes (B, h, w) of pictures (B, H, W, 3) uint8 as they are decoded, and what was replaced where."""
             old = codes.cpu()
-            new, decided = old.clone(), self._found(images, boxes)
+            new, decided = old.clone(), found(self.detector, images, boxes)
             where = cells([told.get("boxes", ()) for told in decided], images.shape[1:3], codes.shape[1:])
             where = where if self.detector else torch.isin(old, self.known.explicit)
             for i, seed in enumerate(seeds):
@@ -247,19 +247,6 @@ class CodebookEdit(Erasure):
             yield model
         finally:
             model.edit = before
-
-    def _found(self, images: np.ndarray, boxes: Sequence) -> list[dict]:
-        """{"boxes": [...]} of each picture, {} without a detector; a picture that it trips over has {"failed": why}."""
-        if self.detector is None:
-            return [{} for _ in images]
-        try:
-            return [{"boxes": found} for found in self.detector(images, boxes)]
-        except UserError:
-            raise
-        except Exception as error:  # whatever a detector trips over, the other pictures still count
-            if len(images) == 1:
-                return [{FAILED: f"the detector failed: {error}"}]
-            return [self._found(images[i : i + 1], boxes[i : i + 1])[0] for i in range(len(images))]
 
     def usage(self, base) -> str:
         how = json.dumps(self._settings(), indent=2)
@@ -291,8 +278,8 @@ class CodebookEdit(Erasure):
         made = {}
         for name, kinds in (("replacement", Replacement), ("detector", Detector)):
             told = dict(settings[name] or {})
-            found = {kind.__name__: kind for kind in kinds.__subclasses__()}
-            made[name] = found[told.pop("kind")](**told) if told else None
+            known_kinds = {kind.__name__: kind for kind in kinds.__subclasses__()}
+            made[name] = known_kinds[told.pop("kind")](**told) if told else None
         return cls(Counted(**known), **made)
 
 

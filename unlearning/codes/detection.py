@@ -15,6 +15,7 @@ from torch import Tensor
 from unlearning.concepts import Box, UserError
 from unlearning.evaluators.base import unknown
 from unlearning.evaluators.judge import EmojiJudge
+from unlearning.sampling.reconstruction import FAILED
 
 
 class Detector(ABC):
@@ -23,6 +24,20 @@ class Detector(ABC):
     @abstractmethod
     def __call__(self, images: np.ndarray, known: Sequence[Sequence[Box] | None]) -> list[list[Box]]:
         """Boxes in each of the pictures (B, H, W, 3) uint8; `known` came with them, None where nothing is known."""
+
+
+def found(detector: Detector | None, images: np.ndarray, known: Sequence[Sequence[Box] | None]) -> list[dict]:
+    """{"boxes": [...]} of each picture, {} without a detector; a picture that it trips over has {"failed": why}."""
+    if detector is None:
+        return [{} for _ in images]
+    try:
+        return [{"boxes": boxes} for boxes in detector(images, known)]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a detector trips over, the other pictures still count
+        if len(images) == 1:
+            return [{FAILED: f"the detector failed: {error}"}]
+        return [found(detector, images[i : i + 1], known[i : i + 1])[0] for i in range(len(images))]
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,8 @@ class NudeNet(Detector):
         return [self._boxes(image) for image in images]
 
     def _boxes(self, image: np.ndarray) -> list[Box]:
-        found = self._detector.detect(np.ascontiguousarray(image[..., ::-1]))  # which reads blue first
-        kept = [d["box"] for d in found if d["class"] in self.classes and d["score"] >= self.min_score]
+        seen = self._detector.detect(np.ascontiguousarray(image[..., ::-1]))  # which reads blue first
+        kept = [d["box"] for d in seen if d["class"] in self.classes and d["score"] >= self.min_score]
         return [expanded((x, y, x + w, y + h), self.expand, image.shape[:2]) for x, y, w, h in kept]
 
 
