@@ -13,7 +13,7 @@ from table import REPLACEMENTS, drawn
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Blocks
 from unlearning.images import load, manifest_of_inputs
-from unlearning.scrubbing.figures import grid
+from unlearning.pictures import grid
 
 SCENES = 5
 

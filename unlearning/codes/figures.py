@@ -1,7 +1,6 @@
 """What counting the codes came to, to look at: how widely they are spread, and where the concept's own stand."""
 
 # N pictures, K codes, h w grid.
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from unlearning.codes.frequency import FORGET, RETAIN, Frequencies
+from unlearning.pictures import COLOURS, COLUMNS, drawn, overlays, panels
 from unlearning.sampling.reconstruction import as_tensor
-from unlearning.scrubbing.figures import COLUMNS, overlays
-
-COLOURS = {"forget": "#d1495b", "retain": "#30638e"}
 
 
 def figures(model, task, found: Frequencies, explicit: Tensor) -> dict[str, Image.Image]:
@@ -34,7 +31,7 @@ def figures(model, task, found: Frequencies, explicit: Tensor) -> dict[str, Imag
 
 def spread(found: Frequencies) -> Image.Image:
     """The share of all places that the most frequent codes cover, by their number, and the statistics beside."""
-    figure, (axes, words) = _panels(2, (9.6, 3.6))
+    figure, (axes, words) = panels(2, (9.6, 3.6))
     for name, which in (("forget", FORGET), ("retain", RETAIN)):
         p = found.codes[which].double()
         covered = 100 * (p / p.sum()).sort(descending=True).values.cumsum(0)
@@ -49,12 +46,12 @@ def spread(found: Frequencies) -> Image.Image:
     table = words.table(cells, colLabels=["", *COLOURS], loc="center", edges="horizontal", colWidths=[0.6, 0.2, 0.2])
     table.auto_set_font_size(False)
     table.set_fontsize(8)
-    return _picture(figure)
+    return drawn(figure)
 
 
 def scores(found: Frequencies, chosen: int) -> Image.Image:
     """The log-odds of all codes, falling; so many of them, by whatever score, are E."""
-    figure, (axes,) = _panels(1, (6.4, 3.2))
+    figure, (axes,) = panels(1, (6.4, 3.2))
     falling = found.log_odds().sort(descending=True).values
     axes.plot(falling, color="black", linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.5)
@@ -62,17 +59,4 @@ def scores(found: Frequencies, chosen: int) -> Image.Image:
     axes.set_xlabel("codes, by falling log-odds")
     axes.set_ylabel("log p_f - log p_r")
     axes.legend(frameon=False)
-    return _picture(figure)
-
-
-def _panels(count: int, size: tuple[float, float]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def _picture(figure) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer).convert("RGB")
+    return drawn(figure)

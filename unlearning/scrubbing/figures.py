@@ -1,39 +1,16 @@
 """What the scrubber saw, to look at: masks over pictures, similarities, the patches that prototypes stand for."""
 
 # N pictures, K prototypes, h w feature grid, H W height and width of a picture.
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-TILE, COLUMNS, ROWS = 96, 8, 12  # pixels a side of a picture; pictures in a row; rows at most
+from unlearning.pictures import COLOURS, COLUMNS, drawn, grid, overlays, panels, pictures
 
-
-def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
-    """Pictures (H, W, 3) uint8 in rows of `columns`."""
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + 4) - 4, rows * (TILE + 4) - 4), "white")
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, ((i % columns) * (TILE + 4), (i // columns) * (TILE + 4)))
-    return sheet
-
-
-def overlays(images: Sequence[np.ndarray], M: Tensor) -> Image.Image:
-    """Each picture, and below it the same with its mask (N, 1, h, w) laid over it in red."""
-    size = images[0].shape[:2]
-    covered = F.interpolate(M[:COLUMNS].float().cpu(), size, mode="bilinear", align_corners=False)[:, 0, :, :, None]
-    plain = [np.asarray(image) for image in images[:COLUMNS]]
-    red = np.array([230, 30, 30])
-    tinted = [
-        (image * (1 - 0.65 * m) + 0.65 * m * red).astype(np.uint8)
-        for image, m in zip(plain, covered.numpy(), strict=True)
-    ]
-    return grid(plain + tinted, len(plain))
+ROWS = 12  # of exemplars, at most
 
 
 def exemplars(images: Sequence[np.ndarray], S: Tensor) -> Image.Image:
@@ -58,26 +35,16 @@ def _patch(image: np.ndarray, cell: tuple[int, int], cells: tuple[int, int]) -> 
 
 def histogram(forget: Tensor, retain: Tensor, tau: float) -> Image.Image:
     """How similar the places of forget and retain pictures are to their nearest prototype, S (N, h, w)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, (6.4, 3.2))
     values = {"forget": forget.flatten().cpu().numpy(), "retain": retain.flatten().cpu().numpy()}
     bins = np.linspace(min(v.min() for v in values.values() if v.size), 1, 60)
-    for (name, value), colour in zip(values.items(), ("#d1495b", "#30638e"), strict=True):
-        axes.hist(value, bins, density=True, alpha=0.6, color=colour, label=name)
+    for name, value in values.items():
+        axes.hist(value, bins, density=True, alpha=0.6, color=COLOURS[name], label=name)
     axes.axvline(tau, color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f}")
     axes.set_xlabel("similarity to the nearest prototype")
     axes.set_yticks([])
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer).convert("RGB")
-
-
-def pictures(images: Tensor) -> list[np.ndarray]:
-    """(N, 3, H, W) in [0, 1] to N of (H, W, 3) uint8."""
-    return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return drawn(figure)
 
 
 @torch.no_grad()
