@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def _execute(cfg: DictConfig, settings: dict) -> dict[str, float | str]:
 
     for name in ("pytorch_lightning", "lightning_fabric"):  # whose import has set their levels to INFO
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec")  # Lightning's affair with PyTorch, told at every stage
     method, model = get_class(cfg.method._target_), get_method(cfg.model._target_).__self__
     if not issubclass(model, method.works_on):
         raise UserError(f"{method.__name__} works on a {method.works_on.__name__}; a {model.__name__} is none.")
@@ -114,9 +116,9 @@ def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     console.print(summary(metrics))
     console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the pictures.", soft_wrap=True)
     if skipped := metrics.get("cost/skipped"):
-        raise UserError(f"Everything else is done, but {skipped} rows were skipped; each is named in a warning above.")
+        raise UserError(f"Everything is done but for rows that were skipped: {skipped}. Warnings above name them.")
     if failed := metrics.get("cost/failed"):
-        raise UserError(f"Everything else is done, but {failed} pictures could not be made; warnings above say why.")
+        raise UserError(f"Everything is done but for pictures that could not be made: {failed}. Warnings above say why.")
     return sweeps.objective(cfg.objective, metrics)
 
 

@@ -27,9 +27,8 @@ def claimed(rows: Sequence[Row], wait: bool = False) -> Iterator[list[Row]]:
     """
     with ExitStack() as stack:
         files, mine = {}, set()
-        for path in sorted(
-            (row.path for row in missing(rows)), key=_place
-        ):  # in one order, lest two wait for each other
+        # In one order, lest two wait for each other.
+        for path in sorted((row.path for row in missing(rows)), key=_place):
             if path.parent not in files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files[path.parent] = stack.enter_context((path.parent / CLAIMS).open("ab"))

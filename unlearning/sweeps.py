@@ -50,9 +50,8 @@ class Failures(Callback):
         elif hasattr(self, "failed"):
             error = job_return._return_value
             told = {"folder": str(folder), "job": list(job_return.overrides or ()), "error": reason(error)}
-            job_return.return_value = JobFailed(
-                told["error"]
-            )  # the error itself may not survive a trip between processes
+            # The error itself may not survive a trip between processes.
+            job_return.return_value = JobFailed(told["error"])
             if config.get("objective") is None:
                 job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             log.error("Failed: %s", told["error"])

@@ -79,7 +79,7 @@ def test_the_rest_is_drawn_and_the_exit_says_what_was_skipped(unlearn, told, lis
     overrides = ["dataset=prompt_list", f"dataset.path={path}", "method=unguide"]
     short = ["method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
     message = told(*overrides, *short)
-    assert "1 rows were skipped" in message
+    assert "rows that were skipped: 1" in message
 
 
 def rows_of(run) -> list[dict]:

@@ -124,7 +124,7 @@ def test_a_detector_that_trips_over_a_picture_is_a_failure_of_that_picture(unlea
     monkeypatch.setattr(NudeNet, "_boxes", trips)
     with pytest.raises(SystemExit) as stop:
         unlearn(*SMALL, *NUDENET, *photos)
-    assert "1 pictures could not be made" in str(stop.value.code)
+    assert "pictures that could not be made: 1" in str(stop.value.code)
 
 
 def test_a_failed_picture_is_in_no_manifest(unlearn, photos, tmp_path, monkeypatch):
