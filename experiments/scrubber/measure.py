@@ -14,6 +14,7 @@ import copy
 import json
 import logging
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,10 +32,10 @@ from hydra.utils import instantiate
 from sklearn.metrics import roc_auc_score
 
 from unlearning.__main__ import CONF
-from unlearning.concepts import RETAIN
+from unlearning.concepts import RETAIN, Concept, UnlearningTask
 from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
-from unlearning.images import load, read_manifest
+from unlearning.images import Row, load, read_manifest
 from unlearning.methods.student import Lesson
 from unlearning.reporting.rows import UNEDITED, settings
 
@@ -86,20 +87,22 @@ def _changed(run: Path) -> str:
 
 def fid_ratio(features, run: Path, other: Path) -> float:
     """FID(erased, base of another seed) / FID(base, base of another seed), of the retained prompts' pictures."""
-    drawn = {name: _retained(run / "images" / f"{name}.csv") for name in ("erased", "base")}
-    against = _retained(other / "images" / "base.csv")
-    return _fid(features, drawn["erased"], against) / _fid(features, drawn["base"], against)
+    with tempfile.TemporaryDirectory() as folder:
+        for row in _retained(other / "images" / "base.csv"):
+            shutil.copy(row.path, folder)
+        metric = FID(features, roles=(RETAIN,), real=folder, device="cpu")
+        metric.prepare(UnlearningTask(erase=(Concept(""),)))
+        erased, base = (_fid(metric, _retained(run / "images" / f"{name}.csv")) for name in ("erased", "base"))
+    return erased / base
 
 
-def _retained(manifest: Path):
-    rows = [row for row in read_manifest(manifest) if row.role == RETAIN]
-    return load(rows), rows
+def _retained(manifest: Path) -> list[Row]:
+    return [row for row in read_manifest(manifest) if row.role == RETAIN]
 
 
-def _fid(features, generated, real) -> float:
-    metric = FID(features, roles=(RETAIN,), device="cpu")
-    metric._real[RETAIN] = metric._moments(real[0])
-    metric.update(*generated)
+def _fid(metric: FID, rows: list[Row]) -> float:
+    metric.reset()
+    metric.update(load(rows), rows)
     return metric.compute()["fidelity/fid"]
 
 
