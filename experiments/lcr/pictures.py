@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from bench import Bench
-from table import REPLACEMENTS, drawn
+from table import REPLACEMENTS, reconstructed
 
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Blocks
@@ -21,13 +21,13 @@ SCENES = 5
 def main(overrides: list[str]) -> None:
     bench = Bench([f"dataset.images={SCENES}", *overrides])
     rows = manifest_of_inputs(bench.folder / "images", bench.task, 0)[:SCENES]
-    columns = [load(rows, "source"), drawn(bench, rows)]
+    columns = [load(rows, "source"), reconstructed(bench, rows)]
     found = count(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
     where = ["method=lcr_localized", "detector@method.detector=boxes"]
     for replacement in REPLACEMENTS:
         erasure = bench.method(*where, f"replacement@method.replacement={replacement}").edit(found)
         with erasure.applied_to(bench.model):
-            columns.append(drawn(bench, rows))
+            columns.append(reconstructed(bench, rows))
     sheet = grid(list(np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])), len(columns))
     sheet.save(Path(__file__).with_name("pictures.png"))
 

@@ -1,14 +1,17 @@
 """Every replacement, global at several K and localized by boxes and by the judge: python experiments/lcr/table.py
 
 Each cell is a mean over pictures with its 95 % interval (bootstrap). Settings as overrides: concept=ship
-dataset.images=50.
+dataset.images=50. The curve of suppression against damage is drawn beside this file, suppression_CONCEPT.png.
 """
 
 import sys
+from collections import defaultdict
 from itertools import chain
+from pathlib import Path
 
 import torch
 from bench import BATCH, Bench, interval, printed, recognised
+from PIL import Image
 from tqdm import tqdm
 
 from unlearning.codes.frequency import count
@@ -16,6 +19,7 @@ from unlearning.codes.replacement import Blocks
 from unlearning.concepts import ERASE
 from unlearning.evaluators.similarity import Similarity
 from unlearning.images import Row, manifest_of_inputs, save
+from unlearning.pictures import drawn, panels
 
 REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
 GLOBAL_K = (16, 64, 256, 512, 1024)
@@ -23,7 +27,7 @@ GLOBAL_K = (16, 64, 256, 512, 1024)
 
 def table(bench: Bench) -> None:
     rows = manifest_of_inputs(bench.folder / "images", bench.task, 0)
-    base = drawn(bench, rows)
+    base = reconstructed(bench, rows)
     for row, image in zip(rows, base, strict=True):
         save(image, row)
     before = recognised(bench, base, rows)
@@ -38,7 +42,7 @@ def table(bench: Bench) -> None:
             ["method=lcr_localized", f"detector@method.detector={where}"] if kind == "localized" else ["method=lcr"]
         )
         with bench.method(*chosen).edit(found).applied_to(bench.model):
-            after, decided = drawn(bench, rows, decided=True)
+            after, decided = reconstructed(bench, rows, decided=True)
         body.append([replacement, kind, where, *scored(bench, after, base, rows, before, decided)])
     shown = sum(row.role == ERASE for row in rows)
     printed(
@@ -47,9 +51,28 @@ def table(bench: Bench) -> None:
          "PSNR outside", "SSIM outside", "FID", "cells changed, %"],
         body,
     )  # fmt: skip
+    curve(body).save(Path(__file__).with_name(f"suppression_{bench.task.name}.png"))
 
 
-def drawn(bench: Bench, rows: list[Row], decided: bool = False):
+def curve(body: list[list[str]]) -> Image.Image:
+    """Suppression against damage: a line for each global replacement, K growing along it; a mark for each localized."""
+    figure, (axes,) = panels(1, (6.4, 4.2))
+    colours = dict(zip(REPLACEMENTS, ("#d1495b", "#30638e", "#8d96a3", "#edae49", "#00798c"), strict=True))
+    by_line = defaultdict(list)
+    for replacement, kind, where, still, beside, *_ in body[1:]:
+        line = (replacement, where if kind == "localized" else "")
+        by_line[line].append([float(cell.split()[0]) for cell in (beside, still)])
+    for (replacement, where), points in by_line.items():
+        marker = {"": ".", "boxes": "s", "judge": "^"}[where]
+        label = f"{replacement}, by {where}" if where else f"{replacement}, global, K = {GLOBAL_K[0]} to {GLOBAL_K[-1]}"
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colours[replacement], label=label, alpha=0.8)
+    axes.set_xlabel("others in the same picture still seen, % of before")
+    axes.set_ylabel("the concept still seen, % of before")
+    axes.legend(frameon=False, fontsize=7)
+    return drawn(figure)
+
+
+def reconstructed(bench: Bench, rows: list[Row], decided: bool = False):
     images, told = zip(
         *(bench.sampler.draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True
     )

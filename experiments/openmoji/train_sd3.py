@@ -145,6 +145,7 @@ def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: 
     torch.set_float32_matmul_precision("high")
     pictures, labels = rendered("train", images)
     vae, tokens, words = AutoencoderKL.from_pretrained(VAE), tokenizer(), word_tokenizer()
+    vae.register_to_config(shift_factor=0.0)  # which StableDiffusion3Pipeline adds unasked
     module = TextToImage(tokens, words, steps, lr)
     if not torch.cuda.is_available():
         F.scaled_dot_product_attention = attention
