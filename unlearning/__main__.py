@@ -118,7 +118,9 @@ def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     if skipped := metrics.get("cost/skipped"):
         raise UserError(f"Everything is done but for rows that were skipped: {skipped}. Warnings above name them.")
     if failed := metrics.get("cost/failed"):
-        raise UserError(f"Everything is done but for pictures that could not be made: {failed}. Warnings above say why.")
+        raise UserError(
+            f"Everything is done but for pictures that could not be made: {failed}. Warnings above say why."
+        )
     return sweeps.objective(cfg.objective, metrics)
 
 

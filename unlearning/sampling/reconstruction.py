@@ -43,4 +43,4 @@ class Reconstruction:
 
 def as_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    return torch.tensor(images).permute(0, 3, 1, 2) / 255  # a copy: some arrays may not be written to
