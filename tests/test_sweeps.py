@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from tests.test_run import at_call, ctrl_c, files
+from tests.run.small import at_call, ctrl_c, files
 from unlearning import sharing
 from unlearning.__main__ import CONF
 from unlearning.concepts import UserError

@@ -1,0 +1,44 @@
+"""A run that takes seconds, and what is asked of the folders that it leaves."""
+
+import signal
+from pathlib import Path
+
+STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
+FIT = 3  # denoiser evaluations of an iteration of ESD, left where its trajectory begins: student, and teacher twice
+EXACT = ["method.trajectory=exact", "method.batch_size=1", "method.steps=1"]
+TRAIN = ["method=esd_x", *EXACT, "trainer.callbacks.0.every_n_train_steps=2"]
+SMALL = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three prompts
+
+
+def pictures(count: int) -> int:
+    """The denoiser evaluations of so many guided pictures."""
+    return count * STEPS * 2
+
+
+def at_call(monkeypatch, owner: type, name: str, k: int, happen) -> None:
+    """Calls `happen()` instead of the k-th call, from 1, of owner.name."""
+    original, calls = getattr(owner, name), [0]
+
+    def call(*arguments, **keywords):
+        calls[0] += 1
+        return happen() if calls[0] == k else original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file below a folder with the time it was last written."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def drawn(store: Path) -> dict[str, int]:
+    """The pictures among them."""
+    return {name: time for name, time in files(store).items() if name.endswith(".png")}
+
+
+def partial(folder: Path) -> list[str]:
+    return [str(p) for p in folder.rglob("*partial*")]

@@ -1,0 +1,215 @@
+"""How whole runs survive accidents.
+
+An accident is the real thing where it can be: a SIGINT, a limit on the size of files.
+"""
+
+import errno
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, drawn, files, partial, pictures
+from unlearning.evaluators.nudenet import NudeNet
+from unlearning.methods.esd import ESD
+from unlearning.run import alone_in
+from unlearning.sampling.sampler import Sampler
+
+# --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path, monkeypatch, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=9"]
+    left = 9
+    for k, done in ((4, 2), (4, 4), (1, 4)):  # interrupted in call k; steps that checkpoints have kept by then
+        with monkeypatch.context() as patch:
+            at_call(patch, ESD, "loss", k, ctrl_c)
+            assert "Interrupted. The same command goes on from here." in told(*command)
+        run, kept = tmp_path / "run", tmp_path / "run" / "checkpoints"
+        assert not (run / "erasure").exists() and not partial(tmp_path)
+        assert [p.name for p in kept.iterdir() if p.suffix == ".ckpt"] == ["last.ckpt"]
+        assert torch.load(kept / "last.ckpt", weights_only=False)["global_step"] == done
+        left = 9 - done
+    evaluations()
+    unlearn(*command, "stages=[fit]")
+    assert evaluations() == left * FIT
+    assert not kept.exists(), "the erasure takes the checkpoints' place"
+    unlearn(*command)
+    assert evaluations() == 2 * pictures(3) and (run / "report.html").exists()
+    cost = json.loads((run / "cost.json").read_text())["fit"]["denoiser_evaluations"]
+    assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its sittings cost"
+
+
+def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp_path, monkeypatch, evaluations):
+    command = ["method=negative_prompt"]
+    with monkeypatch.context() as patch:
+        at_call(patch, Sampler, "draw", 2, ctrl_c)
+        assert "Interrupted" in told(*command)
+    store, run = tmp_path / "store" / "images", tmp_path / "run"
+    first = drawn(store)
+    assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
+    assert evaluations() == pictures(4)
+    with monkeypatch.context() as patch:
+        at_call(patch, Sampler, "draw", 5, ctrl_c)  # three batches are left of the base model's pictures
+        assert "Interrupted" in told(*command)
+    assert evaluations() == pictures(9 + 4) and not (run / "images").exists()
+    unlearn(*command)
+    assert evaluations() == pictures(9)
+    assert first.items() <= drawn(store).items() and len(drawn(store)) == 2 * PICTURES
+    assert (run / "report.html").exists()
+
+
+def test_an_interrupted_evaluation_is_made_again_and_nothing_else(unlearn, told, tmp_path, monkeypatch, evaluations):
+    command = ["method=negative_prompt", "evaluator=nudenet"]
+    updates = []
+    update = NudeNet.update
+    monkeypatch.setattr(NudeNet, "update", lambda self, *a: (updates.append(1), update(self, *a)))
+    with monkeypatch.context() as patch:
+        at_call(patch, NudeNet, "update", 6, ctrl_c)  # the base model's four batches, and one of the erased model's
+        assert told(*command) == "Interrupted. The same command goes on from here."
+    assert not (tmp_path / "run" / "metrics.json").exists() and not partial(tmp_path) and len(updates) == 5
+    evaluations()
+    run = unlearn(*command)
+    assert evaluations() == 0 and len(updates) == 5 + 4
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"efficacy/nudenet_total", "base/efficacy/nudenet_total"} <= metrics.keys() and (
+        run / "report.html"
+    ).exists()
+
+
+def test_an_interrupted_report_is_written_again(unlearn, told, tmp_path, monkeypatch, evaluations):
+    replace = Path.replace
+
+    def interrupted(self, target):
+        return ctrl_c() if target.name == "report.html" else replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        told(*SMALL)
+    run = tmp_path / "run"
+    assert (run / "metrics.json").exists() and not (run / "report.html").exists() and not partial(tmp_path)
+    evaluations()
+    unlearn(*SMALL)
+    assert evaluations() == 0 and "</html>" in (run / "report.html").read_text()
+
+
+# --- a loss that is no number -----------------------------------------------------------------------------------------
+
+
+def finite(checkpoint: Path) -> bool:
+    weights = torch.load(checkpoint, weights_only=False)["state_dict"]
+    return len(weights) > 0 and all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_a_loss_that_is_no_number_stops_the_fit(told, tmp_path, monkeypatch):
+    at_call(monkeypatch, ESD, "loss", 4, lambda: torch.tensor(float("nan"), requires_grad=True))
+    said = told(*SMALL, *TRAIN, "method.iterations=9")
+    assert "The loss is nan at step 3." in said and "method.optimizer.lr" in said
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=False)["global_step"] == 2 and finite(last)
+    assert not (tmp_path / "run" / "erasure").exists() and not partial(tmp_path)
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_weights_that_are_no_numbers_are_never_kept(told, tmp_path, iterations):
+    said = told(
+        *SMALL, *TRAIN, f"method.iterations={iterations}", "method.optimizer.lr=inf",
+        "trainer.callbacks.0.every_n_train_steps=1",
+    )  # fmt: skip
+    assert "The weights are not finite at step 1." in said and "method.optimizer.lr" in said
+    assert all(finite(p) for p in tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "run" / "erasure").exists() and not partial(tmp_path)
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),  # and how many pictures are still to be drawn; the fit itself is in its last checkpoint
+    [("cost.json", 6), ("weights.safetensors", 6), ("erasure.json", 6), (".png", 6), ("base.csv", 0),
+     ("evaluations", 0), ("metrics.json", 0), ("report.html", 0)],
+)  # fmt: skip
+def test_a_full_disk_leaves_nothing_half_written(unlearn, told, tmp_path, monkeypatch, evaluations, name, left):
+    command = [*SMALL, *TRAIN, "method.iterations=1", "evaluator=nudenet"]
+    write_bytes = Path.write_bytes
+
+    def full(self, content):
+        if name in str(self.relative_to(tmp_path)):
+            write_bytes(self, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write_bytes(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        said = told(*command)
+    assert "No space left on device" in said and "the same command goes on from here" in said
+    assert not partial(tmp_path)
+    assert not [p for p in files(tmp_path) if name in p], "neither half a file nor one of that name"
+    evaluations()
+    run = unlearn(*command)
+    assert evaluations() == pictures(left)
+    assert (run / "report.html").exists()
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_no_erasure(unlearn, told, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))  # the system refuses to write more
+    try:
+        said = told(*SMALL, "method=uce", "stages=[fit]")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in said and "the same command goes on from here" in said
+    assert not (tmp_path / "run" / "erasure").exists() and not partial(tmp_path)
+    assert (unlearn(*SMALL, "method=uce", "stages=[fit]") / "erasure").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(unlearn, told, tmp_path, monkeypatch):
+    command = [*SMALL, *TRAIN, "method.iterations=9", "stages=[fit]"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    loss = ESD.loss
+
+    def shrinking(self, prompts):
+        if self.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+        return loss(self, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ESD, "loss", shrinking)
+        try:
+            said = told(*command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the same command goes on from here" in said
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=False)["global_step"] == 2 and finite(last)
+    unlearn(*command)
+
+
+# --- two runs in one folder -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_takes_one_run_at_a_time(unlearn, told, tmp_path, evaluations):
+    with alone_in(tmp_path / "run"):
+        assert f"Another run is at work in {tmp_path / 'run'}" in told(*SMALL)
+        assert evaluations() == 0 and not (tmp_path / "store").exists()
+        unlearn(*SMALL, run="another")
+    assert (unlearn(*SMALL) / "report.html").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_others_record_alone(unlearn, told, tmp_path):
+    run = unlearn(*SMALL, "stages=[fit]")
+    with alone_in(run):
+        before = files(run / ".hydra")
+        told(*SMALL, "seed=1")
+        assert files(run / ".hydra") == before
+    assert "seed: 0" in (run / ".hydra" / "config.yaml").read_text()
+
+
+def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Sampler, "draw", 1, ctrl_c)
+        told(*SMALL)
+    with alone_in(tmp_path / "run"):
+        pass

@@ -1,0 +1,225 @@
+"""Whole runs of a tiny model: what they leave, and what they do not do twice."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, partial, pictures
+from unlearning.erasure import Erasure
+from unlearning.evaluators.fid import FID
+from unlearning.evaluators.nudenet import NudeNet
+from unlearning.images import load, read_manifest
+from unlearning.methods.esd import ESD
+from unlearning.run import suppression
+
+# --- a run from its first stage to its last ---------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_path, evaluations):
+    command = [*TRAIN, "method.iterations=3", "evaluator=nudenet", "logger=csv"]
+    run = unlearn(*command)
+    assert evaluations() == 3 * FIT + 2 * pictures(PICTURES)
+
+    left = {p for p in files(run) if not p.startswith("logs/")}
+    assert left - {"__main__.log"} == {
+        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+        *(f"erasure/{name}" for name in ("README.md", "erasure.json", "weights.safetensors")),
+        *("images/base.csv", "images/erased.csv", "metrics.json", "cost.json", "report.html", "teaser.png", ".lock"),
+        *("details/nudenet-of-base.jsonl", "details/nudenet-of-erased.jsonl"),
+        *("provenance.json", ".finished", *([".fit"] if (run / ".fit").exists() else [])),
+    }
+    assert not partial(tmp_path)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"efficacy/nudenet_total", "base/efficacy/nudenet_total", "efficacy/nudenet_total/protocol"} <= set(metrics)
+    assert metrics["cost/denoiser_evaluations"] == 3 * FIT and metrics["cost/artefact_bytes"] > 10_000
+    cost = json.loads((run / "cost.json").read_text())
+    assert {k: v["denoiser_evaluations"] for k, v in cost.items()} == {
+        "fit": 3 * FIT, "generate base": pictures(PICTURES), "generate erased": pictures(PICTURES)
+    }  # fmt: skip
+    base, erased = (read_manifest(run / "images" / f"{name}.csv") for name in ("base", "erased"))
+    assert [(r.prompt, r.seed, r.role) for r in base] == [(r.prompt, r.seed, r.role) for r in erased]
+    assert len({r.path for r in base + erased}) == 2 * PICTURES == len(list((tmp_path / "store").rglob("*.png")))
+    assert load(base).shape == (PICTURES, 16, 16, 3) and (load(base) != load(erased)).any()
+    [log] = run.glob("logs/csv/*/metrics.csv")
+    losses = [float(row["train/loss"]) for row in csv.DictReader(log.open()) if row.get("train/loss")]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+    before, shared = files(run), files(tmp_path / "store")
+    unlearn(*command)
+    assert evaluations() == 0, "nothing is fitted or drawn again"
+    assert files(tmp_path / "store") == shared, "nothing of the store is written again"
+    after = files(run)
+    assert {p: after[p] for p in before if p.startswith("erasure/")} == {
+        p: t for p, t in before.items() if p.startswith("erasure/")
+    }
+    assert json.loads((run / "metrics.json").read_text()).keys() == metrics.keys()
+
+
+def test_runs_share_the_base_models_pictures_and_their_measures(unlearn, tmp_path, evaluations):
+    none = unlearn("method=none", "evaluator=nudenet", run="none")
+    assert evaluations() == pictures(PICTURES), "a model that nothing was erased from is the base model"
+    base, erased = (read_manifest(none / "images" / f"{name}.csv") for name in ("base", "erased"))
+    assert base == erased and base[0].base is None
+    negative = unlearn("method=negative_prompt", run="negative")
+    assert evaluations() == pictures(PICTURES), "only the erased model's are drawn"
+    assert load(read_manifest(negative / "images" / "base.csv")).any()
+    assert read_manifest(negative / "images" / "base.csv") == read_manifest(none / "images" / "base.csv")
+    unlearn("method=none", "concept=dog", run="dog")
+    assert evaluations() == pictures(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
+
+
+def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
+    few = [*SMALL, "method=none"]
+    unlearn(*few)
+    evaluations()
+    for setting in ("seed=1", "sampler.steps=3", "sampler.guidance_scale=5", "model.dtype=bfloat16"):
+        unlearn(*few, setting, run=setting.partition("=")[0])
+        assert evaluations() > 0, setting
+    unlearn(*few, "sampler.batch_size=1", run="alone")
+    assert evaluations() == 0, "a batch's size changes no picture"
+
+
+def test_a_batch_changes_no_picture(unlearn, tmp_path):
+    a = load(read_manifest(unlearn(*SMALL, "sampler.batch_size=3") / "images" / "base.csv"))
+    shutil.rmtree(tmp_path / "store")
+    b = load(read_manifest(unlearn(*SMALL, "sampler.batch_size=1") / "images" / "base.csv"))
+    assert np.abs(a.astype(int) - b).max() <= 1 and len(np.unique(a[:, 0, 0, 0])) > 1
+
+
+def test_stages_can_be_run_one_by_one(unlearn, evaluations):
+    run = unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]")
+    assert evaluations() == FIT and not (run / "images").exists()
+    unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[generate]")
+    assert evaluations() == 2 * pictures(3) and not (run / "metrics.json").exists()
+    unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[report,evaluate]")  # their order is the stages' own
+    assert evaluations() == 0 and (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "answer"),
+    [
+        ("[evaluate]", "run the generate stage first"),
+        ("[generate]", "run the fit stage first"),
+        ("[report]", "run the evaluate stage"),
+        ("[fitt]", "There is no stage 'fitt'; there are fit, generate, evaluate, report."),
+    ],
+)
+def test_a_stage_whose_turn_has_not_come_says_which_is_missing(told, stages, answer):
+    assert answer in told(*SMALL, f"stages={stages}")
+
+
+def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn, monkeypatch):
+    updates = []
+    update = NudeNet.update
+    monkeypatch.setattr(NudeNet, "update", lambda self, *a: (updates.append(1), update(self, *a)))
+    command = [*SMALL, "method=none", "evaluator=nudenet"]
+    unlearn(*command)
+    assert len(updates) == 1, "base and unedited are the same pictures"
+    unlearn(*command)
+    assert len(updates) == 1
+    unlearn(*command, "evaluator.nudenet.threshold=0.5")
+    assert len(updates) == 2
+
+
+class Colours:
+    """A feature extractor: the mean colour."""
+
+    name = "mean colour"
+
+    def __init__(self, path: str):
+        pass
+
+    def __call__(self, images):
+        return images.float().mean((1, 2))
+
+
+def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypatch, evaluations):
+    (tmp_path / "mugs").mkdir()
+    for i in range(12):
+        Image.new("RGB", (9, 9), (20 * i, 9 * i, i * i)).save(tmp_path / "mugs" / f"{i:02}.png")
+    (tmp_path / "mugs" / "zz.png").write_bytes(b"no picture")
+    fid = ["evaluator=fid", "judge.features._target_=tests.run.test_stages.Colours", "evaluator.fid.count=7"]
+    command = [
+        "dataset=folder",
+        "concept=mug",
+        f"forget={tmp_path}/mugs",
+        "dataset.size=16",
+        *fid,
+        "dataset.images_per_prompt=4",
+    ]
+    with pytest.warns(UserWarning, match=r"1 of 13 pictures cannot be read and are left out: .*zz\.png"):
+        run = unlearn(*command, "method=negative_prompt")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["fidelity/fid_e"] > 0 and "fidelity/fid" not in metrics, "there are no pictures to retain"
+    evaluations()
+    updates = []
+    monkeypatch.setattr(FID, "update", lambda self, *a: updates.append(a))
+    unlearn(*command, "method=negative_prompt", "sampler.batch_size=3")
+    assert evaluations() == 0 and not updates, "nothing is measured again"
+
+
+# --- nothing stale ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=3", f"model.path={model}"]
+    run = unlearn(*command)
+    first = evaluations()
+    old = Erasure.load(run / "erasure"), read_manifest(run / "images" / "erased.csv")
+    tiny.pipeline("sd1", seed=1).save_pretrained(model)
+    unlearn(*command)
+    assert evaluations() == first
+    new = Erasure.load(run / "erasure"), read_manifest(run / "images" / "erased.csv")
+    assert old[0].fingerprint != new[0].fingerprint and (load(old[1]) != load(new[1])).any()
+    assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
+
+
+def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, told, model, monkeypatch, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=5", f"model.path={model}", "stages=[fit]"]
+    with monkeypatch.context() as patch:
+        at_call(patch, ESD, "loss", 4, ctrl_c)
+        told(*command)
+    evaluations()
+    tiny.pipeline("sd1", seed=1).save_pretrained(model)
+    unlearn(*command)
+    assert evaluations() == 5 * FIT
+
+
+@pytest.mark.parametrize(
+    "change", ["method.eta=3", "concept=bird", "seed=1", "method=uce", "dataset.template='the {}'"]
+)
+def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
+    unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]", run="same")
+    old = Erasure.load((run := unlearn(*SMALL, "stages=[]", run="same")) / "erasure").fingerprint
+    method = [] if change.startswith("method=") else [*TRAIN, "method.iterations=1"]
+    unlearn(*SMALL, *method, "stages=[fit]", change, run="same")
+    assert Erasure.load(run / "erasure").fingerprint != old
+
+
+def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
+    unlearn(*command)
+    evaluations()
+    unlearn(*command, "dataset.images_per_prompt=2", "dataset.others=[ship]", "sampler.steps=5", "evaluator=nudenet")
+    assert evaluations() == 0
+
+
+# --- numbers of the whole run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 50.0}, 90.0),
+        ({"efficacy/nudenet_rate": 3.0, "base/efficacy/nudenet_rate": 4.0, "efficacy/acc_e": 0.0}, 25.0),
+        ({"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
+    assert suppression(metrics).get("efficacy/suppression") == expected
