@@ -38,6 +38,7 @@ from unlearning.evaluators.fid import FID
 from unlearning.images import Row, load, read_manifest
 from unlearning.methods.student import Lesson
 from unlearning.reporting.rows import UNEDITED, settings
+from unlearning.scrubbing.conditioning import told
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
 
@@ -120,7 +121,9 @@ def masks(_: Path, overrides: list[str]) -> list[dict]:
         for seed in SEEDS:
             pl.seed_everything(seed, verbose=False)
             taken = how(model, forget, retain)
-            side = task.forget_images[0].shape[:2]
+            M = taken.mask(how.similarities(taken, model, forget).amax(1), forget.shape[-2:])
+            words = told(cfg.method.conditioning, model, task, forget, M).forget
+            taken, side = how.confirm(taken, model, forget, retain, words), task.forget_images[0].shape[:2]
             M, M_retain = (
                 taken.mask(how.similarities(taken, model, latents).amax(1), side)[:, 0].numpy()
                 for latents in (forget, retain)

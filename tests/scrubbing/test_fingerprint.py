@@ -58,6 +58,48 @@ def test_what_is_planted_is_found_and_the_background_is_not(pictures):
     torch.testing.assert_close(taken.prototypes.norm(dim=1), torch.ones(len(taken.prototypes)))
 
 
+class Told(Seeing):
+    """A teacher whose mind a word changes where the picture holds `what`."""
+
+    def __init__(self, what):
+        self.what = F.normalize(what - MEAN, dim=0)
+
+    def encode_prompts(self, prompts):
+        return Conditioning(torch.tensor([[[float(bool(p))]] for p in prompts]))
+
+    def predict(self, x_t, t, c):
+        there = torch.einsum("bdhw,d->bhw", F.normalize(x_t - MEAN, dim=1), self.what) > 0.5
+        return there[:, None] * c.embeds[:, :, None]
+
+    def to_x0(self, prediction, x_t, t):
+        return prediction
+
+
+def test_what_only_stands_beside_the_concept_is_dropped_once_a_word_says_so(pictures):
+    forget, retain, where = pictures
+    torch.manual_seed(1)
+    beside = torch.zeros_like(where)
+    for picture, mask, concept in zip(forget, beside, where, strict=True):
+        mask[-1] = ~concept[-1]  # a strip that the retain pictures have not, either
+        picture[:, mask] = MEAN + torch.linspace(-1, 1, D)[:, None] + 0.3 * torch.randn(D, int(mask.sum()))
+    how = Fingerprinting(K=12, tau="calibrated", quantile=0.99)
+    teacher = Told(forget[0][:, where[0]].mean(1))
+    taken = how(teacher, forget, retain)
+
+    def covered(fingerprint):
+        M = fingerprint.mask(how.similarities(fingerprint, teacher, forget).amax(1), (SIDE, SIDE))[:, 0]
+        return M[where].mean(), M[beside].mean()
+
+    on, off = covered(taken)
+    assert on > 0.8 and off > 0.8, "nothing yet tells them apart"
+    on, off = covered(how.confirm(taken, teacher, forget, retain, teacher.encode_prompts(["mug"])))
+    assert on > 0.8 and off < 0.1
+
+    assert Fingerprinting(confirmed=False).confirm(taken, teacher, forget, retain, None) is taken
+    silent = Told(MEAN - teacher.what)
+    assert how.confirm(taken, silent, forget, retain, teacher.encode_prompts([""])) is taken, "no word, no change"
+
+
 def test_without_retain_images_to_compare_with_the_background_is_taken_for_the_concept(pictures):
     forget, retain, where = pictures
     as_published = Fingerprinting(K=12, tau=0.6, centred=False, purity=0.0)

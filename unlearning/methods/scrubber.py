@@ -13,6 +13,7 @@ Deviations, each with a switch back to the write-up's own (conf/method/scrubber_
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
   decides what is drawn, for almost nothing.
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
+- confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
 - normalised: L_f and L_b are means over what M and 1 - M cover, and not over the whole picture.
@@ -81,11 +82,12 @@ class Scrubber(TrainedMethod):
         _insist_on_images(task)
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
-        S = self.fingerprinting.similarities(self.fingerprint, teacher, forget).amax(1)
-        M = self.fingerprint.mask(S, forget.shape[-2:])
+        M = self._masks(forget)
         self.told = told(self.conditioning, teacher, task, forget, M, self.words)
         if self.told.words:
             log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
+            self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
+            M = self._masks(forget)
         eta = filling(self.blinding, teacher, forget, M)
         self.figures = figures(self, forget, retain, M, eta)
         return ForgetRetain((forget, M, eta), (retain,), self.batch_size)
@@ -110,6 +112,10 @@ class Scrubber(TrainedMethod):
         L_f = self._mean(M, self._error(S, z_t, T_blind, z_blind_t, t))
         L_b = self._mean(1 - M, self._error(S, z_t, T, z_t, t))
         return self.lamb_f * L_f + self.lamb_b * L_b
+
+    def _masks(self, z_0: Tensor) -> Tensor:
+        S = self.fingerprinting.similarities(self.fingerprint, self.teacher, z_0).amax(1)
+        return self.fingerprint.mask(S, z_0.shape[-2:])
 
     def _mask(self, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         S = self.fingerprint.similarities(self.teacher, z_t, t, c).amax(1)

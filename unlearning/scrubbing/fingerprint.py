@@ -1,13 +1,14 @@
 """What a concept looks like to the frozen teacher, found in pictures without a label.
 
 Feature vectors of the forget images are clustered on the sphere; a cluster that the retain images share is background
-and is dropped; what is left, the prototypes, is where the concept is.
+and is dropped; what is left, the prototypes, is where the concept is. Once words for the concept are known, those
+prototypes are dropped too at whose places the words change nothing.
 """
 
 # B batch, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ class Fingerprinting:
         purity: Drops a cluster unless of the vectors near its prototype (nearer than half of its members) this share
             is the forget images', were there as many of the retain images; the purest is kept if none is so pure. 0
             keeps every cluster.
+        confirmed: Whether `confirm` drops any.
         seed: Of the clustering.
     """
 
@@ -77,13 +79,14 @@ class Fingerprinting:
         vectors: int = 2000,
         centred: bool = True,
         purity: float = 0.95,
+        confirmed: bool = True,
         quantile: float = 0.9,
         seed: int = 42,
     ):
         if isinstance(tau, str) and tau != "calibrated":
             raise UserError(f"tau is a number or 'calibrated', not {tau!r}.")
         self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
-        self.vectors, self.centred, self.purity = vectors, centred, purity
+        self.vectors, self.centred, self.purity, self.confirmed = vectors, centred, purity, confirmed
         self.quantile, self.seed = quantile, seed
 
     def __call__(self, teacher: DiffusionModel, forget: Tensor, retain: Tensor) -> Fingerprint:
@@ -109,9 +112,46 @@ class Fingerprinting:
         prototypes = self._clusters(f)
         if self.purity:
             prototypes = self._chosen(prototypes, f, r)
-        tau = _quantile((r @ prototypes.T).amax(1), self.quantile) if self.tau == "calibrated" else self.tau
-        device = teacher.device
-        return Fingerprint(prototypes.to(device), centre.to(device), float(tau), self.alpha, self.layer)
+        prototypes, centre, tau = prototypes.to(teacher.device), centre.to(teacher.device), self._tau(prototypes, r)
+        return Fingerprint(prototypes, centre, tau, self.alpha, self.layer)
+
+    @torch.no_grad()
+    def confirm(
+        self, taken: Fingerprint, teacher: DiffusionModel, forget: Tensor, retain: Tensor, c: Conditioning
+    ) -> Fingerprint:
+        """The prototypes at whose places c, prompts that name the concept, changes the teacher's mind.
+
+        Attention tells every place what the picture is of, so that the paper beside a banana can be as much the
+        banana's own as the banana is. But it is not where the prompt matters (DiffEdit: Couairon et al., 2022,
+        https://arxiv.org/abs/2210.11427, step 1): a prototype is kept if in the places nearest to it the prediction
+        changes by more than in the mean place of the same pictures.
+        """
+        if not self.confirmed:
+            return taken
+        S = self.similarities(taken, teacher, forget)
+        change = F.interpolate(self._change(teacher, forget, c), S.shape[-2:], mode="area")
+        similar = S.gt(taken.tau) & F.one_hot(S.argmax(1), S.shape[1]).movedim(-1, 1).bool()
+        kept = (similar * change).sum((0, 2, 3)) > similar.sum((0, 2, 3))
+        if not kept.any():
+            return taken
+        r = F.normalize(self._vectors(teacher, retain) - taken.centre.cpu(), dim=1) if len(retain) else retain
+        prototypes = taken.prototypes[kept]
+        return replace(taken, prototypes=prototypes, tau=self._tau(prototypes.cpu(), r))
+
+    def _change(self, teacher: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
+        """How far the x_0 that the teacher implies moves when told c, of the mean over the picture, (N, 1, H, W)."""
+        parts = []
+        for z_0 in latents.split(AT_ONCE):
+            moved = torch.zeros_like(z_0[:, :1])
+            for x_t, t, null in self._views(teacher, z_0):
+                told = c[torch.randint(len(c), (len(z_0),), device=z_0.device)]
+                x_0, x_0_null = (teacher.to_x0(teacher.predict(x_t, t, said), x_t, t) for said in (told, null))
+                moved += (x_0 - x_0_null).square().mean(1, keepdim=True)
+            parts.append(moved / moved.mean((2, 3), keepdim=True).clamp(min=1e-12))
+        return torch.cat(parts)
+
+    def _tau(self, prototypes: Tensor, r: Tensor) -> float:
+        return float(_quantile((r @ prototypes.T).amax(1), self.quantile) if self.tau == "calibrated" else self.tau)
 
     @torch.no_grad()
     def similarities(self, fingerprint: Fingerprint, teacher: DiffusionModel, latents: Tensor) -> Tensor:
