@@ -177,16 +177,20 @@ def counting(bench: Bench) -> None:
             seconds[name].append(time.perf_counter() - start)
     took = {name: float(np.median(values)) for name, values in seconds.items()}
     other = max(int((found[0] - counts).abs().sum()) // 2 for counts in found)
-    z = torch.cat([latents(path).double().permute(0, 2, 3, 1).flatten(0, 2) for path in pictures.paths])
-    codebook, given = bench.model.codebook.double(), bench.codes(pictures).flatten().to(z.device)
-    nearest = torch.cat([torch.cdist(part, codebook).amin(1) for part in z.split(4096)])
-    gap = (((z - codebook[given]).norm(dim=1) - nearest) / nearest).max()
+    gap = farther(torch.cat([latents(path) for path in pictures.paths]), bench.codes(pictures), bench.model.codebook)
     printed(
         f"{len(pictures)} pictures, {torch.get_num_threads()} threads; counted otherwise: {other} of {found[0].sum()}, "
         f"at most {gap:.0e} of the distance farther than the nearest code",
         ["", "seconds", "pictures a second", "times as fast"],
         [[n, f"{t:.2f}", f"{len(pictures) / t:.0f}", f"{took['one by one'] / t:.1f}"] for n, t in took.items()],
     )
+
+
+def farther(z: Tensor, codes: Tensor, codebook: Tensor) -> float:
+    """By how much of the distance a code (N, h, w) is farther at most than the one nearest to z (N, C, h, w)."""
+    z, codebook = z.double().permute(0, 2, 3, 1).flatten(0, 2), codebook.double()
+    nearest = torch.cat([torch.cdist(part, codebook).amin(1) for part in z.split(4096)])
+    return (((z - codebook[codes.flatten().to(z.device)]).norm(dim=1) - nearest) / nearest).max().item()
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {

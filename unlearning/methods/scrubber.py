@@ -82,12 +82,12 @@ class Scrubber(TrainedMethod):
         _insist_on_images(task)
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
-        M = self._masks(forget)
+        M = self._found(forget)
         self.told = told(self.conditioning, teacher, task, forget, M, self.words)
         if self.told.words:
             log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
             self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
-            M = self._masks(forget)
+            M = self._found(forget)
         eta = filling(self.blinding, teacher, forget, M)
         self.figures = figures(self, forget, retain, M, eta)
         return ForgetRetain((forget, M, eta), (retain,), self.batch_size)
@@ -113,11 +113,13 @@ class Scrubber(TrainedMethod):
         L_b = self._mean(1 - M, self._error(S, z_t, T, z_t, t))
         return self.lamb_f * L_f + self.lamb_b * L_b
 
-    def _masks(self, z_0: Tensor) -> Tensor:
+    def _found(self, z_0: Tensor) -> Tensor:
+        """M (N, 1, H, W) of pictures, at timesteps of the fingerprint's band."""
         S = self.fingerprinting.similarities(self.fingerprint, self.teacher, z_0).amax(1)
         return self.fingerprint.mask(S, z_0.shape[-2:])
 
     def _mask(self, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """M (B, 1, H, W) at the training timestep."""
         S = self.fingerprint.similarities(self.teacher, z_t, t, c).amax(1)
         return self.fingerprint.mask(S, z_t.shape[-2:])
 

@@ -104,7 +104,7 @@ class Fingerprinting:
         f = self._vectors(teacher, forget)
         r = self._vectors(teacher, retain) if len(retain) else f[:0]
         centre = r.mean(0) if self.centred else torch.zeros_like(f[0])
-        f, r = F.normalize(f - centre, dim=1), F.normalize(r - centre, dim=1)
+        f, r = (_directions(vectors, centre) for vectors in (f, r))
         if len(f) < self.K:
             raise UserError(
                 f"{self.K} prototypes cannot be made of {len(f)} feature vectors: lower method.fingerprint.K."
@@ -134,9 +134,11 @@ class Fingerprinting:
         kept = (similar * change).sum((0, 2, 3)) > similar.sum((0, 2, 3))
         if not kept.any():
             return taken
-        r = F.normalize(self._vectors(teacher, retain) - taken.centre.cpu(), dim=1) if len(retain) else retain
-        prototypes = taken.prototypes[kept]
-        return replace(taken, prototypes=prototypes, tau=self._tau(prototypes.cpu(), r))
+        taken = replace(taken, prototypes=taken.prototypes[kept])
+        if self.tau != "calibrated":
+            return taken
+        r = _directions(self._vectors(teacher, retain), taken.centre.cpu())
+        return replace(taken, tau=self._tau(taken.prototypes.cpu(), r))
 
     def _change(self, teacher: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
         """How far the x_0 that the teacher implies moves when told c, of the mean over the picture, (N, 1, H, W)."""
@@ -204,6 +206,11 @@ class Fingerprinting:
                 "(method.fingerprint.K), another layer (method.fingerprint.layer), or method.fingerprint.purity=0."
             )
         return prototypes[share >= min(self.purity, share.max().item())]
+
+
+def _directions(vectors: Tensor, centre: Tensor) -> Tensor:
+    """Of vectors (V, D) as seen from the centre (D,)."""
+    return F.normalize(vectors - centre, dim=1)
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
