@@ -13,6 +13,8 @@ from unlearning.concepts import UserError
 from unlearning.models import taming
 from unlearning.models.model import Model, chosen_device, fingerprint
 
+TIE = 1e-4  # of the distance to a code: thirty times what the batch changes by rounding
+
 
 class VQGAN(Model):
     """
@@ -55,7 +57,6 @@ class VQGAN(Model):
         else:
             vq, logits = taming.load(folder)
         vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
-        vq = vq.to(memory_format=torch.channels_last)  # half the time on a CPU
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
@@ -80,13 +81,23 @@ class VQGAN(Model):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1]."""
+        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1], the same in whatever batch."""
+        codes, tied = self._nearest(images)
+        for i in tied.nonzero().flatten().tolist() if len(images) > 1 else ():
+            codes[i : i + 1], _ = self._nearest(images[i : i + 1])
+        return codes
+
+    def _nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (B, h, w), and of which pictures (B,) some code is nearest by less than a batch's rounding moves."""
+        x = (2 * images - 1).to(self.device, self.dtype, memory_format=torch.contiguous_format)
         with self.precision():
-            z = self.vq.encode((2 * images - 1).to(self.device, self.dtype)).latents
-            if self.logits is not None:
-                return self.logits(z).argmax(1)
-        z = z.float().permute(0, 2, 3, 1)
-        return torch.cdist(z.flatten(0, 2), self.codebook.float()).argmin(1).reshape(z.shape[:3])
+            z = self.vq.encode(x).latents
+            values = self.logits(z) if self.logits else z
+        values = values.float().permute(0, 2, 3, 1).flatten(1, 2)
+        far = -values if self.logits else torch.cdist(values, self.codebook.float())  # (B, h w, K)
+        first, second = far.topk(2, largest=False).values.unbind(-1)
+        tied = second - first < TIE * first.abs()
+        return far.argmin(-1).reshape(len(z), *z.shape[2:]), tied.any(1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
