@@ -3,8 +3,8 @@
 - effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
   model's, and the FID of the erased model's retained pictures over that of the base model's own, both against the base
   model's pictures of another seed (judge's features);
-- masks: where the fingerprint finds the concept, against the drawings' true silhouettes and boxes, and how much of the
-  retain images it covers;
+- masks: where the fingerprint finds the concept (cat, ship and key, or concept=...), against the drawings' true
+  silhouettes and boxes, and how much of the retain images it covers;
 - cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
   beside a whole second denoiser for a teacher.
 """
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 
@@ -113,8 +114,9 @@ def _fid(metric: FID, rows: list[Row]) -> float:
 @torch.no_grad()
 def masks(_: Path, overrides: list[str]) -> list[dict]:
     rows = []
-    for concept in CONCEPTS:
-        cfg = configured(f"concept={concept}", *overrides)
+    asked = [o.removeprefix("concept=") for o in overrides if o.startswith("concept=")]
+    for concept in asked or CONCEPTS:
+        cfg = configured(*overrides, f"concept={concept}")
         model, task, how = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.method.fingerprint)
         forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
         found = defaultdict(list)
@@ -153,8 +155,6 @@ class Copied:
     """A full student beside a whole second denoiser."""
 
     def of(self, model):
-        from contextlib import contextmanager
-
         @contextmanager
         def lesson():
             teacher = copy.copy(model)

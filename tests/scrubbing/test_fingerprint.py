@@ -75,15 +75,17 @@ class Told(Seeing):
         return prediction
 
 
-def test_what_only_stands_beside_the_concept_is_dropped_once_a_word_says_so(pictures):
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_only_stands_beside_the_concept_is_dropped_once_a_word_says_so(pictures, shared):
     forget, retain, where = pictures
     torch.manual_seed(1)
-    beside = torch.zeros_like(where)
+    beside, teacher = torch.zeros_like(where), Told(forget[0][:, where[0]].mean(1))
     for picture, mask, concept in zip(forget, beside, where, strict=True):
         mask[-1] = ~concept[-1]  # a strip that the retain pictures have not, either
         picture[:, mask] = MEAN + torch.linspace(-1, 1, D)[:, None] + 0.3 * torch.randn(D, int(mask.sum()))
+    if shared:  # a few of the retain pictures show something like it
+        retain[:4, :, :3, :3] = forget[0][:, where[0]].reshape(D, 3, 3)
     how = Fingerprinting(K=12, tau="calibrated", quantile=0.99)
-    teacher = Told(forget[0][:, where[0]].mean(1))
     taken = how(teacher, forget, retain)
 
     def covered(fingerprint):
@@ -91,9 +93,9 @@ def test_what_only_stands_beside_the_concept_is_dropped_once_a_word_says_so(pict
         return M[where].mean(), M[beside].mean()
 
     on, off = covered(taken)
-    assert on > 0.8 and off > 0.8, "nothing yet tells them apart"
+    assert off > 0.8 and (on < 0.1 if shared else on > 0.8), "nothing yet tells them apart"
     on, off = covered(how.confirm(taken, teacher, forget, retain, teacher.encode_prompts(["mug"])))
-    assert on > 0.8 and off < 0.1
+    assert on > (0.4 if shared else 0.8) and off < 0.1
 
     assert Fingerprinting(confirmed=False).confirm(taken, teacher, forget, retain, None) is taken
     silent = Told(MEAN - teacher.what)

@@ -16,7 +16,9 @@ Deviations, each with a switch back to the write-up's own (conf/method/scrubber_
 - confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
-- normalised: L_f and L_b are means over what M and 1 - M cover, and not over the whole picture.
+- normalised: L_f is a share, of what the teacher, told the same, would have to forget of this picture at this t: 1 at
+  the start for a cat as for a key, and at large t, where there is little to see and the prompt decides, as at small t.
+  L_b is a mean over what 1 - M covers. As written up, both are means over the whole picture.
 """
 
 # B batch, N pictures, C H W latent shape; M (B, 1, H, W).
@@ -48,7 +50,7 @@ class Scrubber(TrainedMethod):
         words: The vocabulary of conditioning=words; None for the tokenizer's.
         blinding: "gaussian", "blurred", "shuffled" or "inpaint".
         detect: "once" or "every_step".
-        normalised: Whether L_f and L_b are means over what their masks cover.
+        normalised: Whether L_f is a share of what there is to forget, and L_b a mean over what its mask covers.
         lamb_f, lamb_b, lamb_r: Weights of the three losses.
         training: TrainedMethod's arguments; batch_size is the number of forget images, and of retain images, in a step.
     """
@@ -60,12 +62,12 @@ class Scrubber(TrainedMethod):
         target_space: str = "x0",
         conditioning: str | None = "words",
         words: list[str] | None = None,
-        blinding: str = "gaussian",
+        blinding: str = "shuffled",
         detect: str = "once",
         normalised: bool = True,
         lamb_f: float = 1.0,
         lamb_b: float = 1.0,
-        lamb_r: float = 1.0,
+        lamb_r: float = 10.0,
         **training,
     ):
         super().__init__(**training)
@@ -102,15 +104,23 @@ class Scrubber(TrainedMethod):
         teacher, (t, eps) = self.teacher, self._noise(z_0)
         null = teacher.encode_prompts([""]).expand(len(z_0))
         z_t = teacher.add_noise(z_0, eps, t)
+        c = _some(self.told.forget, len(z_0))
         with torch.no_grad():
             if self.detect == "every_step":
                 M = self._mask(z_t, t, null)
             eta = torch.randn_like(z_0) if self.blinding == "gaussian" else eta  # anew at every step
             z_blind_t = teacher.add_noise((1 - M) * z_0 + M * eta, eps, t)
             T, T_blind = teacher.predict(z_t, t, null), teacher.predict(z_blind_t, t, null)
-        S = self.student.predict(z_t, t, _some(self.told.forget, len(z_0)))
-        L_f = self._mean(M, self._error(S, z_t, T_blind, z_blind_t, t))
-        L_b = self._mean(1 - M, self._error(S, z_t, T, z_t, t))
+            T_told = teacher.predict(z_t, t, c) if self.normalised else T
+        S = self.student.predict(z_t, t, c)
+        left, whole = (self._error(known, z_t, T_blind, z_blind_t, t) for known in (S, T_told))
+        off = self._error(S, z_t, T, z_t, t)
+        if self.normalised:
+            found = M.sum((1, 2, 3)).clamp(max=1)  # a picture that shows it nowhere has nothing to teach
+            L_f = (found * _sum(M * left) / _sum(M * whole).clamp(min=1e-6)).mean()
+            L_b = ((1 - M) * off).mean() / (1 - M).mean().clamp(min=1e-6)
+        else:  # as eq. 11 has it: the mask is inside the square
+            L_f, L_b = (M.square() * left).mean(), ((1 - M).square() * off).mean()
         return self.lamb_f * L_f + self.lamb_b * L_b
 
     def _found(self, z_0: Tensor) -> Tensor:
@@ -141,10 +151,10 @@ class Scrubber(TrainedMethod):
         model = self.teacher
         return (model.to_x0(S, z_S, t) - model.to_x0(T, z_T, t)).square()
 
-    def _mean(self, M: Tensor, error: Tensor) -> Tensor:
-        if self.normalised:
-            return (M * error).sum() / (M.sum() * error.shape[1]).clamp(min=1e-6)
-        return (M.square() * error).mean()  # as eq. 11 has it: the mask is inside the square
+
+def _sum(values: Tensor) -> Tensor:
+    """(B,)"""
+    return values.flatten(1).sum(1)
 
 
 def _insist_on_images(task) -> None:

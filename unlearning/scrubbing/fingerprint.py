@@ -27,12 +27,14 @@ class Fingerprint:
     """
     Args:
         prototypes: (K, D), of unit length.
+        shared: (J, D), the clusters that were dropped because the retain images share them, purest first.
         centre: (D,), what is taken off every feature first: features have a large common mean.
         tau, alpha: M = sigmoid(alpha (S - tau)).
         layer: Where in the denoiser the features are taken; None for the middle.
     """
 
     prototypes: Tensor
+    shared: Tensor
     centre: Tensor
     tau: float
     alpha: float
@@ -109,11 +111,10 @@ class Fingerprinting:
             raise UserError(
                 f"{self.K} prototypes cannot be made of {len(f)} feature vectors: lower method.fingerprint.K."
             )
-        prototypes = self._clusters(f)
-        if self.purity:
-            prototypes = self._chosen(prototypes, f, r)
-        prototypes, centre, tau = prototypes.to(teacher.device), centre.to(teacher.device), self._tau(prototypes, r)
-        return Fingerprint(prototypes, centre, tau, self.alpha, self.layer)
+        clusters = self._clusters(f)
+        prototypes, shared = self._chosen(clusters, f, r) if self.purity else (clusters, clusters[:0])
+        tau, place = self._tau(prototypes, r), teacher.device
+        return Fingerprint(prototypes.to(place), shared.to(place), centre.to(place), tau, self.alpha, self.layer)
 
     @torch.no_grad()
     def confirm(
@@ -124,17 +125,20 @@ class Fingerprinting:
         Attention tells every place what the picture is of, so that the paper beside a banana can be as much the
         banana's own as the banana is. But it is not where the prompt matters (DiffEdit: Couairon et al., 2022,
         https://arxiv.org/abs/2210.11427, step 1): a prototype is kept if in the places nearest to it the prediction
-        changes by more than in the mean place of the same pictures.
+        changes by more than in the mean place of the same pictures. Where all of them are such paper, the concept is in
+        a cluster that the retain images share: the purest one whose places c changes.
         """
         if not self.confirmed:
             return taken
-        S = self.similarities(taken, teacher, forget)
+        clusters = torch.cat([taken.prototypes, taken.shared])
+        S = self.similarities(replace(taken, prototypes=clusters), teacher, forget)
         change = F.interpolate(self._change(teacher, forget, c), S.shape[-2:], mode="area")
-        similar = S.gt(taken.tau) & F.one_hot(S.argmax(1), S.shape[1]).movedim(-1, 1).bool()
-        kept = (similar * change).sum((0, 2, 3)) > similar.sum((0, 2, 3))
-        if not kept.any():
+        nearest = F.one_hot(S.argmax(1), S.shape[1]).movedim(-1, 1)
+        moved = (nearest * change).sum((0, 2, 3)) > nearest.sum((0, 2, 3))
+        if not moved.any():
             return taken
-        taken = replace(taken, prototypes=taken.prototypes[kept])
+        own = moved[: len(taken.prototypes)]
+        taken = replace(taken, prototypes=taken.prototypes[own] if own.any() else clusters[moved][:1])
         if self.tau != "calibrated":
             return taken
         r = _directions(self._vectors(teacher, retain), taken.centre.cpu())
@@ -190,8 +194,8 @@ class Fingerprinting:
         centres = torch.from_numpy(means.cluster_centers_).float()
         return F.normalize(centres[centres.norm(dim=1) > 0], dim=1)
 
-    def _chosen(self, prototypes: Tensor, f: Tensor, r: Tensor) -> Tensor:
-        """The prototypes whose clusters the retain images do not share."""
+    def _chosen(self, prototypes: Tensor, f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """The prototypes whose clusters the retain images do not share, and those whose they do; purest first."""
         own, theirs = f @ prototypes.T, r @ prototypes.T  # (V, K)
         member = F.one_hot(own.argmax(1), len(prototypes)).bool()
         radius = torch.stack(
@@ -205,7 +209,9 @@ class Fingerprinting:
                 "forget images' own. Give retain images that do not show the concept, more clusters "
                 "(method.fingerprint.K), another layer (method.fingerprint.layer), or method.fingerprint.purity=0."
             )
-        return prototypes[share >= min(self.purity, share.max().item())]
+        order = share.argsort(descending=True)
+        own = share[order] >= min(self.purity, share.max().item())
+        return prototypes[order][own], prototypes[order][~own]
 
 
 def _directions(vectors: Tensor, centre: Tensor) -> Tensor:
