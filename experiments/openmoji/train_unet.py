@@ -31,7 +31,13 @@ PRINTABLE = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with the world's words whole; any other word falls apart into letters."""
+    """CLIP's byte-pair encoding with the world's words whole; any other word falls apart into letters.
+
+    Made once and kept: pairs that are as frequent are merged in another order each time.
+    """
+    folder = ROOT / "tokenizer"
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(openmoji.vocabulary(), trainers.BpeTrainer(
@@ -39,7 +45,10 @@ def tokenizer() -> CLIPTokenizer:
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = [*PRINTABLE, *(c + "</w>" for c in PRINTABLE), *(a + b for a, b in merges)]
     vocab = {p: i for i, p in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=L)
+    made = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=L)
+    made.save_pretrained(folder.with_suffix(".part"))
+    folder.with_suffix(".part").rename(folder)
+    return made
 
 
 def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
