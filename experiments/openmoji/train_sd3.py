@@ -170,10 +170,10 @@ def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--workers", type=int, default=0, help="processes that write captions")
     parser.add_argument("--compile", action="store_true", help="a tenth faster on a CPU, more on a GPU")
     main(**vars(parser.parse_args()))
