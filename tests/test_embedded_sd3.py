@@ -1,4 +1,4 @@
-"""emoji_sd3, as shipped: small, plain diffusers loads it, it draws what is asked for, and we draw what diffusers draws."""
+"""emoji_sd3, as shipped: small, plain diffusers loads it, and draws what we draw, which is what was asked for."""
 
 from pathlib import Path
 
