@@ -67,7 +67,7 @@ class Scrubber(TrainedMethod):
         normalised: bool = True,
         lamb_f: float = 1.0,
         lamb_b: float = 1.0,
-        lamb_r: float = 10.0,
+        lamb_r: float = 20.0,
         **training,
     ):
         super().__init__(**training)
