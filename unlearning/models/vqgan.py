@@ -13,7 +13,7 @@ from unlearning.concepts import UserError
 from unlearning.models import taming
 from unlearning.models.model import Model, chosen_device, fingerprint
 
-TIE = 1e-4  # of the distance to a code: thirty times what the batch changes by rounding
+TIE = 1e-4  # of the distance to a code: thirty times what a batch changes by rounding
 
 
 class VQGAN(Model):
@@ -57,6 +57,9 @@ class VQGAN(Model):
         else:
             vq, logits = taming.load(folder)
         vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
+        vq = vq.to(memory_format=torch.channels_last)  # half the time on a CPU
+        for norm in (module for module in vq.modules() if isinstance(module, nn.GroupNorm)):
+            norm.register_forward_pre_hook(_contiguous)
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
@@ -89,9 +92,8 @@ class VQGAN(Model):
 
     def _nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (B, h, w), and of which pictures (B,) some code is nearest by less than a batch's rounding moves."""
-        x = (2 * images - 1).to(self.device, self.dtype, memory_format=torch.contiguous_format)
         with self.precision():
-            z = self.vq.encode(x).latents
+            z = self.vq.encode((2 * images - 1).to(self.device, self.dtype)).latents
             values = self.logits(z) if self.logits else z
         values = values.float().permute(0, 2, 3, 1).flatten(1, 2)
         far = -values if self.logits else torch.cdist(values, self.codebook.float())  # (B, h w, K)
@@ -105,3 +107,8 @@ class VQGAN(Model):
         z = self.codebook[codes.to(self.device)].permute(0, 3, 1, 2)
         with self.precision():
             return (self.vq.decode(z, force_not_quantize=True).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """PyTorch's group norm of channels-last tensors rounds forty times more coarsely on a CPU: codes would change."""
+    return tuple(x.contiguous() for x in inputs)
