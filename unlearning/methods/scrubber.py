@@ -111,11 +111,11 @@ class Scrubber(TrainedMethod):
             eta = torch.randn_like(z_0) if self.blinding == "gaussian" else eta  # anew at every step
             z_blind_t = teacher.add_noise((1 - M) * z_0 + M * eta, eps, t)
             T, T_blind = teacher.predict(z_t, t, null), teacher.predict(z_blind_t, t, null)
-            T_told = teacher.predict(z_t, t, c) if self.normalised else T
         S = self.student.predict(z_t, t, c)
-        left, whole = (self._error(known, z_t, T_blind, z_blind_t, t) for known in (S, T_told))
-        off = self._error(S, z_t, T, z_t, t)
+        left, off = self._error(S, z_t, T_blind, z_blind_t, t), self._error(S, z_t, T, z_t, t)
         if self.normalised:
+            with torch.no_grad():
+                whole = self._error(teacher.predict(z_t, t, c), z_t, T_blind, z_blind_t, t)
             found = M.sum((1, 2, 3)).clamp(max=1)  # a picture that shows it nowhere has nothing to teach
             L_f = (found * _sum(M * left) / _sum(M * whole).clamp(min=1e-6)).mean()
             L_b = ((1 - M) * off).mean() / (1 - M).mean().clamp(min=1e-6)
