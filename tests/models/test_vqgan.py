@@ -1,7 +1,10 @@
 """VQ-GANs: the codes and pictures are diffusers' own, from a folder or a foreign checkpoint, in any batch."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests import tiny
 from unlearning.concepts import UserError
@@ -25,6 +28,18 @@ def test_a_batch_changes_no_code(vqgan):
     model = VQGAN.load(str(vqgan), device="cpu")
     alone = torch.cat([model.encode(image[None]) for image in IMAGES])
     assert torch.equal(model.encode(IMAGES), alone)
+
+
+def test_group_norms_round_no_more_than_diffusers_own_do(vqgan):
+    """Of nearly flat pictures, where E[x²] - E[x]² would lose all but a few digits."""
+    norm = next(m for m in VQGAN.load(str(vqgan), device="cpu").vq.modules() if isinstance(m, torch.nn.GroupNorm))
+    x = 10 + 0.01 * torch.randn(2, norm.num_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = copy.deepcopy(norm).double()
+        del exact.forward
+        exact, stock = exact(x.double()), F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        ours = norm(x.to(memory_format=torch.channels_last))
+    assert (ours - exact).abs().max() <= 2 * (stock - exact).abs().max()
 
 
 def test_codes_of_a_gumbel_quantizer_are_the_argmax_of_its_logits():

@@ -3,6 +3,7 @@
 # B batch, H W height and width, h w grid of codes, K codes, C their width.
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import torch
 from diffusers import VQModel
@@ -13,7 +14,7 @@ from unlearning.concepts import UserError
 from unlearning.models import taming
 from unlearning.models.model import Model, chosen_device, fingerprint
 
-TIE = 1e-4  # of the distance to a code: thirty times what a batch changes by rounding
+TIE = 2e-6  # of what is compared: more than a batch changes by rounding
 
 
 class VQGAN(Model):
@@ -57,9 +58,10 @@ class VQGAN(Model):
         else:
             vq, logits = taming.load(folder)
         vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
-        vq = vq.to(memory_format=torch.channels_last)  # half the time on a CPU
-        for norm in (module for module in vq.modules() if isinstance(module, nn.GroupNorm)):
-            norm.register_forward_pre_hook(_contiguous)
+        if place.type == "cpu":  # half the time there
+            vq = vq.to(memory_format=torch.channels_last)
+            for norm in (module for module in vq.modules() if isinstance(module, nn.GroupNorm)):
+                norm.forward = MethodType(_group_norm, norm)
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
@@ -94,12 +96,20 @@ class VQGAN(Model):
         """Codes (B, h, w), and of which pictures (B,) some code is nearest by less than a batch's rounding moves."""
         with self.precision():
             z = self.vq.encode((2 * images - 1).to(self.device, self.dtype)).latents
-            values = self.logits(z) if self.logits else z
-        values = values.float().permute(0, 2, 3, 1).flatten(1, 2)
-        far = -values if self.logits else torch.cdist(values, self.codebook.float())  # (B, h w, K)
-        first, second = far.topk(2, largest=False).values.unbind(-1)
-        tied = second - first < TIE * first.abs()
-        return far.argmin(-1).reshape(len(z), *z.shape[2:]), tied.any(1)
+        values = self.logits(z) if self.logits else z
+        found = [self._search(own) for own in values.float().permute(0, 2, 3, 1).flatten(1, 2)]
+        codes, tied = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return codes.reshape(len(z), *z.shape[2:]), tied
+
+    def _search(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (h w,) of one picture's values (h w, C or K), and whether any two are as near as rounding."""
+        if self.logits:
+            far, size = -values, values.abs().amax(1)
+        else:  # |c|² - 2 z·c, the distance squared but for |z|²: one product instead of cdist's two passes
+            codebook = self.codebook.float()
+            far, size = torch.addmm(codebook.square().sum(1), values, codebook.T, alpha=-2), values.square().sum(1)
+        nearest, codes = far.min(1)
+        return codes, (far <= (nearest + TIE * size)[:, None]).count_nonzero() > len(codes)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -109,6 +119,19 @@ class VQGAN(Model):
             return (self.vq.decode(z, force_not_quantize=True).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """PyTorch's group norm of channels-last tensors rounds forty times more coarsely on a CPU: codes would change."""
-    return tuple(x.contiguous() for x in inputs)
+def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Of pictures (B, C, H, W) whose channels lie together.
+
+    PyTorch's own takes the variance of those as E[x²] - E[x]² on a CPU, rounds forty times more coarsely for it, and
+    codes would change.
+    """
+    if x.ndim != 4:
+        return nn.GroupNorm.forward(self, x)
+
+    def mean(of: Tensor) -> Tensor:  # of each channel's group, (B, C, 1, 1)
+        groups = of.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2)
+        return groups.repeat_interleave(x.shape[1] // self.num_groups, 1)[..., None, None]
+
+    x = x - mean(x)
+    scale = (mean(x.square()) + self.eps).rsqrt() * self.weight[:, None, None]
+    return torch.addcmul(self.bias[:, None, None], x, scale)
