@@ -24,6 +24,7 @@ KINDS = ("null", "generic", "words", "inverted", "caption")
 GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
+LAST_LOOKS = 256  # noised pictures on which those are tried at last
 RETAINED = 64  # other words, whose prompts hold the rest in place
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
@@ -82,14 +83,14 @@ def nearest_words(
     """The words that stand for the pictures, best first, and words that do not.
 
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
-    left. A word stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as
-    the best one does.
+    left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
+    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
     tried, left = {}, words
     while True:
-        error = errors(teacher, latents, M, ["", *left], looks)
+        error = errors(teacher, latents, M, ["", *left], looks if len(left) > MOST else LAST_LOOKS)
         gain = dict(zip(left, (error[0] - error[1:]).median(1).values.tolist(), strict=True))
         tried |= gain
         ranked = sorted(left, key=lambda word: -gain[word])
