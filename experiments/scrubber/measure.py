@@ -60,9 +60,9 @@ def configured(*overrides: str):
 # --- effect -----------------------------------------------------------------------------------------------------------
 
 
-def effect(folder: Path, overrides: list[str]) -> list[dict]:
+def effect(folders: list[str]) -> list[dict]:
     by_row = defaultdict(list)
-    for path in sorted(folder.rglob("metrics.json")):
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("metrics.json")):
         run = settings(path.parent)
         if run["method"] != UNEDITED:
             by_row[run["concept"], run["method"], _changed(path.parent)].append(path.parent)
@@ -112,7 +112,7 @@ def _fid(metric: FID, rows: list[Row]) -> float:
 
 
 @torch.no_grad()
-def masks(_: Path, overrides: list[str]) -> list[dict]:
+def masks(overrides: list[str]) -> list[dict]:
     rows = []
     asked = [o.removeprefix("concept=") for o in overrides if o.startswith("concept=")]
     for concept in asked or CONCEPTS:
@@ -208,7 +208,7 @@ def steps(student: str, overrides: list[str], count: int = 12) -> dict:
     return {"seconds": statistics.median(watch.seconds[2:]), "held": watch.held, "growth": peak - before, "peak": peak}
 
 
-def cost(_: Path, overrides: list[str], turns: int = 3) -> list[dict]:
+def cost(overrides: list[str], turns: int = 3) -> list[dict]:
     results = defaultdict(list)
     for _turn in range(turns):
         for student in STUDENTS:
@@ -238,15 +238,9 @@ if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel("ERROR")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("effect", "masks", "cost", "steps"))
-    parser.add_argument("where", nargs="?", default="outputs/runs", help="a folder of runs, for effect")
-    parser.add_argument("override", nargs="*", help="of the config: model.autocast=bfloat16")
+    parser.add_argument("given", nargs="*", help="folders of runs, for effect; else settings: model.autocast=bfloat16")
     options = parser.parse_args()
     if options.what == "steps":  # one side of `cost`
-        print(json.dumps(steps(options.where, options.override)))
+        print(json.dumps(steps(options.given[0], options.given[1:])))
     else:
-        given = (
-            options.override
-            if options.what == "effect"
-            else [o for o in (options.where, *options.override) if "=" in o]
-        )
-        print(render({"effect": effect, "masks": masks, "cost": cost}[options.what](Path(options.where), given)))
+        print(render({"effect": effect, "masks": masks, "cost": cost}[options.what](options.given)))
