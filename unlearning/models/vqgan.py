@@ -14,7 +14,7 @@ from unlearning.concepts import UserError
 from unlearning.models import taming
 from unlearning.models.model import Model, chosen_device, fingerprint
 
-TIE = 2e-6  # of what is compared: more than a batch changes by rounding
+TIE = 1e-6  # of what is compared: more than a batch changes by rounding
 
 
 class VQGAN(Model):
@@ -62,6 +62,7 @@ class VQGAN(Model):
             vq = vq.to(memory_format=torch.channels_last)
             for norm in (module for module in vq.modules() if isinstance(module, nn.GroupNorm)):
                 norm.forward = MethodType(_group_norm, norm)
+            torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what layers free
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
@@ -109,7 +110,8 @@ class VQGAN(Model):
             codebook = self.codebook.float()
             far, size = torch.addmm(codebook.square().sum(1), values, codebook.T, alpha=-2), values.square().sum(1)
         nearest, codes = far.min(1)
-        return codes, (far <= (nearest + TIE * size)[:, None]).count_nonzero() > len(codes)
+        second = far.scatter_(1, codes[:, None], torch.inf).amin(1)
+        return codes, (second <= nearest + TIE * size).any()
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
