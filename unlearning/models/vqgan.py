@@ -124,8 +124,8 @@ class VQGAN(Model):
 def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
     """Of pictures (B, C, H, W) whose channels lie together.
 
-    PyTorch's own takes the variance of those as E[x²] - E[x]² on a CPU, rounds forty times more coarsely for it, and
-    codes would change.
+    PyTorch's own takes the variance of those as E[x²] - E[x]² on a CPU: it rounds more coarsely for it, and codes would
+    change.
     """
     if x.ndim != 4:
         return nn.GroupNorm.forward(self, x)
