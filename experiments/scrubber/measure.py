@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from itertools import permutations
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +61,21 @@ def configured(*overrides: str):
 
 
 def effect(folders: list[str]) -> list[dict]:
-    by_row = defaultdict(list)
+    by_row, base = defaultdict(list), defaultdict(dict)
     for path in sorted(path for folder in folders for path in Path(folder).rglob("metrics.json")):
         run = settings(path.parent)
+        base[run["model"], run["concept"]][run["seed"]] = path.parent  # any run has the base model's pictures
         if run["method"] != UNEDITED:
-            by_row[run["concept"], run["method"], _changed(path.parent)].append(path.parent)
+            by_row[run["model"], run["concept"], run["method"], _changed(path.parent)].append(path.parent)
     features, rows = instantiate(configured().judge.features), []
-    for (concept, method, changed), runs in by_row.items():
+    for (model, concept, method, changed), runs in by_row.items():
         numbers = [json.loads((run / "metrics.json").read_text()) for run in runs]
         row = {"concept": concept, "method": method, "settings": changed, "seeds": len(runs)}
         for name, key in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
             values = [100 * n[key] / n[f"base/{key}"] for n in numbers if key in n]
             row[f"{name} (% of base)"] = mean(values) if values else ""
-        ratios = [fid_ratio(features, one, other) for one, other in permutations(runs, 2)]
+        pairs = product(runs, base[model, concept].items())
+        ratios = [fid_ratio(features, run, other) for run, (seed, other) in pairs if settings(run)["seed"] != seed]
         row["FID / FID of two seeds"] = mean(ratios, 2) if ratios else ""
         rows.append(row)
     return rows
