@@ -62,7 +62,7 @@ def configured(*overrides: str):
 
 def effect(folders: list[str]) -> list[dict]:
     by_row, base = defaultdict(list), defaultdict(dict)
-    for path in sorted(path for folder in folders for path in Path(folder).rglob("metrics.json")):
+    for path in sorted(path for folder in folders or ["outputs/runs"] for path in Path(folder).rglob("metrics.json")):
         run = settings(path.parent)
         base[run["model"], run["concept"]][run["seed"]] = path.parent  # any run has the base model's pictures
         if run["method"] != UNEDITED:
@@ -240,7 +240,7 @@ if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel("ERROR")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("effect", "masks", "cost", "steps"))
-    parser.add_argument("given", nargs="*", help="folders of runs, for effect; else settings: model.autocast=bfloat16")
+    parser.add_argument("given", nargs="*", help="folders of runs, for effect (outputs/runs); else settings")
     options = parser.parse_args()
     if options.what == "steps":  # one side of `cost`
         print(json.dumps(steps(options.given[0], options.given[1:])))
