@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torchmetrics.utilities import dim_zero_cat
 
 from unlearning.codes.frequency import FORGET, RETAIN, CodeCounts, Frequencies, Selection
 from unlearning.concepts import UserError
@@ -14,7 +15,10 @@ GRIDS = torch.tensor([[[0, 0, 1], [2, 0, 1]], [[3, 3, 3], [3, 1, 3]], [[0, 5, 5]
 
 
 def counted(*updates, **kept) -> Frequencies:
-    counts = CodeCounts(K, **kept)
+    return counted_by(CodeCounts(K, **kept), *updates)
+
+
+def counted_by(counts: CodeCounts, *updates) -> Frequencies:
     for codes, which, *where in updates:
         counts.update(codes, which, *where)
     return Frequencies(**counts.compute())
@@ -53,13 +57,24 @@ def test_batches_and_processes_change_nothing():
     torch.testing.assert_close(again.units, whole.units)
 
 
+def test_processes_put_their_blocks_together():
+    """As torchmetrics gathers the states of two processes, the other of which has counted the same."""
+    one, two = CodeCounts(K, blocks=7), CodeCounts(K, blocks=7)
+    two.dist_sync_fn, two.distributed_available_fn = lambda state, group: [state, state], lambda: True
+    grid = torch.randint(K, (1, 4, 4))
+    own, both = (counted_by(counts, (grid, RETAIN)) for counts in (one, two))
+    assert torch.equal(both.codes, 2 * own.codes)
+    assert len(own.blocks) == 4 and len(both.blocks) == 7
+    assert {tuple(b) for b in both.blocks.flatten(1).tolist()} == {tuple(b) for b in own.blocks.flatten(1).tolist()}
+
+
 def test_the_size_is_the_codebooks_however_many_the_pictures():
     counts = CodeCounts(K, pairs=True, blocks=10)
     sizes = []
     for _ in range(3):
         for _ in range(20):
             counts.update(torch.randint(K, (8, 5, 5)), RETAIN)
-        sizes.append(sum(getattr(counts, name).numel() for name in counts._defaults))
+        sizes.append(sum(dim_zero_cat(getattr(counts, name)).numel() for name in counts._defaults))
     assert sizes[0] == sizes[1] == sizes[2]
 
 

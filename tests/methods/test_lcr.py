@@ -2,15 +2,20 @@
 
 import csv
 import json
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from skimage import data as photographs
 
 from unlearning.codes.detection import Detector, NudeNet, cells
+from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Counted, Uniform
+from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasure import CodebookEdit, Erasure
 from unlearning.images import load, read_manifest
 from unlearning.models.vqgan import VQGAN
@@ -137,6 +142,28 @@ def test_a_failed_picture_is_in_no_manifest(unlearn, photos, tmp_path, monkeypat
     monkeypatch.setattr(NudeNet, "_boxes", lambda self, image: [])
     _, erased = drawn(unlearn(*SMALL, *NUDENET, *photos))
     assert len(list(erased)) == 2, "the same command goes on from there"
+
+
+def test_codes_can_be_counted_within_boxes_alone(unlearn):
+    """Fewer places of forget pictures count, and the concept's own codes come first."""
+    runs = [unlearn(*SMALL, *EXACT, "evaluator=[]", "stages=[fit]", *more, run=str(i)) for i, more in enumerate(
+        ([], ["+detector@method.within=boxes"]))]  # fmt: skip
+    whole, within = (set(Erasure.load(run / "erasure").known.explicit.tolist()) for run in runs)
+    assert whole != within
+
+
+def test_a_forget_picture_that_the_detector_trips_over_is_not_counted(vqgan, caplog):
+    @dataclass(frozen=True)
+    class Trips(Detector):
+        def __call__(self, images, known):
+            return [[(0, 0, 64, 64)] if image.any() else 1 / 0 for image in images]
+
+    light, dark = np.full((64, 64, 3), 200, np.uint8), np.zeros((64, 64, 3), np.uint8)
+    task = UnlearningTask((Concept("light"),), forget_images=[light, dark, light], retain_images=[dark])
+    model, quiet = VQGAN.load(str(vqgan), device="cpu"), {"logger": False, "enable_progress_bar": False}
+    found = count(model, task, partial(pl.Trainer, **quiet, accelerator="cpu"), within=Trips())
+    assert found.images == [2, 1] and found.codes.sum(1).tolist() == [2 * 256, 256]
+    assert "a forget picture is not counted: the detector failed" in caplog.text
 
 
 @pytest.mark.parametrize("overrides, said", [

@@ -6,6 +6,7 @@ import torch
 
 from tests.taming import VQGAN, Gumbel, Nearest
 from unlearning.concepts import UserError
+from unlearning.models import vqgan as models
 from unlearning.models.taming import convert, load
 
 SMALL = {"ch": 32, "mult": (1, 1, 2), "attention": (8,), "resolution": 32, "codes": 300}
@@ -85,6 +86,23 @@ def test_every_kind_of_file(tmp_path):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
         assert torch.equal(logits.weight, net.quantize.proj.weight)
         assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("quantizer", [Gumbel, Nearest])
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"autocast": "bfloat16"}])
+def test_a_loaded_model_gives_codes_in_every_precision(tmp_path, quantizer, settings):
+    """In float32 those of diffusers, one by one, in whatever batch."""
+    torch.save(network(quantizer).state_dict(), tmp_path / "state.pth")
+    model = models.VQGAN.load(str(tmp_path / "state.pth"), device="cpu", **settings)
+    pictures = torch.rand(16, 3, 32, 32)
+    found = model.encode(pictures)
+    assert found.shape == (16, 8, 8) and len(found.unique()) > 20
+    assert model.decode(found).isfinite().all()
+    if not settings:
+        stock = load(tmp_path / "state.pth")
+        with torch.no_grad():
+            alone = torch.cat([codes(*stock, 2 * picture - 1) for picture in pictures.split(1)])
+        assert torch.equal(found, alone) and torch.equal(found[:1], model.encode(pictures[:1]))
 
 
 def test_half_precision_is_read_as_float32(tmp_path):

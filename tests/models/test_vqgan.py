@@ -32,7 +32,7 @@ def test_a_batch_changes_no_code(vqgan):
 
 def test_group_norms_round_no_more_than_diffusers_own_do(vqgan):
     """Of nearly flat pictures, where E[x²] - E[x]² would lose all but a few digits."""
-    norm = next(m for m in VQGAN.load(str(vqgan), device="cpu").vq.modules() if isinstance(m, torch.nn.GroupNorm))
+    norm = next(m for m in VQGAN.load(str(vqgan), device="cpu").encoder.modules() if isinstance(m, torch.nn.GroupNorm))
     x = 10 + 0.01 * torch.randn(2, norm.num_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = copy.deepcopy(norm).double()
@@ -49,6 +49,11 @@ def test_codes_of_a_gumbel_quantizer_are_the_argmax_of_its_logits():
     with torch.no_grad():
         expected = logits(vq.encode(2 * IMAGES - 1).latents).argmax(1)
     assert torch.equal(model.encode(IMAGES), expected) and torch.equal(model.encode(IMAGES), expected)
+
+
+def test_a_picture_smaller_than_a_code_is_refused(vqgan):
+    with pytest.raises(UserError, match=r"stands for 4 by 4 pixels, and these pictures have 3 by 3: dataset.size=64"):
+        VQGAN.load(str(vqgan), device="cpu").encode(IMAGES[..., :3, :3])
 
 
 def test_half_precision_by_dtype(vqgan):

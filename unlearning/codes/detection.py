@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class NudeNet(Detector):
         classes: Those that count.
         min_score: What a box must score at least; NudeNet itself drops those under 0.25.
         expand: Share of its own width and height by which a box grows on each side.
-        path: Another ONNX file than the wheel's.
+        path: 640m.onnx, in place of the wheel's 320n.
     """
 
     classes: tuple[str, ...] = ("FEMALE_BREAST_EXPOSED",)
@@ -75,12 +76,17 @@ class NudeNet(Detector):
         for name in self.classes:
             if name not in CLASSES:
                 raise unknown("NudeNet class", name, CLASSES)
+        if self.path and not Path(self.path).is_file():
+            raise UserError(
+                f"No NudeNet model at {self.path}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases: "
+                "method.detector.path names the file; null is the 320n of the wheel."
+            )
 
     @cached_property
     def _detector(self):
         import nudenet
 
-        return nudenet.NudeDetector(self.path) if self.path else nudenet.NudeDetector()
+        return nudenet.NudeDetector(self.path, inference_resolution=640) if self.path else nudenet.NudeDetector()
 
     def __call__(self, images: np.ndarray, known: Sequence[Sequence[Box] | None]) -> list[list[Box]]:
         return [self._boxes(image) for image in images]

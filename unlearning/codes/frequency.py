@@ -1,6 +1,8 @@
 """How often each code of a VQ-GAN occurs in pictures of a concept and in others, in one pass over both."""
 
 # B batch, K codes, h w grid, N blocks kept; sets: forget, then retain.
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from unlearning.codes.detection import Detector, cells
+from unlearning.codes.detection import Detector, cells, found
 from unlearning.concepts import Box, UserError
-from unlearning.sampling.reconstruction import as_tensor
+from unlearning.sampling.reconstruction import FAILED, as_tensor
 
+log = logging.getLogger(__name__)
 FORGET, RETAIN = SETS = (0, 1)
 BLOCK = 3  # codes a side
 TINY = 1e-8  # what the study adds to both counts
@@ -42,8 +46,8 @@ class CodeCounts(Metric):
         size = K if pairs else 0
         # [set, 0, a, b]: how often b is right of a; [set, 1, a, b]: how often it is below.
         self.add_state("pairs", torch.zeros(2, 2, size, size, dtype=torch.int32), "sum")
-        self.add_state("blocks", torch.zeros(0, BLOCK, BLOCK, dtype=torch.int32), "cat")
-        self.add_state("keys", torch.zeros(0), "cat")  # a uniform number a block: those with the largest stay
+        self.add_state("blocks", [], "cat")  # one tensor, or one of each process
+        self.add_state("keys", [], "cat")  # a uniform number a block: those with the largest stay
 
     def update(self, codes: Tensor, which: int, where: Tensor | None = None) -> None:
         """Takes grids (B, h, w) of one set; `where` (B, h, w) bool says which places count, all by default."""
@@ -62,24 +66,28 @@ class CodeCounts(Metric):
             self._sample(codes)
 
     def _sample(self, codes: Tensor) -> None:
-        found = codes.unfold(1, BLOCK, 1).unfold(2, BLOCK, 1).reshape(-1, BLOCK, BLOCK).to(self.blocks)
-        keys = torch.cat([self.keys, torch.rand(len(found), device=self.keys.device)])
-        blocks = torch.cat([self.blocks, found])
+        found = codes.unfold(1, BLOCK, 1).unfold(2, BLOCK, 1).reshape(-1, BLOCK, BLOCK).int()
+        blocks, keys = self._kept([*self.blocks, found], [*self.keys, torch.rand(len(found), device=found.device)])
+        self.blocks, self.keys = [blocks], [keys]
+
+    def _kept(self, blocks: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, Tensor]:
+        blocks, keys = dim_zero_cat(blocks), dim_zero_cat(keys)
         chosen = keys.topk(min(self.keep, len(keys))).indices
-        self.blocks, self.keys = blocks[chosen], keys[chosen]
+        return blocks[chosen], keys[chosen]
 
     def compute(self) -> dict:
         """Arguments of Frequencies."""
         pairs = tuple(p.to_sparse().cpu() for p in self.pairs[RETAIN]) if self.pairs.numel() else ()
         # The most frequent pair in any direction, of each set.
-        top = self.pairs.flatten(1).amax(1).tolist() if self.pairs.numel() else [0, 0]
-        chosen = self.keys.topk(min(self.keep, len(self.keys))).indices  # several processes kept so many each
+        top = self.pairs.flatten(1).amax(1).tolist() if self.pairs.numel() else None
+        none = torch.zeros(0, BLOCK, BLOCK)
+        blocks = self._kept(self.blocks, self.keys)[0] if len(self.keys) else none  # each process kept so many
         return {
             "codes": self.codes.cpu(),
             "images": self.images.tolist(),
             "units": self.units.cpu(),
             "pairs": pairs,
-            "blocks": self.blocks[chosen].cpu().long(),
+            "blocks": blocks.cpu().long(),
             "top_pairs": top,
         }
 
@@ -101,7 +109,7 @@ class Frequencies:
         units: (2, K), the sums of the pictures' histograms, each of length 1.
         pairs: How often a code stands right of another, and below another, in retain pictures: (K, K) sparse each.
         blocks: (N, 3, 3), some of the retain pictures.
-        top_pairs: How often the most frequent pair occurs, in either set.
+        top_pairs: How often the most frequent pair occurs, in either set; None where pairs were not counted.
     """
 
     codes: Tensor
@@ -109,7 +117,7 @@ class Frequencies:
     units: Tensor
     pairs: tuple[Tensor, ...] = ()
     blocks: Tensor | None = None
-    top_pairs: Sequence[int] = (0, 0)
+    top_pairs: Sequence[int] | None = None
 
     def ratio(self) -> Tensor:
         """(K,): the study's score, (n_f + 1e-8) / (n_r + 1e-8). A code that no retain picture has scores about 1e8."""
@@ -141,7 +149,7 @@ class Frequencies:
             "entropy, bits": entropy,
             "entropy, % of the most": 100 * entropy / torch.tensor(float(len(p))).log2().item(),
             "cosine of two pictures' histograms": cosine,
-            "the most frequent pair of neighbours": self.top_pairs[which],
+            **({"the most frequent pair of neighbours": self.top_pairs[which]} if self.top_pairs else {}),
         }
 
 
@@ -208,9 +216,13 @@ class Counting(pl.LightningModule):
 
     def predict_step(self, batch: list[tuple[np.ndarray, Sequence[Box] | None]], batch_idx: int, dataloader_idx: int):
         images, where = np.stack([image for image, _ in batch]), None
+        codes = self.model.encode(as_tensor(images))
         if self.detector and dataloader_idx == FORGET:
-            where = cells(self.detector(images, [boxes for _, boxes in batch]), images.shape[1:3], self.model.grid)
-        self.counts.update(self.model.encode(as_tensor(images)), dataloader_idx, where)
+            told = found(self.detector, images, [boxes for _, boxes in batch])
+            for why in (t[FAILED] for t in told if FAILED in t):
+                log.warning("a forget picture is not counted: %s", why)
+            where = cells([t.get("boxes", ()) for t in told], images.shape[1:3], codes.shape[1:])
+        self.counts.update(codes, dataloader_idx, where)
 
     def on_predict_epoch_end(self) -> None:
         self.frequencies = Frequencies(**self.counts.compute())
@@ -242,9 +254,15 @@ def count(
     for kind, images in (("forget", task.forget_images), ("retain", task.retain_images)):
         if not len(images):
             raise UserError(f"Codes are counted in forget and in retain images, and there are no {kind} images.")
+    if (side := len(task.forget_images[0])) != model.size:
+        size = model.size
+        log.warning("%s is for pictures of %d pixels, and these have %d: dataset.size=%d", model.name, size, side, size)
     boxes = task.forget_boxes() if within and task.forget_boxes else None
     sets = (_Pictures(task.forget_images, boxes), _Pictures(task.retain_images, None))
     loaders = [DataLoader(pictures, batch_size, collate_fn=list) for pictures in sets]
     counting = Counting(model, CodeCounts(len(model.codebook), **kept), within)
+    start = time.perf_counter()
     trainer().predict(counting, loaders, return_predictions=False)
+    rate = sum(map(len, sets)) / (time.perf_counter() - start)
+    log.info("counted the codes of %d pictures, %.0f a second", sum(map(len, sets)), rate)
     return counting.frequencies

@@ -52,7 +52,8 @@ def emoji_scenes(concept: str, *, images: int = 100, pictures: int = 1000) -> Un
         forget_images=forget,
         retain_images=Lesson(others, others, ["color"], pictures, seed=3),
         forget_boxes=lambda: [
-            [box for name, box in zip(p.objects, p.boxes, strict=True) if name == concept] for p in forget.pictures
+            [box for name, box in zip(p.objects, p.boxes, strict=True) if name == concept and box[2] > box[0]]
+            for p in forget.pictures
         ],
         references={role: _references(concept, role) for role in (ERASE, RETAIN)},
     )

@@ -1,6 +1,7 @@
 """VQ-GANs: pictures to grids of codes and back. diffusers' VQModel, and taming-transformers' checkpoints."""
 
 # B batch, H W height and width, h w grid of codes, K codes, C their width.
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -14,7 +15,8 @@ from unlearning.concepts import UserError
 from unlearning.models import taming
 from unlearning.models.model import Model, chosen_device, fingerprint
 
-TIE = 1e-6  # of what is compared: more than a batch changes by rounding
+# More than rounding moves what is compared: of the picture's longest latent, squared; of its largest logit.
+TIE_OF_DISTANCES, TIE_OF_LOGITS = 1e-7, 1e-5
 
 
 class VQGAN(Model):
@@ -35,6 +37,7 @@ class VQGAN(Model):
         self, vq: VQModel, *, logits: nn.Module | None = None, name: str, fingerprint: str, device: torch.device
     ):
         self.vq, self.logits = vq.requires_grad_(False).eval(), logits and logits.requires_grad_(False).eval()
+        self.encoder = vq.encoder  # load() puts a quicker one beside it, where there is one
         self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
 
     @classmethod
@@ -58,13 +61,12 @@ class VQGAN(Model):
         else:
             vq, logits = taming.load(folder)
         vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
-        if place.type == "cpu":  # where it is faster
-            vq = vq.to(memory_format=torch.channels_last)
-            for norm in (module for module in vq.modules() if isinstance(module, nn.GroupNorm)):
-                norm.forward = MethodType(_group_norm, norm)
-            torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what layers free
         logits = logits and logits.to(place, dtype)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
+        if place.type == "cpu":
+            model.encoder = _channels_last(copy.deepcopy(vq.encoder))
+            _channels_last(vq.decoder)
+            torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what layers free
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
 
@@ -87,31 +89,47 @@ class VQGAN(Model):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1], the same in whatever batch."""
-        codes, tied = self._nearest(images)
-        for i in tied.nonzero().flatten().tolist() if len(images) > 1 else ():
-            codes[i : i + 1], _ = self._nearest(images[i : i + 1])
+        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1]; of float32 on a CPU, in whatever batch, diffusers' own.
+
+        Raises:
+            UserError: Where the pictures are smaller than what one code stands for.
+        """
+        if min(images.shape[-2:]) < (cell := self.size // self.grid[0]):
+            raise UserError(
+                f"A code of {self.name} stands for {cell} by {cell} pixels, and these pictures have "
+                f"{images.shape[-2]} by {images.shape[-1]}: dataset.size={self.size}."
+            )
+        found = [self._search(values) for values in self._values(images, self.encoder)]
+        codes = torch.stack([nearest for nearest, _ in found])
+        for i, (_, tied) in enumerate(found):
+            if tied:
+                codes[i] = self._diffusers_search(self._values(images[i : i + 1].contiguous(), self.vq.encoder)[0])
         return codes
 
-    def _nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (B, h, w), and of which pictures (B,) some code is nearest by less than a batch's rounding moves."""
+    def _values(self, images: Tensor, encoder: nn.Module) -> Tensor:
+        """What codes are chosen by, (B, h, w, C), or (B, h, w, K) where they are logits."""
         with self.precision():
-            z = self.vq.encode((2 * images - 1).to(self.device, self.dtype)).latents
-        values = self.logits(z) if self.logits else z
-        found = [self._search(own) for own in values.float().permute(0, 2, 3, 1).flatten(1, 2)]
-        codes, tied = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return codes.reshape(len(z), *z.shape[2:]), tied
+            z = self.vq.quant_conv(encoder((2 * images - 1).to(self.device, self.dtype)))
+            return (self.logits(z) if self.logits else z).float().permute(0, 2, 3, 1)
 
     def _search(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (h w,) of one picture's values (h w, C or K), and whether any two are as near as rounding."""
+        """Codes (h, w) of one picture's values, and whether for any a second is as near but for rounding."""
+        flat = values.flatten(0, 1)
         if self.logits:
-            far, size = -values, values.abs().amax(1)
+            far, tie = -flat, TIE_OF_LOGITS * flat.abs().max()
         else:  # |c|² - 2 z·c, the distance squared but for |z|²: one product instead of cdist's two passes
             codebook = self.codebook.float()
-            far, size = torch.addmm(codebook.square().sum(1), values, codebook.T, alpha=-2), values.square().sum(1)
+            far = torch.addmm(codebook.square().sum(1), flat, codebook.T, alpha=-2)
+            tie = TIE_OF_DISTANCES * flat.square().sum(1).max()
         nearest, codes = far.min(1)
         second = far.scatter_(1, codes[:, None], torch.inf).amin(1)
-        return codes, (second <= nearest + TIE * size).any()
+        return codes.view(values.shape[:2]), (second <= nearest + tie).any()
+
+    def _diffusers_search(self, values: Tensor) -> Tensor:
+        """Codes (h, w) of one picture's values, as diffusers' VectorQuantizer finds them."""
+        if self.logits:
+            return values.argmax(2)
+        return torch.cdist(values.flatten(0, 1).contiguous(), self.codebook.float()).argmin(1).view(values.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -119,6 +137,13 @@ class VQGAN(Model):
         z = self.codebook[codes.to(self.device)].permute(0, 3, 1, 2)
         with self.precision():
             return (self.vq.decode(z, force_not_quantize=True).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _channels_last(network: nn.Module) -> nn.Module:
+    """In the memory format that a CPU's convolutions are faster in."""
+    for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
+        norm.forward = MethodType(_group_norm, norm)
+    return network.to(memory_format=torch.channels_last)
 
 
 def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
