@@ -3,7 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import torch
+from diffusers import DiffusionPipeline
+
+import unlearning
+from unlearning.erasure import Erasure
 from unlearning.images import load, read_manifest
 
 RUN = [
@@ -30,3 +36,21 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     alone = read_manifest(tmp_path / "run" / "images" / "erased.csv")
     assert [(r.prompt, r.seed) for r in alone] == [(r.prompt, r.seed) for r in shared]
     assert (abs(load(alone).astype(int) - load(shared)) <= 1).all()
+
+
+def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
+    """Each finds the same fingerprint, and learns from pictures of its own."""
+    command = [
+        sys.executable, "-m", "unlearning", "concept=cat", "method=scrubber", "method.iterations=2",
+        "method.batch_size=2", "method.conditioning=null", "method.fingerprint.K=8", "method.fingerprint.purity=0",
+        "method.fingerprint.draws=1", "dataset.pictures=8", "stages=[fit]", "trainer=ddp", "trainer.devices=2",
+        "+trainer.accumulate_grad_batches=2", "trainer.precision=bf16-mixed", *RUN[-6:],
+        f"hydra.run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = Path(unlearning.__file__).parent / "weights"
+    before = DiffusionPipeline.from_pretrained(weights / "emoji_unet").unet.state_dict()
+    learned = Erasure.load(tmp_path / "run" / "erasure").weights
+    assert all(p.isfinite().all() for p in learned.values())
+    assert any(not torch.equal(p, before[name].to(p)) for name, p in learned.items())

@@ -5,8 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image
 
+from tests.composed import config
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
 from unlearning.data import openmoji
 from unlearning.data.folder import folder
@@ -270,6 +273,21 @@ def test_whole_pictures_are_read_without_a_warning(mugs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder("mug", str(mugs), size=16)
+
+
+def test_pictures_to_clean_that_cannot_be_read_are_told_of(mugs, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "whole.png")
+    (tmp_path / "in" / "corrupt.png").write_bytes(b"no picture at all")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        task = folder("mug", str(mugs), input=str(tmp_path / "in"), size=16)
+    [skipped] = task.skipped
+    assert "corrupt.png" in skipped and [i.name for i in task.inputs] == ["whole.png"]
+
+
+def test_a_folder_needs_its_own_words(tmp_path, mugs):
+    with pytest.raises(InstantiationException, match="dataset=folder needs concept="):
+        instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}").dataset)
 
 
 def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):

@@ -113,3 +113,20 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(model, tmp_path):
         else:
             method.fit(model, TASK)
     assert steps == [0, 1, 2, 3]
+
+
+def test_the_trainers_precision_is_what_the_denoiser_computes_in(model):
+    layer, computed = model.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_q"), {}
+    for precision in ("32-true", "bf16-mixed"):
+        hook = layer.register_forward_hook(lambda _, __, output: computed.update({precision: output.dtype}))  # noqa: B023
+        try:
+            esd(iterations=1, precision=precision).fit(model, TASK)
+        finally:
+            hook.remove()
+    assert computed == {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}, "of the last call"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_are_not_trained_in_half_precision(model, precision):
+    with pytest.raises(UserError, match=f"trainer.precision={precision.replace('true', 'mixed')}"):
+        esd(precision=precision).fit(model, TASK)

@@ -38,15 +38,19 @@ def scrub(tmp_path):
 
     def make(*overrides: str):
         cfg = config(tmp_path, "method=scrubber", "student@method.student=full", "concept=cat", *SMALL, *overrides)
-        return instantiate(cfg.method, trainer=instantiate(cfg.trainer)), shrunk(instantiate(cfg.dataset))
+        return instantiate(cfg.method, trainer=instantiate(cfg.trainer)), instantiate(cfg.dataset)
 
     return make
 
 
-def shrunk(task):
-    """The task's pictures at a quarter of their side."""
-    less = {k: [image[::4, ::4] for image in getattr(task, k)] for k in ("forget_images", "retain_images")}
-    return replace(task, **less)
+def shrunk(task, model):
+    """The task's pictures at the side of those that a tiny model draws."""
+    side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+
+    def less(images):
+        return [image[:: len(image) // side, :: len(image) // side] for image in images]
+
+    return replace(task, forget_images=less(task.forget_images), retain_images=less(task.retain_images))
 
 
 def blinded(model):
@@ -153,7 +157,7 @@ def test_the_target_is_told_nothing_and_the_student_what_stands_for_the_concept(
 def test_every_family_is_scrubbed_and_left_as_it_was(model, scrub, blinding, detect):
     method, task = scrub(f"method.blinding={blinding}", f"method.detect={detect}")
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
-    erasure = method.fit(model, task)
+    erasure = method.fit(model, shrunk(task, model))
     assert isinstance(erasure, WeightPatch) and set(erasure.weights) <= set(before)
     assert any(not torch.equal(v, before[k]) for k, v in erasure.weights.items())
     assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
@@ -163,7 +167,7 @@ def test_every_family_is_scrubbed_and_left_as_it_was(model, scrub, blinding, det
 def test_with_a_lora_the_teacher_is_the_adapter_switched_off(sd1, scrub):
     method, task = scrub("student@method.student=lora")
     model = FAMILIES["sd1"].load(str(sd1), device="cpu")
-    assert isinstance(method.fit(model, task), Adapter)
+    assert isinstance(method.fit(model, shrunk(task, model)), Adapter)
 
 
 def test_steps_lower_the_loss(model, scrub):
@@ -177,7 +181,7 @@ def test_steps_lower_the_loss(model, scrub):
         losses.append(loss({"forget": (z_0, torch.ones_like(M), torch.zeros_like(eta)), "retain": (-z_0,)}))
         return losses[-1]
 
-    method.loss = repeated
+    method.loss, task = repeated, shrunk(task, model)
     one = task.forget_images[0]
     method.fit(model, replace(task, forget_images=[one] * 4, retain_images=[255 - one] * 4))
     assert losses[0] > losses[1] > losses[-1]

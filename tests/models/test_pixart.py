@@ -34,5 +34,5 @@ def test_ddim_does_not_clip_the_latents(tmp_path):
 
 def test_an_adapter_is_answered_with_what_works(tmp_path):
     model = PixArt.load(str(tiny.save("pixart", tmp_path)), device="cpu")
-    with pytest.raises(UserError, match="esd_u"), LoRA(r"attn2\.to_k$").of(model):
+    with pytest.raises(UserError, match="student=full"), LoRA(r"attn2\.to_k$").of(model):
         pass

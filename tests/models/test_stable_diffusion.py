@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
 from hydra.utils import instantiate
+from safetensors.torch import save_file
 
 from tests import tiny
 from tests.composed import config
 from unlearning.concepts import UserError
 from unlearning.methods.student import Weights
 from unlearning.models.base import Conditioning
+from unlearning.models.model import fingerprint
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
+from unlearning.scrubbing.fingerprint import Fingerprint
 
 SCALE = 5.0
 YAML = {
@@ -162,6 +165,29 @@ def test_features_are_those_of_their_place(model, place, as_many_words_as_places
     assert not any(module._forward_hooks for module in model.denoiser.modules())
 
 
+@pytest.mark.parametrize("place", [(0, 3), (3, 0)])
+def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, place):
+    """The prototype is the patch in four pictures; the masks are those of four others, under other noise."""
+    torch.manual_seed(0)
+    side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+    row, column = (slice(i * side // 4, (i + 1) * side // 4) for i in place)
+    plain = (0.5 + 0.1 * torch.rand(8, 1, 1, 1) + 0.02 * torch.randn(8, 3, side, side)).clamp(0, 1)
+    planted = plain.clone()
+    planted[..., row, column] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    c, t = model.encode_prompts([""]).expand(8), torch.full((8,), 1)
+
+    def noised(pictures):
+        z_0 = model.encode_images(pictures)
+        return model.add_noise(z_0, torch.randn_like(z_0), t)
+
+    centre, f = model.features(noised(plain), t, c).mean((0, 2, 3)), model.features(noised(planted), t, c)
+    i, j = (p * f.shape[-1] // 4 + f.shape[-1] // 8 for p in place)
+    prototype = F.normalize(f[:4, :, i, j].mean(0) - centre, dim=0)
+    fingerprint = Fingerprint(prototype[None], prototype[:0], centre, tau=0.5, alpha=15.0)
+    M = fingerprint.mask(fingerprint.similarities(model, noised(planted), t, c).amax(1), (side, side))[4:]
+    assert M[..., row, column].mean() > 2 * M.mean()
+
+
 def test_what_is_said_of_no_place_is_no_feature(model):
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     silent = [n for n, _ in model.denoiser.named_modules() if n.endswith((*dict(model.text_projections()), "linear_1"))]
@@ -191,11 +217,22 @@ def test_a_student_learns_and_its_erasure_comes_and_goes(model, attention):
     assert torch.equal(model.predict(x, t, c), before)
 
 
-def test_the_pipeline_saves_as_diffusers_does(model, tmp_path):
-    model.pipeline.save_pretrained(tmp_path)
-    again = type(model).load(str(tmp_path), device="cpu")
+def test_a_student_saves_and_loads_as_diffusers_does(model, attention, tmp_path):
+    with Weights(attention).of(model) as lesson:
+        with torch.no_grad():
+            for p in lesson.parameters.values():
+                p.add_(0.1 * torch.randn_like(p))
+        erasure = lesson.erasure()
+    with erasure.applied_to(model):
+        model.pipeline.save_pretrained(tmp_path)
+        student = {name: p.clone() for name, p in model.denoiser.state_dict().items()}
+    again = getattr(DiffusionPipeline.from_pretrained(tmp_path), model.component).state_dict()
+    assert student.keys() == again.keys() and all(torch.equal(p, again[name]) for name, p in student.items())
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
-    assert torch.equal(again.predict(x, t, c), model.predict(x, t, c))
+    loaded = type(model).load(str(tmp_path), device="cpu").predict(x, t, c)
+    assert not torch.equal(loaded, model.predict(x, t, c))
+    with erasure.applied_to(model):
+        assert torch.equal(loaded, model.predict(x, t, c))
 
 
 def test_a_fingerprint_tells_weights_apart(sd1, tmp_path):
@@ -206,6 +243,18 @@ def test_a_fingerprint_tells_weights_apart(sd1, tmp_path):
         pipeline.unet.conv_in.weight[0, 0, 0, 0] += 1
     pipeline.save_pretrained(tmp_path)
     assert StableDiffusion.load(str(tmp_path), device="cpu").fingerprint != loaded.fingerprint
+
+
+def test_a_fingerprint_is_of_all_that_is_in_a_file_which_is_read_once(tmp_path, monkeypatch):
+    weights = {f"layer{i}": torch.zeros(2**18) for i in range(5)}  # a MiB each
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+        weights["layer2"][2**17] = 1
+    before = fingerprint(tmp_path / "before")
+    assert fingerprint(tmp_path / "after") != before
+    monkeypatch.setattr("hashlib.file_digest", None)  # to call it would be an error
+    assert fingerprint(tmp_path / "before") == before
 
 
 @pytest.mark.parametrize(

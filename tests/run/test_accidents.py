@@ -13,6 +13,7 @@ import torch
 
 from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, drawn, files, partial, pictures
 from unlearning.evaluators.nudenet import NudeNet
+from unlearning.images import read_manifest
 from unlearning.methods.esd import ESD
 from unlearning.run import alone_in
 from unlearning.sampling.sampler import Sampler
@@ -59,6 +60,22 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
     assert evaluations() == pictures(9)
     assert first.items() <= drawn(store).items() and len(drawn(store)) == 2 * PICTURES
     assert (run / "report.html").exists()
+
+
+def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(told, tmp_path, monkeypatch):
+    draw = Sampler.draw
+
+    def overflows(self, model, rows):
+        images, decisions = draw(self, model, rows)
+        images[[i for i, row in enumerate(rows) if "dog" in row.prompt]] = float("nan")
+        return images, decisions
+
+    monkeypatch.setattr(Sampler, "draw", overflows)
+    said = told(*SMALL, "method=negative_prompt")
+    assert "pictures that could not be made: 1" in said
+    rows = read_manifest(tmp_path / "run" / "images" / "base.csv")
+    assert len(rows) == 2 and not any("dog" in row.prompt for row in rows)
+    assert len(drawn(tmp_path / "store" / "images")) == 2 * 2
 
 
 def test_an_interrupted_evaluation_is_made_again_and_nothing_else(unlearn, told, tmp_path, monkeypatch, evaluations):

@@ -23,6 +23,7 @@ class Pictures(Sequence):
 
     paths: tuple[Path, ...]
     size: int
+    broken: tuple[str, ...] = ()  # what was left out, and why
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,12 +60,13 @@ def read(folder: str | Path, size: int) -> Pictures:
             pictures.load(path)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             broken[path] = error
-    if broken:
-        named = "; ".join(f"{path} ({error})" for path, error in broken.items())
-        warnings.warn(f"{len(broken)} of {len(paths)} pictures cannot be read and are left out: {named}", stacklevel=2)
+    named = tuple(f"{path} ({error})" for path, error in broken.items())
+    if named:
+        told = f"{len(named)} of {len(paths)} pictures cannot be read and are left out: {'; '.join(named)}"
+        warnings.warn(told, stacklevel=2)
     if len(broken) == len(paths):
         raise UserError(f"{folder} holds no picture that can be read ({', '.join(SUFFIXES)}).")
-    return Pictures(tuple(path for path in paths if path not in broken), size)
+    return Pictures(tuple(path for path in paths if path not in broken), size, named)
 
 
 def _split(pictures: Pictures) -> tuple[Pictures, Callable[[int], Pictures]]:
@@ -96,11 +98,13 @@ def folder(
     if not concept:
         raise UserError("dataset=folder needs concept='...', the words a prompt would use for what the images show.")
     forget_images, real = _split(read(forget, size))
+    cleaned = read(input, size) if input else Pictures((), size)
     retain_images, real_retain = _split(read(retain, size) if retain else Pictures((), size))
     return replace(
         prompt.task(concept, **settings),
         forget_images=forget_images,
         retain_images=retain_images,
-        inputs=_inputs(read(input, size), Path(input).expanduser()) if input else (),
+        inputs=_inputs(cleaned, Path(input).expanduser()) if input else (),
+        skipped=cleaned.broken,
         references={ERASE: real, RETAIN: real_retain},
     )

@@ -64,7 +64,7 @@ class TrainedMethod(Method, pl.LightningModule):
     """A method that descends a loss.
 
     Subclasses write `loss`, in their paper's notation, with `self.student` (the model as it is being trained) and
-    `self.teacher` (the model as it was; there is one copy of the denoiser in memory, not two).
+    `self.teacher` (the model as it was; what does not move the two share in memory).
 
     Args:
         student: What moves: some of the denoiser's own weights, or an adapter (methods/student.py).
@@ -105,6 +105,11 @@ class TrainedMethod(Method, pl.LightningModule):
             self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in lesson.parameters.items()})
             try:
                 trainer = self._make_trainer(max_steps=self.iterations)
+                if trainer.precision in ("16-true", "bf16-true"):
+                    raise UserError(
+                        f"trainer.precision={trainer.precision} would round a training's small steps away: "
+                        f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
+                    )
                 trainer.fit(self, datamodule=self.data(), ckpt_path=_last_checkpoint(trainer))
                 return lesson.erasure()
             finally:

@@ -7,7 +7,8 @@ blinded, z_blind = (1 - M) z_0 + M eta, at the same t and under the same noise e
     L_f = M || S(z_t) - T(z_blind_t) ||²,  L_b = (1 - M) || S(z_t) - T(z_t) ||²,  L_r = || S(z_r_t) - T(z_r_t) ||²,
     L = lamb_f L_f + lamb_b L_b + lamb_r L_r.
 
-Deviations, each with a switch back to the write-up's own (conf/method/scrubber_seed.yaml has them all):
+Deviations, each with a switch back to the write-up's own (conf/method/scrubber_seed.yaml has these, and centring,
+purity and the falling rate):
 - target_space=x0 compares the pictures x_0 that the predictions imply. As z_t and z_blind_t share their eps, a student
   that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). An error
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
@@ -19,6 +20,8 @@ Deviations, each with a switch back to the write-up's own (conf/method/scrubber_
 - normalised: L_f is a share, of what the teacher, told the same, would have to forget of this picture at this t: 1 at
   the start for a cat as for a key, and at large t, where there is little to see and the prompt decides, as at small t.
   L_b is a mean over what 1 - M covers. As written up, both are means over the whole picture.
+Without a switch: M is interpolated and not repeated between places of the features' grid, prototypes are means of
+directions brought back to unit length, and an image's latent is its mode and not a sample.
 """
 
 # B batch, N pictures, C H W latent shape; M (B, 1, H, W).
@@ -32,7 +35,9 @@ from unlearning.concepts import UserError
 from unlearning.data.forget_retain import ForgetRetain, encoded
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
+from unlearning.scrubbing.blinding import KINDS as BLINDINGS
 from unlearning.scrubbing.blinding import filling
+from unlearning.scrubbing.conditioning import KINDS as CONDITIONINGS
 from unlearning.scrubbing.conditioning import told
 from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprinting
@@ -71,7 +76,12 @@ class Scrubber(TrainedMethod):
         **training,
     ):
         super().__init__(**training)
-        for name, value, known in (("target_space", target_space, SPACES), ("detect", detect, MOMENTS)):
+        for name, value, known in (
+            ("target_space", target_space, SPACES),
+            ("detect", detect, MOMENTS),
+            ("conditioning", conditioning or "null", CONDITIONINGS),  # null as YAML reads it
+            ("blinding", blinding, BLINDINGS),
+        ):
             if value not in known:
                 raise UserError(f"There is no {name} {value!r}; there are {', '.join(known)}.")
         self.fingerprinting, self.target_space, self.normalised = fingerprint, target_space, normalised

@@ -1,6 +1,6 @@
 """What of the denoiser a trained method moves: some of its own weights, or a low-rank adapter beside them.
 
-Either way student and teacher share one copy of the denoiser in memory.
+Either way student and teacher share in memory all that does not move.
 """
 
 import re
@@ -43,7 +43,15 @@ class Weights:
         """While the lesson lasts; then the model is what it was. Raises UserError where no weight matches."""
         moving = {n: p for n, p in model.denoiser.named_parameters() if re.search(self.pattern, n)}
         if not moving:
-            raise UserError(f"No weight of the denoiser has a name that matches {self.pattern!r}.")
+            raise UserError(
+                f"No weight of the denoiser has a name that matches {self.pattern!r}: student@method.student=full "
+                "moves all there are, and method.student.parameters those that you name."
+            )
+        if any(p.dtype.itemsize < 4 for p in moving.values()):  # a step is smaller than what they can tell apart
+            raise UserError(
+                f"{next(iter(moving))} is kept in half precision, which rounds a training's small steps away: "
+                "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
+            )
         teacher = model.snapshot(moving)
         try:
             for p in moving.values():
@@ -78,16 +86,20 @@ class LoRA:
         linear = [n for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
         chosen = [n for n in linear if re.search(self.pattern, n)]
         if not chosen:
-            raise UserError(f"No linear map of the denoiser has a name that matches {self.pattern!r}.")
+            raise UserError(
+                f"No linear map of the denoiser has a name that matches {self.pattern!r}: method.student.modules says "
+                "which get an adapter."
+            )
         if not isinstance(model.denoiser, PeftAdapterMixin):
             raise UserError(
-                f"diffusers puts no adapter beside the weights of a {type(model.denoiser).__name__}. Choose a method "
-                "that moves the denoiser's own weights, as method=esd_u does."
+                f"diffusers puts no adapter beside the weights of a {type(model.denoiser).__name__}. Move the "
+                "denoiser's own weights: student@method.student=full."
             )
         model.denoiser.add_adapter(LoraConfig(r=self.rank, target_modules=chosen, lora_alpha=self.alpha * self.rank))
         try:
             layers = {n: model.denoiser.get_submodule(n) for n in chosen}
             for layer in layers.values():
+                layer.lora_A.float(), layer.lora_B.float()  # half precision would round small steps away
                 nn.init.normal_(layer.lora_A["default"].weight, std=self.rank**-0.5)
             moving = {n: p for n, p in model.denoiser.named_parameters() if p.requires_grad}
             yield Lesson(model, model.without_adapter(), moving, lambda: self._adapter(model.component, layers))

@@ -3,7 +3,8 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,8 +42,11 @@ class Model(ABC):
         return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
 
     def precision(self) -> AbstractContextManager:
-        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are."""
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are.
+
+        Without one, it is the Trainer's precision that counts, where there is a Trainer.
+        """
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
 def chosen_device(device: str) -> torch.device:
@@ -54,14 +58,14 @@ def chosen_device(device: str) -> torch.device:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a file, or of the weights and configs below a folder: names, sizes, and both ends of each."""
-
-    def ends(path: Path) -> str:
-        with path.open("rb") as file:
-            head = file.read(2**20)
-            file.seek(-min(2**20, path.stat().st_size), 2)
-            return hashlib.sha256(head + file.read()).hexdigest()
-
+    """A digest of a file, or of the weights and configs below a folder: their names, and every byte of them."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
     files = [folder] if folder.is_file() else files
-    return digest([(str(p.relative_to(folder)), p.stat().st_size, ends(p)) for p in files])
+    states = [(p, p.stat()) for p in files]
+    return digest([(str(p.relative_to(folder)), _content(p.resolve(), s.st_size, s.st_mtime_ns)) for p, s in states])
+
+
+@cache  # gigabytes are read once in a process, however many runs it makes
+def _content(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
+OVERFLOW = "it holds values that are no numbers; float16 overflows where model.dtype=bfloat16 and float32 do not"
 
 
 class Generation(pl.LightningModule):
@@ -44,10 +45,12 @@ class Generation(pl.LightningModule):
         if not rows:
             return
         images, decisions = self.sampler.draw(self.model, rows)
+        whole = images.isfinite().flatten(1).all(1).tolist()
         images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for image, row, decided in zip(images, rows, decisions, strict=True):
-            if FAILED in decided:
-                log.warning("%s is not put out: %s", row.source or row.prompt, decided[FAILED])
+        for image, row, decided, finite in zip(images, rows, decisions, whole, strict=True):
+            why = decided.get(FAILED) or (None if finite else OVERFLOW)  # it would be black, and seem erased
+            if why:
+                log.warning("%s is not put out: %s", row.source or row.prompt, why)
             else:
                 save(image, row, decided)
 

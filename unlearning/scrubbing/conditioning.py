@@ -13,6 +13,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,7 +26,8 @@ GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a pho
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
 LAST_LOOKS = 256  # noised pictures on which those are tried at last
-RETAINED = 64  # other words, whose prompts hold the rest in place
+POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
+RETAINED = 64  # other words at most, whose prompts hold the rest in place
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
@@ -80,23 +82,25 @@ def _prompts(words: Sequence[str]) -> list[str]:
 def nearest_words(
     teacher: DiffusionModel, latents: Tensor, M: Tensor, words: list[str], looks: int = 8
 ) -> tuple[list[str], list[str]]:
-    """The words that stand for the pictures, best first, and words that do not.
+    """The words that stand for the pictures, best first, and words that do not, nearest first.
 
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
     left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
-    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does.
+    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does,
+    and surely does not if by less than a quarter: of those, the later one was dropped the nearer it is. What forgetting
+    changes besides, it changes in the nearest, so they are held more densely the nearer they are.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
-    tried, left = {}, words
+    left, others = words, []
     while True:
         error = errors(teacher, latents, M, ["", *left], looks if len(left) > MOST else LAST_LOOKS)
         gain = dict(zip(left, (error[0] - error[1:]).median(1).values.tolist(), strict=True))
-        tried |= gain
         ranked = sorted(left, key=lambda word: -gain[word])
         if len(left) <= MOST:
             break
-        left, looks = ranked[: max(MOST, len(left) // 4)], 2 * looks
+        kept, looks = max(MOST, len(left) // 4), 2 * looks
+        left, others = ranked[:kept], [*ranked[kept:], *others]
     best = gain[ranked[0]]
     if best <= 0:
         raise UserError(
@@ -104,8 +108,9 @@ def nearest_words(
             "(method.words=[...]), or method.conditioning=inverted."
         )
     found = [word for word in ranked if gain[word] >= best / 2]
-    others = sorted(set(words) - set(ranked), key=lambda word: tried[word])
-    return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
+    others = [*(word for word in ranked if gain[word] < best / 4), *others]
+    places = np.geomspace(1, max(1, len(others)), RETAINED).round().astype(int) - 1
+    return found, [others[i] for i in dict.fromkeys(places.tolist())] if others else []
 
 
 def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
@@ -146,7 +151,7 @@ def inverted(
         raise UserError(f"{teacher.name} is told a class, and between classes is nothing: conditioning=words.")
     start = null.expand(rows)
     embeds = nn.Parameter(start.embeds + 0.01 * torch.randn_like(start.embeds))
-    extra = {k: nn.Parameter(v.clone()) for k, v in start.extra.items() if v.is_floating_point()}
+    extra = {k: nn.Parameter(v.clone()) for k, v in start.extra.items() if k in POOLED}
     optimizer = torch.optim.Adam([embeds, *extra.values()], lr=lr)
     for _ in tqdm(range(steps), "inverting", leave=False):
         own = torch.randint(rows, (batch,), device=embeds.device)

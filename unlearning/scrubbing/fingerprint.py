@@ -133,8 +133,10 @@ class Fingerprinting:
         clusters = torch.cat([taken.prototypes, taken.shared])
         S = self.similarities(replace(taken, prototypes=clusters), teacher, forget)
         change = F.interpolate(self._change(teacher, forget, c), S.shape[-2:], mode="area")
-        nearest = F.one_hot(S.argmax(1), S.shape[1]).movedim(-1, 1)
-        moved = (nearest * change).sum((0, 2, 3)) > nearest.sum((0, 2, 3))
+        nearest = S.argmax(1).flatten()
+        moved = change.new_zeros(len(clusters)).index_add(0, nearest, change.flatten()) > nearest.bincount(
+            minlength=len(clusters)
+        )
         if not moved.any():
             return taken
         own = moved[: len(taken.prototypes)]
