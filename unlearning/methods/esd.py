@@ -18,6 +18,7 @@ from torch import Tensor
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
 from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 
 
@@ -37,7 +38,7 @@ class ESD(TrainedMethod):
         trajectory: str = "exact",
         steps: int = 50,
         guidance_scale: float = 3.0,
-        schedule: str = "diffusers",
+        schedule: Schedule = "diffusers",
         **training,
     ):
         super().__init__(**training)

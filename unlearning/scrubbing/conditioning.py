@@ -13,7 +13,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +26,7 @@ TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
 LAST_LOOKS = 256  # noised pictures on which those are tried at last
 POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
-RETAINED = 64  # other words at most, whose prompts hold the rest in place
+RETAINED = 256  # other words at most, whose prompts hold the rest in place
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
@@ -87,8 +86,7 @@ def nearest_words(
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
     left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
     stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does,
-    and surely does not if by less than a quarter: of those, the later one was dropped the nearer it is. What forgetting
-    changes besides, it changes in the nearest, so they are held more densely the nearer they are.
+    and surely does not if by less than a quarter: of those, the later one was dropped the nearer it is.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
@@ -109,8 +107,7 @@ def nearest_words(
         )
     found = [word for word in ranked if gain[word] >= best / 2]
     others = [*(word for word in ranked if gain[word] < best / 4), *others]
-    places = np.geomspace(1, max(1, len(others)), RETAINED).round().astype(int) - 1
-    return found, [others[i] for i in dict.fromkeys(places.tolist())] if others else []
+    return found, others[:RETAINED]
 
 
 def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
