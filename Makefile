@@ -9,10 +9,14 @@ demo: install
 test: install
 	.venv/bin/python -m pytest
 
+# What fails does not keep the rest from being shown, but is the result; Ctrl-C ends all of it.
 everything: install
-	.venv/bin/unlearn -m experiment=everything hydra/launcher=joblib
-	.venv/bin/unlearn-table outputs/runs
-	.venv/bin/unlearn-report outputs/runs
+	trap 'exit 1' INT; failed=0; \
+	.venv/bin/unlearn -m experiment=everything hydra/launcher=joblib || failed=1; \
+	.venv/bin/unlearn -m experiment=everything model=emoji_vqgan 'method=glob([none, lcr*], exclude=*_nudity)' hydra/launcher=joblib || failed=1; \
+	.venv/bin/unlearn-table outputs/runs || failed=1; \
+	.venv/bin/unlearn-report outputs/runs || failed=1; \
+	exit $$failed
 
 install: .venv/.installed
 

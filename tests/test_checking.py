@@ -10,7 +10,9 @@ from torch import Tensor
 
 from unlearning.checking import accepts, check, parameters
 from unlearning.concepts import UserError
+from unlearning.methods.none import Unedited
 from unlearning.models.flux import Flux
+from unlearning.sampling.sampler import Sampler
 
 
 @pytest.fixture
@@ -51,6 +53,32 @@ def test_a_typo_in_a_file_is_answered(told_of, yaml, answer):
     assert told_of(yaml, "method=esd_x").startswith(answer)
 
 
+@pytest.mark.parametrize(
+    ("choice", "setting", "answer"),
+    [
+        ("dataset=folder", "dataset.synonims=[kitten]", "dataset has no setting `synonims`. Did you mean `synonyms`?"),
+        ("dataset=folder", "dataset.template=[kitten]", "`dataset.template` has to be a text, and is ['kitten']."),
+        ("model=flux", "model.attention_slicng=true", "model has no setting `attention_slicng`. Did you mean `attent"),
+        ("logger=wandb", "logger.wandb.projct=mine", "logger.wandb has no setting `projct`. Did you mean `project`?"),
+    ],
+)
+def test_a_typo_in_what_a_function_passes_on_is_answered(told, monkeypatch, choice, setting, answer):
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
+    assert told(choice, f"+{setting}").strip().startswith(answer)
+
+
+def test_what_only_another_library_understands_is_accepted(unlearn):
+    unlearn("logger=wandb", "+logger.wandb.entity=me", "stages=[]")
+
+
+def test_an_unknown_schedule_is_answered_before_anything_is_fitted(told, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
+    said = told("sampler.schedule=ppaer")
+    assert said.strip() == "`sampler.schedule` has to be 'diffusers' or 'paper', and is 'ppaer'."
+    with pytest.raises(UserError, match="There is no schedule 'ppaer'; there are diffusers, paper"):
+        Sampler(schedule="ppaer")
+
+
 def test_a_typo_in_what_a_file_sweeps_over_is_answered(told_of):
     said = told_of("hydra: {sweeper: {params: {concpt: 'cat,dog'}}}", "-m")
     assert said == "There is no setting `concpt`. Did you mean `concept`?"
@@ -63,6 +91,7 @@ def test_a_typo_in_what_a_file_sweeps_over_is_answered(told_of):
         ("sampler.steps=2.5", "`sampler.steps` has to be a whole number, and is 2.5."),
         ("method.optimizer.lr=abc", "`method.optimizer.lr` has to be a number, and is 'abc'."),
         ("model.compile=maybe", "`model.compile` has to be true or false, and is 'maybe'."),
+        ("model.dtype=flaot16", "`model.dtype` has to be 'float32' or 'bfloat16' or 'float16', and is 'flaot16'."),
         ("method.batch_size=[1]", "`method.batch_size` has to be a whole number, and is [1]."),
     ],
 )
@@ -118,8 +147,25 @@ def test_what_is_needed_is_asked_for():
     with pytest.raises(UserError, match=r"`thing.numerator` has no value. Give it one: `thing.numerator=...`"):
         check({"thing": {"_target_": "tests.test_checking.half", "numerator": "???"}})
     check({"thing": {"_target_": "tests.test_checking.half", "_partial_": True}})
-    assert parameters(Flux.load)[1] is False, "it passes the rest on, to what cannot be told"
+
+
+def test_what_a_function_passes_on_is_what_the_other_knows():
+    known, complete = parameters(Flux.load)
+    assert complete and {"path", "embedded_guidance", "attention_slicing"} <= known.keys()
+    known, complete = parameters(quarter)
+    assert complete and known.keys() == {"numerator", "times"} and known["numerator"].annotation is int
+    check({"thing": {"_target_": "tests.test_checking.quarter"}})  # who gives what is needed
+    assert parameters(anything) == ({}, False) and parameters(Unedited) == ({}, True)
 
 
 def half(numerator: int) -> float:
     return numerator / 2
+
+
+def quarter(times: int = 1, **settings) -> float:
+    settings = {"numerator": 1, **settings}
+    return half(**settings) / 2 * times
+
+
+def anything(**settings) -> dict:
+    return dict(sorted(settings.items()))

@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
+import yaml
 from diffusers import StableDiffusionPipeline
 
 from tests import tiny
 from tests.composed import config
+from tests.run.small import files
+from unlearning import run
 from unlearning.erasure import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
@@ -217,11 +221,61 @@ def test_a_sweep_has_a_folder_for_every_run(unlearn, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(unlearn, told, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,7\na dog,none,7\n")
+    listed = ["dataset=prompt_list", f"dataset.path={tmp_path}/list.csv", "evaluator=clip_score"]
+    assert "pictures or rows that were skipped: 1. Warnings above name them." in told(*listed)
+    capsys.readouterr()
+    unlearn("-m", *listed, f"paths.runs={tmp_path}/runs", "objective=efficacy/clip_score_e", "seed=0,1")
+    assert capsys.readouterr().out.count("pictures or rows that were skipped: 1") == 2
+    assert len(list(tmp_path.rglob("failed.json"))) == 0 and len(list(tmp_path.glob("runs/**/.finished"))) == 2
+
+
+@pytest.mark.parametrize("meanwhile", [True, False], ids=["which does it", "which is killed"])
+def test_a_job_of_a_sweep_waits_for_another_run(unlearn, told, tmp_path, monkeypatch, meanwhile):
+    command = ["-m", f"paths.runs={tmp_path}/runs", "dataset=prompt", "stages=[fit]"]
+    unlearn(*command)
+    [mark] = tmp_path.rglob(".finished")
+    mark.rename(tmp_path / "mark")
+    other, said, info = ExitStack(), [], run.log.info
+
+    def heard(message: str, *arguments):
+        said.append(message % arguments)
+        if "waiting for it" in message:
+            if meanwhile:
+                (tmp_path / "mark").rename(mark)
+            other.close()
+        info(message, *arguments)
+
+    monkeypatch.setattr(run.log, "info", heard)
+    other.enter_context(run.alone_in(mark.parent))
+    unlearn(*command)
+    assert said[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(said)) != meanwhile
+    with run.alone_in(mark.parent):
+        mark.unlink()
+        assert "Another run is at work" in told("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
+
+
+def test_what_is_recorded_is_what_made_the_numbers(unlearn):
+    folder = unlearn("dataset=prompt", "evaluator=clip_score", "trainer.log_every_n_steps=2")
+    before = files(folder / ".hydra")
+    resolved = (folder / ".hydra" / "resolved.yaml").read_text()
+    assert "${" not in resolved and f"output_dir: {folder}" in resolved and "log_every_n_steps: 2" in resolved
+    unlearn("dataset=prompt", "evaluator=nudenet", "stages=[fit,generate,report]")
+    assert files(folder / ".hydra") == before
+    unlearn("dataset=prompt", "evaluator=nudenet", "stages=[evaluate]")
+    for name in ("config", "resolved"):
+        assert {*yaml.safe_load((folder / ".hydra" / f"{name}.yaml").read_text())["evaluator"]} == {"nudenet"}
+
+
 def test_a_folders_name_depends_on_what_decides_its_results(tmp_path):
     def name(*overrides: str) -> str:
         return fingerprint(config(tmp_path, "method=uce", *overrides))
 
-    same = ["evaluator=nudenet", "stages=[fit]", "trainer.precision=16-mixed", "title=another"]
+    same = ["evaluator=nudenet", "stages=[fit]", "title=another", "trainer.log_every_n_steps=5",
+            "+trainer.default_root_dir=${paths.output_dir}", "trainer.callbacks=[{dirpath: '${paths.output_dir}'}]",
+            ]  # fmt: skip
     assert {name(), *map(name, same)} == {name()}
-    other = ["method.lamb=0.1", "sampler.steps=3", "dataset.images_per_prompt=3", "model.dtype=bfloat16", "seed=1"]
+    other = ["method.lamb=0.1", "sampler.steps=3", "dataset.images_per_prompt=3", "model.dtype=bfloat16", "seed=1",
+             "trainer.precision=16-mixed", "+trainer.gradient_clip_val=1", "+trainer.not_known_yet=1"]  # fmt: skip
     assert len({name(), *map(name, other)}) == 1 + len(other)

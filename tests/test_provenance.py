@@ -94,3 +94,29 @@ def test_a_run_records_what_it_is_made_of_and_goes_on_with_it(unlearn, monkeypat
     unlearn("dataset=prompt", "dataset.others=[dog,sky]", "stages=[fit]")
     anew = provenance.read(run)
     assert anew["data"] != first["data"] and [s["commit"] for s in anew["sittings"]] == ["another"]
+
+
+def test_a_run_names_the_code_that_made_what_it_took_from_the_store(unlearn, tmp_path, monkeypatch):
+    command = ["dataset=prompt", "dataset.others=[dog]", "evaluator=nudenet"]
+
+    def run_by(commit: str, *overrides: str, run: str) -> dict:
+        now = {**provenance.circumstances(), "commit": commit}
+        monkeypatch.setattr(provenance, "circumstances", lambda: now)
+        return provenance.read(unlearn(*command, *overrides, run=run))
+
+    def commits(record: dict) -> dict[str, list]:
+        return {kind: [code and code["commit"] for code in codes] for kind, codes in record["stored"].items()}
+
+    assert commits(run_by("first", run="one")) == {}
+    assert commits(run_by("second", run="two")) == {"pictures": ["first"], "evaluations": ["first"]}
+    assert commits(run_by("second", "evaluator.nudenet.threshold=0.5", run="three")) == {"pictures": ["first"]}
+    assert commits(run_by("second", "seed=1", run="four")) == {}, "its pictures are its own"
+    run_by("third", "dataset.others=[dog,sky]", "stages=[fit,generate]", run="five")
+    assert commits(run_by("fourth", "dataset.others=[sky]", run="six"))["pictures"] == ["first", "third"]
+    assert commits(run_by("second", "seed=1", "stages=[generate]", run="four")) == {}, "whoever drew beside them"
+
+    for path in (tmp_path / "store").rglob("drawn-by/*"):
+        path.unlink()
+    for path in (tmp_path / "store" / "evaluations").glob("*.json"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "made by"}))
+    assert commits(run_by("second", run="seven")) == {"pictures": [None], "evaluations": [None]}

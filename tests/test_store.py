@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unlearning.images import Row, save, write_manifest
+from unlearning.images import Row, read_manifest, save, write_manifest
+from unlearning.run import alone_in
 from unlearning.store import DAY, describe, in_bytes, in_units, main, pictures
 
 NOW = time.time()
@@ -101,6 +103,24 @@ def test_it_waits_for_runs_that_are_at_work(command, store):
         with pytest.raises(SystemExit, match="A run is at work in"):
             command("--prune", "--delete")
     assert left(store) == EVERYTHING
+
+
+def test_runs_of_every_folder_that_drew_into_the_store_keep_their_pictures(unlearn, tmp_path, monkeypatch):
+    small = ["dataset=prompt", "dataset.others=[dog]", "stages=[fit,generate]"]
+    one = unlearn("-m", *small, f"paths.runs={tmp_path}/one") and tmp_path / "one"
+    alone, gone = unlearn(*small, "seed=1", run="alone"), unlearn(*small, "seed=2", run="gone")
+    shutil.rmtree(gone)
+    (tmp_path / "given").mkdir()
+    prune = ["unlearn-store", "--store", f"{tmp_path}/store", "--runs", f"{tmp_path}/given", "--prune", "--delete"]
+    monkeypatch.setattr(sys, "argv", prune)
+    [folder] = (path.parent for path in one.rglob("erasure"))
+    for run in (folder, alone):
+        with alone_in(run), pytest.raises(SystemExit, match=f"A run is at work in {run}"):
+            main()
+    assert len(pictures(tmp_path / "store")) == 6
+    main()
+    left = {picture.path for picture in pictures(tmp_path / "store")}
+    assert left == {row.path for run in (folder, alone) for row in read_manifest(run / "images" / "base.csv")}
 
 
 def test_it_asks_for_folders_that_are_not_there(command, store, tmp_path):

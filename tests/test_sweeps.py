@@ -1,5 +1,6 @@
 """Sweeps of a tiny model: what fails is told and the rest is done, what is done is not done again, jobs share."""
 
+import fcntl
 import itertools
 import json
 import math
@@ -7,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,35 @@ def metrics(runs: Path) -> dict[str, dict]:
 def numbers(runs: Path) -> dict[str, dict]:
     """Those that do not depend on the machine."""
     return {run: {k: v for k, v in m.items() if not k.startswith("cost/")} for run, m in metrics(runs).items()}
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "jobs"),
+    [
+        (["evaluator=nudenet", "evaluator.nudenet.threshold=0.25,0.6"], "`evaluator.nudenet.threshold=0.25` and `ev"),
+        (["seed=0,1", "judge=emoji,openai"], "The jobs of `judge=emoji` and `judge=openai` would have one folder, "),
+        (["method=none,uce", "evaluator=fid,[accuracy]"], "The jobs of `evaluator=fid` and `evaluator=[accuracy]`"),
+        (["stages=[fit],[generate]"], "The jobs of `stages=[fit]` and `stages=[generate]` would have one folder"),
+    ],
+)
+def test_jobs_that_would_overwrite_each_other_are_refused_before_any_is_run(told_by, tmp_path, overrides, jobs):
+    said = told_by(*overrides)
+    assert jobs in said and "python -m unlearning.evaluators.nudenet" in said
+    assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("erasure"))
+
+
+def test_a_study_whose_trials_would_overwrite_each_other_is_refused(told_by):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["evaluator=nudenet", "evaluator.nudenet.threshold=interval(0.3,0.9)", "objective=efficacy/nudenet_rate"]
+    assert "`evaluator.nudenet.threshold=0.3` and `ev" in told_by("hydra/sweeper=study", *search)
+
+
+def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path):
+    sweep("method=none", "seed=0,0", "stages=[fit]")
+    sweep("method=none", f"paths.runs={tmp_path}/runs,{tmp_path}/others", "stages=[fit]")
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -193,6 +225,41 @@ def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen:
 
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def held(folder: Path) -> bool:
+    """Whether a run is at work in a folder."""
+    with (folder / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def within(seconds: float, condition: Callable[[], object]) -> bool:
+    """Whether a condition comes to hold in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_launched_them(unlearn, tmp_path, how):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    endless = ["method=none", "seed=0,1,2", "sampler.steps=500", "dataset.images_per_prompt=100"]
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"paths.runs={tmp_path}/runs"]
+    parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib))
+
+    def at_work() -> list[Path]:
+        return [path.parent for path in (tmp_path / "runs").rglob(".lock") if held(path.parent)]
+
+    begun = within(120, lambda: len(at_work()) == 2)
+    parent.send_signal(how)
+    assert begun and parent.wait(20) == -how
+    assert within(20, lambda: not at_work()), "nobody is at work any more"
+    assert len(list((tmp_path / "runs").rglob(".lock"))) == 2, "nor has begun what was queued"
 
 
 @pytest.mark.parametrize(("owner", "name", "k"), [("Sampler", "draw", 3), ("Run", "report", 2)])
@@ -319,6 +386,23 @@ def test_a_study_that_was_interrupted_goes_on_to_its_number_of_trials(study, tmp
     assert all(len(trial.values) == 2 for trial in trials if trial.state.name == "COMPLETE")
     assert len(study().trials) == 5, "and is not made again"
     assert len(metrics(tmp_path / "runs")) == 1 and len(list(tmp_path.rglob("metrics.json"))) == 4
+
+
+def test_a_search_for_something_else_is_another_study(sweep, tmp_path):
+    optuna = pytest.importorskip("optuna")
+
+    def trials(*overrides: str, lamb: str = "interval(0.1,1)", objective: str = "efficacy/clip_score_e") -> list[int]:
+        search = ["method=uce", f"method.lamb={lamb}", f"objective={objective}", "evaluator=clip_score"]
+        sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=1", *search, *overrides)
+        studies = optuna.get_all_study_summaries(f"sqlite:///{tmp_path}/runs/studies.db")
+        assert all(study.study_name.startswith("uce of cat on emoji_unet ") for study in studies)
+        return sorted(study.n_trials for study in studies)
+
+    assert [trials(), trials("logger=csv")] == [[1], [1]]
+    assert trials(objective="fidelity/clip_score") == [1, 1]
+    assert trials(lamb="interval(0.1,2)") == [1, 1, 1]
+    assert trials("seed=1") == [1, 1, 1, 1]
+    assert trials("hydra.sweeper.n_trials=2") == [1, 1, 1, 2]
 
 
 def test_a_job_that_fails_fails_its_trial(study, tmp_path, monkeypatch):

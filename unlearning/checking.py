@@ -4,13 +4,17 @@ Hydra refuses an override of a setting that is not there. But a file may add any
 be given a value of another kind: both are found here, by the signatures of what is built.
 """
 
+import ast
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from enum import Enum
+from functools import reduce
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -101,7 +105,7 @@ def _check_against(target: Callable | None, settings: Mapping, path: str) -> Non
     for name, value in given.items():
         full = f"{path}.{name}"
         if name not in known:
-            if complete:
+            if complete or get_close_matches(name, known, cutoff=0.8):  # a near miss is meant for nobody else
                 raise UserError(_no_such_setting(path, name, known))
         elif value == "???":
             if full not in LATER:
@@ -114,9 +118,10 @@ def _check_against(target: Callable | None, settings: Mapping, path: str) -> Non
 
 
 def parameters(target: Callable | None) -> tuple[dict[str, inspect.Parameter], bool]:
-    """What a function or a class may be given by name, and whether that is all: a class passes the rest to its parents.
+    """What a function or a class may be given by name, and whether that is all.
 
-    Annotations are types, or Any where they cannot be told.
+    A class passes the rest on to its parents, a function to what it calls with it. Annotations are types, or Any where
+    they cannot be told.
     """
     is_class, known = inspect.isclass(target), {}
     layers = [c.__init__ for c in target.__mro__[:-1] if "__init__" in vars(c)] if is_class else [target]
@@ -130,9 +135,35 @@ def parameters(target: Callable | None) -> tuple[dict[str, inspect.Parameter], b
             hints = typing.get_type_hints(layer)
         named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         known = {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named} | known
-        if not any(p.kind is p.VAR_KEYWORD for p in signature):
+        rest = next((p.name for p in signature if p.kind is p.VAR_KEYWORD), None)
+        if rest is None:
             return known, True
-    return known, is_class
+    receiver = None if is_class else _receiver(target, rest)
+    if receiver is None:
+        return known, not layers  # a class without an __init__ takes nothing
+    passed, complete = parameters(receiver)  # and what that needs the function may give it
+    return {name: p.replace(default=None) for name, p in passed.items()} | known, complete
+
+
+def _receiver(function: Callable, rest: str) -> Callable | None:
+    """What the source of a function calls with `**rest`: f(**rest), module.f(**rest) or super().f(**rest).
+
+    None where that is not one thing that can be told.
+    """
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        [called] = {
+            ast.unparse(call.func)
+            for call in ast.walk(source)
+            if isinstance(call, ast.Call) and any(k.arg is None and ast.unparse(k.value) == rest for k in call.keywords)
+        }
+        names = inspect.getclosurevars(function)
+        start, *attributes = called.split(".")
+        if start == "super()":
+            return getattr(super(names.nonlocals["__class__"], function.__self__), *attributes)
+        return reduce(getattr, attributes, {**names.builtins, **names.globals, **names.nonlocals}[start])
+    except (OSError, SyntaxError, TypeError, ValueError, LookupError, AttributeError):
+        return None
 
 
 def accepts(hint: Any, value: object) -> bool:

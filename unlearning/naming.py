@@ -1,6 +1,7 @@
 """How a run is named: by what was chosen, and by a digest of every setting that its results depend on."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -8,7 +9,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from unlearning.images import digest
 
-DECISIVE = ("model", "dataset", "method", "sampler", "seed")  # evaluators, loggers and trainers change no erasure
+DECISIVE = ("model", "dataset", "method", "sampler", "seed", "trainer")  # evaluators and loggers change no erasure
+OUTWARD = (  # of a trainer's settings: what it tells, and where it writes; any other decides what is learned
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "profiler",
+)
 
 
 def slug(text: str) -> str:
@@ -16,8 +27,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", str(text)).strip("-")[:60] or "unnamed"
 
 
+def inward(trainer: Iterable[str]) -> list[str]:
+    """Those of a trainer's settings that may decide what is learned, by name."""
+    return [name for name in trainer if name not in OUTWARD]
+
+
 def fingerprint(config: DictConfig) -> str:
     decisive = OmegaConf.masked_copy(config, DECISIVE)
+    decisive.trainer = OmegaConf.masked_copy(config.trainer, inward(config.trainer))  # callbacks know the run's folder
     decisive._set_parent(config)  # interpolations reach the rest of the config
     return digest(OmegaConf.to_container(decisive, resolve=True))[:8]
 

@@ -1,13 +1,14 @@
 """Who made a result: a run's provenance.json names the commit, the packages, the machine, the model and the data.
 
-The settings are not in it; they lie in .hydra.
+And which other code made the pictures and evaluations that the run found in the store. The settings are not in it; they
+lie in .hydra.
 """
 
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -119,6 +120,28 @@ def record(folder: Path, **made_of: object) -> None:
         write_atomically(folder / FILE, json.dumps(after, indent=2))
 
 
+def code() -> dict[str, object]:
+    """By which code this process works: as much of its circumstances as `maker` needs."""
+    now = circumstances()
+    unlearning = {"unlearning": now["packages"]["unlearning"]}
+    return {"commit": now["commit"], "dirty": now["dirty"], "packages": unlearning}
+
+
+def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
+    """Notes in a run's record, under "stored", which other code made what the run took from the store.
+
+    Args:
+        kind: Of what was taken: "pictures" or "evaluations".
+        makers: As `code` tells of them; None for what does not say who made it.
+    """
+    known, own = read(folder), code()
+    others = {json.dumps(maker): maker for maker in makers if maker != own}
+    stored = {**known.get("stored", {}), kind: list(others.values())}
+    after = {**known, "stored": {kind: codes for kind, codes in stored.items() if codes}}
+    if after != known:
+        write_atomically(folder / FILE, json.dumps(after, indent=2))
+
+
 def read(folder: Path) -> dict | None:
     """A run's record; None where it has none."""
     path = folder / FILE
@@ -130,7 +153,9 @@ def facts(sitting: Mapping) -> dict[str, object]:
     return {"python": sitting["python"], **sitting["packages"], **sitting["hardware"]}
 
 
-def maker(sitting: Mapping) -> str:
+def maker(sitting: Mapping | None) -> str:
     """By which code: the first ten digits of the commit, or what was installed, and whether it was changed."""
+    if sitting is None:
+        return "unknown"
     code = sitting["commit"][:10] if sitting["commit"] else f"unlearning {sitting['packages']['unlearning']}"
     return f"{code}, changed" if sitting["dirty"] else code

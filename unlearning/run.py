@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -28,6 +29,7 @@ from unlearning.images import (
     figures,
     keep,
     load,
+    missing,
     read_manifest,
     with_decisions,
     write_atomically,
@@ -36,11 +38,12 @@ from unlearning.images import (
 )
 from unlearning.methods.base import Method
 from unlearning.models.model import Model
+from unlearning.naming import inward
 from unlearning.reporting.report import report, teaser
 from unlearning.sampling.generation import generate
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
-from unlearning.store import describe
+from unlearning.store import describe, note, sign, signed
 
 log = logging.getLogger(__name__)
 STAGES = ("fit", "generate", "evaluate", "report")
@@ -58,7 +61,9 @@ class Run:
         trainer: Makes a Lightning Trainer.
         logger: Lightning loggers, told the settings, the numbers and some pictures.
         title: What the erasure is called in its README.
-        records: Texts by the names of their files, written as soon as the folder is this run's alone.
+        runs: The folder that this run and others lie in, whose pictures stay in the store; the run's own if not given.
+        records: Texts by the names of their files, kept beside the numbers: by which settings they were made.
+        done: Whether another run has done all of it; if it is given, another at work in the folder is waited for.
     """
 
     folder: Path
@@ -72,8 +77,10 @@ class Run:
     seed: int = 0
     logger: Sequence = ()
     title: str = "An erased concept"
+    runs: Path | None = None
     settings: dict = field(default_factory=dict)
     records: Mapping[str, str] = field(default_factory=dict)
+    done: Callable[[], bool] | None = None
 
     @cached_property
     def model(self) -> Model:
@@ -82,21 +89,26 @@ class Run:
     def execute(self, stages: Sequence[str] = STAGES) -> dict[str, float | str]:
         """Runs the stages in their order; returns what metrics.json holds, if anything does.
 
-        Raises UserError for an unknown stage, or if another process is at work in the folder.
+        Raises UserError for an unknown stage, or if another process is at work in the folder and not to be waited for.
         """
         unknown = set(stages) - set(STAGES)
         if unknown:
             raise UserError(f"There is no stage {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}.")
-        with alone_in(self.folder):
-            for name, text in self.records.items() if first_rank() else ():
-                (self.folder / name).parent.mkdir(exist_ok=True)
-                write_atomically(self.folder / name, text)
-            for stage in STAGES:
+        path = self.folder / "metrics.json"
+        with alone_in(self.folder, wait=self.done is not None):
+            done = self.done is not None and self.done()
+            if first_rank() and not path.exists():
+                self._keep_records()
+            for stage in () if done else STAGES:
                 if stage in stages and (first_rank() or stage in SHARED):
                     log.info("%s: %s", self.title, stage)
                     getattr(self, stage)()
-        path = self.folder / "metrics.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+    def _keep_records(self) -> None:
+        for name, text in self.records.items():
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            write_atomically(self.folder / name, text)
 
     def fit(self) -> None:
         """Finds the erasure, unless it is there already. What another model or other settings left is cleared away."""
@@ -124,10 +136,11 @@ class Run:
         wait_for_all_ranks()
 
     def _key(self) -> str:
-        """A digest of all that the erasure depends on: the model, the method's settings, the seed, what it may know."""
+        """A digest of all that the erasure depends on: model, method and trainer, the seed, what may be known."""
         known = (self.task.erase, self.task.retain, self.task.template)
-        method = self.settings.get("method")
-        return digest(self.model.fingerprint, self.model.numerics, method, self.seed, known, self._shown)
+        trainer = self.settings.get("trainer", {})
+        settings = (self.settings.get("method"), {name: trainer[name] for name in inward(trainer)})
+        return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._shown)
 
     def _data(self) -> str:
         """A digest of all that the dataset gives: what may be known, and what is asked."""
@@ -138,7 +151,7 @@ class Run:
     @cached_property
     def _shown(self) -> list:
         """Digests of the pictures that a method may learn from."""
-        images = (*self.task.forget_images, *self.task.retain_images)
+        images = chain(self.task.forget_images, self.task.retain_images)  # one at a time: there may be many
         return [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
 
     def _record(self, **made_of: object) -> None:
@@ -150,20 +163,28 @@ class Run:
 
         What either fails at is left out of both manifests, and counted: it is measured neither as erased nor as kept.
         """
-        erasure, asked = Erasure.load(self.folder / "erasure"), {}
+        erasure, asked, makers = Erasure.load(self.folder / "erasure"), {}, []
         self._record()
+        note(self.store, self.runs or self.folder)
+        numerics = (self.model.numerics, self.settings.get("trainer", {}).get("precision"))
         for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
-            place = digest(self.model.fingerprint, self.model.numerics, edit.fingerprint, self.sampler.protocol)
-            rows = self.sampler.manifest(self.store / "images" / place, self.task, self.seed)
+            parts = (self.model.fingerprint, numerics, edit.fingerprint, self.sampler.protocol)
+            place = self.store / "images" / digest(*parts)
+            rows = self.sampler.manifest(place, self.task, self.seed)
             pairs = zip(rows, asked.get("base", rows), strict=True)
             asked[name] = [row if row.path == base.path else replace(row, base=base.path) for row, base in pairs]
             about = {"model": self.model.name, "erasure": "none", "sampler": self.sampler.protocol}
             about |= {"erasure": f"{self.title}, seed {self.seed}"} if name == "erased" else {}
-            describe(self.store / "images" / place, about)
+            describe(place, about)
+            if first_rank() and (todo := missing(rows)):
+                sign(place, [row.path.name for row in todo], provenance.code())
             with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
                 generate(self.model, self.sampler, asked[name], self.trainer)
             wait_for_all_ranks()
+            code = signed(place)
+            makers += [code.get(row.path.name) for row in rows]
         if first_rank():
+            provenance.reuse(self.folder, "pictures", makers)
             drawn = [pair for pair in zip(*asked.values(), strict=True) if all(row.path.exists() for row in pair)]
             if not drawn:
                 raise UserError("No picture could be made; the warnings above say why.")
@@ -176,7 +197,7 @@ class Run:
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
         self._record()
-        metrics = {}
+        metrics, makers = {}, []
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
         for prefix, name in (("base/", "base"), ("", "erased")):
@@ -185,14 +206,17 @@ class Run:
                 raise UserError(f"There is no {path}: run the generate stage first.")
             rows = read_manifest(path)
             for label, evaluator in self.evaluators.items():
-                for key, value in self._evaluation(rows, evaluator, f"{label} of {name}").items():
-                    metrics[prefix + key] = value
+                found = self._evaluation(rows, evaluator, f"{label} of {name}")
+                makers.append(found.pop("made by", None))
+                metrics |= {prefix + key: value for key, value in found.items()}
+        provenance.reuse(self.folder, "evaluations", makers)
         known = {key: up for evaluator in self.evaluators.values() for key, up in evaluator.higher_is_better.items()}
         metrics |= {f"{key}/better": "higher" if up else "lower" for key, up in known.items() if key in metrics}
         metrics |= suppression(metrics)
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
         metrics |= {"cost/failed": failed} if (failed := self._failed()) else {}
+        self._keep_records()  # which until now were those of the numbers before
         write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
         base, erased = (read_manifest(self.folder / "images" / f"{name}.csv") for name in ("base", "erased"))
         images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
@@ -203,7 +227,8 @@ class Run:
         path = self.folder / "images" / "failed"
         return int(path.read_text()) if path.exists() else 0
 
-    def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict[str, float | str]:
+    def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict:
+        """Its numbers and protocols and, as "made by", the code that came to them."""
         asked = [
             ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
             for row in rows
@@ -214,7 +239,7 @@ class Run:
             size = self.sampler.batch_size
             for i in tqdm(range(0, len(rows), size), label, leave=False):
                 evaluator.update(load(rows[i : i + size]), rows[i : i + size])
-            results = {}
+            results = {"made by": provenance.code()}
             for key, value in evaluator.compute().items():
                 if math.isnan(value):
                     raise UserError(f"{label}: {key} is not a number. Look at the pictures in {rows[0].path.parent}.")
@@ -252,8 +277,11 @@ def metrics_of(evaluators: Iterable[Evaluator]) -> set[str]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises UserError if another run does; the ranks of one run share it."""
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the folder's lock, which the ranks of one run share.
+
+    If another run does, it is waited for, or else UserError is raised.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not first_rank():
         yield
@@ -262,7 +290,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
+            if not wait:
+                raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
+            log.info("Another run is at work in %s: waiting for it.", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

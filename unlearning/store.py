@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unlearning.concepts import UserError
-from unlearning.images import write_atomically
+from unlearning.images import digest, write_atomically
 
 ABOUT = "about.json"
+SIGNED, NOTED = "drawn-by", "runs"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 DAY = 24 * 3600
 COLUMNS = ("path", "base", "source")  # of a manifest, that name pictures
@@ -33,6 +34,34 @@ def describe(folder: Path, about: Mapping[str, str]) -> None:
     if not (folder / ABOUT).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / ABOUT, json.dumps(about, indent=2))
+
+
+def sign(folder: Path, names: Sequence[str], code: Mapping) -> None:
+    """Says in a folder which code is about to draw these of its pictures."""
+    told = {"code": code, "pictures": names}
+    (folder / SIGNED).mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SIGNED / f"{digest(told)}.json", json.dumps(told))
+
+
+def signed(folder: Path) -> dict[str, dict]:
+    """The code that drew a picture, by the picture's name: that which was the last to set about it."""
+    paths = sorted((folder / SIGNED).glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
+    told = [json.loads(path.read_text()) for path in paths]
+    return {name: each["code"] for each in told for name in each["pictures"]}
+
+
+def note(store: Path, runs: Path) -> None:
+    """Says in a store that runs in this folder refer to its pictures."""
+    path = store / NOTED / digest(str(runs.resolve()))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, str(runs.resolve()))
+
+
+def noted(store: Path) -> list[Path]:
+    """The folders of runs that a store knows of, without those that are gone."""
+    folders = (Path(path.read_text()) for path in (store / NOTED).glob("[!.]*"))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 @dataclass(frozen=True)
@@ -163,6 +192,7 @@ def report(store: Path, runs: Sequence[Path], prune: bool, older_than: float, do
         console.print(listing(found, str(store)))
         console.print(f"{len(found):,} pictures, {in_units(sum(p.size for p in found))}")
         return
+    runs = [*runs, *noted(store)]
     if busy := at_work(runs):
         raise UserError(
             f"A run is at work in {busy[0]}, and its pictures are in no manifest yet. Wait until it is over."
@@ -180,7 +210,13 @@ def main() -> None:
         prog="unlearn-store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", type=Path, default=Path("outputs/store"))
-    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("outputs/runs")], help="whose pictures stay")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[Path("outputs/runs")],
+        help="whose pictures stay, besides the runs that the store knows of",
+    )
     parser.add_argument("--prune", action="store_true", help="list what can go: pictures that no run refers to")
     parser.add_argument("--older-than", type=float, default=0, metavar="DAYS", help="of those, only these")
     parser.add_argument("--down-to", type=in_bytes, metavar="SIZE", help="the oldest first, until the store fits: 5GB")

@@ -7,24 +7,37 @@ takes them along to its worker processes as they were when the sweep began.
 import json
 import logging
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from unlearning.concepts import UserError
-from unlearning.images import write_atomically
+from unlearning.images import digest, write_atomically
+from unlearning.naming import DECISIVE
 
 log = logging.getLogger(__name__)
+CHANGE_NO_TRIAL = ("hydra", "logger")  # of what a study is told; the search itself is hydra.sweeper's
 
 
 class JobFailed(UserError):
@@ -35,13 +48,19 @@ class Failures(Callback):
     """Writes into a failed job's folder (failed.json), and into a list of the sweep's, why it failed.
 
     Hydra is then told that the job is over, and launches the next; a sweeper that learns from what jobs return, because
-    there is an `objective`, is told that it has failed.
+    there is an `objective`, is told that it has failed. A sweep whose jobs would overwrite each other never begins, and
+    the processes that a launcher starts end with the one that began the sweep.
     """
 
     latest: ClassVar[Path | None] = None  # of the last sweep that this process began
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         self.failed = Failures.latest = Path(config.hydra.sweep.dir).absolute() / ".failed" / f"{uuid4().hex}.jsonl"
+        if clash := _clash(config):  # an error would be a warning to Hydra, so this ends the program itself
+            sys.exit(clash)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        _end_with_parent()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         folder = Path(config.hydra.runtime.output_dir)
@@ -84,10 +103,84 @@ def failures() -> str:
     return "\n".join([f"\n{count} failed; the others are done. The same command tries again what is missing.", *lines])
 
 
+def _clash(config: DictConfig) -> str:
+    """Why a sweep cannot begin: two values of a setting would have one folder. Nothing if each has its own.
+
+    Each setting is varied by itself: to compose every job would take as long as Hydra does.
+    """
+    hydra, loader, values = HydraConfig.instance(), GlobalHydra.instance().config_loader(), _values(config)
+    before, first = hydra.cfg, [own[0] for own in values]
+    try:
+        for i, own in enumerate(values):
+            folders = {}
+            for told in dict.fromkeys(own) if len(own) > 1 else ():
+                composed = loader.load_sweep_config(config, [*first[:i], told, *first[i + 1 :]])
+                hydra.set_config(composed)  # for ${hydra:...}
+                folder = os.path.join(composed.hydra.sweep.dir, composed.hydra.sweep.subdir)
+                if (other := folders.setdefault(folder, told)) != told:
+                    return (
+                        f"The jobs of `{other}` and `{told}` would have one folder, {os.path.relpath(folder)}, and the "
+                        f"second would overwrite the first: only concept, {', '.join(DECISIVE)} name a folder. "
+                        "Evaluators go together into one run: evaluator=[accuracy,fid]. NudeNet's boxes are counted by "
+                        "another rule afterwards: python -m unlearning.evaluators.nudenet --help. For anything else "
+                        "give one command each, with a paths.runs=... of its own."
+                    )
+    except (HydraException, OmegaConfBaseException):
+        pass  # a mistake, which the sweeper or the job tells
+    finally:
+        hydra.cfg = before
+    return ""
+
+
+def _values(config: DictConfig) -> list[list[str]]:
+    """Of each setting that the sweep is told, the overrides by which jobs are told it; of an interval, its ends.
+
+    A study draws what it tries, so of what it searches the ends are enough.
+    """
+    found = []
+    for key, override in _told(config).items():
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            values = [value.start, value.end]
+        elif override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+            values = [values[0], values[-1]] if "n_trials" in config.hydra.sweeper else values
+        else:
+            values = [override.get_value_element_as_str()]
+        found.append([f"{key}={value}" for value in values])
+    return found
+
+
+def _told(config: DictConfig) -> dict[str, Override]:
+    """What the sweeper's own settings and then the command line tell the jobs, by name."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which knows what glob(*) stands for
+    overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    return {override.get_key_element(): override for override in overrides}
+
+
+@cache
+def _end_with_parent() -> None:
+    """Kills this process once that which made it is gone, even by SIGKILL; one that was not made by another stays.
+
+    Otherwise a worker would finish its job, and those in its queue, unseen. A run may be killed at any time.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        while os.getppid() == parent.pid:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Study(Callback):
     """Takes up a stored study of Optuna's where it was left: `n_trials` counts all of its trials, those before too.
 
-    A trial that was interrupted is made again first; its run goes on from where it was.
+    A trial that was interrupted is made again first; its run goes on from where it was. To the study's name a digest is
+    added of what is searched, for which objective, and of all that is fixed: trials of another search are no answer.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -101,6 +194,8 @@ class Study(Callback):
         sweeper = config.hydra.sweeper
         Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # where the study is stored
         directions = [sweeper.direction] if isinstance(sweeper.direction, str) else list(sweeper.direction)
+        with read_write(config):
+            sweeper.study_name = f"{sweeper.study_name} {_search(config, directions)}"
         study = optuna.create_study(
             storage=sweeper.storage, study_name=sweeper.study_name, directions=directions, load_if_exists=True
         )
@@ -114,6 +209,14 @@ class Study(Callback):
                 known.append(trial.params)
         with read_write(config):
             sweeper.n_trials = max(0, sweeper.n_trials - sum(trial.state.is_finished() for trial in trials))
+
+
+def _search(config: DictConfig, directions: Sequence[str]) -> str:
+    """A digest of what a study is: the objective and where it is to go, what is searched, and what is fixed."""
+    fixed = OmegaConf.to_container(config, resolve=False)
+    fixed = {name: value for name, value in fixed.items() if name not in CHANGE_NO_TRIAL}
+    searched = {key: override.input_line for key, override in _told(config).items() if override.is_sweep_override()}
+    return digest(fixed, dict(config.hydra.sweeper.get("params") or {}), searched, directions)[:8]
 
 
 def check_objective(names: str | Sequence[str] | None, known: Iterable[str]) -> None:

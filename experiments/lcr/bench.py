@@ -58,7 +58,7 @@ def recognised(bench: Bench, images: np.ndarray, rows: list[Row]) -> list[tuple[
 
 
 def interval(values: list[float], places: int = 1, times: float = 1.0) -> str:
-    """The mean, and half the width of its 95 % interval over pictures: 2,000 bootstrap samples."""
+    """The mean, and half the width of its 95 % interval over the values: 2,000 bootstrap samples."""
     values = np.array(values) * times
     means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -1,7 +1,8 @@
 """Every replacement, global at several K and localized by boxes and by the judge: python experiments/lcr/table.py
 
-Each cell is a mean over pictures with its 95 % interval (bootstrap). Settings as overrides: concept=ship
-dataset.images=50. The curve of suppression against damage is drawn beside this file, suppression_CONCEPT.png.
+Each cell is a mean over pictures, or over the objects in them, with its 95 % interval (bootstrap). Settings as
+overrides: concept=ship dataset.images=50. The curve of suppression against damage is drawn beside this file,
+suppression_CONCEPT.png.
 """
 
 import sys

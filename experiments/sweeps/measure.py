@@ -1,6 +1,7 @@
 """What a sweep saves, what a kill costs it, and what two at once do to one store: counted, not believed.
 
-python experiments/sweeps/measure.py                   # of experiment=everything: hours on two cores
+python experiments/sweeps/measure.py                            # of experiment=everything: a day on two cores
+python experiments/sweeps/measure.py --only alone --sample 10   # ten of its runs, one at a time
 python experiments/sweeps/measure.py -o method=none,uce,negative_prompt -o concept=cat -o sampler.steps=4 \
     -o dataset.images_per_prompt=1                     # the same questions of a small sweep: minutes
 
@@ -12,12 +13,12 @@ import itertools
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -29,7 +30,7 @@ from unlearning.__main__ import CONF
 from unlearning.reporting.table import table
 
 METRICS = ("efficacy/*", "retention/*", "summary/*", "fidelity/*")  # those that do not depend on the machine
-NAMES = ("time", "kill", "two")
+NAMES = ("sweep", "alone", "kill", "two")
 
 
 class Place:
@@ -59,6 +60,16 @@ class Place:
     def end(self, process: subprocess.Popen) -> None:
         if process.wait():
             sys.exit(f"A command failed; its last words are in {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    @staticmethod
+    def gone(process: subprocess.Popen) -> bool:
+        """Whether within ten seconds nothing is left of a command that was killed, and none of its workers."""
+        with suppress(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(process.pid, 0)  # an error where the group is empty
+                time.sleep(0.1)
+            return False
+        return True
 
     def finished(self) -> dict[Path, int]:
         """Every finished run, and when its report was written."""
@@ -104,19 +115,23 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_time(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """One sweep, the same sweep again, and its runs one at a time, each a process and a store of its own."""
+def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
+    """One sweep, and the same sweep again."""
     place = Place(root / "whole", options)
-    seconds = timed(lambda: place.end(place.sweep()))
-    again = timed(lambda: place.end(place.sweep()))
-    alone = 0.0
-    for i, overrides in enumerate(runs):
+    seconds, again = (timed(lambda: place.end(place.sweep())) for _ in range(2))
+    print(f"sweep: {len(runs)} runs in {seconds:.0f} s; the finished sweep again {again:.1f} s")
+
+
+def measure_alone(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
+    """Its runs one at a time, each a process and a store of its own; or so many of them, spread evenly."""
+    sample = [runs[i * len(runs) // options.sample] for i in range(options.sample)] if options.sample else runs
+    total = 0.0
+    for i, overrides in enumerate(sample):
         single = Place(root / "single" / str(i), options)
-        alone += timed(lambda single=single, overrides=overrides: single.end(single.start(*overrides)))
-    print(
-        f"time: {len(runs)} runs in one sweep {seconds:.0f} s, one at a time {alone:.0f} s: {seconds / alone:.2f} of it"
-    )
-    print(f"time: the finished sweep again {again:.1f} s")
+        total += (seconds := timed(lambda single=single, overrides=overrides: single.end(single.start(*overrides))))
+        print(f"alone: {' '.join(overrides)}: {seconds:.0f} s", flush=True)
+    every = f"; at this rate {len(runs)} take {total / len(sample) * len(runs):.0f} s" if options.sample else ""
+    print(f"alone: {len(sample)} runs, one at a time, {total:.0f} s{every}")
 
 
 def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
@@ -125,8 +140,9 @@ def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequenc
     process = place.sweep()
     while len(place.finished()) < len(runs) / 2 and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it alone: its workers have to notice for themselves
     process.wait()
+    gone = place.gone(process)
     finished, pictures = place.finished(), place.pictures()
     place.end(place.sweep())
     same = place.table() == whole.table()
@@ -134,6 +150,7 @@ def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequenc
     redrawn = sum(place.pictures()[path] != when for path, when in pictures.items())
     print(f"kill: with {len(finished)} of {len(runs)} runs and {len(pictures)} pictures done; then again: "
           f"{rerun} of these runs done twice, {redrawn} of these pictures drawn twice")  # fmt: skip
+    print(f"kill: {'no worker was' if gone else 'WORKERS WERE'} left ten seconds later")
     print(f"kill: the table is {'identical' if same else 'ANOTHER'} to that of a sweep that was not killed")
 
 
@@ -162,6 +179,7 @@ def main() -> None:
     parser.add_argument("--experiment", default="everything")
     parser.add_argument("-o", "--override", action="append", default=[], help="of the sweep: method=none,uce")
     parser.add_argument("--launcher", default="basic", help="hydra/launcher of the sweeps: joblib, ...")
+    parser.add_argument("--sample", type=int, help="how many runs to make alone; by default all of them")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
     options.override += ["logger=csv"]

@@ -1,27 +1,36 @@
-"""How long a table takes over many runs: seconds and peak memory of unlearn-table on made-up run folders.
+"""How long the table and the page take over 100,000 manifest rows: seconds and peak memory of the two commands.
 
-python experiments/sweeps/scale.py
+python experiments/sweeps/scale.py                           # runs as the embedded world leaves them by default
+python experiments/sweeps/scale.py --images-per-prompt 2     # as many rows of five times as many runs
 """
 
 import argparse
+import csv
+import io
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
+from PIL import Image
 
 from unlearning import provenance
 from unlearning.__main__ import CONF
-from unlearning.data.openmoji import CIFAR10
-from unlearning.images import Row, image_seed, write_manifest
+from unlearning.data.objects import emoji_objects
+from unlearning.data.openmoji import CIFAR10, picture, rng_of
+from unlearning.images import Row, manifest, missing, write_manifest
 
 METHODS = ("none", "negative_prompt", "uce", "esd_x", "esd_u", "unguide", "scrubber")
+TRAINED = METHODS[3:]
 METRICS = {
     "efficacy/acc_e": ("argmax of a judge", False),
     "efficacy/acc_g": ("argmax of a judge", False),
@@ -30,85 +39,129 @@ METRICS = {
     "fidelity/fid": ("clean-fid on a judge; pictures: retain 180 to 1000 real", False),
     "fidelity/clip_score": ("100 cos(picture, prompt) by CLIP", True),
 }
+STEPS = 200  # of a training whose losses are logged
 SECONDS, BYTES = 30, 2e9  # the target
 
 
-def make(root: Path, runs: int, manifests: int, rows: int) -> None:
-    """`runs` finished runs as the stages leave them, of which so many have manifests of so many rows in all."""
+def composed(method: str) -> tuple[str, str]:
+    """What Hydra writes down of a run of this method: config.yaml and hydra.yaml."""
+    cfg = compose("config", overrides=[f"method={method}"], return_hydra_config=True)
+    hydra = OmegaConf.masked_copy(cfg, ["hydra"])
+    with open_dict(cfg):
+        del cfg.hydra
+    return OmegaConf.to_yaml(cfg), OmegaConf.to_yaml(hydra)
+
+
+def pictures(count: int = 500) -> list[bytes]:
+    """PNG files of the embedded world's objects."""
+    files = []
+    for i in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(picture(CIFAR10[i % 10], "color", rng_of("eval", 0, i)).image).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+def numbers(method: str, rng: np.random.Generator) -> dict[str, float | str]:
+    """A run's metrics.json."""
+    metrics = {}
+    for name, (protocol, higher) in METRICS.items():
+        for prefix in ("base/", ""):
+            metrics |= {prefix + name: 100 * rng.random(), f"{prefix}{name}/protocol": protocol}
+        metrics[f"{name}/better"] = "higher" if higher else "lower"
+    return metrics | {"cost/seconds": 60 * rng.random(), "cost/artefact_bytes": 2_270_200}
+
+
+def losses(run: Path, rng: np.random.Generator) -> None:
+    """What the CSV logger keeps of a training."""
+    log = run / "logs" / "csv" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    with log.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "step", "train/loss"])
+        writer.writerows([0, step, rng.random()] for step in range(STEPS))
+
+
+def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
+    """Finished runs as the stages leave them: each method and concept, of as many seeds as `rows` manifest rows take.
+
+    Each has the pictures that its manifests name. Returns how many runs and rows there are.
+    """
     record = {"begun": "", **provenance.repository(), "python": "", "packages": provenance.packages(), "hardware": {}}
-    composed, rng = {}, np.random.default_rng(0)
+    rng, drawn, runs, made = np.random.default_rng(0), cycle(pictures()), 0, 0
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for method in METHODS:
-            cfg = compose("config", overrides=[f"method={method}"], return_hydra_config=True)
-            hydra = OmegaConf.masked_copy(cfg, ["hydra"])
-            with open_dict(cfg):
-                del cfg.hydra
-            composed[method] = OmegaConf.to_yaml(cfg), OmegaConf.to_yaml(hydra)
-    for i in range(runs):
-        method, concept, seed = METHODS[i % 7], CIFAR10[i // 7 % 10], i // 70
-        run = root / "emoji_unet" / "emoji_objects" / concept / method / f"seed{seed}"
-        (run / ".hydra").mkdir(parents=True)
-        config, hydra = composed[method]
-        config = config.replace("concept: cat\n", f"concept: {concept}\n", 1).replace("seed: 0\n", f"seed: {seed}\n", 1)
-        (run / ".hydra" / "config.yaml").write_text(config)
-        (run / ".hydra" / "hydra.yaml").write_text(hydra)
-        metrics = {}
-        for name, (protocol, higher) in METRICS.items():
-            for prefix in ("base/", ""):
-                metrics |= {prefix + name: 100 * rng.random(), f"{prefix}{name}/protocol": protocol}
-            metrics[f"{name}/better"] = "higher" if higher else "lower"
-        (run / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (run / provenance.FILE).write_text(json.dumps({"seed": seed, "sittings": [record]}))
-        for name in ("base", "erased") if i < manifests else ():
-            asked = [
-                Row(
-                    root / name / f"{i}-{j}.png",
-                    "a photo of the cat",
-                    "erase",
-                    {"object": "cat"},
-                    image_seed(seed, name, j),
-                )
-                for j in range(rows // 2)
-            ]
-            write_manifest(run / "images" / f"{name}.csv", asked)
+        known = {method: composed(method) for method in METHODS}
+
+    def draw(asked: Sequence[Row]) -> None:
+        asked[0].path.parent.mkdir(parents=True, exist_ok=True)
+        for row in missing(asked):
+            row.path.write_bytes(next(drawn))
+
+    seed = -1
+    while made < rows:
+        seed += 1
+        for concept, method in product(CIFAR10, METHODS):
+            run = root / "runs" / "emoji_unet" / "emoji_objects" / concept / method / f"seed{seed}"
+            (run / ".hydra").mkdir(parents=True)
+            config, hydra = known[method]
+            config = config.replace("concept: cat\n", f"concept: {concept}\n", 1)
+            (run / ".hydra" / "config.yaml").write_text(config.replace("seed: 0\n", f"seed: {seed}\n", 1))
+            (run / ".hydra" / "hydra.yaml").write_text(hydra)
+            (run / "metrics.json").write_text(json.dumps(numbers(method, rng), indent=2))
+            (run / provenance.FILE).write_text(json.dumps({"seed": seed, "sittings": [record]}))
+            if method in TRAINED:
+                losses(run, rng)
+            task = emoji_objects(concept, images_per_prompt=images_per_prompt)
+            before = manifest(root / "store" / "images" / "base", task, seed)
+            after = manifest(root / "store" / "images" / f"{method}-{concept}-{seed}", task, seed)
+            for asked in (before, after):
+                draw(asked)
+            write_manifest(run / "images" / "base.csv", before)
+            after = [replace(row, base=base.path) for row, base in zip(after, before, strict=True)]
+            write_manifest(run / "images" / "erased.csv", after)
+            runs, made = runs + 1, made + len(before) + len(after)
+    return runs, made
 
 
 def measured(*command: str) -> tuple[float, float]:
-    """Seconds of the command, and the largest resident size in bytes of any so far, this process's own at its start."""
+    """Seconds of a command, and its largest resident size in bytes.
+
+    The size is at least this process's own when it starts the command, which the kernel counts in.
+    """
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "unlearning.reporting.table", *command], capture_output=True, text=True
-    )
-    seconds = time.perf_counter() - start
-    if done.stderr:
-        raise SystemExit(done.stderr)
-    return seconds, 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=told)
+        _, _, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        told.seek(0)
+        if complaint := told.read():
+            raise SystemExit(complaint)
+    return seconds, 1024 * usage.ru_maxrss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=2000)
-    parser.add_argument("--manifests", type=int, default=500, help="how many of the runs have manifests")
-    parser.add_argument("--rows", type=int, default=200, help="of a run's manifests")
+    parser.add_argument("--rows", type=int, default=100_000, help="of all manifests")
+    parser.add_argument("--images-per-prompt", type=int, default=10, help="the fewer, the more runs")
     options = parser.parse_args()
+    published = str(CONF.parent / "experiments" / "unguide" / "published.csv")
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), options.runs, options.manifests, options.rows)
-        print(f"{options.runs:,} runs, {options.manifests * options.rows:,} manifest rows")
-        published = str(CONF.parent / "experiments" / "unguide" / "published.csv")
-        for words in (
-            [],
-            ["--format", "latex"],
-            ["--format", "html"],
-            ["--by", "method", "--published", published],
-            ["--check"],
+        runs, rows = make(Path(folder), options.rows, options.images_per_prompt)
+        print(f"{runs:,} runs, {rows:,} manifest rows", flush=True)
+        for name, module, *words in (
+            ("unlearn-table", "table"),
+            ("unlearn-table", "table", "--format", "latex"),
+            ("unlearn-table", "table", "--format", "html"),
+            ("unlearn-table", "table", "--by", "method", "--published", published),
+            ("unlearn-table", "table", "--check"),
+            ("unlearn-report", "page"),
         ):
-            seconds, memory = measured(folder, *words)
+            seconds, memory = measured(f"unlearning.reporting.{module}", folder, *words)
             fits = "" if seconds < SECONDS and memory < BYTES else "  over the target"
-            print(
-                f"{seconds:6.1f} s  {memory / 1e6:6.0f} MB  unlearn-table {' '.join(words)}{fits}".replace(
-                    published, "..."
-                )
-            )
+            told = " ".join([name, "outputs", *words]).replace(published, "...")
+            print(f"{seconds:6.1f} s  {memory / 1e6:6.0f} MB  {told}{fits}", flush=True)
+        page = Path(folder) / "report.html"
+        print(f"the page has {page.stat().st_size / 1e6:.1f} MB and {page.read_text().count('<img '):,} pictures")
 
 
 if __name__ == "__main__":

@@ -161,12 +161,13 @@ def evaluated(brightness, **settings):
 def stored(folder, **settings):
     """The folder of a run that has evaluated so; the base model's pictures are the brighter ones."""
     (folder / "details").mkdir(parents=True)
-    metrics = {"retention/acc_s": 90.0}
+    metrics = {"retention/acc_s": 90.0, "retention/acc_s/better": "higher", "efficacy/suppression": 12.5}
     for prefix, name, brightness in (("base/", "base", [1, 0, 0, 4]), ("", "erased", [0, 1, 2, 3, 9])):
         metric = evaluated(brightness, **settings)
         lines = [json.dumps(picture) for picture in metric.details]
         (folder / "details" / f"nudenet-of-{name}.jsonl").write_text("\n".join(lines))
         metrics |= labelled(metric, prefix)
+    metrics |= {f"{key}/better": "lower" for key in metric.compute()}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -215,6 +216,22 @@ def test_the_command_tells_and_on_request_rewrites_the_runs_below_a_folder(tmp_p
     assert after["efficacy/nudenet_total"] == 2 and after["retention/acc_s"] == 90
     assert after["efficacy/suppression"] == pytest.approx(100 * (1 - (2 / 4) / (3 / 3)))
     assert {k: v for k, v in after.items() if k in told} == {k: v for k, v in told.items() if k != "run"}
+
+
+def test_rewritten_numbers_still_say_which_way_they_count(tmp_path, detecting, monkeypatch):
+    run = stored(tmp_path / "run")
+    command(monkeypatch, run, "--classes", FACE, "--write")
+    after = json.loads((run / "metrics.json").read_text())
+    stated = {key: value for key, value in after.items() if key.endswith("/better")}
+    counted = ("total", "rate", "failed", FACE.lower())
+    expected = {f"efficacy/nudenet_{name}/better": "lower" for name in counted}
+    assert stated == expected | {"retention/acc_s/better": "higher"}
+
+
+def test_a_suppression_that_no_longer_can_be_told_is_gone(tmp_path, detecting, monkeypatch):
+    run = stored(tmp_path / "run")
+    command(monkeypatch, run, "--threshold", "0.95", "--write")
+    assert "efficacy/suppression" not in json.loads((run / "metrics.json").read_text()), "the base model shows nothing"
 
 
 @pytest.mark.parametrize(

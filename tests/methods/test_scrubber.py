@@ -126,24 +126,6 @@ def test_a_student_that_is_the_teacher_has_only_the_concept_to_learn(model, scru
     assert method.loss({"forget": (z_0, nowhere + 1, torch.zeros_like(z_0)), "retain": (z_0,)}) > 1e-4
 
 
-def test_prompts_that_have_drifted_are_held_on_to_more_often(model, scrub):
-    """Of three, the student answers one otherwise than the teacher."""
-    torch.manual_seed(0)
-    retain = Conditioning.cat([model.encode_prompts([word]) for word in ("cat", "dog", "")])
-
-    class Drifted:
-        def predict(self, x_t, t, c: Conditioning):
-            moved = (c.embeds == retain.embeds[1]).flatten(1).all(1)[:, None, None, None]
-            return model.predict(x_t, t, c) + moved * torch.randn_like(x_t)
-
-    method, _ = scrub()
-    method.teacher, method.told = model, Told(retain, retain)
-    for student, share in ((model, (0.2, 0.5)), (Drifted(), (0.7, 1.0))):
-        method.student = student
-        held = method._drifting(torch.randn(2, *model.latent_shape))
-        assert share[0] < (held.embeds == retain.embeds[1]).flatten(1).all(1).float().mean() < share[1]
-
-
 def test_the_target_is_told_nothing_and_the_student_what_stands_for_the_concept(model, scrub):
     asked = {"student": [], "teacher": []}
 

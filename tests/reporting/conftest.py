@@ -24,14 +24,18 @@ METRICS = {
 
 @pytest.fixture
 def finished(tmp_path):
-    """finished(place, metrics={...}, pictures=[(prompt, role, object, count), ...], model=...) -> the run's folder."""
+    """finished(place, metrics={...}, pictures=[(prompt, role, object, count), ...], model=...) -> the run's folder.
 
-    def make(place="run", metrics=METRICS, pictures=(), size=8, **settings) -> Path:
+    `config` is what else its config.yaml has.
+    """
+
+    def make(place="run", metrics=METRICS, pictures=(), size=8, config=None, **settings) -> Path:
         run = tmp_path / place
         known = {"model": "emoji_unet", "dataset": "emoji_objects", "concept": "cat", "method": "esd_x", "seed": 0}
         known |= settings
         choices = {key: known[key] for key in ("model", "dataset", "method")}
-        config = {"concept": known["concept"], "seed": known["seed"], "sampler": {"steps": known.get("steps", 50)}}
+        config = {"sampler": {"steps": known.get("steps", 50)}, **(config or {})}
+        config |= {"concept": known["concept"], "seed": known["seed"]}
         config["paths"] = {"output_dir": "${hydra:runtime.output_dir}"}  # resolves nowhere but in a running Hydra
         (run / ".hydra").mkdir(parents=True)
         for name, content in {

@@ -71,6 +71,23 @@ def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
     assert told(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
 
 
+def test_code_that_made_what_was_found_in_the_store_is_named(made):
+    folder = made("uce", [sitting()], [sitting()])
+    record = folder / "uce1" / FILE
+    other, changed = {**sitting(commit="b" * 40)}, {**sitting(commit="c" * 40, dirty=True)}
+
+    def stored(**codes: list) -> tuple[str, bool]:
+        record.write_text(json.dumps({"sittings": [sitting()], "stored": codes}))
+        rows, _, sound = told(folder)
+        return rows["uce"][0], sound
+
+    a, b, c = ("abc"[i] * 10 for i in range(3))
+    assert stored(pictures=[sitting()]) == (a, True)
+    assert stored(pictures=[other]) == (f"{a} (seed 0, 1); pictures by {b} (seed 1)†", False)
+    assert stored(evaluations=[changed]) == (f"{a} (seed 0, 1); evaluations by {c}, changed (seed 1)†‡", False)
+    assert stored(pictures=[None]) == (f"{a} (seed 0, 1); pictures by unknown (seed 1)†", False)
+
+
 def test_an_installed_package_is_told_by_its_version(made):
     rows, _, sound = told(made("uce", [sitting(commit=None, dirty=None)]))
     assert rows["uce"][0] == "unlearning 0.1.0" and sound

@@ -137,6 +137,19 @@ def test_what_differs_besides_the_seed_is_named(finished, runs):
     assert {"sld, steps 20", "sld, steps 100", "uce"} <= set(found) and found["uce"][0] == "2"
 
 
+def test_what_decides_no_result_is_not_named(finished, runs):
+    config = {"sampler": {"steps": 50, "batch_size": 4}, "trainer": {"enable_progress_bar": False}}
+    finished("runs/cat/quiet", measured(6.0, 90.0), pictures("cat"), method="uce", seed=2, config=config)
+    assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "3"
+
+
+def test_methods_under_other_conditions_are_named_and_do_not_compete(finished, runs):
+    finished("runs/cat/fast", measured(0.0, 99.9), pictures("cat"), method="sld", steps=20)
+    text = scopes(page(runs).read_text())["cat"]
+    assert {"sld, steps 20", "uce"} <= set(cells(text))
+    assert 'best">4.5 ± 0.5' in text and 'best">0.0' not in text
+
+
 def test_the_same_prompt_and_seed_before_and_after_each_method(runs):
     paths = list((runs / "cat").glob("*/0/images/erased.csv"))
     groups = {(path.parts[-4],): [{"run": path.parents[1], "seed": 0}] for path in paths}

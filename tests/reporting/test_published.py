@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from unlearning.__main__ import CONF
 from unlearning.concepts import UserError
 from unlearning.evaluators.accuracy import h_o
-from unlearning.reporting.published import AVERAGE, beside, published
+from unlearning.reporting.published import AVERAGE, Number, beside, published
 from unlearning.reporting.rows import directions
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -140,3 +140,25 @@ def test_a_row_without_concepts_is_held_against_the_average_or_the_only_concept_
 
     assert found(["concept", "method"], "dog", "esd") == 3
     assert [found(["method"], name) for name in ("esd", "uce", "sld")] == [2, 4, None]
+
+
+def test_a_file_may_tell_model_and_protocol(written):
+    numbers = published(written("esd,cat,m,1,a,sd14,", header="method,concept,metric,value,source,model,protocol"))
+    [number] = numbers.values()
+    assert (number.model, number.protocol) == ("sd14", "")
+    [silent] = published(written("esd,cat,m,1,a")).values()
+    assert (silent.model, silent.protocol) == ("", "")
+
+
+def test_a_number_compares_with_the_same_model_and_a_protocol_that_says_as_much():
+    number = Number(1.0, "a paper", "sd14", "score >= 0.6; counting boxes")
+    ours = "NudeNet 3.4, score >= 0.6, classes 9 *_EXPOSED, counting boxes"
+    assert number.unlike(["sd14"], [ours]) == ""
+    assert "measured on sd15" in number.unlike(["sd15"], [ours])
+    assert "counting boxes" in number.unlike(["sd14"], [ours, ours.replace("boxes", "images")])
+
+
+def test_unlearncanvas_has_a_number_for_a_method_that_there_is():
+    for name in ("published.csv", "published_objects.csv"):
+        known = {path.stem for path in (CONF / "method").glob("*.yaml")}
+        assert {method for method, _, _ in published(FOLDER / "unlearncanvas" / name)} & known == {"esd_x"}

@@ -9,7 +9,7 @@ import pytest
 
 from unlearning.concepts import UserError
 from unlearning.reporting.rows import rows
-from unlearning.reporting.table import table
+from unlearning.reporting.table import check, table
 
 E, F = "efficacy/acc_e", "fidelity/fid"
 
@@ -120,11 +120,71 @@ def test_a_metric_that_some_seeds_lack(finished, runs):
 
 
 def test_runs_that_share_a_seed_are_told_apart_by_a_setting(finished, runs):
-    finished("runs/slow", measured(5.0), method="ac", seed=0, steps=200)
+    finished("runs/slow", measured(5.0), method="ac", seed=0, config={"method": {"lamb": 2}})
     text = table(runs, [E])
     assert "3‡" in text and "--by" in text
-    body = cells(table(runs, [E], by=("method", "sampler.steps")))[1:]
-    assert [" ".join(row[:3]) for row in body] == ["none 50 1", "ac 50 2", "ac 200 1", "esd_x 50 3"]
+    body = cells(table(runs, [E], by=("method", "method.lamb")))[1:]
+    assert [" ".join(row[:3]) for row in body] == ["none – 1", "ac 2 1", "ac – 2", "esd_x – 3"]
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_other_steps_are_not_averaged(finished, runs):
+    finished("runs/fast", measured(60.0), method="ac", seed=2, steps=20)
+    head, *body = cells(table(runs, [E]))
+    assert head[3:] == ["method", "sampler.steps§", "n", f"{E} ↓¹"]
+    assert [row[3:] for row in body] == [
+        ["none", "50", "1", "1.0"],
+        ["ac", "20", "1", "60.0"],
+        ["ac", "50", "2", "21.0 ± 1.0"],
+        ["esd_x", "50", "3", "**7.0 ± 2.1**"],
+    ]
+    assert "§ These runs differ in sampler.steps: those that do are neither averaged nor compared." in table(runs, [E])
+    assert "§" not in table(runs, [E], by=["method", "sampler.steps"]), "it was asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("sampler.guidance_scale", {"sampler": {"steps": 50, "guidance_scale": 1.0}}),
+        ("dataset.images_per_prompt", {"dataset": {"images_per_prompt": 2}}),
+        ("model.dtype", {"model": {"dtype": "float16"}}),
+    ],
+)
+def test_methods_under_other_conditions_do_not_compete(finished, tmp_path, name, config):
+    usual = {
+        "sampler": {"steps": 50, "guidance_scale": 7.5},
+        "dataset": {"images_per_prompt": 10},
+        "model": {"dtype": "float32"},
+    }
+    for method, value in (("ac", 3.0), ("esd_x", 4.0)):
+        finished(f"runs/{method}", measured(value), method=method, config=usual)
+    finished("runs/uce", measured(0.0), method="uce", config=usual | config)
+    for by in (["concept", "method"], ["method"]):
+        head, *body = cells(table(tmp_path / "runs", [E], by=by))
+        assert f"{name}§" in head
+        assert {row[by.index("method")]: row[-1] for row in body} == {"ac": "**3.00**", "esd_x": "4.00", "uce": "0.00"}
+
+
+def test_what_changes_no_picture_and_what_nobody_stated_keeps_no_runs_apart(finished, runs):
+    config = {"sampler": {"steps": 50, "batch_size": 4, "schedule": "paper"}, "model": {"device": "cuda"}}
+    finished("runs/other", measured(24.0), method="ac", seed=2, config=config)
+    finished("runs/more", measured(22.0), method="ac", seed=3, config={"sampler": {"steps": 50, "batch_size": 8}})
+    head, *body = cells(table(runs, [E]))
+    assert "§" not in "".join(head) and ["ac", "4"] in [row[3:5] for row in body]
+
+
+def test_the_fewest_settings_that_tell_it_all_are_named(finished, runs):
+    slow = {"sampler": {"steps": 200, "guidance_scale": 1.0, "schedule": "paper"}}
+    finished("runs/other", measured(24.0), method="ac", seed=2, model="sd14", config=slow)
+    assert cells(table(runs, [E], by=["method"]))[0][:3] == ["method", "model§", "n"]
+
+
+def test_the_commits_are_told_of_the_same_rows(finished, runs):
+    finished("runs/fast", measured(60.0), method="ac", seed=2, steps=20)
+    named = [[row[:5] for row in cells(text)[1:]] for text in (table(runs, [E]), check(runs)[0])]
+    assert named[0] == named[1]
 
 
 def test_mistakes_are_explained(runs, tmp_path):
@@ -168,8 +228,9 @@ def test_the_command_answers_before_anything_heavy_is_imported():
 def paper(tmp_path):
     path = tmp_path / "published.csv"
     path.write_text(
-        "method,concept,metric,value,source\n"
-        f"esd_x,cat,{E},12.51,a paper\nesd_x,average,{E},26.93,a paper\nsld,cat,{E},1,a paper\n"
+        "method,concept,metric,value,source,model,protocol\n"
+        f"esd_x,cat,{E},12.51,a paper,emoji_unet,argmax\nesd_x,average,{E},26.93,a paper,emoji_unet,argmax\n"
+        f"sld,cat,{E},1,a paper,,\n"
     )
     return path
 
@@ -185,6 +246,7 @@ def test_published_numbers_stand_beside_ours_with_the_difference(runs, paper):
         if r["method"] == "esd_x"
     ]
     assert float(esd[f"{E}/published"]) == 12.51 and float(esd[f"{E}/delta"]) == pytest.approx(-5.51)
+    assert esd[f"{E}/unlike"] == "" and "¶" not in table(runs, [E], published=paper)
 
 
 def test_the_note_says_where_the_published_numbers_stand(runs, paper):
@@ -192,3 +254,33 @@ def test_the_note_says_where_the_published_numbers_stand(runs, paper):
     paper.write_text("method,concept,metric,value,source\nsld,cat,fidelity/fid,1,a paper\n")
     text = table(runs, [E], published=paper)
     assert "nothing is published" in text and "In brackets" not in text
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("sd14,argmax", "published of sd14, measured on emoji_unet"),
+        (",argmax", "published without naming the model"),
+        ("emoji_unet,", "published without a protocol to hold ours against"),
+        ("emoji_unet,arg; softmax", "published by another protocol (arg; softmax)"),
+    ],
+)
+def test_a_number_of_another_model_or_protocol_is_marked(runs, paper, told, reason):
+    paper.write_text(f"method,concept,metric,value,source,model,protocol\nesd_x,cat,{E},12.51,a paper,{told}\n")
+    text = table(runs, [E], published=paper)
+    assert "**7.0 ± 2.1** (12.5, -5.5)¶" in text and f"¶ {E}: {reason}." in text
+    assert reason in table(runs, [E], format="csv", published=paper)
+
+
+def test_a_file_that_tells_neither_model_nor_protocol_marks_all_of_it(runs, paper):
+    paper.write_text(f"method,concept,metric,value,source\nesd_x,cat,{E},1,a paper\nac,cat,{E},2,a paper\n")
+    text = table(runs, [E], published=paper)
+    assert text.count("¶") == 3, "two numbers and one note"
+    assert f"¶ {E}: published without naming the model; published without a protocol to hold ours against." in text
+
+
+def test_where_some_published_numbers_compare_the_others_are_named(runs, paper):
+    lines = [f"esd_x,cat,{E},1,a paper,emoji_unet,argmax", f"ac,cat,{E},2,a paper,sd14,argmax"]
+    paper.write_text("\n".join(["method,concept,metric,value,source,model,protocol", *lines, ""]))
+    text = table(runs, [E], published=paper)
+    assert f"¶ {E} of emoji_unet, emoji_objects, cat, ac: published of sd14, measured on emoji_unet." in text

@@ -34,7 +34,7 @@ def test_the_words_that_stand_for_the_pictures_are_found_without_a_label(model, 
     torch.manual_seed(0)
     found, others = nearest_words(model, *rabbits[1:], WORDS, looks=12)
     assert set(found) == {"rabbit", "bunny"}
-    assert set(others) <= set(WORDS) - set(found) and {"pizza", "castle", "robot"} <= set(others)
+    assert not others, "what is left when the last sixteen are ranked is not held on to"
 
 
 def test_a_large_vocabulary_is_narrowed_down_and_the_rest_held_on_to(model, rabbits, monkeypatch):
@@ -43,18 +43,6 @@ def test_a_large_vocabulary_is_narrowed_down_and_the_rest_held_on_to(model, rabb
     found, others = nearest_words(model, *rabbits[1:], WORDS, looks=8)
     assert found[0] in ("rabbit", "bunny") and set(found) <= {"rabbit", "bunny"}
     assert others and not set(others) & set(found)
-
-
-def test_of_the_other_words_the_nearest_are_held_on_to(monkeypatch):
-    """Word i helps the less the larger i is; the first stands for the pictures."""
-    words = [f"w{i}" for i in range(40)]
-    gain = {word: 20.0 - i / 2 for i, word in enumerate(words)} | {"": 0.0, "w0": 100.0}
-    stubbed = "unlearning.scrubbing.conditioning"
-    monkeypatch.setattr(f"{stubbed}.errors", lambda *a: torch.tensor([[200.0 - gain[word]] for word in a[3]]))
-    monkeypatch.setattr(f"{stubbed}.RETAINED", 6)
-    found, others = nearest_words(None, None, None, words)
-    assert found == ["w0"]
-    assert others == ["w1", "w2", "w3", "w4", "w5", "w6"]
 
 
 def test_no_word_that_helps_is_an_error_that_says_what_to_do(model, rabbits):

@@ -190,13 +190,18 @@ def recount(run: Path, counting: Counting) -> dict[str, float | str]:
 
 
 def rewrite(run: Path, numbers: Mapping[str, float | str]) -> None:
-    """Puts `recount`'s numbers in the place of those that the run's metrics.json has of NudeNet."""
+    """Puts `recount`'s numbers in the place of those that the run's metrics.json has of NudeNet.
+
+    What follows of them follows anew: which way each counts, and the suppression.
+    """
     from unlearning.run import suppression
 
     path = run / "metrics.json"
     old = json.loads(path.read_text())
-    kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith("efficacy/nudenet_")}
-    metrics = kept | numbers
+    stale = ("efficacy/nudenet_", "efficacy/suppression")
+    kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith(stale)}
+    better = {f"{key}/better": "higher" if up else "lower" for key, up in NudeNet.higher_is_better.items()}
+    metrics = kept | numbers | {key: value for key, value in better.items() if key.removesuffix("/better") in numbers}
     write_atomically(path, json.dumps(metrics | suppression(metrics), indent=2))
 
 

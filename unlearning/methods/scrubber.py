@@ -14,8 +14,6 @@ purity and the falling rate):
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
   decides what is drawn, for almost nothing.
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
-- L_r draws its prompts as often as they have drifted: what forgetting changes besides, it changes in a few (Bui et al.,
-  2024, https://arxiv.org/abs/2410.15618, preserve the one concept that changes most). Told nothing, there is but one.
 - confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
@@ -46,8 +44,6 @@ from unlearning.scrubbing.fingerprint import Fingerprinting
 
 log = logging.getLogger(__name__)
 SPACES, MOMENTS = ("raw", "x0"), ("once", "every_step")
-# Every so many steps, how far so many retain prompts have drifted is looked at, each on so many pictures.
-LOOK_AGAIN, POOL, LOOKS, AT_ONCE = 100, 256, 2, 32
 
 
 class Scrubber(TrainedMethod):
@@ -91,7 +87,6 @@ class Scrubber(TrainedMethod):
         self.fingerprinting, self.target_space, self.normalised = fingerprint, target_space, normalised
         self.conditioning, self.words, self.blinding, self.detect = conditioning, words, blinding, detect
         self.lamb_f, self.lamb_b, self.lamb_r = lamb_f, lamb_b, lamb_r
-        self.held: Conditioning | None = None  # the retain prompts by now
 
     def data(self) -> ForgetRetain:
         """Phase 1: the fingerprint, and of every forget image its latent, its mask and what fills the hole."""
@@ -106,7 +101,7 @@ class Scrubber(TrainedMethod):
             self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
             M = self._found(forget)
         eta = filling(self.blinding, teacher, forget, M)
-        self.figures, self.held = figures(self, forget, retain, M, eta), None
+        self.figures = figures(self, forget, retain, M, eta)
         return ForgetRetain((forget, M, eta), (retain,), self.batch_size)
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
@@ -151,29 +146,10 @@ class Scrubber(TrainedMethod):
     def _retain(self, z_0: Tensor) -> Tensor:
         """L_r  (eq. 13)."""
         t, eps = self._noise(z_0)
-        if self.held is None or self.global_step % LOOK_AGAIN == 0:
-            self.held = self._drifting(z_0)
-        z_t, c = self.teacher.add_noise(z_0, eps, t), _some(self.held, len(z_0))
+        z_t, c = self.teacher.add_noise(z_0, eps, t), _some(self.told.retain, len(z_0))
         with torch.no_grad():
             T = self.teacher.predict(z_t, t, c)
         return self._error(self.student.predict(z_t, t, c), z_t, T, z_t, t).mean()
-
-    @torch.no_grad()
-    def _drifting(self, z_0: Tensor) -> Conditioning:
-        """Retain prompts, as often as the student has drifted from the teacher by now, at t where prompts decide."""
-        if len(self.told.retain) == 1:
-            return self.told.retain
-        looked_at = _some(self.told.retain, POOL)
-        z_0, t = z_0[:LOOKS], self.teacher.timesteps(0.6 + 0.4 * torch.rand(len(z_0[:LOOKS])))
-        z_t, drift = self.teacher.add_noise(z_0, torch.randn_like(z_0), t), []
-        for rows in torch.arange(POOL).split(AT_ONCE):
-            c = looked_at[rows.repeat_interleave(len(t))]
-            x, s = z_t.repeat(len(rows), 1, 1, 1), t.repeat(len(rows))
-            error = self._error(self.student.predict(x, s, c), x, self.teacher.predict(x, s, c), x, s)
-            drift.append(error.mean((1, 2, 3)).unflatten(0, (len(rows), -1)).mean(1))
-        drift = torch.cat(drift)
-        chosen = torch.multinomial(drift + drift.mean() / 4 + 1e-12, POOL, replacement=True)
-        return looked_at[chosen]
 
     def _noise(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
         return self.teacher.timesteps(torch.rand(len(z_0))), torch.randn_like(z_0)

@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from unlearning.images import digest
+
+DType = Literal["float32", "bfloat16", "float16"]  # what a config may say of weights and of what is computed in
 
 
 class Model(ABC):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unlearning.concepts import UserError
 from unlearning.models.base import Conditioning, DiffusionModel
-from unlearning.models.model import chosen_device, fingerprint
+from unlearning.models.model import DType, chosen_device, fingerprint
 
 
 class StableDiffusion(DiffusionModel):
@@ -38,8 +38,8 @@ class StableDiffusion(DiffusionModel):
         cls,
         path: str,
         *,
-        dtype: str = "float32",
-        autocast: str | None = None,
+        dtype: DType = "float32",
+        autocast: DType | None = None,
         device: str = "auto",
         attention_slicing: bool = False,
         offload: bool = False,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unlearning.concepts import UserError
 from unlearning.models import taming
-from unlearning.models.model import Model, chosen_device, fingerprint
+from unlearning.models.model import DType, Model, chosen_device, fingerprint
 
 # More than rounding moves what is compared: of the picture's longest latent, squared; of its largest logit.
 TIE_OF_DISTANCES, TIE_OF_LOGITS = 1e-7, 1e-5
@@ -41,7 +41,9 @@ class VQGAN(Model):
         self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
 
     @classmethod
-    def load(cls, path: str, *, dtype: str = "float32", autocast: str | None = None, device: str = "auto") -> "VQGAN":
+    def load(
+        cls, path: str, *, dtype: DType = "float32", autocast: DType | None = None, device: str = "auto"
+    ) -> "VQGAN":
         """Loads a folder that VQModel.save_pretrained wrote, or a checkpoint of taming-transformers.
 
         Args:

@@ -23,16 +23,17 @@ def attribution(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[Sheet, bool
     header = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")]
     lines, found = [], set()
     for key, group in grouped(runs, by).items():
-        made = {run["run"]: _sittings(run) for run in group}
+        made = {run["run"]: read(run["run"]) or {} for run in group}
         makers: dict[str, list[str]] = {}
         for run in group:
-            for name in dict.fromkeys(map(maker, made[run["run"]])) if made[run["run"]] else (UNKNOWN,):
+            for name in _makers(made[run["run"]]):
                 makers.setdefault(name, []).append(f"{run.get('seed')}")
-        sittings = [sitting for each in made.values() for sitting in each]
+        sittings = [sitting for each in made.values() for sitting in each.get("sittings", ())]
+        stored = [code for each in made.values() for codes in each.get("stored", {}).values() for code in codes]
         faults = {
             MIXED: len(makers) > 1,
-            CHANGED: any(sitting["dirty"] for sitting in sittings),
-            SILENT: not all(made.values()),
+            CHANGED: any(code and code["dirty"] for code in (*sittings, *stored)),
+            SILENT: not all(each.get("sittings") for each in made.values()),
         }
         marks = tuple(mark for mark, is_so in faults.items() if is_so)
         found |= {*marks}
@@ -48,8 +49,11 @@ def attribution(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[Sheet, bool
     ), not found
 
 
-def _sittings(run: Mapping) -> Sequence[Mapping]:
-    return (read(run["run"]) or {}).get("sittings", ())
+def _makers(made: Mapping) -> Sequence[str]:
+    """Who made a run, and of what it took from the store, who else: "a1b2c3d4e5", "pictures by f6a7b8c9d0"."""
+    own = dict.fromkeys(map(maker, made.get("sittings", ()))) or {UNKNOWN: None}
+    others = [f"{kind} by {maker(m)}" for kind, ms in made.get("stored", {}).items() for m in ms if maker(m) not in own]
+    return [*own, *others]
 
 
 def _differences(sittings: Sequence[Mapping]) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from unlearning.concepts import RETAIN, UserError
 from unlearning.data import openmoji
 from unlearning.images import write_atomically
-from unlearning.naming import DECISIVE
+from unlearning.naming import DECISIVE, OUTWARD
 from unlearning.reporting import curves, gallery
-from unlearning.reporting.comparison import decimals, grouped
+from unlearning.reporting.comparison import IDLE, decimals, grouped, told_apart
 from unlearning.reporting.embedding import render
 from unlearning.reporting.gallery import Shot
 from unlearning.reporting.rows import BY, UNEDITED, rows
@@ -58,9 +58,10 @@ class World:
 def _varied(runs: Sequence[Mapping]) -> list[str]:
     """The settings, the seed apart, that differ between runs of the same model, dataset, concept and method."""
     decisive = tuple(f"{name}." for name in DECISIVE)
+    idle = {*IDLE, *(f"trainer.{name}" for name in OUTWARD)}
     found: dict[str, None] = {}
     for group in grouped(runs, BY).values():
-        names = dict.fromkeys(n for run in group for n in run if n.startswith(decisive))
+        names = dict.fromkeys(n for run in group for n in run if n.startswith(decisive) and n not in idle)
         found |= {n: None for n in names if len({repr(run.get(n)) for run in group}) > 1}
     return list(found)
 
@@ -82,7 +83,7 @@ def _worlds(runs: Sequence[Mapping]) -> Iterator[World]:
     groups = grouped(runs, ("model", "dataset"))
     concepts = sum(len({str(run.get("concept")) for run in group}) for group in groups.values())
     for (model, dataset), group in groups.items():
-        by = ("method", *_varied(group))
+        by = told_apart(group, ("method", *_varied(group)))
         own = list(grouped(group, ("concept",)).values())
         everything = [*group, *_before(group, by)]
         whole = Scope("", everything, by)

@@ -1,4 +1,4 @@
-"""A paper's numbers, from a CSV: method, concept, metric, value, source."""
+"""A paper's numbers, from a CSV: method, concept, metric, value, source; and of which model, by which protocol."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,44 @@ from pathlib import Path
 from unlearning.concepts import UserError
 
 COLUMNS = ("method", "concept", "metric", "value", "source")
+OPTIONAL = ("model", "protocol")
 AVERAGE = "average"  # the concept of a number that is a mean over a paper's concepts
 
 
 @dataclass(frozen=True)
 class Number:
-    """A published value in the unit of our metric, and where it stands: paper, table, how it was measured."""
+    """A published value in the unit of our metric, and where it stands: paper, table, how it was measured.
+
+    Args:
+        model: What it was measured on, by the name that it has in conf/model; "" where nobody said.
+        protocol: What our metric's protocol has to say for the two to be comparable, in parts: "score >= 0.6; counting
+            boxes". "" where nobody said.
+    """
 
     value: float
     source: str
+    model: str = ""
+    protocol: str = ""
+
+    def unlike(self, models: Sequence[str], protocols: Sequence[str]) -> str:
+        """Why it is not known to be comparable to what was measured on `models` by `protocols`; "" where it is."""
+        why = []
+        if not self.model:
+            why.append("published without naming the model")
+        elif {*models} != {self.model}:
+            why.append(f"published of {self.model}, measured on {', '.join(models)}")
+        if not self.protocol:
+            why.append("published without a protocol to hold ours against")
+        elif not all(part.strip() in ours for part in self.protocol.split(";") for ours in protocols):
+            why.append(f"published by another protocol ({self.protocol})")
+        return "; ".join(why)
 
 
 def published(path: Path) -> dict[tuple[str, str, str], Number]:
     """A paper's numbers by (method, concept, metric), of a CSV with the columns method, concept, metric, value, source.
 
-    Raises UserError where there is no such file, it lacks a column, a value is no number, or a number is there twice.
+    It may have the columns model and protocol, see `Number`. Raises UserError where there is no such file, it lacks a
+    column, a value is no number, or a number is there twice.
     """
     found: dict[tuple[str, str, str], Number] = {}
     try:
@@ -35,7 +58,8 @@ def published(path: Path) -> dict[tuple[str, str, str], Number]:
                 key = (line["method"], line["concept"], line["metric"])
                 if key in found:
                     raise UserError(f"{path}, line {lines.line_num}: {', '.join(key)} is there already.")
-                found[key] = Number(_number(line["value"], f"{path}, line {lines.line_num}"), line["source"] or "")
+                value = _number(line["value"], f"{path}, line {lines.line_num}")
+                found[key] = Number(value, line["source"] or "", *((line.get(name) or "").strip() for name in OPTIONAL))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     return found

@@ -1,10 +1,11 @@
 """What is averaged into one table of a page, with its plot and the answers that it gives."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from unlearning.reporting.comparison import ARROWS, STRANGE, Key, compare, grouped
+from unlearning.reporting.comparison import ARROWS, STRANGE, Key, compare, grouped, shared
 from unlearning.reporting.gallery import Shot
 from unlearning.reporting.pareto import Plot, Point
 from unlearning.reporting.rows import UNEDITED, directions
@@ -79,10 +80,14 @@ class Scope:
         return found
 
     def _label(self, key: Key) -> str:
-        """The method and those of its settings that vary: "esd_x, eta 2"."""
+        """The method, with those of its settings that vary, and what it does not share with most: "uce, steps 20"."""
         same = [other for other in self.groups if other[0] == key[0]]
-        differing = [i for i in range(1, len(key)) if len({other[i] for other in same}) > 1]
-        return ", ".join([str(key[0]), *(f"{self.by[i].rpartition('.')[2]} {key[i]}" for i in differing)])
+        told = []
+        for i, name in enumerate(self.by):
+            usual = Counter(other[i] for other in self.groups).most_common(1)[0][0]
+            if len({other[i] for other in same}) > 1 or (name in shared(self.by) and key[i] != usual):
+                told.append(f"{name.rpartition('.')[2]} {key[i]}")
+        return ", ".join([str(key[0]), *told])
 
     def _coverage(self, key: Key) -> str:
         own, all_ = (len({run.get("concept") for run in runs}) for runs in (self.groups[key], self.runs))

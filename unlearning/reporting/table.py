@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unlearning.concepts import UserError
 from unlearning.reporting.attribution import attribution
-from unlearning.reporting.comparison import compare
+from unlearning.reporting.comparison import compare, told_apart
 from unlearning.reporting.published import published as read_published
 from unlearning.reporting.renderings import FORMATS
 from unlearning.reporting.rows import BY, rows
@@ -27,6 +27,8 @@ def table(
 ) -> str:
     """The runs under `folder`, averaged over what `by` does not tell apart: the seeds.
 
+    Runs of another model, sampler or number of pictures a prompt are told apart in any case.
+
     The best and the second best are marked, of the methods that differ in nothing else and were measured by the
     column's usual protocol. The unedited model does not compete.
 
@@ -35,8 +37,8 @@ def table(
         by: Names of Hydra groups or dotted names in the config ("method.lamb").
         format: "markdown", "latex", "html" or "csv"; the last has every mean, standard error and protocol in a column
             of its own.
-        published: A file of a paper's numbers, shown beside ours with the difference. Rows that do not tell concepts
-            apart are held against the paper's average.
+        published: A file of a paper's numbers, shown beside ours with the difference; marked where they are of another
+            model or protocol, or do not say. Rows that do not tell concepts apart are held against the paper's average.
 
     Raises UserError where there are no runs, or none has a metric.
     """
@@ -49,7 +51,8 @@ def check(folder: Path, by: Sequence[str] = BY, format: str = "markdown") -> tup
 
     Raises UserError where there are no runs.
     """
-    sheet, sound = attribution(_found(folder), by)
+    runs = _found(folder)
+    sheet, sound = attribution(runs, told_apart(runs, by))
     return FORMATS[format](sheet), sound
 
 
@@ -65,13 +68,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="runs at any depth below it")
     parser.add_argument("--metrics", nargs="+", help="names or patterns, as in 'retention/*'; all of them if not given")
     parser.add_argument("--by", nargs="+", default=BY, help="what tells rows apart: groups or dotted settings")
-    parser.add_argument("--published", type=Path, help="a paper's numbers: method, concept, metric, value, source")
+    parser.add_argument("--published", type=Path, help="a paper's numbers, as experiments/*/published.csv")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="instead, tell which commit made each row; the exit status is 1 if any row mixes commits, was made from a "
-        "tree with uncommitted changes, or does not say",
+        help="instead, tell which commit made each row; the exit status is 1 if any row mixes commits, those of stored "
+        "pictures and evaluations too, was made from a tree with uncommitted changes, or does not say",
     )
     asked = vars(parser.parse_args())
     try:

@@ -2,6 +2,7 @@
 
 # B batch, C H W latent shape.
 from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from diffusers import SchedulerMixin
@@ -12,7 +13,7 @@ from unlearning.images import Row, manifest
 from unlearning.models.base import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import Guidance
 
-SCHEDULES = ("diffusers", "paper")
+Schedule = Literal["diffusers", "paper"]
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def denoise(
     steps: int,
     guidance_scale: float | Tensor,
     scheduler: type[SchedulerMixin] | None = None,
-    schedule: str = "diffusers",
+    schedule: Schedule = "diffusers",
     guidance: Guidance | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (t, x_t) before every step, and (0, x_0) after the last; x is standard normal noise (B, C, H, W).
@@ -59,7 +60,7 @@ def skim(
     *,
     steps: int,
     guidance_scale: float,
-    schedule: str = "diffusers",
+    schedule: Schedule = "diffusers",
     every: int = 5,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields what `denoise` yields, of a trajectory that asks for a prediction at every so many timesteps only.
@@ -78,10 +79,11 @@ def skim(
     yield torch.zeros_like(t), held[0]
 
 
-def _timesteps(model: DiffusionModel, scheduler: type[SchedulerMixin], steps: int, schedule: str) -> SchedulerMixin:
+def _timesteps(
+    model: DiffusionModel, scheduler: type[SchedulerMixin], steps: int, schedule: Schedule
+) -> SchedulerMixin:
     """A scheduler with its timesteps set. Raises UserError as `denoise` says."""
-    if schedule not in SCHEDULES:
-        raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}.")
+    _check(schedule)
     if schedule == "paper" and model.prediction_type == "flow":
         raise UserError("schedule=paper is that of DDIM; a model of flow matching has only schedule=diffusers.")
     noise = scheduler.from_config(model.scheduler.config)
@@ -89,6 +91,11 @@ def _timesteps(model: DiffusionModel, scheduler: type[SchedulerMixin], steps: in
     noise.register_to_config(clip_sample=model.scheduler.config.get("clip_sample", False))
     model.set_timesteps(noise, steps)
     return noise
+
+
+def _check(schedule: str) -> None:
+    if schedule not in (known := get_args(Schedule)):
+        raise UserError(f"There is no schedule {schedule!r}; there are {', '.join(known)}.")
 
 
 def as_published(i: int, steps: int, length: int = 1000) -> tuple[int, range]:
@@ -112,6 +119,9 @@ class Sampler:
         scheduler: A diffusers scheduler class, for the model's own noise schedule; by default the model's solver.
         schedule: Which of its timesteps are taken (see `denoise`).
         batch_size: How many pictures at once; it changes no picture.
+
+    Raises:
+        UserError: For an unknown schedule.
     """
 
     def __init__(
@@ -119,9 +129,10 @@ class Sampler:
         steps: int = 50,
         guidance_scale: float = 7.5,
         scheduler: type[SchedulerMixin] | None = None,
-        schedule: str = "diffusers",
+        schedule: Schedule = "diffusers",
         batch_size: int = 16,
     ):
+        _check(schedule)  # a sampler is first used when the fit is over
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
         self.scheduler, self.batch_size = scheduler, batch_size
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from unlearning.images import digest
 from unlearning.models.base import Conditioning, DiffusionModel, adapter_for
 from unlearning.sampling.guidance import ClassifierFree, Guidance
-from unlearning.sampling.sampler import as_published, denoise, per_row
+from unlearning.sampling.sampler import Schedule, as_published, denoise, per_row
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LatentDifference:
     repeats: int = 10
     steps: int = 50
     stop: int = 10
-    schedule: str = "paper"
+    schedule: Schedule = "paper"
     seed: int = 42
     batch_size: int = field(default=32, compare=False)
 

@@ -26,7 +26,7 @@ TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
 LAST_LOOKS = 256  # noised pictures on which those are tried at last
 POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
-RETAINED = 256  # other words at most, whose prompts hold the rest in place
+RETAINED = 64  # other words, whose prompts hold the rest in place
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
@@ -81,24 +81,23 @@ def _prompts(words: Sequence[str]) -> list[str]:
 def nearest_words(
     teacher: DiffusionModel, latents: Tensor, M: Tensor, words: list[str], looks: int = 8
 ) -> tuple[list[str], list[str]]:
-    """The words that stand for the pictures, best first, and words that do not, nearest first.
+    """The words that stand for the pictures, best first, and words that do not.
 
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
     left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
-    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does,
-    and surely does not if by less than a quarter: of those, the later one was dropped the nearer it is.
+    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
-    left, others = words, []
+    tried, left = {}, words
     while True:
         error = errors(teacher, latents, M, ["", *left], looks if len(left) > MOST else LAST_LOOKS)
         gain = dict(zip(left, (error[0] - error[1:]).median(1).values.tolist(), strict=True))
+        tried |= gain
         ranked = sorted(left, key=lambda word: -gain[word])
         if len(left) <= MOST:
             break
-        kept, looks = max(MOST, len(left) // 4), 2 * looks
-        left, others = ranked[:kept], [*ranked[kept:], *others]
+        left, looks = ranked[: max(MOST, len(left) // 4)], 2 * looks
     best = gain[ranked[0]]
     if best <= 0:
         raise UserError(
@@ -106,8 +105,8 @@ def nearest_words(
             "(method.words=[...]), or method.conditioning=inverted."
         )
     found = [word for word in ranked if gain[word] >= best / 2]
-    others = [*(word for word in ranked if gain[word] < best / 4), *others]
-    return found, others[:RETAINED]
+    others = sorted(set(words) - set(ranked), key=lambda word: tried[word])
+    return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
 
 
 def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
