@@ -6,6 +6,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from tests.composed import config
+from tests.tiny import shrunk
 from unlearning.__main__ import CONF
 from unlearning.erasure import Erasure
 from unlearning.models.base import DiffusionModel
@@ -32,6 +33,7 @@ def fitted(request, sd1, vqgan, tmp_path_factory):
             OmegaConf.update(cfg, key, value)
     torch.manual_seed(0)
     model, task = instantiate(cfg.model), instantiate(cfg.dataset)
+    task = shrunk(task, model) if isinstance(model, DiffusionModel) else task
     needs = {"trainer": instantiate(cfg.trainer)} if OmegaConf.is_missing(cfg.method, "trainer") else {}
     weights = {k: v.clone() for k, v in model.network.state_dict().items()}
     sampler = instantiate(cfg.sampler)

@@ -1,5 +1,6 @@
 """Tiny random pipelines of every family, built from code and saved to disk: what a user's own model looks like."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
@@ -265,3 +266,13 @@ def vqgan(seed: int = 0) -> VQModel:
     )  # fmt: skip
     vq.quantize.embedding.weight.data.normal_(std=0.2)  # diffusers begins with all vectors near zero
     return vq
+
+
+def shrunk(task, model):
+    """The task's pictures at the side of those that a tiny model draws."""
+    side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+
+    def less(images):
+        return [image[:: len(image) // side, :: len(image) // side] for image in images]
+
+    return replace(task, forget_images=less(task.forget_images), retain_images=less(task.retain_images))

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 import unlearning
 from tests.composed import config
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, shrunk
 from unlearning.concepts import UserError
 from unlearning.erasure import Adapter, WeightPatch
 from unlearning.models.base import Conditioning
@@ -41,16 +41,6 @@ def scrub(tmp_path):
         return instantiate(cfg.method, trainer=instantiate(cfg.trainer)), instantiate(cfg.dataset)
 
     return make
-
-
-def shrunk(task, model):
-    """The task's pictures at the side of those that a tiny model draws."""
-    side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
-
-    def less(images):
-        return [image[:: len(image) // side, :: len(image) // side] for image in images]
-
-    return replace(task, forget_images=less(task.forget_images), retain_images=less(task.retain_images))
 
 
 def blinded(model):
