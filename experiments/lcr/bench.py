@@ -1,6 +1,7 @@
 """What the measurements of latent code replacement share: the model, the task and the judge; intervals; tables."""
 
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -57,12 +58,15 @@ def recognised(bench: Bench, images: np.ndarray, rows: list[Row]) -> list[tuple[
     return found
 
 
-def interval(values: list[float], places: int = 1, times: float = 1.0) -> str:
-    """The mean, and half the width of its 95 % interval over the values: 2,000 bootstrap samples."""
-    values = np.array(values) * times
-    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{values.mean():.{places}f} ± {(high - low) / 2:.{places}f}"
+def interval(values: Sequence[float], places: int = 1, times: float = 1.0, of: Sequence[int] | None = None) -> str:
+    """The mean, and half the width of its 95 % interval over pictures: 2,000 bootstrap samples.
+
+    Each value is a picture's: a number, or the sum over `of` things in it.
+    """
+    values, of = np.array(values) * times, np.ones(len(values)) if of is None else np.array(of)
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(values[drawn].sum(1) / of[drawn].sum(1).clip(1e-9), [2.5, 97.5])
+    return f"{values.sum() / of.sum():.{places}f} ± {(high - low) / 2:.{places}f}"
 
 
 def printed(title: str, header: list[str], rows: list[list[str]]) -> None:
