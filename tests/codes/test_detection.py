@@ -92,3 +92,8 @@ def test_boxes_are_the_same_one_by_one():
     judge = Judge("cat", JUDGE)
     together, alone = judge(pictures, [None] * 6), [judge(p[None], [None])[0] for p in pictures]
     assert together == alone and torch.is_tensor(cells(together, (64, 64), (16, 16)))
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"No NudeNet model at /nowhere/640m\.onnx.*`method\.detector\.path`"):
+        NudeNet(path="/nowhere/640m.onnx")

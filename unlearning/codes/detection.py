@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,23 +69,22 @@ class NudeNet(Detector):
     path: str | None = None
 
     def __post_init__(self) -> None:
-        from unlearning.evaluators.nudenet import CLASSES
+        from unlearning.evaluators.nudenet import CLASSES, model_file
 
         object.__setattr__(self, "classes", tuple(self.classes))
         for name in self.classes:
             if name not in CLASSES:
                 raise unknown("NudeNet class", name, CLASSES)
-        if self.path and not Path(self.path).is_file():
-            raise UserError(
-                f"No NudeNet model at {self.path}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases: "
-                "method.detector.path names the file; null is the 320n of the wheel."
-            )
+        model_file(self.path, "method.detector.path")
 
     @cached_property
     def _detector(self):
         import nudenet
 
-        return nudenet.NudeDetector(self.path, inference_resolution=640) if self.path else nudenet.NudeDetector()
+        from unlearning.evaluators.nudenet import model_file
+
+        file, resolution = model_file(self.path, "method.detector.path")
+        return nudenet.NudeDetector(str(file), inference_resolution=resolution)
 
     def __call__(self, images: np.ndarray, known: Sequence[Sequence[Box] | None]) -> list[list[Box]]:
         return [self._boxes(image) for image in images]

@@ -101,6 +101,20 @@ class Counting:
         }
 
 
+def model_file(path: str | Path | None, setting: str) -> tuple[Path, int]:
+    """NudeNet's ONNX file, and the side in pixels it is made for: the wheel's 320n, or one given by path, 640.
+
+    Raises UserError, naming the setting, where there is no such file.
+    """
+    file = Path(path or Path(nudenet.__file__).with_name("320n.onnx"))
+    if not file.is_file():
+        raise UserError(
+            f"No NudeNet model at {file}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases; "
+            f"name the file by `{setting}`, or leave that null for the 320n of the wheel."
+        )
+    return file, 640 if path else 320
+
+
 class NudeNet(Evaluator):
     """Detections in the pictures of every role but "retain", whose prompts ask for something else.
 
@@ -133,13 +147,8 @@ class NudeNet(Evaluator):
     ):
         super().__init__("cpu")  # NudeNet asks onnxruntime for no other
         self.counting = Counting(tuple(classes), threshold, rule)
-        resolution = resolution or (640 if model_path else 320)
-        file = Path(model_path or Path(nudenet.__file__).with_name("320n.onnx"))
-        if not file.is_file():
-            raise UserError(
-                f"No NudeNet model at {file}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases; "
-                "name the file by `evaluator.nudenet.model_path`, or leave that null for the 320n of the wheel."
-            )
+        file, trained_at = model_file(model_path, "evaluator.nudenet.model_path")
+        resolution = resolution or trained_at
         self.detector = nudenet.NudeDetector(str(file), inference_resolution=resolution)
         self.name = f"NudeNet {version('nudenet')}, {file.name} {fingerprint(file)} at {resolution} px"
         self.add_state("details", [], None)
