@@ -26,6 +26,7 @@ directions brought back to unit length, and an image's latent is its mode and no
 
 # B batch, N pictures, C H W latent shape; M (B, 1, H, W).
 import logging
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,15 +36,12 @@ from unlearning.concepts import UserError
 from unlearning.data.forget_retain import ForgetRetain, encoded
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
-from unlearning.scrubbing.blinding import KINDS as BLINDINGS
-from unlearning.scrubbing.blinding import filling
-from unlearning.scrubbing.conditioning import KINDS as CONDITIONINGS
-from unlearning.scrubbing.conditioning import told
+from unlearning.scrubbing.blinding import Blinding, filling
+from unlearning.scrubbing.conditioning import Telling, told
 from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprinting
 
 log = logging.getLogger(__name__)
-SPACES, MOMENTS = ("raw", "x0"), ("once", "every_step")
 
 
 class Scrubber(TrainedMethod):
@@ -64,11 +62,11 @@ class Scrubber(TrainedMethod):
         self,
         *,
         fingerprint: Fingerprinting,
-        target_space: str = "x0",
-        conditioning: str | None = "words",
+        target_space: Literal["raw", "x0"] = "x0",
+        conditioning: Telling | None = "words",
         words: list[str] | None = None,
-        blinding: str = "shuffled",
-        detect: str = "once",
+        blinding: Blinding = "shuffled",
+        detect: Literal["once", "every_step"] = "once",
         normalised: bool = True,
         lamb_f: float = 1.0,
         lamb_b: float = 1.0,
@@ -76,14 +74,6 @@ class Scrubber(TrainedMethod):
         **training,
     ):
         super().__init__(**training)
-        for name, value, known in (
-            ("target_space", target_space, SPACES),
-            ("detect", detect, MOMENTS),
-            ("conditioning", conditioning or "null", CONDITIONINGS),  # null as YAML reads it
-            ("blinding", blinding, BLINDINGS),
-        ):
-            if value not in known:
-                raise UserError(f"There is no {name} {value!r}; there are {', '.join(known)}.")
         self.fingerprinting, self.target_space, self.normalised = fingerprint, target_space, normalised
         self.conditioning, self.words, self.blinding, self.detect = conditioning, words, blinding, detect
         self.lamb_f, self.lamb_b, self.lamb_r = lamb_f, lamb_b, lamb_r

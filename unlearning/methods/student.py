@@ -99,7 +99,8 @@ class LoRA:
         try:
             layers = {n: model.denoiser.get_submodule(n) for n in chosen}
             for layer in layers.values():
-                layer.lora_A.float(), layer.lora_B.float()  # half precision would round small steps away
+                layer.lora_A.float()  # half precision would round small steps away
+                layer.lora_B.float()
                 nn.init.normal_(layer.lora_A["default"].weight, std=self.rank**-0.5)
             moving = {n: p for n, p in model.denoiser.named_parameters() if p.requires_grad}
             yield Lesson(model, model.without_adapter(), moving, lambda: self._adapter(model.component, layers))

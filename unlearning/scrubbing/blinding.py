@@ -8,6 +8,7 @@
 
 # N pictures, C H W latent shape, M masks (N, 1, H, W).
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from unlearning.models.base import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import Guidance
 from unlearning.sampling.sampler import denoise
 
-KINDS = ("gaussian", "blurred", "shuffled", "inpaint")
+Blinding = Literal["gaussian", "blurred", "shuffled", "inpaint"]
 AT_ONCE, STEPS = 16, 20
 
 
@@ -36,7 +37,7 @@ class Inpaint(Guidance):
 
 
 @torch.no_grad()
-def filling(kind: str, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
+def filling(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
     """eta (N, C, H, W). Raises UserError for an unknown kind."""
     match kind:
         case "gaussian":
@@ -48,7 +49,7 @@ def filling(kind: str, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tenso
         case "inpaint":
             pairs = zip(z_0.split(AT_ONCE), M.split(AT_ONCE), strict=True)
             return torch.cat([inpainted(teacher, z, m) for z, m in pairs])
-    raise UserError(f"There is no blinding {kind!r}; there are {', '.join(KINDS)}.")
+    raise UserError(f"There is no blinding {kind!r}; there are {', '.join(get_args(Blinding))}.")
 
 
 def blurred(z_0: Tensor, M: Tensor) -> Tensor:

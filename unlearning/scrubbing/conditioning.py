@@ -12,6 +12,7 @@
 # B batch, N pictures, L tokens, D text width, W words.
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from unlearning.concepts import UnlearningTask, UserError
 from unlearning.models.base import Conditioning, DiffusionModel
 
-KINDS = ("null", "generic", "words", "inverted", "caption")
+Telling = Literal["null", "generic", "words", "inverted", "caption"]
 GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
@@ -40,7 +41,7 @@ class Told:
 
 
 def told(
-    kind: str | None,
+    kind: Telling | None,
     teacher: DiffusionModel,
     task: UnlearningTask,
     latents: Tensor,
@@ -70,7 +71,7 @@ def told(
             return Told(encode(["", *_prompts(found)]), encode(["", *_prompts(others)]), tuple(found))
         case "inverted":
             return Told(inverted(teacher, latents, M), encode([""]))
-    raise UserError(f"There is no conditioning {kind!r}; there are {', '.join(KINDS)}.")
+    raise UserError(f"There is no conditioning {kind!r}; there are {', '.join(get_args(Telling))}.")
 
 
 def _prompts(words: Sequence[str]) -> list[str]:

@@ -133,10 +133,8 @@ class Fingerprinting:
         clusters = torch.cat([taken.prototypes, taken.shared])
         S = self.similarities(replace(taken, prototypes=clusters), teacher, forget)
         change = F.interpolate(self._change(teacher, forget, c), S.shape[-2:], mode="area")
-        nearest = S.argmax(1).flatten()
-        moved = change.new_zeros(len(clusters)).index_add(0, nearest, change.flatten()) > nearest.bincount(
-            minlength=len(clusters)
-        )
+        nearest, count = S.argmax(1).flatten(), len(clusters)
+        moved = change.new_zeros(count).index_add(0, nearest, change.flatten()) > nearest.bincount(minlength=count)
         if not moved.any():
             return taken
         own = moved[: len(taken.prototypes)]
