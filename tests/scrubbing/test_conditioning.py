@@ -50,6 +50,21 @@ def test_no_word_that_helps_is_an_error_that_says_what_to_do(model, rabbits):
         nearest_words(model, *rabbits[1:], ["pizza", "castle", "robot"], looks=12)
 
 
+@pytest.mark.parametrize("lowered", [0.1, 1.0])
+def test_a_word_that_may_help_by_chance_alone_is_told_of(monkeypatch, caplog, lowered):
+    """Errors that are noise, but for one word's, which it lowers."""
+    torch.manual_seed(0)
+    words = [f"w{i}" for i in range(16)]
+
+    def noise(teacher, latents, M, prompts, looks):
+        return torch.randn(len(prompts), looks) - lowered * torch.tensor([[p == "w7"] for p in prompts])
+
+    monkeypatch.setattr("unlearning.scrubbing.conditioning.errors", noise)
+    found, _ = nearest_words(None, None, None, words)
+    assert ("give words of your own" in caplog.text) == (lowered < 1)
+    assert found == ["w7"] or lowered < 1
+
+
 def test_an_inverted_embedding_denoises_the_concept_better_than_the_null_prompt(model, rabbits):
     torch.manual_seed(0)
     _, latents, M = rabbits

@@ -10,6 +10,7 @@
 """
 
 # B batch, N pictures, L tokens, D text width, W words.
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from unlearning.concepts import UnlearningTask, UserError
 from unlearning.models.base import Conditioning, DiffusionModel
 
+log = logging.getLogger(__name__)
 Telling = Literal["null", "generic", "words", "inverted", "caption"]
 GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
@@ -28,6 +30,7 @@ AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand fo
 LAST_LOOKS = 256  # noised pictures on which those are tried at last
 POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
 RETAINED = 64  # other words, whose prompts hold the rest in place
+STANDS_OUT = 5 / 8  # of those: four standard deviations from what chance gives
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
@@ -87,6 +90,9 @@ def nearest_words(
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
     left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
     stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does.
+    A warning says so where the best is hardly better than the best that does not.
+
+    Raises UserError where none lowers it.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
@@ -106,6 +112,14 @@ def nearest_words(
             "(method.words=[...]), or method.conditioning=inverted."
         )
     found = [word for word in ranked if gain[word] >= best / 2]
+    if len(found) < len(ranked):
+        first, rival = (error[1 + left.index(word)] for word in (ranked[0], ranked[len(found)]))
+        if (share := (first < rival).float().mean().item()) < STANDS_OUT:
+            log.warning(
+                "%s tells the teacher more about the forget images than %s does in only %.0f %% of looks. If it is "
+                "not what they show, give words of your own (method.words=[...]) or another seed.",
+                *(ranked[0], ranked[len(found)], 100 * share),
+            )
     others = sorted(set(words) - set(ranked), key=lambda word: tried[word])
     return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
 
