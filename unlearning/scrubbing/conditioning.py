@@ -108,8 +108,9 @@ def nearest_words(
     best = gain[ranked[0]]
     if best <= 0:
         raise UserError(
-            "No word of the vocabulary helps the teacher to denoise the forget images. Give words of your own "
-            "(method.words=[...]), or method.conditioning=inverted."
+            "No word of the vocabulary helps the teacher to denoise the forget images. Give other words to try "
+            "(method.words=[...]), or choose what needs none: the concept's own name (method.conditioning=caption) or "
+            "an embedding (method.conditioning=inverted)."
         )
     found = [word for word in ranked if gain[word] >= best / 2]
     if len(found) < len(ranked):
