@@ -113,16 +113,21 @@ def nearest_words(
             "an embedding (method.conditioning=inverted)."
         )
     found = [word for word in ranked if gain[word] >= best / 2]
-    if len(found) < len(ranked):
-        first, rival = (error[1 + left.index(word)] for word in (ranked[0], ranked[len(found)]))
-        if (share := (first < rival).float().mean().item()) < STANDS_OUT:
-            log.warning(
-                "%s tells the teacher more about the forget images than %s does in only %.0f %% of looks. If it is "
-                "not what they show, give words of your own (method.words=[...]) or another seed.",
-                *(ranked[0], ranked[len(found)], 100 * share),
-            )
+    if rivals := ranked[len(found) :]:
+        _warn_of_chance(ranked[0], rivals[0], dict(zip(left, error[1:], strict=True)))
     others = sorted(set(words) - set(ranked), key=lambda word: tried[word])
     return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
+
+
+def _warn_of_chance(best: str, rival: str, error: dict[str, Tensor]) -> None:
+    """Of the last looks' errors by word, of the best word found and of the best of the others."""
+    share = (error[best] < error[rival]).float().mean().item()
+    if share < STANDS_OUT:
+        log.warning(
+            "%s tells the teacher more about the forget images than %s does in only %.0f %% of looks. If it is not "
+            "what they show, give words of your own (method.words=[...]) or another seed.",
+            *(best, rival, 100 * share),
+        )
 
 
 def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
