@@ -1,7 +1,7 @@
 """What a sweep saves, what a kill costs it, and what two at once do to one store: counted, not believed.
 
 python experiments/sweeps/measure.py                            # of experiment=everything: a day on two cores
-python experiments/sweeps/measure.py --only alone --sample 10   # ten of its runs, one at a time
+python experiments/sweeps/measure.py --launcher joblib --only sweep alone --sample 10 # a tenth of the runs alone: hours
 python experiments/sweeps/measure.py -o method=none,uce,negative_prompt -o concept=cat -o sampler.steps=4 \
     -o dataset.images_per_prompt=1                     # the same questions of a small sweep: minutes
 
@@ -61,6 +61,11 @@ class Place:
         if process.wait():
             sys.exit(f"A command failed; its last words are in {self.log}:\n{self.log.read_text()[-2000:]}")
 
+    def show(self, name: str) -> None:
+        """Its table, or its page, as a user has it made; into the log, and beside the runs."""
+        with self.log.open("a") as log:
+            subprocess.run([sys.executable, "-m", f"unlearning.reporting.{name}", self.runs], stdout=log, stderr=log)
+
     @staticmethod
     def gone(process: subprocess.Popen) -> bool:
         """Whether within ten seconds nothing is left of a command that was killed, and none of its workers."""
@@ -116,10 +121,15 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """One sweep, and the same sweep again."""
+    """One sweep, its table and page, and the same sweep again."""
     place = Place(root / "whole", options)
-    seconds, again = (timed(lambda: place.end(place.sweep())) for _ in range(2))
-    print(f"sweep: {len(runs)} runs in {seconds:.0f} s; the finished sweep again {again:.1f} s")
+    seconds = timed(lambda: place.sweep().wait())
+    failed = [str(p.parent.relative_to(place.runs)) for p in place.runs.rglob("failed.json")]
+    shown = timed(lambda: (place.show("table"), place.show("page")))
+    again = timed(lambda: place.sweep().wait())
+    print(f"sweep: {len(runs)} runs in {seconds:.0f} s; table and page {shown:.1f} s; the sweep again {again:.1f} s")
+    if failed:
+        print(f"sweep: {len(failed)} FAILED: {', '.join(failed)}")
 
 
 def measure_alone(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
