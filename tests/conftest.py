@@ -96,5 +96,5 @@ def told(unlearn):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one at the end."""
-    longest = ("test_embedded_world", "test_accidents", "test_stages", "test_sweeps", "test_distributed")
+    longest = ("test_embedded_world", "test_accidents", "test_stages", "sweeps/test_", "test_distributed")
     items.sort(key=lambda item: next((i for i, name in enumerate(longest) if name in item.nodeid), len(longest)))

@@ -1,5 +1,6 @@
 """A run that takes seconds, and what is asked of the folders that it leaves."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def at_call(monkeypatch, owner: type, name: str, k: int, happen) -> None:
 
 def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def files(folder: Path) -> dict[str, int]:

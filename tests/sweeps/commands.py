@@ -1,0 +1,27 @@
+"""A sweep of two pictures a run, in a process of its own where need be, and what its runs measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FEW = ["-m", "dataset=prompt", "dataset.others=[dog]"]
+
+
+def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen:
+    """The command line in a process of its own, which first runs the Python of `before`."""
+    program = (
+        f"{before}\nimport sys\nfrom unlearning.__main__ import main\nsys.argv = {['unlearn', *arguments]!r}\nmain()"
+    )
+    return subprocess.Popen([sys.executable, "-c", program])
+
+
+def metrics(runs: Path) -> dict[str, dict]:
+    """Every run's numbers, by method and seed."""
+    found = runs.rglob("metrics.json")
+    return {"/".join(p.parts[-3:-1]).rpartition("-")[0]: json.loads(p.read_text()) for p in found}
+
+
+def numbers(runs: Path) -> dict[str, dict]:
+    """Those that do not depend on the machine."""
+    return {run: {k: v for k, v in m.items() if not k.startswith("cost/")} for run, m in metrics(runs).items()}
