@@ -49,6 +49,16 @@ def test_a_fit_costs_seconds_and_evaluations_and_a_second_sitting_adds_to_them(f
     assert both["cost/seconds"] > first["cost/seconds"] > 0 and first["cost/artefact_bytes"] == 0
 
 
+def test_costs_are_there_before_the_end_lest_a_kill_takes_them_along(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "OFTEN", 0)
+    path, model = tmp_path / "a.json", Model()
+    fitted()
+    with cost.measured(path, "fit", model):
+        model.network(torch.zeros(3, 1))
+        assert json.loads(path.read_text())["fit"]["denoiser_evaluations"] == 6 + 3
+    assert json.loads(path.read_text())["fit"]["denoiser_evaluations"] == 6 + 3
+
+
 def test_a_small_job_after_a_large_one_in_the_same_process_has_its_own_peak(fitted):
     large, small = (fitted(megabytes, str(megabytes))["cost/peak_memory"] for megabytes in (300, 20))
     assert large - small > 200 * MEGABYTE and small > 20 * MEGABYTE

@@ -13,6 +13,7 @@ from unlearning.images import write_atomically
 from unlearning.provenance import hardware
 
 METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
+OFTEN = 10.0  # seconds after which costs are written down, lest a process that is killed take them along
 PROCESS = Path("/proc/self")  # where Linux tells a process about itself
 
 
@@ -22,34 +23,40 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
 
     An evaluation is one latent through the denoiser once: a guided step of a batch of 16 is 32 of them. Memory is the
     accelerator's peak allocation in the stage, or without one the process's peak resident size in it, which only Linux
-    tells; both in bytes. Of a distributed run the first process's are counted.
+    tells; both in bytes. Of a distributed run the first process's are counted. Of a process that is killed the last
+    seconds are not known.
     """
-    evaluations = 0
-
-    def count(module, arguments, keywords):
-        nonlocal evaluations
-        evaluations += len(arguments[0])
-
-    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     afresh = not on_cuda and _forget_peak()
-    start = time.perf_counter()
+    before, evaluations, start = read(path).get(stage, {}), 0, time.perf_counter()
+    written = start
+
+    def write() -> None:
+        nonlocal written
+        written = time.perf_counter()
+        spent = {"seconds": before.get("seconds", 0.0) + written - start}
+        spent["denoiser_evaluations"] = before.get("denoiser_evaluations", 0) + evaluations
+        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if afresh else None
+        if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
+            spent["peak_memory"] = max(peaks)
+        spent["on"] = list(dict.fromkeys([*before.get("on", ()), machine(model.device)]))
+        if rank_zero_only.rank == 0:
+            write_atomically(path, json.dumps({**read(path), stage: spent}, indent=2))
+
+    def count(module, arguments, keywords):
+        nonlocal evaluations
+        evaluations += len(arguments[0])
+        if time.perf_counter() > written + OFTEN:
+            write()
+
+    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
-        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if afresh else None
-        costs = read(path)
-        spent = costs.setdefault(stage, {"seconds": 0.0, "denoiser_evaluations": 0})
-        spent["seconds"] += time.perf_counter() - start
-        spent["denoiser_evaluations"] += evaluations
-        if peak is not None:
-            spent["peak_memory"] = max(spent.get("peak_memory", 0), peak)
-        spent["on"] = list(dict.fromkeys([*spent.get("on", ()), machine(model.device)]))
-        if rank_zero_only.rank == 0:
-            write_atomically(path, json.dumps(costs, indent=2))
+        write()
 
 
 def machine(device: torch.device) -> str:

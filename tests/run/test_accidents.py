@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, drawn, files, partial, pictures
+from tests.run.small import EXACT, FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, drawn, files, partial, pictures
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.images import read_manifest
 from unlearning.methods.esd import ESD
+from unlearning.methods.scrubber import Scrubber
 from unlearning.run import alone_in
 from unlearning.sampling.sampler import Sampler
 
@@ -41,6 +42,31 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path,
     assert evaluations() == 2 * pictures(3) and (run / "report.html").exists()
     cost = json.loads((run / "cost.json").read_text())["fit"]["denoiser_evaluations"]
     assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its sittings cost"
+
+
+SCRUB = [
+    "method=scrubber", "dataset=emoji_objects", "dataset.pictures=6", "model.path=${paths.weights}/emoji_unet",
+    "method.conditioning=null", "method.fingerprint.K=4", "method.fingerprint.purity=0", "method.batch_size=4",
+]  # fmt: skip
+REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.batch_size=1"]  # four points at a time
+
+
+@pytest.mark.parametrize(
+    ("owner", "command"),
+    [(ESD, ["dataset=prompt", "method=esd_x", *EXACT]), (ESD, [*REUSE, "method=esd_x"]), (Scrubber, SCRUB),
+     (ESD, [*REUSE, "method=unguide", "+trainer.accumulate_grad_batches=2"])],
+)  # fmt: skip
+def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, told, tmp_path, monkeypatch, owner, command):
+    """Its checkpoint is of step 2, before the first pool of points, the pictures' first round or Adam's memory ends."""
+    command = [*command, "method.iterations=5", "trainer.callbacks.0.every_n_train_steps=2", "stages=[fit]"]
+    whole, calls = unlearn(*command, run="whole"), 8 if "+trainer.accumulate_grad_batches=2" in command else 4
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, "loss", calls, ctrl_c)
+        assert "Interrupted" in told(*command)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 2
+    again = unlearn(*command)
+    [one], [other] = (list((run / "erasure").glob("*.safetensors")) for run in (whole, again))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp_path, monkeypatch, evaluations):

@@ -1,15 +1,14 @@
 """Forget and retain pictures side by side, as batches of tensors of a Lightning run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from unlearning.concepts import UserError
+from unlearning.data.batches import Batches, seed_of
 
 AT_ONCE = 16  # pictures in a call of the autoencoder
 
@@ -32,23 +31,34 @@ def encoded(model, images: Sequence[np.ndarray]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
 
-class ForgetRetain(pl.LightningDataModule):
-    """Batches {"forget": tuple, "retain": tuple}, shuffled, without end; "retain" is missing where there is nothing to.
+class ForgetRetain(Batches):
+    """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is missing where there is nothing to.
 
     Args:
-        forget, retain: Tensors (N, ...), of which one row of each is about one picture.
+        find: Gives the forget and the retain pictures as tensors (N, ...), of which one row of each is about one
+            picture. Called when training begins, by all processes of a distributed one at once.
         batch_size: Pictures of each kind in a batch.
+        seed: Of the order, in which every picture comes once before any comes again.
     """
 
-    def __init__(self, forget: tuple[Tensor, ...], retain: tuple[Tensor, ...], batch_size: int):
+    def __init__(self, find: Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], batch_size: int, seed: int):
         super().__init__()
-        self.parts = {"forget": forget, "retain": retain}
-        self.batch_size = batch_size
+        self.find, self.batch_size, self.seed = find, batch_size, seed
 
-    def train_dataloader(self) -> CombinedLoader:
-        loaders = {
-            name: DataLoader(TensorDataset(*tensors), self.batch_size, shuffle=True)
-            for name, tensors in self.parts.items()
-            if len(tensors[0])
-        }
-        return CombinedLoader(loaders, "max_size_cycle")
+    def setup(self, stage: str) -> None:
+        found = zip(("forget", "retain"), self.find(), strict=True)
+        self.parts = {name: tensors for name, tensors in found if len(tensors[0])}
+
+    def batch(self, k: int) -> dict[str, tuple[Tensor, ...]]:
+        places = range(k * self.batch_size, (k + 1) * self.batch_size)
+        chosen = {}
+        for part, (name, tensors) in enumerate(self.parts.items()):
+            N = len(tensors[0])
+            rows = [_order(N, seed_of(self.seed, part, place // N))[place % N] for place in places]
+            chosen[name] = tuple(tensor[rows] for tensor in tensors)
+        return chosen
+
+
+@lru_cache(maxsize=4)
+def _order(N: int, seed: int) -> list[int]:
+    return torch.randperm(N, generator=torch.Generator().manual_seed(seed)).tolist()

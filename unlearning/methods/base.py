@@ -5,7 +5,7 @@ nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from unlearning.concepts import UnlearningTask, UserError
+from unlearning.data.batches import Batches, Prompts, seed_of
 from unlearning.erasure import Erasure
 from unlearning.methods.student import LoRA, Weights
 from unlearning.models.base import DiffusionModel
@@ -36,28 +36,6 @@ class Method(ABC):
 
     @abstractmethod
     def fit(self, model: Model, task: UnlearningTask) -> Erasure: ...
-
-
-class Cycle(IterableDataset):
-    """Items over and over: the Trainer's max_steps is the only clock."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __iter__(self) -> Iterator:
-        while True:
-            yield from self.items
-
-
-class Prompts(pl.LightningDataModule):
-    """Prompts in turn, `batch_size` at a time, without end."""
-
-    def __init__(self, prompts: list[str], batch_size: int):
-        super().__init__()
-        self.prompts, self.batch_size = prompts, batch_size
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(Cycle(self.prompts), batch_size=self.batch_size)
 
 
 class TrainedMethod(Method, pl.LightningModule):
@@ -93,12 +71,12 @@ class TrainedMethod(Method, pl.LightningModule):
     def loss(self, batch) -> Tensor:
         """The objective () on a batch of `data`."""
 
-    def data(self) -> pl.LightningDataModule:
+    def data(self) -> Batches:
         """What is learned from, when student, teacher and task are there; by default prompts of the erased concepts."""
         return Prompts([self.task.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        self.task = task
+        self.task, self.seed = task, torch.initial_seed()
         with self.kind_of_student.of(model) as lesson:
             self.student, self.teacher = lesson.student, lesson.teacher
             # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
@@ -115,11 +93,10 @@ class TrainedMethod(Method, pl.LightningModule):
             finally:
                 del self.student, self.teacher, self.task, self.weights
 
-    def on_train_start(self) -> None:
-        if self.global_rank:  # every process draws noise of its own, and the first what a single one would
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
-
     def training_step(self, batch, batch_idx: int) -> Tensor:
+        # Noise, too, is a function of the step, and each process has its own.
+        place = (self.seed, self.global_rank, self.global_step, batch_idx % self.trainer.accumulate_grad_batches)
+        torch.manual_seed(seed_of(*place))
         loss = self.loss(batch)
         self._insist(torch.isfinite(loss), f"The loss is {loss.item()} at step {self.global_step}.")
         self.log("train/loss", loss, prog_bar=True)

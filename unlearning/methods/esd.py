@@ -54,6 +54,12 @@ class ESD(TrainedMethod):
         anchor = self.teacher.encode_prompts(self.anchors(prompts))
         return ClassifierFree()(self.teacher, x_t, t, c, anchor, -self.eta)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["points"] = self.points.state()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.points.restore(checkpoint["points"])
+
     def loss(self, prompts: list[str]) -> Tensor:
         x_t, t, c, target = self.points(self.student, prompts, self.target)
         return F.mse_loss(self.student.predict(x_t, t, c), target)

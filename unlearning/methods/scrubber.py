@@ -79,7 +79,10 @@ class Scrubber(TrainedMethod):
         self.lamb_f, self.lamb_b, self.lamb_r = lamb_f, lamb_b, lamb_r
 
     def data(self) -> ForgetRetain:
-        """Phase 1: the fingerprint, and of every forget image its latent, its mask and what fills the hole."""
+        return ForgetRetain(self._first_phase, self.batch_size, self.seed)
+
+    def _first_phase(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor]]:
+        """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images."""
         teacher, task = self.teacher, self.task
         _insist_on_images(task)
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
@@ -92,7 +95,7 @@ class Scrubber(TrainedMethod):
             M = self._found(forget)
         eta = filling(self.blinding, teacher, forget, M)
         self.figures = figures(self, forget, retain, M, eta)
-        return ForgetRetain((forget, M, eta), (retain,), self.batch_size)
+        return (forget, M, eta), (retain,)
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
         z_0, M, eta = batch["forget"]

@@ -35,6 +35,13 @@ class Exact:
         t = t.expand(len(x_t))
         return x_t, t, c, target(x_t, t, c, prompts)
 
+    def state(self) -> list:
+        """What the next points depend on, beside the model: nothing."""
+        return []
+
+    def restore(self, state: list) -> None:
+        pass
+
     def _walk(self, how, model: DiffusionModel, c: Conditioning) -> Iterator[tuple[Tensor, Tensor]]:
         noise = torch.randn(len(c), *model.latent_shape).to(model.device)
         settings = {"steps": self.steps, "guidance_scale": self.guidance_scale, "schedule": self.schedule}
@@ -73,6 +80,13 @@ class Reuse(Exact):
         batch, self._pool = self._pool[:B], self._pool[B:]
         x_t, t, c, targets = zip(*batch, strict=True)
         return torch.stack(x_t), torch.stack(t), Conditioning.cat(c), torch.stack(targets)
+
+    def state(self) -> list[tuple]:
+        """The points that are left."""
+        return [(x_t, t, c.embeds, dict(c.extra), target) for x_t, t, c, target in self._pool]
+
+    def restore(self, state: list[tuple]) -> None:
+        self._pool = [(x_t, t, Conditioning(embeds, extra), target) for x_t, t, embeds, extra, target in state]
 
     def _draw(self, model: DiffusionModel, prompts: list[str], target: Target) -> list[tuple]:
         words = [prompts[i % len(prompts)] for i in range(max(self.TRAJECTORIES, len(prompts)))]
