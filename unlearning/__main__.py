@@ -29,7 +29,10 @@ CONF = Path(__file__).parents[1] / "conf"
 LEFT_OUT = {  # by the number in metrics.json that counts it
     "cost/skipped": "pictures or rows that were skipped: {}. Warnings above name them.",
     "cost/failed": "pictures that could not be made: {}. Warnings above say why.",
+    "cost/unmeasured": "pictures that an evaluator failed on: {}. Warnings above say why; the same command tries again.",
 }
+AGAIN = {"cost/failed", "cost/unmeasured"}  # of those, what the same command may yet do
+KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # what joblib and submitit make of it
 log = logging.getLogger(__name__)
 register_resolvers()
 
@@ -50,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
         raise
     from unlearning.run import first_rank
 
-    if first_rank() and not metrics.get("cost/failed"):
+    if first_rank() and not AGAIN & metrics.keys():
         finished.finish(folder, key, cfg.stages)
     return metrics
 
@@ -163,6 +166,11 @@ def main() -> None:
 
 def _message(error: BaseException) -> str:
     """What to tell the user. Raises the error again if it is a fault of the program's."""
+    if type(error).__name__ in KILLED:
+        return (
+            "\nA process that ran jobs was killed, most often by the system because memory ran out: fewer at once "
+            "(hydra.launcher.n_jobs=1) need less. The same command goes on from here."
+        )
     if not isinstance(error, HydraException | OmegaConfBaseException | UserError | OSError | YAMLError):
         raise error
     from unlearning.suggestions import explain

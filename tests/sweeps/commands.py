@@ -8,12 +8,12 @@ from pathlib import Path
 FEW = ["-m", "dataset=prompt", "dataset.others=[dog]"]
 
 
-def in_a_process(arguments: list[str], before: str = "") -> subprocess.Popen:
+def in_a_process(arguments: list[str], before: str = "", **streams) -> subprocess.Popen:
     """The command line in a process of its own, which first runs the Python of `before`."""
     program = (
         f"{before}\nimport sys\nfrom unlearning.__main__ import main\nsys.argv = {['unlearn', *arguments]!r}\nmain()"
     )
-    return subprocess.Popen([sys.executable, "-c", program])
+    return subprocess.Popen([sys.executable, "-c", program], **streams)
 
 
 def metrics(runs: Path) -> dict[str, dict]:

@@ -1,6 +1,7 @@
 """Jobs in processes of their own, which end with the one that launched them."""
 
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -47,18 +48,40 @@ def within(seconds: float, condition: Callable[[], object]) -> bool:
     return bool(condition())
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_the_process_that_launched_them(unlearn, tmp_path, how):
+@pytest.fixture
+def launched(unlearn, tmp_path):
+    """(the process of a sweep of three jobs that never end, which two workers have begun; the folders at work)."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     endless = ["method=none", "seed=0,1,2", "sampler.steps=500", "dataset.images_per_prompt=100"]
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"paths.runs={tmp_path}/runs"]
-    parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib))
 
     def at_work() -> list[Path]:
         return [path.parent for path in (tmp_path / "runs").rglob(".lock") if held(path.parent)]
 
+    with (tmp_path / "said").open("w") as said:
+        parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib), stderr=said)
     begun = within(120, lambda: len(at_work()) == 2)
+    yield parent, at_work
+    parent.kill()
+    assert begun
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_launched_them(launched, tmp_path, how):
+    parent, at_work = launched
     parent.send_signal(how)
-    assert begun and parent.wait(20) == -how
+    assert parent.wait(20) == -how
     assert within(20, lambda: not at_work()), "nobody is at work any more"
     assert len(list((tmp_path / "runs").rglob(".lock"))) == 2, "nor has begun what was queued"
+
+
+def test_a_worker_that_is_killed_ends_the_sweep_with_a_word_on_what_to_do(launched, tmp_path):
+    parent, at_work = launched
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    workers = [pid for pid in children if "popen_loky" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert parent.wait(30) == 1 and within(20, lambda: not at_work())
+    said = (tmp_path / "said").read_text()
+    assert "hydra.launcher.n_jobs=1" in said and "The same command goes on from here." in said
+    assert "Traceback" not in said
