@@ -26,14 +26,14 @@ METRICS = {
 def finished(tmp_path):
     """finished(place, metrics={...}, pictures=[(prompt, role, object, count), ...], model=...) -> the run's folder.
 
-    `config` is what else its config.yaml has.
+    `config` is what else its config.yaml has, `chosen` what else was chosen of a group.
     """
 
-    def make(place="run", metrics=METRICS, pictures=(), size=8, config=None, **settings) -> Path:
+    def make(place="run", metrics=METRICS, pictures=(), size=8, config=None, chosen=None, **settings) -> Path:
         run = tmp_path / place
         known = {"model": "emoji_unet", "dataset": "emoji_objects", "concept": "cat", "method": "esd_x", "seed": 0}
         known |= settings
-        choices = {key: known[key] for key in ("model", "dataset", "method")}
+        choices = {key: known[key] for key in ("model", "dataset", "method")} | (chosen or {})
         config = {"sampler": {"steps": known.get("steps", 50)}, **(config or {})}
         config |= {"concept": known["concept"], "seed": known["seed"]}
         config["paths"] = {"output_dir": "${hydra:runtime.output_dir}"}  # resolves nowhere but in a running Hydra

@@ -88,9 +88,13 @@ def test_code_that_made_what_was_found_in_the_store_is_named(made):
     assert stored(pictures=[None]) == (f"{a} (seed 0, 1); pictures by unknown (seed 1)†", False)
 
 
-def test_an_installed_package_is_told_by_its_version(made):
-    rows, _, sound = told(made("uce", [sitting(commit=None, dirty=None)]))
-    assert rows["uce"][0] == "unlearning 0.1.0" and sound
+def test_an_installed_package_is_told_by_its_version_and_marked_for_want_of_a_commit(made):
+    installed = sitting(commit=None, dirty=None)
+    folder = made("uce", [installed])
+    rows, notes, sound = told(folder)
+    assert rows["uce"][0] == "unlearning 0.1.0¶" and "no known commit" in notes and not sound
+    (folder / "uce0" / FILE).write_text(json.dumps({"sittings": [sitting()], "stored": {"pictures": [installed]}}))
+    assert told(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
 
 
 def test_versions_and_hardware_that_differ_are_named_and_forgiven(made):

@@ -72,6 +72,11 @@ def scopes(text: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+def said(text: str) -> str:
+    """HTML as it is read."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>|\s+", " ", text)))
+
+
 def cells(text: str) -> dict[str, list[str]]:
     """The rows of the first table of numbers, by the name that they have."""
     body = re.search(r'<table class="numbers">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)[1]
@@ -115,9 +120,48 @@ def test_a_mean_over_fewer_concepts_says_so(finished, runs):
     assert cells(shown[""])["none"][0] == "4", "the unedited model's are of both"
 
 
+def test_a_mean_over_fewer_concepts_has_no_part_in_the_answers(finished, runs):
+    finished("runs/cat/sld", measured(1.0, 99.0), pictures("cat"), method="sld")
+    shown = scopes(page(runs).read_text())
+    assert "forgets most esd_x acc_e" in said(shown[""]) and "forgets most sld acc_e" in said(shown["cat"])
+    assert 'class="best">1.0' in shown["cat"] and 'class="best">5.0' in shown[""]
+    aside = r'class="point aside"[^>]*aria-label="sld'
+    assert re.search(aside, shown[""]) and not re.search(aside, shown["cat"])
+    assert "Means over other concepts than most, and not compared: sld without dog." in shown[""]
+
+
+def test_a_protocol_that_is_the_concepts_lets_its_mean_compete(finished, tmp_path):
+    for concept in ("cat", "dog"):
+        for method, value in (("uce", 3.0), ("ac", 4.0)):
+            protocol = f"real ({concept}0)"
+            metrics = measured(value, 90.0, protocol, **{f"base/{name}/protocol": protocol for name in (E, R, H)})
+            finished(f"all/{concept}/{method}", metrics, pictures(concept), concept=concept, method=method)
+    text = scopes(page(tmp_path / "all").read_text())[""]
+    assert 'class="best">3.0 ± 0.0' in text and "†" not in text and "real (…). Of cat: cat0; of dog: dog0" in text
+
+
+def test_methods_under_other_conditions_have_no_part_in_the_answers(finished, runs):
+    for concept in ("cat", "dog"):
+        finished(
+            f"runs/{concept}/fast", measured(0.0, 99.9), pictures(concept), method="sld", steps=20, concept=concept
+        )
+    for text in scopes(page(runs).read_text()).values():
+        assert "forgets most esd_x acc_e" in said(text) and "before 98.0" in said(text)
+        assert re.search(r'class="point aside"[^>]*aria-label="sld, steps 20', text)
+
+
+def test_what_a_method_was_made_of_is_named_and_is_none_of_the_unedited_models(finished, tmp_path):
+    for seed, name in enumerate(("lora", "full")):
+        chosen = {"student@method.student": name}
+        metrics = measured(5.0 - seed, 80.0)
+        finished(f"all/{name}", metrics, pictures("cat"), method="scrubber", seed=seed, chosen=chosen)
+    text = page(tmp_path / "all").read_text()
+    assert [*cells(text)] == ["none", "scrubber, student full", "scrubber, student lora"]
+    assert cells(text)["none"][0] == "2" and 'class="best">4.0' in text
+
+
 def test_the_answers_come_first(runs):
-    text = unescape(re.sub(r"<[^>]+>|\s+", " ", scopes(page(runs).read_text())["cat"]))
-    text = re.sub(r"\s+", " ", text)
+    text = said(scopes(page(runs).read_text())["cat"])
     assert "forgets most esd_x acc_e 4.5 ± 0.5, before 98.0 ± 0.0" in text
     assert "harms least of those that forget uce acc_s 95.0 ± 1.0, before 99.0 ± 0.0" in text
     assert "cheapest of those that forget esd_x 1.57 ± 0.01 min" in text

@@ -158,6 +158,20 @@ def test_a_number_compares_with_the_same_model_and_a_protocol_that_says_as_much(
     assert "counting boxes" in number.unlike(["sd14"], [ours, ours.replace("boxes", "images")])
 
 
+def test_an_average_compares_with_a_mean_over_the_concepts_that_its_file_names(written):
+    header = "method,concept,metric,value,source,model,protocol"
+    rows = [f"esd,{concept},m,1,a,sd14,p" for concept in ("cat", "dog", AVERAGE)]
+    numbers = published(
+        written(*rows, f"esd,{AVERAGE},silent,2,a,sd14,p", "uce,cat,silent/other,2,a,sd14,p", header=header)
+    )
+    average, silent = (numbers["esd", AVERAGE, metric] for metric in ("m", "silent"))
+    assert average.unlike(["sd14"], ["p"], {"dog", "cat"}) == ""
+    for ours in ({"cat"}, {"cat", "dog", "key"}):
+        assert "an average over cat, dog, measured over cat" in average.unlike(["sd14"], ["p"], ours)
+    assert silent.unlike(["sd14"], ["p"], {"cat"}) == "published as an average without naming its concepts"
+    assert numbers["esd", "cat", "m"].unlike(["sd14"], ["p"], {"dog"}) == "", "it was asked for by its concept"
+
+
 def test_unlearncanvas_has_a_number_for_a_method_that_there_is():
     for name in ("published.csv", "published_objects.csv"):
         known = {path.stem for path in (CONF / "method").glob("*.yaml")}

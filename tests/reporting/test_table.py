@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from unlearning.concepts import UserError
-from unlearning.reporting.rows import rows
+from unlearning.reporting.rows import BY, rows
 from unlearning.reporting.table import check, table
 
 E, F = "efficacy/acc_e", "fidelity/fid"
@@ -181,6 +181,195 @@ def test_the_fewest_settings_that_tell_it_all_are_named(finished, runs):
     assert cells(table(runs, [E], by=["method"]))[0][:3] == ["method", "model§", "n"]
 
 
+def test_runs_of_other_datasets_are_not_averaged(finished, runs):
+    finished("runs/painter", measured(60.0), method="ac", seed=2, concept="Van Gogh", dataset="prompt")
+    head, *body = cells(table(runs, [E], by=["method"]))
+    assert head[:2] == ["method", "dataset§"]
+    assert [row[:4] for row in body if row[0] == "ac"] == [
+        ["ac", "emoji_objects", "2", "21.0 ± 1.0"],
+        ["ac", "prompt", "1", "60.0"],
+    ]
+
+
+@pytest.mark.parametrize("by", [["concept", "method"], ["method"]])
+@pytest.mark.parametrize("name", ["path", "count", "subset", "template", "others", "seeds"])
+def test_another_setting_of_the_dataset_keeps_runs_of_one_concept_apart(finished, tmp_path, name, by):
+    for method, value in (("ac", 3.0), ("esd_x", 4.0)):
+        finished(f"runs/{method}", measured(value), method=method, config={"dataset": {name: "usual"}})
+    for method, value in (("ac", 9.0), ("uce", 0.0)):
+        finished(f"runs/other/{method}", measured(value), method=method, seed=1, config={"dataset": {name: "other"}})
+    head, *body = cells(table(tmp_path / "runs", [E], by=by))
+    assert head[len(by)] == f"dataset.{name}§"
+    found = {(row[len(by) - 1], row[len(by)]): row[-1] for row in body}
+    assert found == {
+        **{("ac", "usual"): "**3.00**", ("esd_x", "usual"): "4.00"},
+        **{("ac", "other"): "9.00", ("uce", "other"): "**0.00**"},
+    }
+
+
+@pytest.mark.parametrize("by", [BY, ["method"]])
+def test_what_goes_with_the_concept_keeps_no_runs_apart(finished, tmp_path, by):
+    for concept, other in (("Monet", "Van Gogh"), ("Van Gogh", "Monet")):
+        dataset = {
+            "concept": "${concept}",
+            "template": "a ${concept} by {}",
+            "others": [other],
+            "path": f"{concept}.csv",
+        }
+        for method in ("ac", "esd_x"):
+            for seed in (0, 1):
+                config = {"dataset": dataset, "method": {"prompt": "by ${concept}"}}
+                place = f"runs/{concept}/{method}/{seed}"
+                finished(place, measured(5.0), concept=concept, method=method, seed=seed, config=config)
+    head, *body = cells(table(tmp_path / "runs", [E], by=by))
+    assert head[:-2] == [*by] and [row[-2] for row in body] == (["4", "4"] if by == ["method"] else ["2"] * 4)
+
+
+# --- a method's settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(finished, tmp_path):
+    """ESD-X by two settings, no seed twice, beside another method."""
+    for seed, (eta, value) in enumerate([(1, 8.0), (1, 10.0), (2, 2.0), (2, 4.0)]):
+        finished(f"runs/{seed}", measured(value), seed=seed, config={"method": {"eta": eta, "iterations": 100}})
+    finished("runs/ac", measured(5.0), method="ac", config={"method": {"iterations": 30}})
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("by", [["concept", "method"], ["method"]])
+def test_runs_of_one_method_with_other_settings_are_not_averaged_and_compete(sweep, by):
+    text = table(sweep, [E], by=by)
+    head, *body = cells(text)
+    assert head[len(by) :] == ["method.eta§", "n", f"{E} ↓¹"]
+    assert [row[len(by) - 1 :] for row in body] == [
+        ["ac", "–", "1", "<u>5.00</u>"],
+        ["esd_x", "1", "2", "9.00 ± 1.00"],
+        ["esd_x", "2", "2", "**3.00 ± 1.00**"],
+    ]
+    assert "§ Runs of one method differ in method.eta: those that do are not averaged." in text
+    assert "§" not in table(sweep, [E], by=["method", "method.eta"]), "it was asked for"
+
+
+def test_settings_that_differ_between_models_or_methods_alone_add_nothing(finished, sweep):
+    for i, model in enumerate(("emoji_unet", "emoji_sd3")):
+        config = {"method": {"iterations": 100 * (1 + i), "band": [i, 2]}}
+        finished(f"models/runs/{model}", measured(5.0), model=model, config=config)
+    assert cells(table(sweep.parent / "models", [E], by=["method"]))[0][:3] == ["method", "model§", "n"]
+    assert cells(table(sweep.parent / "models", [E]))[0][:-2] == [*BY]
+
+
+def test_what_was_chosen_for_a_method_and_what_is_null_tell_its_runs_apart(finished, tmp_path):
+    for seed, name in enumerate(("uniform", "nearest")):
+        config = {"method": {"replacement": {"_target_": f"codes.{name}", "sweeps": seed}}}
+        finished(f"chosen/{name}", seed=seed, config=config, chosen={"replacement@method.replacement": name})
+    head, *body = cells(table(tmp_path / "chosen", [E], by=["method"]))
+    assert head[1:3] == ["replacement@method.replacement§", "n"] and [row[1] for row in body] == ["nearest", "uniform"]
+    for seed, scheduler in enumerate((None, {"_target_": "torch.LinearLR", "factor": 0.5})):
+        finished(f"null/{seed}", seed=seed, config={"method": {"scheduler": scheduler}})
+    head, *body = cells(table(tmp_path / "null", [E], by=["method"]))
+    assert head[1:3] == ["method.scheduler._target_§", "n"] and [row[1] for row in body] == ["–", "torch.LinearLR"]
+
+
+def test_how_a_method_was_trained_tells_apart_and_what_its_trainer_shows_does_not(finished, tmp_path):
+    for seed, precision in enumerate(("32-true", "32-true", "16-mixed")):
+        trainer = {"precision": precision, "enable_progress_bar": bool(seed), "callbacks": [{"folder": seed}]}
+        finished(f"runs/{seed}", seed=seed, config={"trainer": trainer})
+    head, *body = cells(table(tmp_path / "runs", [E], by=["method"]))
+    assert head[1:3] == ["trainer.precision§", "n"]
+    assert [row[1:3] for row in body] == [["16-mixed", "1"], ["32-true", "2"]]
+
+
+# --- several concepts -------------------------------------------------------------------------------------------------
+
+FID = "clean-fid on a judge 1234abcd; pictures: retain 90 to {count} real ({concept}0)"
+
+
+def with_fid(value, concept, count=1000):
+    protocol = {f"{F}/protocol": FID.format(count=count, concept=concept), f"{F}/better": "lower"}
+    return measured(value, **{F: value}, **protocol)
+
+
+@pytest.fixture
+def concepts(finished, tmp_path):
+    """Three concepts, each with real pictures of its own that an FID is measured against; three methods."""
+    for concept in ("cat", "key", "ship"):
+        for method, value in (("ac", 5.0), ("esd_x", 6.0), ("uce", 7.0)):
+            finished(f"runs/{concept}/{method}", with_fid(value, concept), concept=concept, method=method)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("by", "found"), [(["concept", "method"], ["**5.00**", "<u>6.00</u>", "7.00"] * 3), (["method"], None)]
+)
+def test_a_protocol_that_is_the_concepts_is_usual_for_each(concepts, by, found):
+    text = table(concepts, [F], by=by)
+    expected = found or ["**5.00 ± 0.00**", "<u>6.00 ± 0.00</u>", "7.00 ± 0.00"]
+    assert [row[-1] for row in cells(text)[1:]] == expected
+    shared = "¹ clean-fid on a judge 1234abcd; pictures: retain 90 to 1000 real (…)"
+    assert text.partition("\n\n")[2].strip() == f"{shared}. Of cat: cat0; of key: key0; of ship: ship0", "one note"
+
+
+@pytest.mark.parametrize("by", [["concept", "method"], ["method"]])
+def test_a_protocol_is_strange_beside_those_of_its_own_concept(finished, concepts, by):
+    for concept in ("cat", "key", "ship"):
+        finished(f"runs/{concept}/sld", with_fid(0.0, concept, count=500), concept=concept, method="sld")
+    text = table(concepts, [F], by=by)
+    found = [row[-1] for row in cells(text)[1:]]
+    assert {cell[:4] for cell in found if "†" in cell} == {"0.00"} and sum("**" in cell for cell in found) == len(
+        found
+    ) / 4
+    [note] = [line for line in text.splitlines() if line.startswith("†")]
+    assert note.endswith("retain 90 to 500 real (…). Of cat: cat0; of key: key0; of ship: ship0")
+    assert ("cat, sld; key, sld; ship, sld: " if len(by) > 1 else "of sld: ") in note
+
+
+def test_one_concept_by_another_protocol_makes_the_mean_strange(finished, concepts):
+    finished("runs/cat/sld", with_fid(0.0, "cat"), concept="cat", method="sld")
+    finished("runs/key/sld", with_fid(0.0, "key", count=500), concept="key", method="sld")
+    finished("runs/ship/sld", with_fid(0.0, "ship"), concept="ship", method="sld")
+    text = table(concepts, [F], by=["method"])
+    assert "0.00 ± 0.00†" in text and f"† {F} of sld: {FID.format(count=500, concept='key')}" in text
+
+
+def test_footnotes_stay_few(finished, tmp_path):
+    for concept in map("c{}".format, range(12)):
+        for method, count in (("ac", 1000), ("esd_x", 1000), ("sld", 500), ("uce", 250)):
+            finished(f"runs/{concept}/{method}", with_fid(5.0, concept, count), concept=concept, method=method)
+    notes = [line for line in table(tmp_path / "runs", [F]).splitlines() if line and line[0] != "|"]
+    assert [note[0] for note in notes] == ["¹", "†"] and "and 18 more" in notes[1]
+
+
+def test_protocols_of_another_kind_are_told_in_full(finished, concepts):
+    for method in ("ac", "esd_x"):
+        finished(f"runs/sd14/{method}", measured(5.0, "softmax of CLIP"), model="sd14", method=method)
+    text = table(concepts, [E])
+    assert "¹ of emoji_unet: argmax | of sd14: softmax of CLIP" in text and "†" not in text
+
+
+@pytest.mark.parametrize("gone", [["key"], ["cat", "ship"]])
+def test_a_mean_over_other_concepts_is_marked_and_does_not_compete(concepts, gone):
+    for concept in gone:
+        (concepts / concept / "ac" / "metrics.json").unlink()
+    text = table(concepts, [E, F], by=["method"])
+    _, ac, esd_x, uce = cells(text)
+    assert ac[:2] == ["ac", f"{3 - len(gone)}‖"] and not {"*", "u"} & {*"".join(ac[2:])}
+    assert esd_x[1:] == ["3", "**6.00 ± 0.00**", "**6.00 ± 0.00**"] and uce[1] == "3"
+    assert f"‖ Means over other concepts than most, and not compared: ac without {', '.join(gone)}." in text
+    assert "‖" not in table(concepts, [E, F], by=["concept", "method"])
+
+
+def test_a_metric_that_some_concepts_lack_does_not_compete(finished, concepts):
+    (concepts / "key" / "ac" / "metrics.json").unlink()
+    finished("runs/again/ac", measured(5.0), concept="key", method="ac")
+    text = table(concepts, [E, F], by=["method"])
+    assert cells(text)[1] == ["ac", "3", "**5.00 ± 0.00**", "5.00 ± 0.00 (n=2)‖"]
+    assert f"{F} of ac without key" in text
+
+
+# --- what it answers --------------------------------------------------------------------------------------------------
+
+
 def test_the_commits_are_told_of_the_same_rows(finished, runs):
     finished("runs/fast", measured(60.0), method="ac", seed=2, steps=20)
     named = [[row[:5] for row in cells(text)[1:]] for text in (table(runs, [E]), check(runs)[0])]
@@ -193,6 +382,16 @@ def test_mistakes_are_explained(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="evaluate stage"):
         table(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("tell", [table, check])
+def test_a_setting_that_no_run_has_is_answered_with_the_nearest(runs, tell):
+    with pytest.raises(UserError, match=r"the setting methd, .* Did you mean method\?"):
+        tell(runs, by=["methd"])
+    with pytest.raises(UserError, match=r"Did you mean sampler\.steps\?"):
+        tell(runs, by=["method", "sampler.step"])
+    with pytest.raises(UserError, match="a dotted setting"):
+        tell(runs, by=["q"])
 
 
 def test_from_the_command_line(runs):
@@ -247,6 +446,13 @@ def test_published_numbers_stand_beside_ours_with_the_difference(runs, paper):
     ]
     assert float(esd[f"{E}/published"]) == 12.51 and float(esd[f"{E}/delta"]) == pytest.approx(-5.51)
     assert esd[f"{E}/unlike"] == "" and "¶" not in table(runs, [E], published=paper)
+
+
+def test_an_average_over_other_concepts_is_marked(finished, runs, paper):
+    finished("runs/dog", measured(5.0), concept="dog")
+    text = table(runs, [E], by=["method"], published=paper)
+    assert f"¶ {E}: published as an average over cat, measured over cat, dog." in text
+    assert "¶" not in table(runs, [E], published=paper), "concept by concept there is nothing to say"
 
 
 def test_the_note_says_where_the_published_numbers_stand(runs, paper):

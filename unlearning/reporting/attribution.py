@@ -7,18 +7,19 @@ from unlearning.reporting.comparison import grouped, words
 from unlearning.reporting.sheet import Cell, Note, Sheet
 
 UNKNOWN = "not recorded"
-MIXED, CHANGED, SILENT = "†", "‡", "§"
+MIXED, CHANGED, SILENT, NAMELESS = "†", "‡", "§", "¶"
 NOTES = {
     MIXED: "More than one commit made this row.",
     CHANGED: "Made from a tree with changes that the commit does not have.",
     SILENT: "A run without a provenance.json: nobody knows what made it.",
+    NAMELESS: "Made by code of no known commit: an installed package, or a copy without its history.",
 }
 
 
 def attribution(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[Sheet, bool]:
     """The rows of the runs with the commits that made them and what else differs between their sittings.
 
-    And whether every row comes of one commit, unchanged and recorded.
+    And whether every row comes of one known commit, unchanged and recorded.
     """
     header = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")]
     lines, found = [], set()
@@ -34,6 +35,7 @@ def attribution(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[Sheet, bool
             MIXED: len(makers) > 1,
             CHANGED: any(code and code["dirty"] for code in (*sittings, *stored)),
             SILENT: not all(each.get("sittings") for each in made.values()),
+            NAMELESS: any(code and not code["commit"] for code in (*sittings, *stored)),
         }
         marks = tuple(mark for mark, is_so in faults.items() if is_so)
         found |= {*marks}

@@ -1,52 +1,62 @@
 """Runs side by side: a row per setting, each metric's mean over the row's seeds and the standard error of that mean.
 
-What may be compared is compared: in a column, the methods that differ in nothing else and were measured by the column's
-usual protocol. Runs of another model, sampler or number of pictures have rows of their own. The unedited model does
-not compete.
+What may be compared is compared: in a column, the methods that differ in nothing else, are means over the same concepts
+and were measured by the protocol that is usual among them. Runs of another model, dataset or sampler have rows of their
+own, and so have those of one method with other settings. The unedited model does not compete.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import accumulate
 from statistics import mean, stdev
 
 from unlearning.concepts import UserError
 from unlearning.reporting.published import Number, beside
 from unlearning.reporting.rows import BY, UNEDITED, directions, measured
-from unlearning.reporting.sheet import Cell, Note, Sheet
+from unlearning.reporting.sheet import Cell, Note, Sheet, in_short, kind, listed
 
-STRANGE, REPEATED, APART, ELSEWHERE = "†", "‡", "§", "¶"
-CONDITIONS = ("model", "sampler", "dataset.images_per_prompt")  # what runs that are compared have in common
+STRANGE, REPEATED, APART, ELSEWHERE, UNEVEN = "†", "‡", "§", "¶", "‖"
+GROUPS = ("model", "dataset", "sampler", "method", "trainer")  # whose settings decide a result
+OWN = ("method", "trainer")  # of these, those in which rivals may differ
 IDLE = ("sampler.batch_size", "model.device", "model.offload", "model.attention_slicing", "model.compile")
 ARROWS = {True: " ↑", False: " ↓", None: ""}
-_WITHIN = tuple(f"{name}." for name in CONDITIONS)
+UNSTATED = "protocol not stated"
 
 Key = tuple  # a row's values of the settings that rows are told apart by
+Place = tuple  # a run's values of the settings that rivals share, and its concept: where one protocol should hold
 
 
 @dataclass(frozen=True)
 class Mean:
     """One metric over a row's seeds: its mean, the standard error of the mean (None for one seed), and how many.
 
-    And what it was measured by, and on which models.
+    And by which protocols where, on which models, and over which concepts.
     """
 
     mean: float
     error: float | None
     n: int
-    protocols: tuple[str, ...]
+    measured: tuple[tuple[Place, str], ...]
     models: tuple[str, ...]
+    concepts: frozenset[str]
 
     @classmethod
-    def of(cls, runs: Sequence[Mapping], metric: str) -> "Mean | None":
+    def of(cls, runs: Sequence[Mapping], metric: str, by: Sequence[str]) -> "Mean | None":
+        """`by` is what rows are told apart by."""
         runs = [r for r in runs if isinstance(r.get(metric), int | float) and r[metric] == r[metric]]  # no null, no NaN
         values = [r[metric] for r in runs]
-        protocols = tuple(dict.fromkeys(r.get(f"{metric}/protocol", "") for r in runs))
+        names = dict.fromkeys((*shared(by), "concept"))
+        measured = dict.fromkeys((tuple(map(r.get, names)), r.get(f"{metric}/protocol", "")) for r in runs)
         models = tuple(dict.fromkeys(str(r.get("model")) for r in runs))
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        return cls(mean(values), error, len(values), protocols, models) if values else None
+        return cls(mean(values), error, len(values), tuple(measured), models, concepts(runs)) if values else None
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(protocol for _, protocol in self.measured))
 
     def text(self, places: int, n: int) -> str:
         """As it is read, in a row of `n` runs."""
@@ -72,27 +82,80 @@ def grouped(runs: Iterable[Mapping], by: Sequence[str]) -> dict[Key, list[Mappin
     return {key: groups[key] for key in sorted(groups, key=lambda key: [_first_the_unedited(v) for v in key])}
 
 
+def concepts(runs: Iterable[Mapping]) -> frozenset[str]:
+    return frozenset(str(run.get("concept")) for run in runs)
+
+
+def group_of(setting: str) -> str:
+    """The Hydra group that a setting is of: "method", of method.eta and of student@method.student."""
+    return setting.rpartition("@")[2].partition(".")[0]
+
+
 def shared(by: Sequence[str]) -> list[str]:
-    """Of the settings that rows are told apart by, those that rivals have in common: all but the method's."""
-    return [name for name in by if name.partition(".")[0] != "method"]
+    """Of the settings that rows are told apart by, those that rivals have in common: all but the method's own."""
+    return [name for name in by if group_of(name) not in OWN]
 
 
 def told_apart(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[str, ...]:
-    """`by` and, of the conditions, those in which runs differ that would be averaged or compete; as few as tell it all.
+    """`by` and, of the settings that decide a result, those in which runs differ that would be averaged or compete.
 
-    A setting that a run does not state differs from nothing; nor does one that changes how fast a picture is made.
+    As few as tell it all. A setting that a run does not state differs from nothing; nor does one that changes how fast
+    a result is made, or that goes with the concept.
     """
-    found = [n for n in dict.fromkeys(n for run in runs for n in run) if n in CONDITIONS or n.startswith(_WITHIN)]
-    for name in sorted(found, key=lambda name: "." in name):  # what was chosen of a group says more than its settings
-        rivals = grouped(runs, shared(by)).values()
-        if name not in (*by, *IDLE) and any(len({repr(r[name]) for r in group if name in r}) > 1 for group in rivals):
+    names = [name for name in dict.fromkeys(n for run in runs for n in run) if group_of(name) in GROUPS]
+    found = [name for name in names if _differ(runs, name) and not _idle(name)]
+    for name in sorted(found, key=_precedence):
+        if name not in by and any(_differ(group, name) for group in grouped(runs, _alike(name, by)).values()):
             by = (*by, name)
     return tuple(by)
+
+
+def _differ(runs: Iterable[Mapping], name: str) -> bool:
+    return len({repr(run.get(name)) for run in runs if name in run or _is_null(run, name)}) > 1
+
+
+def _is_null(run: Mapping, name: str) -> bool:
+    """Whether a run states that there is nothing of which this could be a setting, as a null scheduler has no rate."""
+    return any(run.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
+
+
+def _idle(name: str) -> bool:
+    """Whether no result depends on a setting: it makes it faster or, a trainer's, is about what is told and where."""
+    if group_of(name) != "trainer":
+        return name in IDLE
+    from unlearning.naming import OUTWARD  # and Hydra with it, for which a command's --help is not to wait
+
+    return name.partition(".")[2].partition(".")[0] in OUTWARD
+
+
+def _precedence(name: str) -> tuple[bool, bool]:
+    """What rivals share comes first, for a method's settings may follow it; and what was chosen of a group, for it says
+    more than its settings.
+    """
+    return group_of(name) in OWN, "." in name and "@" not in name
+
+
+def _alike(name: str, by: Sequence[str]) -> list[str]:
+    """The settings by which runs belong together that must not differ in the setting `name`.
+
+    A method's own are held against those of the same method, model, dataset and concept, for they may follow these. The
+    dataset's may be the concept's, as its template or its neighbours are.
+    """
+    if group_of(name) in OWN:
+        return list(dict.fromkeys((*by, *BY)))
+    if name.startswith("dataset.") and name != "dataset.images_per_prompt":
+        return list(dict.fromkeys((*shared(by), "concept")))
+    return shared(by)
 
 
 def words(key: Key) -> list[Cell]:
     """The cells that say which row it is."""
     return [Cell("–" if value is None else str(value), values=(value,)) for value in key]
+
+
+def named(key: Key) -> str:
+    """A row in a note."""
+    return ", ".join(cell.text for cell in words(key))
 
 
 def chosen(runs: Sequence[Mapping], patterns: Sequence[str] | None) -> list[str]:
@@ -104,23 +167,41 @@ def chosen(runs: Sequence[Mapping], patterns: Sequence[str] | None) -> list[str]
     return list(dict.fromkeys(m for p in patterns or ["*"] for m in available if fnmatchcase(m, p)))
 
 
+def rivals(keys: Iterable[Key], by: Sequence[str]) -> list[list[Key]]:
+    """Those of the rows that differ in the method and its settings alone, together."""
+    places = [i for i, name in enumerate(by) if name in shared(by)]
+    found: dict[tuple, list[Key]] = {}
+    for key in keys:
+        found.setdefault(tuple(key[i] for i in places), []).append(key)
+    return list(found.values())
+
+
 def ranks(column: Mapping[Key, float], by: Sequence[str], higher: bool) -> dict[Key, int]:
-    """1 for the best of those that differ in the method alone, 2 for what only one is better than, and so on.
+    """1 for the best of its rivals, 2 for what only one is better than, and so on.
 
     Where there is nobody to beat there is no best, and where there are two, the loser is no second best.
     """
-    rivals: dict[Key, list[Key]] = {}
-    common = shared(by)
-    for key in column:
-        rivals.setdefault(tuple(v for name, v in zip(by, key, strict=True) if name in common), []).append(key)
     places = {}
-    for keys in rivals.values():
+    for keys in rivals(column, by):
         values = [column[key] for key in keys]
         for key in keys:
             place = 1 + sum(v > column[key] if higher else v < column[key] for v in values)
             if place < len(keys):
                 places[key] = place
     return places
+
+
+def uneven(covered: Mapping[Key, frozenset[str]], by: Sequence[str]) -> dict[Key, str]:
+    """The rows that are means over other concepts than most of their rivals, and in what: "without dog"."""
+    found = {}
+    for keys in rivals(covered, by):
+        counts = Counter(covered[key] for key in keys)
+        usual = max(counts, key=lambda own: (counts[own], len(own)))
+        for key in keys:
+            parts = {"without": usual - covered[key], "with": covered[key] - usual}
+            if any(parts.values()):
+                found[key] = " and ".join(f"{word} {listed(sorted(of))}" for word, of in parts.items() if of)
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,23 +212,40 @@ class Column:
     means: Mapping[Key, Mean]
     theirs: Mapping[Key, Number]
     higher: bool | None
+    uneven: Mapping[Key, str]  # the rows that have it for other concepts than most of their rivals, and in what
 
     @cached_property
-    def usual(self) -> str | None:
-        """The protocol of most cells; None where each is a mean over several."""
-        stated = Counter(cell.protocols[0] for cell in self.means.values() if len(cell.protocols) == 1)
-        return stated.most_common(1)[0][0] if stated else None
+    def usual(self) -> dict[Place, str]:
+        """The protocol of most rows, of rivals and by concept: an FID is measured against pictures of the concept."""
+        stated: dict[Place, Counter] = {}
+        for cell in self.means.values():
+            for place, protocol in cell.measured:
+                stated.setdefault(place, Counter())[protocol] += 1
+        return {place: counts.most_common(1)[0][0] for place, counts in stated.items()}
 
     @cached_property
-    def strange(self) -> list[Key]:
-        """The rows that were measured in another way than most, or each seed in its own."""
-        return [key for key, cell in self.means.items() if cell.protocols != (self.usual,)]
+    def protocol(self) -> str:
+        """All that are usual, in a line; "" where none is stated."""
+        stated = {place: protocol or UNSTATED for place, protocol in self.usual.items()}
+        return in_short(stated) if any(self.usual.values()) else ""
+
+    @cached_property
+    def strange(self) -> dict[Key, dict[Place, str]]:
+        """The rows that were measured otherwise than most rivals, or each seed in its own way: where, and how."""
+        found: dict[Key, dict[Place, str]] = {}
+        for key, cell in self.means.items():
+            for odd in dict.fromkeys(place for place, protocol in cell.measured if protocol != self.usual[place]):
+                ways = (protocol or UNSTATED for place, protocol in cell.measured if place == odd)
+                found.setdefault(key, {})[odd] = " | ".join(ways)
+        return found
 
     @cached_property
     def elsewhere(self) -> dict[Key, str]:
         """The rows whose published number is not known to be of the same model and protocol, and why."""
         pairs = {key: (self.means[key], number) for key, number in self.theirs.items() if key in self.means}
-        reasons = {key: number.unlike(ours.models, ours.protocols) for key, (ours, number) in pairs.items()}
+        reasons = {
+            key: number.unlike(ours.models, ours.protocols, ours.concepts) for key, (ours, number) in pairs.items()
+        }
         return {key: reason for key, reason in reasons.items() if reason}
 
     @cached_property
@@ -169,14 +267,8 @@ class Column:
             return Cell("–", values=tuple(values))
         aside = f"({paper.value:,.{self.digits}f}, {ours.mean - paper.value:+,.{self.digits}f})" if paper else ""
         aside += ELSEWHERE if key in self.elsewhere else ""
-        marks = (STRANGE,) if key in self.strange else ()
+        marks = tuple(mark for mark, rows in ((STRANGE, self.strange), (UNEVEN, self.uneven)) if key in rows)
         return Cell(ours.text(self.digits, n), rank, marks, aside, tuple(values))
-
-    def notes(self) -> list[Note]:
-        def stated(key: Key) -> str:
-            return " | ".join(protocol or "protocol not stated" for protocol in self.means[key].protocols)
-
-        return [Note(f"{self.metric} of {', '.join(map(str, key))}: {stated(key)}", STRANGE) for key in self.strange]
 
 
 def compare(
@@ -193,30 +285,30 @@ def compare(
     added = by[len(asked) :]
     groups, better, columns = grouped(runs, by), directions(runs), []
     unedited = {key for key, group in groups.items() if {run.get("method") for run in group} == {UNEDITED}}
+    partial = uneven({key: concepts(group) for key, group in groups.items()}, by)
     for metric in chosen(runs, metrics):
-        means = {key: mean for key, group in groups.items() if (mean := Mean.of(group, metric))}
+        means = {key: mean for key, group in groups.items() if (mean := Mean.of(group, metric, by))}
         theirs = {key: n for key in groups if (n := beside(numbers or {}, by, key, metric))}
-        columns.append(Column(metric, means, theirs, better.get(metric)))
+        covered = {key: mean.concepts for key, mean in means.items() if metric in better and key not in partial}
+        columns.append(Column(metric, means, theirs, better.get(metric), uneven(covered, by)))
 
     header = [*(Cell(name, marks=(APART,) if name in added else ()) for name in by), Cell("n")]
     repeated = {key for key, group in groups.items() if _repeated(group)}
-    lines = {
-        key: [*words(key), Cell(str(len(group)), marks=(REPEATED,) if key in repeated else ())]
-        for key, group in groups.items()
-    }
-    protocols = list(dict.fromkeys(c.usual for c in columns if c.usual))
+    lines = {}
+    for key, group in groups.items():
+        marks = tuple(mark for mark, rows in ((REPEATED, repeated), (UNEVEN, partial)) if key in rows)
+        lines[key] = [*words(key), Cell(str(len(group)), marks=marks)]
+    protocols = list(dict.fromkeys(c.protocol for c in columns if c.protocol))
     for c in columns:
-        header.append(c.header(str(1 + protocols.index(c.usual)) if c.usual else "", numbers is not None))
-        rivals = {k: mean.mean for k, mean in c.means.items() if k not in unedited and k not in c.strange}
-        places = ranks(rivals, by, c.higher) if c.higher is not None else {}
+        header.append(c.header(str(1 + protocols.index(c.protocol)) if c.protocol else "", numbers is not None))
+        aside = {*unedited, *partial, *c.uneven, *c.strange}
+        competing = {key: mean.mean for key, mean in c.means.items() if key not in aside}
+        places = ranks(competing, by, c.higher) if c.higher is not None else {}
         for key, group in groups.items():
             lines[key].append(c.cell(key, len(group), places.get(key, 0), numbers is not None))
 
     notes = [Note(protocol, str(i)) for i, protocol in enumerate(protocols, 1)]
-    notes += [note for c in columns for note in c.notes()]
-    if added:
-        text = f"These runs differ in {', '.join(added)}: those that do are neither averaged nor compared."
-        notes.append(Note(text, APART))
+    notes += [*_strange(columns), *_uneven(partial, columns), *_apart(added)]
     if repeated:
         text = "Some of these runs share even the seed, so they differ in another setting; name it after --by."
         notes.append(Note(text, REPEATED))
@@ -228,6 +320,42 @@ def compare(
     return Sheet(len(by), header, list(lines.values()), notes)
 
 
+def _strange(columns: Sequence[Column]) -> Iterator[Note]:
+    """How the marked were measured: a note a kind of protocol, of metrics and rows."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for column in columns:
+        kinds: dict[str, dict[Key, dict[Place, str]]] = {}
+        for key, ways in column.strange.items():
+            for place, way in ways.items():
+                kinds.setdefault(kind(way), {}).setdefault(key, {})[place] = way
+        for rows in kinds.values():
+            told = in_short({(*key, *place): way for key, ways in rows.items() for place, way in ways.items()})
+            found.setdefault((listed(map(named, rows), "; "), told), []).append(column.metric)
+    for (rows, told), metrics in found.items():
+        yield Note(f"{', '.join(metrics)} of {rows}: {told}", STRANGE)
+
+
+def _uneven(partial: Mapping[Key, str], columns: Sequence[Column]) -> Iterator[Note]:
+    """Which means are over other concepts than most."""
+    told = [f"{named(key)} {of}" for key, of in partial.items()]
+    told += [f"{c.metric} of {named(key)} {of}" for c in columns for key, of in c.uneven.items()]
+    if told:
+        yield Note(f"Means over other concepts than most, and not compared: {listed(told, '; ')}.", UNEVEN)
+
+
+def _apart(added: Sequence[str]) -> Iterator[Note]:
+    """Why there are columns that nobody asked for."""
+    conditions = shared(added)
+    own = [name for name in added if name not in conditions]
+    told = []
+    if conditions:
+        told.append(f"These runs differ in {', '.join(conditions)}: those that do are neither averaged nor compared.")
+    if own:
+        told.append(f"Runs of one method differ in {', '.join(own)}: those that do are not averaged.")
+    if told:
+        yield Note(" ".join(told), APART)
+
+
 def _elsewhere(columns: Sequence[Column]) -> list[Note]:
     """Why published numbers are not known to compare with ours: a note a reason, of metrics or some of their rows."""
     found: dict[str, list[str]] = {}
@@ -235,7 +363,7 @@ def _elsewhere(columns: Sequence[Column]) -> list[Note]:
         reasons = column.elsewhere
         everywhere = len({*reasons.values()}) == 1 and len(reasons) == len(column.means.keys() & column.theirs.keys())
         for reason in dict.fromkeys(reasons.values()):
-            of = "; ".join(", ".join(map(str, key)) for key, told in reasons.items() if told == reason)
+            of = listed((named(key) for key, told in reasons.items() if told == reason), "; ")
             found.setdefault(reason, []).append(column.metric if everywhere else f"{column.metric} of {of}")
     return [Note(f"{', '.join(where)}: {reason}.", ELSEWHERE) for reason, where in found.items()]
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from unlearning.concepts import RETAIN, UserError
 from unlearning.data import openmoji
 from unlearning.images import write_atomically
-from unlearning.naming import DECISIVE, OUTWARD
 from unlearning.reporting import curves, gallery
-from unlearning.reporting.comparison import IDLE, decimals, grouped, told_apart
+from unlearning.reporting.comparison import OWN, decimals, group_of, grouped, told_apart
 from unlearning.reporting.embedding import render
 from unlearning.reporting.gallery import Shot
-from unlearning.reporting.rows import BY, UNEDITED, rows
+from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.reporting.scope import BEFORE, Line, Scope
 from unlearning.reporting.sheet import BEST, Cell
 
@@ -55,22 +54,11 @@ class World:
         return [*(shots[0] for shots in single[:SAMPLED]), *kept[:1]]
 
 
-def _varied(runs: Sequence[Mapping]) -> list[str]:
-    """The settings, the seed apart, that differ between runs of the same model, dataset, concept and method."""
-    decisive = tuple(f"{name}." for name in DECISIVE)
-    idle = {*IDLE, *(f"trainer.{name}" for name in OUTWARD)}
-    found: dict[str, None] = {}
-    for group in grouped(runs, BY).values():
-        names = dict.fromkeys(n for run in group for n in run if n.startswith(decisive) and n not in idle)
-        found |= {n: None for n in names if len({repr(run.get(n)) for run in group}) > 1}
-    return list(found)
-
-
 def _before(runs: Sequence[Mapping], by: Sequence[str]) -> Iterator[dict]:
     """What the runs measured of the unedited model, as runs of it; of the concepts that have no run of it."""
     seen, told_already = set(), {run.get("concept") for run in runs if run.get("method") == UNEDITED}
     for run in (run for run in runs if run.get("concept") not in told_already):
-        known = {k: v for k, v in run.items() if k.endswith("/better") or ("/" not in k and not k.startswith("method"))}
+        known = {k: v for k, v in run.items() if k.endswith("/better") or ("/" not in k and group_of(k) not in OWN)}
         same = (known.get("concept"), known.get("seed"), *(known.get(name) for name in by))
         if same not in seen:
             seen.add(same)
@@ -83,7 +71,7 @@ def _worlds(runs: Sequence[Mapping]) -> Iterator[World]:
     groups = grouped(runs, ("model", "dataset"))
     concepts = sum(len({str(run.get("concept")) for run in group}) for group in groups.values())
     for (model, dataset), group in groups.items():
-        by = told_apart(group, ("method", *_varied(group)))
+        by = told_apart(group, ("method",))
         own = list(grouped(group, ("concept",)).values())
         everything = [*group, *_before(group, by)]
         whole = Scope("", everything, by)

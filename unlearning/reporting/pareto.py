@@ -17,7 +17,10 @@ LABELLED = 14  # beyond so many points, those on the front are labelled and no o
 
 @dataclass(frozen=True)
 class Point:
-    """A row's two means with their standard errors. The unedited model does not compete, nor do strange protocols."""
+    """A row's two means with their standard errors.
+
+    The unedited model does not compete, nor do strange protocols and means over other concepts.
+    """
 
     label: str
     method: str

@@ -1,12 +1,13 @@
 """A paper's numbers, from a CSV: method, concept, metric, value, source; and of which model, by which protocol."""
 
 import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
 from unlearning.concepts import UserError
+from unlearning.reporting.sheet import listed
 
 COLUMNS = ("method", "concept", "metric", "value", "source")
 OPTIONAL = ("model", "protocol")
@@ -21,15 +22,20 @@ class Number:
         model: What it was measured on, by the name that it has in conf/model; "" where nobody said.
         protocol: What our metric's protocol has to say for the two to be comparable, in parts: "score >= 0.6; counting
             boxes". "" where nobody said.
+        over: The concepts that it is a mean over, as far as its file names them; None of a single concept's.
     """
 
     value: float
     source: str
     model: str = ""
     protocol: str = ""
+    over: tuple[str, ...] | None = None
 
-    def unlike(self, models: Sequence[str], protocols: Sequence[str]) -> str:
-        """Why it is not known to be comparable to what was measured on `models` by `protocols`; "" where it is."""
+    def unlike(self, models: Sequence[str], protocols: Sequence[str], concepts: Collection[str] = ()) -> str:
+        """Why it is not known to be comparable to what was measured on `models` by `protocols`; "" where it is.
+
+        A mean is held against one over the same `concepts`.
+        """
         why = []
         if not self.model:
             why.append("published without naming the model")
@@ -39,6 +45,11 @@ class Number:
             why.append("published without a protocol to hold ours against")
         elif not all(part.strip() in ours for part in self.protocol.split(";") for ours in protocols):
             why.append(f"published by another protocol ({self.protocol})")
+        if self.over == ():
+            why.append("published as an average without naming its concepts")
+        elif self.over is not None and {*self.over} != {*concepts}:
+            theirs, ours = (listed(sorted(names)) for names in (self.over, concepts))
+            why.append(f"published as an average over {theirs}, measured over {ours}")
         return "; ".join(why)
 
 
@@ -62,7 +73,14 @@ def published(path: Path) -> dict[tuple[str, str, str], Number]:
                 found[key] = Number(value, line["source"] or "", *((line.get(name) or "").strip() for name in OPTIONAL))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    return found
+    return {key: replace(number, over=_over(found, key)) for key, number in found.items()}
+
+
+def _over(numbers: Mapping[tuple[str, str, str], Number], key: tuple[str, str, str]) -> tuple[str, ...] | None:
+    """What an average is over, for all that is known: every concept that has the metric too; None of what is none."""
+    _, concept, metric = key
+    named = dict.fromkeys(c for _, c, m in numbers if m == metric and c != AVERAGE)
+    return tuple(named) if concept == AVERAGE else None
 
 
 def _number(text: str | None, place: str) -> float:

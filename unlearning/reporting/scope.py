@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from unlearning.reporting.comparison import ARROWS, STRANGE, Key, compare, grouped, shared
+from unlearning.reporting.comparison import ARROWS, STRANGE, UNEVEN, Key, compare, concepts, grouped, rivals, shared
 from unlearning.reporting.gallery import Shot
 from unlearning.reporting.pareto import Plot, Point
 from unlearning.reporting.rows import UNEDITED, directions
@@ -90,8 +90,20 @@ class Scope:
         return ", ".join([str(key[0]), *told])
 
     def _coverage(self, key: Key) -> str:
-        own, all_ = (len({run.get("concept") for run in runs}) for runs in (self.groups[key], self.runs))
+        own, all_ = (len(concepts(runs)) for runs in (self.groups[key], self.runs))
         return f"{own} of {all_} concepts" if own < all_ else ""
+
+    @cached_property
+    def comparable(self) -> list[Key]:
+        """The rows that the answers are about: those of most methods under the same conditions."""
+        return max(rivals(self.groups, self.by), key=len)
+
+    def competes(self, line: Line, metric: str | None) -> bool:
+        """Whether it has the metric as its rivals do: by the same protocol, over the same concepts."""
+        cell = line.cells.get(metric)
+        if line.key not in self.comparable or line.method == UNEDITED or cell is None or cell.values[0] is None:
+            return False
+        return not {STRANGE, UNEVEN} & {*line.n.marks, *cell.marks}
 
     @cached_property
     def higher(self) -> dict[str, bool]:
@@ -108,7 +120,8 @@ class Scope:
 
     @cached_property
     def base(self) -> Line | None:
-        return next((line for line in self.lines if line.method == UNEDITED), None)
+        unedited = [line for line in self.lines if line.method == UNEDITED]
+        return next((line for line in unedited if line.key in self.comparable), next(iter(unedited), None))
 
     @cached_property
     def plot(self) -> Plot | None:
@@ -119,7 +132,7 @@ class Scope:
         for line in self.lines:
             a, b = line.cells[x], line.cells[y]
             if a.values[0] is not None and b.values[0] is not None:
-                competes = line.method != UNEDITED and STRANGE not in a.marks + b.marks
+                competes = self.competes(line, x) and self.competes(line, y)
                 errors = (a.values[1] or 0.0, b.values[1] or 0.0)
                 label = line.label if line.method != UNEDITED else BEFORE
                 points.append(Point(label, line.method, a.values[0], b.values[0], *errors, competes))
@@ -135,8 +148,9 @@ class Scope:
         if forgets and self._change(self.base, forgets) is None:
             found += [self._tile("harms least", keeps)]
         else:
-            best = max((self._change(line, forgets) or 0.0 for line in self.lines), default=0.0)
-            able = [line for line in self.lines if best and (self._change(line, forgets) or 0.0) >= best / 2]
+            gains = [(self._change(line, forgets) or 0.0, line) for line in self.lines if self.competes(line, forgets)]
+            best = max((gain for gain, _ in gains), default=0.0)
+            able = [line for gain, line in gains if best and gain >= best / 2]
             found += [self._tile("harms least of those that forget", keeps, able)]
             found += [self._tile("cheapest of those that forget", "cost/seconds", able, higher=False)]
         return [tile for tile in found if tile]
@@ -150,12 +164,7 @@ class Scope:
 
     def _tile(self, question: str, metric: str | None, among: Sequence[Line] | None = None, higher=None) -> Tile | None:
         higher = self.higher.get(metric, higher)
-        rivals = [
-            line
-            for line in (self.lines if among is None else among)
-            if metric in line.cells and line.method != UNEDITED and line.cells[metric].values[0] is not None
-            if STRANGE not in line.cells[metric].marks
-        ]
+        rivals = [line for line in (self.lines if among is None else among) if self.competes(line, metric)]
         if not rivals or higher is None:
             return None
         best = (max if higher else min)(line.cells[metric].values[0] for line in rivals)

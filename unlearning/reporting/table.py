@@ -8,6 +8,7 @@ unlearn-table outputs/runs --check
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from unlearning.concepts import UserError
@@ -27,10 +28,10 @@ def table(
 ) -> str:
     """The runs under `folder`, averaged over what `by` does not tell apart: the seeds.
 
-    Runs of another model, sampler or number of pictures a prompt are told apart in any case.
+    Runs of another model, dataset or sampler are told apart in any case, and those of one method with other settings.
 
-    The best and the second best are marked, of the methods that differ in nothing else and were measured by the
-    column's usual protocol. The unedited model does not compete.
+    The best and the second best are marked, of the methods that differ in nothing else, are means over the same
+    concepts and were measured by the protocol that is usual among them. The unedited model does not compete.
 
     Args:
         metrics: Names or patterns ("retention/*"); None for all.
@@ -38,28 +39,34 @@ def table(
         format: "markdown", "latex", "html" or "csv"; the last has every mean, standard error and protocol in a column
             of its own.
         published: A file of a paper's numbers, shown beside ours with the difference; marked where they are of another
-            model or protocol, or do not say. Rows that do not tell concepts apart are held against the paper's average.
+            model or protocol, or do not say. Rows that do not tell concepts apart are held against the paper's average,
+            marked where it is over other concepts.
 
-    Raises UserError where there are no runs, or none has a metric.
+    Raises UserError where there are no runs, or none has a metric or a setting that is asked for.
     """
     numbers = read_published(published) if published else None
-    return FORMATS[format](compare(_found(folder), metrics, by, numbers))
+    return FORMATS[format](compare(_found(folder, by), metrics, by, numbers))
 
 
 def check(folder: Path, by: Sequence[str] = BY, format: str = "markdown") -> tuple[str, bool]:
     """Which commit made each row of the table, and whether all of it is told apart by the commit alone.
 
-    Raises UserError where there are no runs.
+    Raises UserError where there are no runs, or none has a setting that is asked for.
     """
-    runs = _found(folder)
+    runs = _found(folder, by)
     sheet, sound = attribution(runs, told_apart(runs, by))
     return FORMATS[format](sheet), sound
 
 
-def _found(folder: Path) -> list[dict]:
+def _found(folder: Path, by: Sequence[str]) -> list[dict]:
     runs = rows(folder)
     if not runs:
         raise UserError(f"No run under {folder} has a metrics.json: run the evaluate stage of one first.")
+    settings = {name for run in runs for name in run if "/" not in name} - {"run"}
+    for name in (name for name in by if name not in settings.union(BY)):
+        near = get_close_matches(name, sorted(settings), n=1)
+        hint = f"Did you mean {near[0]}?" if near else "Name a group, as method, or a dotted setting, as sampler.steps."
+        raise UserError(f"No run has the setting {name}, which rows are to be told apart by. {hint}")
     return runs
 
 
