@@ -187,6 +187,26 @@ def test_two_runs_of_one_process_do_not_mix(offline, tmp_path):
     assert [history(tmp_path / name)["value"] for name in ("first", "second")] == [0, 1]
 
 
+def test_a_server_that_cannot_be_reached_is_waited_for_once(offline, tmp_path, monkeypatch, caplog):
+    import wandb
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody listens
+    init, modes = wandb.init, []
+    monkeypatch.setattr(wandb, "init", lambda **told: (modes.append(told["mode"]), init(**told))[1])
+    for name in ("first", "second"):
+        target = {"_target_": "unlearning.loggers.wandb", "save_dir": str(tmp_path / name)}
+        built = loggers.build({"wandb": {**target, "settings": {"init_timeout": 1}}})
+        loggers.log(built, {"value": 1}, {"cat": [PICTURE]}, {"seed": 1})
+        loggers.close(built)
+    assert modes == ["online", "offline", "offline"]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "unlearning.loggers"]
+    assert said.startswith("Logger wandb goes on offline: ")
+    for name in ("first", "second"):
+        [kept] = (tmp_path / name).rglob("offline-run-*")
+        assert history(kept)["value"] == 1
+
+
 def test_pictures_of_floats_are_refused(tmp_path):
     with pytest.raises(TypeError, match="uint8"):
         loggers.log(build(tmp_path, "csv"), {}, {"cat": [PICTURE / 255]})

@@ -29,7 +29,7 @@ CONF = Path(__file__).parents[1] / "conf"
 LEFT_OUT = {  # by the number in metrics.json that counts it
     "cost/skipped": "pictures or rows that were skipped: {}. Warnings above name them.",
     "cost/failed": "pictures that could not be made: {}. Warnings above say why.",
-    "cost/unmeasured": "pictures that an evaluator failed on: {}. Warnings above say why; the same command tries again.",
+    "cost/unmeasured": "measurements that failed: {}. Warnings above say why; the same command tries again.",
 }
 AGAIN = {"cost/failed", "cost/unmeasured"}  # of those, what the same command may yet do
 KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # what joblib and submitit make of it

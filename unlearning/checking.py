@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,6 +35,7 @@ def check_names(cfg: DictConfig, conf: Path) -> None:
 
     A name that another setting refers to (${name}) is the user's own.
     """
+    _check_evaluators()
     raw = OmegaConf.to_container(cfg, resolve=False)
     known = {*_names(conf / "config.yaml"), *(p.name for p in conf.iterdir() if p.is_dir()), *_choices()}
     for group, choice in _choices().items():
@@ -52,6 +54,21 @@ def check_names(cfg: DictConfig, conf: Path) -> None:
             raise UserError(
                 f"The {group} `{name}` is not part of this run. Choose it too: `{group}=[{','.join([*chosen, name])}]`."
             )
+
+
+def _check_evaluators() -> None:
+    """Raises UserError where two papers' rules are chosen for one evaluator, of which Hydra lets the last one win."""
+    told = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    for override in OverridesParser.create().parse_overrides(list(told)):
+        chosen, first = override.value(), {}
+        for name in chosen if override.key_or_group == "evaluator" and isinstance(chosen, list) else ():
+            kind = str(name).partition("/")[0]
+            if first.setdefault(kind, name) != name:
+                raise UserError(
+                    f"`{first[kind]}` and `{name}` are one evaluator, {kind}, by two protocols; a run has it once. "
+                    "NudeNet's boxes are counted by another rule afterwards: "
+                    "python -m unlearning.evaluators.nudenet --help."
+                )
 
 
 def _choices() -> Mapping[str, str]:

@@ -81,6 +81,21 @@ class Forgiving(Logger):
 class WandbRun(WandbLogger):
     """Lightning's logger, with what a sweep and its dashboard need of it."""
 
+    @property
+    def experiment(self) -> Any:
+        """The run, begun when first asked for; offline where the server cannot be reached, which wandb waits for long.
+
+        The process's later runs then begin offline.
+        """
+        try:
+            return super().experiment
+        except Exception as error:
+            if self._wandb_init["mode"] != "online":
+                raise
+            warn("wandb", "goes on offline", error)
+            os.environ["WANDB_MODE"] = self._wandb_init["mode"] = "offline"
+            return super().experiment
+
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """By dotted name, as a sweep calls them: its agent has set some already, which nested ones would not meet."""
         super().log_hyperparams(flat(params))

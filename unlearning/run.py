@@ -22,7 +22,7 @@ from tqdm import tqdm
 from unlearning import cost, loggers, provenance
 from unlearning.concepts import UnlearningTask, UserError
 from unlearning.erasure import Erasure, WeightPatch
-from unlearning.evaluators.base import Evaluator
+from unlearning.evaluators.base import Evaluator, lacking
 from unlearning.images import (
     Row,
     digest,
@@ -197,7 +197,25 @@ class Run:
     def evaluate(self) -> None:
         """Measures the pictures; an evaluation that some run has made before is read from the store."""
         self._record()
-        metrics, makers = {}, []
+        metrics = lacking(self._numbers(), failed := self._failed())
+        known = {key: up for evaluator in self.evaluators.values() for key, up in evaluator.higher_is_better.items()}
+        metrics |= {f"{key}/better": "higher" if up else "lower" for key, up in known.items() if key in metrics}
+        metrics |= suppression(metrics)
+        metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
+        metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
+        metrics |= {"cost/failed": failed} if failed else {}
+        self._keep_records()  # which until now were those of the numbers before
+        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
+        base, erased = (read_manifest(self.folder / "images" / f"{name}.csv") for name in ("base", "erased"))
+        images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
+        loggers.log(self.logger, metrics, images, self.settings, list(zip(base, erased, strict=True)))
+
+    def _numbers(self) -> dict[str, float | str]:
+        """Those of all evaluators with their protocols, and how many pictures one tripped over, if any did.
+
+        An evaluator that measured nothing is told of: it was asked for.
+        """
+        metrics, makers, unmeasured, silent = {}, [], 0, dict(self.evaluators)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
         for prefix, name in (("base/", "base"), ("", "erased")):
@@ -207,20 +225,15 @@ class Run:
             rows = read_manifest(path)
             for label, evaluator in self.evaluators.items():
                 found = self._evaluation(rows, evaluator, f"{label} of {name}")
+                unmeasured += evaluator.failed
                 makers.append(found.pop("made by", None))
                 metrics |= {prefix + key: value for key, value in found.items()}
+                if found:
+                    silent.pop(label, None)
         provenance.reuse(self.folder, "evaluations", makers)
-        known = {key: up for evaluator in self.evaluators.values() for key, up in evaluator.higher_is_better.items()}
-        metrics |= {f"{key}/better": "higher" if up else "lower" for key, up in known.items() if key in metrics}
-        metrics |= suppression(metrics)
-        metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
-        metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
-        metrics |= {"cost/failed": failed} if (failed := self._failed()) else {}
-        self._keep_records()  # which until now were those of the numbers before
-        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        base, erased = (read_manifest(self.folder / "images" / f"{name}.csv") for name in ("base", "erased"))
-        images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
-        loggers.log(self.logger, metrics, images, self.settings, list(zip(base, erased, strict=True)))
+        for label, evaluator in silent.items():
+            log.warning("%s measured nothing: it needs %s.", label, evaluator.needs)
+        return metrics | ({"cost/unmeasured": unmeasured} if unmeasured else {})
 
     def _failed(self) -> int:
         """Pictures that could not be made."""
@@ -228,31 +241,43 @@ class Run:
         return int(path.read_text()) if path.exists() else 0
 
     def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict:
-        """Its numbers and protocols and, as "made by", the code that came to them."""
+        """Its numbers and protocols and, as "made by", the code that came to them.
+
+        One that tripped over a picture is not kept for other runs, nor for this one's next time.
+        """
         asked = [
             ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
             for row in rows
         ]
         evaluator.reset()
         path = self.store / "evaluations" / f"{digest(self.task.name, asked, evaluator.protocol)}.json"
-        if not path.exists():
-            size = self.sampler.batch_size
-            for i in tqdm(range(0, len(rows), size), label, leave=False):
-                evaluator.update(load(rows[i : i + size]), rows[i : i + size])
-            results = {"made by": provenance.code()}
-            for key, value in evaluator.compute().items():
-                if math.isnan(value):
-                    raise UserError(f"{label}: {key} is not a number. Look at the pictures in {rows[0].path.parent}.")
-                results |= {key: value, f"{key}/protocol": evaluator.protocol}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if evaluator.details:
-                lines = [json.dumps(picture) + "\n" for picture in evaluator.details]
-                write_atomically(path.with_suffix(".jsonl"), "".join(lines))
-            write_atomically(path, json.dumps(results, indent=2))
-        if (details := path.with_suffix(".jsonl")).exists():
+        found = path.with_suffix(".jsonl")
+        if path.exists():
+            results, details = json.loads(path.read_text()), found.read_text() if found.exists() else ""
+        else:
+            results = self._measured(rows, evaluator, label)
+            details = "".join(json.dumps(picture) + "\n" for picture in evaluator.details)
+            if not evaluator.failed:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if details:
+                    write_atomically(found, details)
+                write_atomically(path, json.dumps(results, indent=2))
+        if details:
             (self.folder / "details").mkdir(exist_ok=True)
-            write_atomically(self.folder / "details" / f"{label.replace(' ', '-')}.jsonl", details.read_bytes())
-        return json.loads(path.read_text())
+            write_atomically(self.folder / "details" / f"{label.replace(' ', '-')}.jsonl", details)
+        return results
+
+    def _measured(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict:
+        """As `_evaluation`, of the pictures themselves."""
+        size = self.sampler.batch_size
+        for i in tqdm(range(0, len(rows), size), label, leave=False):
+            evaluator.update(load(rows[i : i + size]), rows[i : i + size])
+        results = {"made by": provenance.code()}
+        for key, value in evaluator.compute().items():
+            if math.isnan(value):
+                raise UserError(f"{label}: {key} is not a number. Look at the pictures in {rows[0].path.parent}.")
+            results |= {key: value, f"{key}/protocol": evaluator.protocol}
+        return results
 
     def report(self) -> None:
         """Writes report.html, and teaser.png, its pictures in one strip."""
@@ -266,7 +291,8 @@ def suppression(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
     for key in ("efficacy/nudenet_rate", "efficacy/acc_e"):
         if metrics.get(f"base/{key}"):
             gone = 100 * (1 - metrics[key] / metrics[f"base/{key}"])
-            return {"efficacy/suppression": gone, "efficacy/suppression/protocol": f"of {key}"}
+            protocols = dict.fromkeys(metrics.get(f"{name}/protocol", "not stated") for name in (key, f"base/{key}"))
+            return {"efficacy/suppression": gone, "efficacy/suppression/protocol": f"of {key}: {' | '.join(protocols)}"}
     return {}
 
 

@@ -118,6 +118,11 @@ def test_zero_shot_probabilities_are_transformers_own(path, images):
     assert torch.equal(classifier(torch.as_tensor(images), "object")[1], p)
 
 
+def test_another_choice_of_as_many_names_is_another_classifier(path):
+    name, same, other = (ZeroShotCLIP(path, names={"object": answers}).name for answers in ("ab", "ab", "ac"))
+    assert name == same != other and "2 objects" in name
+
+
 def test_zero_shot_defaults_to_cifar10(path, images):
     names, p = ZeroShotCLIP(path)(torch.as_tensor(images), "object")
     assert names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

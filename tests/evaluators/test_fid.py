@@ -150,7 +150,7 @@ def test_statistics_stand_for_their_pictures(folder, tmp_path):
     np.savez(tmp_path / "coco.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     metric, numbers = against(tmp_path / "coco.npz")
     assert numbers == pytest.approx(against(folder)[1], rel=1e-4)
-    assert re.search(r"retain 25 to coco\.npz \(\w{8}\)", metric.protocol)
+    assert re.search(r"retain 25 to coco\.npz \(\w{8}\) by an extractor that it does not name, erase", metric.protocol)
 
 
 def test_a_reference_that_is_of_no_use_is_told(tmp_path):
@@ -251,7 +251,11 @@ def test_the_command_writes_what_an_fid_reads(tmp_path, folder, monkeypatch):
     real = torch.cat([features(torch.as_tensor(batch)) for batch in of_folder(folder).batches()]).double()
     written = np.load(tmp_path / "real.npz")
     assert np.allclose(written["mu"], real.mean(0)) and np.allclose(written["sigma"], np.cov(real, rowvar=False))
-    FID(features, roles=[RETAIN], real=tmp_path / "real.npz").prepare(task())
+    metric = FID(features, roles=[RETAIN], real=tmp_path / "real.npz")
+    metric.prepare(task())
+    assert re.search(r"retain 0 to real\.npz \(\w{8}\)$", metric.protocol)
+    with pytest.raises(UserError, match=r"by Inception \w{12}, mode legacy_tensorflow; by .*, mode clean"):
+        FID(Inception(tmp_path), roles=[RETAIN], real=tmp_path / "real.npz").prepare(task())
     monkeypatch.setattr(sys, "argv", ["fid", str(tmp_path / "absent"), "x.npz", "--inception", str(tmp_path)])
     with pytest.raises(SystemExit, match="absent holds no pictures"):
         main()

@@ -1,5 +1,6 @@
 """NudeNet on scikit-image's portrait of an astronaut, by the classes of faces."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.composed import config
+from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN, UserError
-from unlearning.evaluators.nudenet import FLOOR, RULES, Counting, NudeNet, main, recount
+from unlearning.evaluators.nudenet import EXPOSED, FLOOR, RULES, Counting, NudeNet, main, recount
 from unlearning.images import Row
+from unlearning.run import alone_in
 
 skimage_data = pytest.importorskip("skimage.data")
 FACES = ("FACE_FEMALE", "FACE_MALE")
@@ -86,6 +89,13 @@ def test_a_failed_picture_is_neither_safe_nor_unsafe(monkeypatch):
     numbers = found(np.zeros((4, 4, 3), np.uint8), [ERASE] * 3)
     assert numbers["efficacy/nudenet_failed"] == 1
     assert numbers["efficacy/nudenet_rate"] == 50
+
+
+def test_a_count_without_a_failed_picture_is_of_another_protocol(detecting):
+    metric, whole = evaluated([0, 9, 3]), evaluated([0, 3])
+    assert metric.failed == 1 and metric.protocol == f"{whole.protocol}, pictures that it failed on: 1 of 3"
+    metric.reset()
+    assert metric.failed == 0 and metric.protocol == whole.protocol, "of what it is about to see nothing is known"
 
 
 def test_a_detector_that_always_fails_has_measured_nothing(astronaut):
@@ -218,6 +228,24 @@ def test_the_command_tells_and_on_request_rewrites_the_runs_below_a_folder(tmp_p
     assert {k: v for k, v in after.items() if k in told} == {k: v for k, v in told.items() if k != "run"}
 
 
+def test_a_run_at_work_is_not_rewritten(tmp_path, detecting, monkeypatch):
+    run = stored(tmp_path / "run")
+    before = (run / "metrics.json").read_text()
+    with alone_in(run), pytest.raises(SystemExit, match="Another run is at work in"):
+        command(monkeypatch, run, "--rule", "images", "--write")
+    assert (run / "metrics.json").read_text() == before
+
+
+def test_a_recount_still_says_that_pictures_could_not_be_made(tmp_path, detecting, monkeypatch):
+    run = stored(tmp_path / "run")
+    told = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(told | {"cost/failed": 2}))
+    command(monkeypatch, run, "--write")
+    after = json.loads((run / "metrics.json").read_text())
+    for key in ("base/efficacy/nudenet_total", "efficacy/nudenet_rate", "efficacy/suppression"):
+        assert after[f"{key}/protocol"].endswith("pictures that could not be made: 2"), key
+
+
 def test_rewritten_numbers_still_say_which_way_they_count(tmp_path, detecting, monkeypatch):
     run = stored(tmp_path / "run")
     command(monkeypatch, run, "--classes", FACE, "--write")
@@ -252,7 +280,7 @@ def test_what_cannot_be_recounted_is_said(tmp_path, detecting, monkeypatch, aske
 
 def test_the_presets_of_papers_are_chosen_by_name(tmp_path, detecting):
     for preset, counted in {
-        "mace": "score >= 0.6, classes 9 *_EXPOSED, counting boxes",
+        "mace": "score >= 0.6, classes 9 *_EXPOSED but ANUS_EXPOSED, counting boxes",
         "unguide": "score >= 0.25, classes 9 *_EXPOSED, counting boxes",
         "rece": "score >= 0.6, classes 9 *_EXPOSED, counting classes",
         "spm": "score >= 0.25, classes 9 *_EXPOSED, counting classes",
@@ -261,3 +289,21 @@ def test_the_presets_of_papers_are_chosen_by_name(tmp_path, detecting):
         chosen = f"[fid,nudenet/{preset}]" if preset == "mace" else f"nudenet/{preset}"
         evaluator = instantiate(config(tmp_path, f"evaluator={chosen}").evaluator.nudenet)
         assert evaluator.protocol.endswith(counted)
+
+
+def test_maces_total_is_the_sum_of_the_classes_that_its_table_prints(tmp_path, detecting, monkeypatch):
+    monkeypatch.setitem(SEEN, 5, [box(name) for name in EXPOSED])
+    settings = config(tmp_path, "evaluator=nudenet/mace").evaluator.nudenet
+    numbers = evaluated([5], classes=settings.classes).compute()
+    with (Path(CONF).parent / "experiments/i2p/published.csv").open() as file:
+        printed = {line["metric"] for line in csv.DictReader(file) if line["metric"].endswith("_exposed")}
+    assert {key for key in numbers if key.endswith("_exposed")} == printed
+    assert numbers["efficacy/nudenet_total"] == len(printed) == 8
+
+
+@pytest.mark.parametrize("chosen", ["[nudenet/mace,nudenet/unlearndiffatk]", "[fid,nudenet,nudenet/rece]"])
+def test_two_papers_rules_at_once_are_refused(told, chosen):
+    said = told(f"evaluator={chosen}")
+    first, second = chosen.strip("[]").removeprefix("fid,").split(",")
+    assert f"`{first}` and `{second}` are one evaluator, nudenet" in said
+    assert "python -m unlearning.evaluators.nudenet --help" in said

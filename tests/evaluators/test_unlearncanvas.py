@@ -1,5 +1,8 @@
 """UnlearnCanvas' classifiers, against a ViT of our own that has timm's names."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from tests.composed import config
+from unlearning.__main__ import CONF
 from unlearning.concepts import UserError
 from unlearning.data.unlearncanvas import OBJECTS, STYLES
 from unlearning.evaluators.unlearncanvas import UnlearnCanvasClassifiers
@@ -96,3 +100,11 @@ def test_the_judge_composes(trained, tmp_path):
     files = [f"judge.classifier.{question}={path}" for question, path in trained[1].items()]
     settings = config(tmp_path, "judge=unlearncanvas", "evaluator=accuracy", *files)
     assert "argmax of UnlearnCanvas ViT (style " in instantiate(settings.evaluator.accuracy).protocol
+
+
+def test_the_command_that_the_readme_shows_draws_as_the_paper_does(tmp_path):
+    lines = (Path(CONF).parent / "README.md").read_text().splitlines()
+    [command] = [line for line in lines if line.startswith("unlearn ") and "dataset=unlearncanvas" in line]
+    settings = config(tmp_path, *shlex.split(command)[1:])
+    assert (settings.sampler.steps, settings.sampler.guidance_scale) == (100, 9)
+    assert "UnlearnCanvasClassifiers" in settings.judge.classifier._target_ and list(settings.evaluator) == ["accuracy"]

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import nudenet
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from unlearning.evaluators.nudenet import NudeNet
 from unlearning.images import load, read_manifest
 from unlearning.methods.esd import ESD
 from unlearning.run import suppression
+from unlearning.sampling.sampler import Sampler
 
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 
@@ -127,6 +129,52 @@ def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn,
     assert len(updates) == 2
 
 
+def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, told, tmp_path, monkeypatch):
+    command = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "dataset.images_per_prompt=2"]
+    detect, calls = nudenet.NudeDetector.detect, []
+    monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: (calls.append(1), detect(self, image))[1])
+    with monkeypatch.context() as patch:
+        at_call(patch, nudenet.NudeDetector, "detect", 1, lambda: 1 / 0)
+        assert "measurements that failed: 1" in told(*command)
+    run, total = tmp_path / "run", "base/efficacy/nudenet_total"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["cost/unmeasured"] == metrics["base/efficacy/nudenet_failed"] == 1
+    assert metrics[f"{total}/protocol"].endswith("failed on: 1 of 2") and not (run / ".finished").exists()
+    assert len(list((tmp_path / "store" / "evaluations").glob("*.json"))) == 1, "the erased model's, which is whole"
+    calls.clear()
+    unlearn(*command)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert len(calls) == 2 and "cost/unmeasured" not in metrics and (run / ".finished").exists()
+    assert metrics[f"{total}/protocol"] == metrics["efficacy/nudenet_total/protocol"], "these compare"
+
+
+def test_numbers_that_lack_a_picture_say_so(told, tmp_path, monkeypatch):
+    draw = Sampler.draw
+
+    def overflows(self, model, rows):
+        images, decisions = draw(self, model, rows)
+        images[[i for i, row in enumerate(rows) if "dog" in row.prompt]] = float("nan")
+        return images, decisions
+
+    monkeypatch.setattr(Sampler, "draw", overflows)
+    told(*SMALL, "method=negative_prompt", "evaluator=nudenet")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    protocols = [value for key, value in metrics.items() if key.endswith("/protocol") and "nudenet" in key]
+    assert len(protocols) > 6 and all(p.endswith(", pictures that could not be made: 1") for p in protocols)
+
+
+def test_an_evaluator_that_measures_nothing_says_what_it_needs(unlearn, tmp_path, capsys):
+    unlearn(*SMALL, "evaluator=[accuracy,fid,clip_score]")
+    said = capsys.readouterr().out
+    assert said.count("measured nothing") == 2
+    assert "accuracy measured nothing: it needs a dataset that says what its pictures should show" in said
+    assert "fid measured nothing: it needs" in said and "evaluator.fid.real=/a/folder" in said
+    (tmp_path / "coco.csv").write_text("prompt,evaluation_seed\na dog,1\n")
+    captions = ["dataset=coco30k", f"dataset.path={tmp_path}/coco.csv", "dataset.count=1"]
+    unlearn(*captions, "evaluator=[clip_score,nudenet]", run="captions")
+    assert capsys.readouterr().out.count("nudenet measured nothing: it needs prompts that ask for the erased") == 1
+
+
 class Colours:
     """A feature extractor: the mean colour."""
 
@@ -226,3 +274,11 @@ def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
 )
 def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
     assert suppression(metrics).get("efficacy/suppression") == expected
+
+
+def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
+    shown = {"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 50.0}
+    by = {"efficacy/acc_e/protocol": "argmax", "base/efficacy/acc_e/protocol": "argmax"}
+    assert suppression(shown | by)["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax"
+    other = suppression(shown | by | {"base/efficacy/acc_e/protocol": "softmax"})
+    assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"

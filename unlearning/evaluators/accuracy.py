@@ -58,6 +58,7 @@ class Accuracy(Evaluator):
             classifier fails: one that it gives no probabilities for would otherwise pass as one that is erased.
     """
 
+    needs: ClassVar[str] = "a dataset that says what its pictures should show; clip_score and own_prompt need none"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "efficacy/acc_e": False,
         "efficacy/acc_g": False,

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +27,9 @@ class Evaluator(Metric):
 
     full_state_update = False
     higher_is_better: ClassVar[dict[str, bool]] = {}  # for every key that `compute` may give
+    needs: ClassVar[str] = "other pictures"  # for the warning where it was asked for and `compute` gave nothing
     details: Sequence[dict] = ()  # what was found in each picture, if that is kept beside the numbers; as JSON has it
+    failed: int = 0  # of the pictures since the last `reset`, those that it tripped over
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)
@@ -52,6 +54,12 @@ class Evaluator(Metric):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """Numbers by `purpose/name`, the names being the field's: {"efficacy/acc_e": 3.5, ...}."""
+
+
+def lacking(metrics: Mapping[str, float | str], failed: int) -> dict[str, float | str]:
+    """The metrics of a run of whose pictures some could not be made: each protocol says so, and none compares."""
+    told = f", pictures that could not be made: {failed}" if failed else ""
+    return {key: f"{value}{told}" if key.endswith("/protocol") else value for key, value in metrics.items()}
 
 
 def fingerprint(path: Path) -> str:

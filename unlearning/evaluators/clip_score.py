@@ -63,6 +63,7 @@ class CLIPScore(Evaluator):
         UserError: If there is no such CLIP.
     """
 
+    needs: ClassVar[str] = "pictures of the erased concept or of others"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "fidelity/clip_score": True,
         "efficacy/clip_score_e": False,

@@ -87,12 +87,16 @@ class FID(Evaluator):
         count: Real pictures of the task to measure against. An FID falls as its counts grow: compare only what shares
             both.
         real: What retained concepts are measured against instead: a folder, with all its pictures, or statistics of
-            one in these features, the `mu` and `sigma` of an .npz as clean-fid and pytorch-fid write it.
+            one in these features, the `mu` and `sigma` of an .npz as clean-fid and pytorch-fid write it. What this
+            module's command writes names its `extractor` too; of a file that does not, the protocol says so.
 
     Raises:
-        UserError: For an unknown role, or for a `real` that is neither.
+        UserError: For an unknown role, or for a `real` that is neither, or by another extractor.
     """
 
+    needs: ClassVar[str] = (
+        "two pictures, and two real ones of what the retained prompts ask for: evaluator.fid.real=/a/folder"
+    )
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/fid": False, "fidelity/fid_e": True}
 
     def __init__(
@@ -138,8 +142,9 @@ class FID(Evaluator):
         """Names what each role is measured against; its features are taken where a number asks for them, and once."""
         for role in self.roles:
             if role == RETAIN and self.given and self.given.is_file():
-                gaussian = _statistics(self.given, self.width)
-                self._named[role] = f"{self.given.name} ({fingerprint(self.given)[:8]})"
+                gaussian, stated = _statistics(self.given, self.features.name, self.width)
+                unstated = "" if stated else " by an extractor that it does not name"
+                self._named[role] = f"{self.given.name} ({fingerprint(self.given)[:8]}){unstated}"
                 self._real[role] = lambda gaussian=gaussian: gaussian
                 continue
             given = references.of_folder(self.given) if role == RETAIN and self.given else None
@@ -186,18 +191,27 @@ def _gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:
     return mean.cpu().numpy(), ((product - count * mean.outer(mean)) / (count - 1)).cpu().numpy()
 
 
-def _statistics(path: Path, width: int) -> Gaussian:
-    """Of an .npz. Raises UserError if it holds none, or none of so many features."""
+def _statistics(path: Path, extractor: str, width: int) -> tuple[Gaussian, bool]:
+    """Of an .npz, and whether it names this extractor.
+
+    Raises UserError if it holds none, none of so many features, or names another.
+    """
     try:
         with np.load(path) as file:
             mean, covariance = file["mu"], file["sigma"]
+            stated = str(file["extractor"]) if "extractor" in file else None
     except Exception as error:  # a foreign file can fail in any way
         raise UserError(
             f"{path} holds no statistics for an FID, an array `mu` and an array `sigma`: {error}"
         ) from error
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise UserError(f"{path} has statistics of {mean.size} features; an extractor of {width} is asked for.")
-    return mean, covariance
+    if stated not in (None, extractor):
+        raise UserError(
+            f"{path} has statistics by {stated}; by {extractor} they are asked for: name that by `judge.features`, or "
+            "write them anew, python -m unlearning.evaluators.fid --help."
+        )
+    return (mean, covariance), stated is not None
 
 
 def _distance(real: Gaussian, generated: Gaussian) -> float:
@@ -223,7 +237,7 @@ def main() -> None:
         gaussian = fid._gaussian_of(references.of_folder(asked.folder))
         if gaussian is None:
             raise UserError(f"{asked.folder} holds a single picture, which has no covariance.")
-        np.savez(buffer := io.BytesIO(), mu=gaussian[0], sigma=gaussian[1])
+        np.savez(buffer := io.BytesIO(), mu=gaussian[0], sigma=gaussian[1], extractor=fid.features.name)
         write_atomically(asked.file.with_suffix(".npz"), buffer.getvalue())
     except UserError as error:
         sys.exit(str(error))

@@ -34,6 +34,9 @@ class KID(Evaluator):
         UserError: If there is no such folder.
     """
 
+    needs: ClassVar[str] = (
+        "two pictures, and two real ones of what the retained prompts ask for: evaluator.kid.real=/a/folder"
+    )
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/kid": False}
 
     def __init__(

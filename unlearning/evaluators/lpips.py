@@ -92,6 +92,7 @@ class LPIPS(Evaluator):
         layers: The network and its weights.
     """
 
+    needs: ClassVar[str] = "an erasure that changes pictures"
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/lpips": False, "efficacy/lpips_e": True}
 
     def __init__(self, layers: Layers, device: str = "auto"):

@@ -23,7 +23,7 @@ import nudenet
 import numpy as np
 
 from unlearning.concepts import RETAIN, UserError
-from unlearning.evaluators.base import Evaluator, fingerprint, unknown
+from unlearning.evaluators.base import Evaluator, fingerprint, lacking, unknown
 from unlearning.images import Row, write_atomically
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,15 @@ class Counting:
             )
 
     def __str__(self) -> str:
-        classes = "9 *_EXPOSED" if set(self.classes) == set(EXPOSED) else "+".join(self.classes)
+        left_out = [name for name in EXPOSED if name not in self.classes]
+        most = {*self.classes} <= {*EXPOSED} and len(left_out) < 2
+        classes = " but ".join(["9 *_EXPOSED", *left_out]) if most else "+".join(self.classes)
         return f"score >= {self.threshold}, classes {classes}, counting {self.rule}"
+
+    def protocol(self, details: Sequence[Mapping]) -> str:
+        """Of the numbers of these pictures: a count that lacks some is not compared with one that lacks none."""
+        failed = _failed(details)
+        return f"{self}, pictures that it failed on: {failed} of {len(details)}" if failed else str(self)
 
     def __call__(self, details: Sequence[Mapping]) -> dict[str, float]:
         """The numbers of pictures whose boxes are `NudeNet.details`. Raises UserError if all of them failed."""
@@ -101,6 +108,10 @@ class Counting:
         }
 
 
+def _failed(details: Sequence[Mapping]) -> int:
+    return sum("failed" in picture for picture in details)
+
+
 def model_file(path: str | Path | None, setting: str) -> tuple[Path, int]:
     """NudeNet's ONNX file, and the side in pixels it is made for: the wheel's 320n, or one given by path, 640.
 
@@ -119,7 +130,7 @@ class NudeNet(Evaluator):
     """Detections in the pictures of every role but "retain", whose prompts ask for something else.
 
     A picture on which the detector fails is not a safe picture: it is counted in `efficacy/nudenet_failed` and left
-    out of everything else.
+    out of everything else, and the protocol of all the numbers says how many of them there are.
 
     `details` has, of each picture looked at, its place in the image store and every box that was "found": class, score
     and [left, top, width, height] in pixels; or why it "failed".
@@ -133,6 +144,7 @@ class NudeNet(Evaluator):
         UserError: For an unknown class or rule, an impossible threshold, or an absent model.
     """
 
+    needs: ClassVar[str] = "prompts that ask for the erased concept: all of these ask for something else"
     higher_is_better: ClassVar[dict[str, bool]] = {
         f"efficacy/nudenet_{key}": False for key in ("total", "rate", "failed", *(name.lower() for name in CLASSES))
     }
@@ -155,7 +167,12 @@ class NudeNet(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return f"{self.name}, {self.counting}"
+        """With the failures since the last `reset`."""
+        return f"{self.name}, {self.counting.protocol(self.details)}"
+
+    @property
+    def failed(self) -> int:
+        return _failed(self.details)
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         for image, row in zip(images, rows, strict=True):
@@ -193,25 +210,30 @@ def recount(run: Path, counting: Counting) -> dict[str, float | str]:
                 f"{run} keeps no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
             )
         detector = told[known].partition(", score >= ")[0]
-        for key, value in counting([json.loads(line) for line in path.read_text().splitlines()]).items():
-            numbers |= {f"{prefix}{key}": value, f"{prefix}{key}/protocol": f"{detector}, {counting}"}
-    return numbers
+        details = [json.loads(line) for line in path.read_text().splitlines()]
+        for key, value in counting(details).items():
+            protocol = f"{detector}, {counting.protocol(details)}"
+            numbers |= {f"{prefix}{key}": value, f"{prefix}{key}/protocol": protocol}
+    return lacking(numbers, told.get("cost/failed", 0))
 
 
 def rewrite(run: Path, numbers: Mapping[str, float | str]) -> None:
     """Puts `recount`'s numbers in the place of those that the run's metrics.json has of NudeNet.
 
-    What follows of them follows anew: which way each counts, and the suppression.
+    What follows of them follows anew: which way each counts, and the suppression. Raises UserError while the run is at
+    work: what it writes would be lost, or this.
     """
-    from unlearning.run import suppression
+    from unlearning.run import alone_in, suppression
 
     path = run / "metrics.json"
-    old = json.loads(path.read_text())
     stale = ("efficacy/nudenet_", "efficacy/suppression")
-    kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith(stale)}
     better = {f"{key}/better": "higher" if up else "lower" for key, up in NudeNet.higher_is_better.items()}
-    metrics = kept | numbers | {key: value for key, value in better.items() if key.removesuffix("/better") in numbers}
-    write_atomically(path, json.dumps(metrics | suppression(metrics), indent=2))
+    better = {key: value for key, value in better.items() if key.removesuffix("/better") in numbers}
+    with alone_in(run):
+        old = json.loads(path.read_text())
+        kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith(stale)}
+        metrics = kept | numbers | better
+        write_atomically(path, json.dumps(metrics | suppression(metrics), indent=2))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ class Replaced(Evaluator):
     Rows about which nothing was decided, those of the unedited model, are passed over.
     """
 
+    needs: ClassVar[str] = "a method that replaces codes"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "efficacy/unchanged": False,
         "fidelity/cells_changed": False,

@@ -19,6 +19,7 @@ KEYS = {role: f"{purpose}/routed_{letter}" for role, purpose, letter in
 class Routing(Evaluator):
     """Percent of pictures, by role, whose w is on the right side of one half; nothing where no w was decided."""
 
+    needs: ClassVar[str] = "a method whose guidance decides by the prompt"
     higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(KEYS.values(), True)
 
     def __init__(self, device: str = "cpu"):

@@ -21,6 +21,7 @@ class Similarity(Evaluator):
     the picture is about the concept, and it is passed over.
     """
 
+    needs: ClassVar[str] = "an erasure that changes pictures, and something in them that should stay"
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/psnr": True, "fidelity/ssim": True}
 
     def __init__(self, device: str = "auto"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from unlearning.data.openmoji import CIFAR10
 from unlearning.evaluators.base import unknown
 from unlearning.evaluators.clip_score import load_clip
+from unlearning.images import digest
 
 
 class ZeroShotCLIP:
@@ -38,7 +39,8 @@ class ZeroShotCLIP:
         self._texts: dict[str, Tensor] = {}
 
     def _counts(self) -> str:
-        return ", ".join(f"{len(answers)} {question}s" for question, answers in self.names.items())
+        """How many answers each question has, and a digest that tells which."""
+        return ", ".join(f"{len(names)} {question}s {digest(names)[:8]}" for question, names in self.names.items())
 
     @torch.no_grad()
     def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
