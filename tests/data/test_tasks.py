@@ -1,5 +1,7 @@
 """What each dataset asks for, what it lets a method know, and what it says to somebody who asked for the impossible."""
 
+import logging
+import shutil
 import warnings
 from collections import Counter
 
@@ -178,7 +180,6 @@ def mugs(tmp_path):
         Image.new("RGB" if i % 2 else "L", size, (10 * i + 10,) * 3 if i % 2 else 10 * i + 10).save(
             place / f"{i}.{('png', 'bmp', 'PNG', 'webp')[i % 4]}", **({"lossless": True} if i % 4 == 3 else {})
         )
-    (tmp_path / "mugs" / "notes.txt").write_text("not a picture")
     return tmp_path / "mugs"
 
 
@@ -187,12 +188,17 @@ def greys(pictures) -> set[int]:
     return {int(p[0, 0, 0]) for p in pictures}
 
 
-def test_every_fifth_picture_is_set_apart(mugs):
-    task = folder("mug", str(mugs), str(mugs), size=16, others=["cup"])
+def test_every_fifth_picture_is_set_apart(mugs, tmp_path):
+    (tmp_path / "others").mkdir()
+    for path in (p for p in mugs.rglob("*") if p.is_file()):
+        Image.open(path).convert("RGB").point(lambda value: value + 100).save(tmp_path / "others" / f"{path.stem}.png")
+    task = folder("mug", str(mugs), str(tmp_path / "others"), size=16, others=["cup"])
     taught, apart = greys(task.forget_images), greys(task.references[ERASE](100))
     assert len(task.forget_images) == 8 and len(apart) == 2
     assert taught | apart == set(range(10, 101, 10)) and not taught & apart
-    assert greys(task.retain_images) == taught and greys(task.references[RETAIN](1)) < apart
+    kept, measured = greys(task.retain_images), greys(task.references[RETAIN](1))
+    assert kept | greys(task.references[RETAIN](100)) == set(range(110, 201, 10))
+    assert len(kept) == 8 and len(measured) == 1 and not kept & measured
     assert task.name == "mug" and [p.text for p in task.prompts] == ["a photo of the mug", "a photo of the cup"]
 
 
@@ -230,7 +236,15 @@ def test_a_picture_of_one_pixel_is_named_and_left_out(mugs):
 
 @pytest.mark.parametrize(
     ("mode", "colour", "suffix"),
-    [("CMYK", (0, 255, 255, 0), "jpg"), ("P", 1, "png"), ("RGBA", (255, 0, 0, 255), "png"), ("LA", (76, 255), "png")],
+    [
+        ("CMYK", (0, 255, 255, 0), "jpg"),
+        ("CMYK", (0, 255, 255, 0), "tif"),
+        ("P", 1, "png"),
+        ("P", 1, "gif"),
+        ("RGBA", (255, 0, 0, 255), "png"),
+        ("LA", (76, 255), "png"),
+        ("I;16", 76 * 256, "png"),
+    ],
 )
 def test_pictures_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
     image = Image.new(mode, (16, 16), colour)
@@ -238,7 +252,7 @@ def test_pictures_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
         image.putpalette([0, 0, 0, 255, 0, 0])
     image.save(tmp_path / f"it.{suffix}")
     [picture] = folder("mug", str(tmp_path), size=8).forget_images
-    wanted = (76, 76, 76) if mode == "LA" else (254, 0, 0)
+    wanted = (76, 76, 76) if mode in ("LA", "I;16") else (254, 0, 0)
     assert np.abs(picture.astype(int) - wanted).max() <= 2
 
 
@@ -257,7 +271,7 @@ def test_pictures_are_read_when_they_are_looked_at(mugs, monkeypatch):
     assert greys(list(some)) <= set(range(10, 101, 10)) and len(read) == 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
 def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
@@ -267,6 +281,15 @@ def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     with pytest.warns(UserWarning, match=r"cannot be read"):
         task = folder("mug", str(tmp_path), size=8)
     assert len(task.forget_images) == 1
+
+
+def test_what_is_passed_over_is_counted_by_its_suffix(mugs):
+    for name in ("notes.txt", "more.txt", "a.heic", "readme", ".DS_Store"):
+        (mugs / name).write_text("no picture")
+    with pytest.warns(UserWarning) as caught:
+        assert len(folder("mug", str(mugs), size=16).forget_images) == 8
+    [message] = [str(w.message) for w in caught]
+    assert message == f"files below {mugs} that are passed over: 2 .txt, 1 .heic, 1 without a suffix"
 
 
 def test_whole_pictures_are_read_without_a_warning(mugs):
@@ -285,9 +308,35 @@ def test_pictures_to_clean_that_cannot_be_read_are_told_of(mugs, tmp_path):
     assert "corrupt.png" in skipped and [i.name for i in task.inputs] == ["whole.png"]
 
 
-def test_a_folder_needs_its_own_words(tmp_path, mugs):
+def test_without_words_prompts_call_what_a_folder_shows_as_the_folder_is_called(tmp_path, mugs, caplog):
+    caplog.set_level(logging.INFO)
+    task = instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}/").dataset)
+    assert task.name == "mugs" and [p.text for p in task.prompts] == ["a photo of the mugs"]
+    [said] = caplog.messages
+    assert f"{mugs}/ show 'mugs'" in said and "a method that learns from text learns that word" in said
+    caplog.clear()
+    assert instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}", "concept=mug").dataset).name == "mug"
+    assert not caplog.messages
+
+
+def test_a_folders_words_may_not_be_empty(tmp_path, mugs):
     with pytest.raises(InstantiationException, match="dataset=folder needs concept="):
-        instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}").dataset)
+        instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}", "concept=''").dataset)
+
+
+def test_what_is_to_be_forgotten_must_not_be_retained(mugs, tmp_path):
+    within, copies = mugs / "more", tmp_path / "copies"
+    shutil.copytree(within, copies)
+    (copies / "1.bmp").rename(copies / "another-name.bmp")
+    Image.new("RGB", (16, 16)).save(copies / "black.png")
+    for forget, retain, says in [
+        (mugs, mugs, rf"10 of the 10 retain pictures are forget pictures too \({mugs}/0\.png\)"),
+        (mugs, within, rf"5 of the 5 retain .* \({mugs}/more/1\.bmp\)"),
+        (within, mugs, rf"5 of the 10 retain .* \({mugs}/more/1\.bmp\)"),
+        (mugs, copies, rf"5 of the 6 retain .* \({copies}/3\.webp and {mugs}/more/3\.webp\)"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            folder("mug", str(forget), str(retain), size=16)
 
 
 def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
 
 import unlearning
 from tests.composed import config
 from tests.tiny import FAMILIES, shrunk
 from unlearning.concepts import UserError
 from unlearning.erasure import Adapter, WeightPatch
+from unlearning.images import figures
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.conditioning import Told
 
@@ -179,14 +181,18 @@ def test_steps_lower_the_loss(model, scrub):
 
 @pytest.mark.parametrize(
     ("images", "says"),
-    [({"forget_images": []}, "none to forget"), ({"retain_images": "the same"}, "are the same")],
+    [
+        (lambda forget, retain: ([], retain), "none to forget"),
+        (lambda forget, retain: (forget, forget[::-1]), "6 of the 6 retain images are forget images too"),
+        (lambda forget, retain: (forget[:3], [*retain, *forget]), "3 of the 12 retain images are forget images too"),
+    ],
 )
 def test_images_it_cannot_learn_from_are_refused(sd1, scrub, images, says):
     method, task = scrub()
-    images = {k: task.forget_images if v == "the same" else v for k, v in images.items()}
+    forget, retain = images(task.forget_images[:], task.retain_images[:])
     model = FAMILIES["sd1"].load(str(sd1), device="cpu")
     with pytest.raises(UserError, match=says):
-        method.fit(model, replace(task, **images))
+        method.fit(model, replace(task, forget_images=forget, retain_images=retain))
 
 
 @pytest.mark.parametrize("choice", ["target_space", "conditioning", "blinding", "detect"])
@@ -205,3 +211,19 @@ def test_the_figures_are_in_the_report(unlearn):
     page = (run / "report.html").read_text()
     assert "What the method saw" in page and "patches most similar to each prototype" in page
     assert np.mean([p.stat().st_size for p in saved]) > 2000
+
+
+def test_the_figures_reach_the_dashboard_and_one_that_leaves_prototypes_out_says_so(unlearn, monkeypatch, tmp_path):
+    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(place, str(tmp_path / "wandb"))
+    run = unlearn(
+        "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.iterations=1", "method.batch_size=2",
+        "method.conditioning=null", "dataset.pictures=8", "method.fingerprint.K=40", "method.fingerprint.purity=0",
+        "method.blinding=shuffled", "sampler.steps=1", "logger=wandb",
+    )  # fmt: skip
+    captions = figures(run)
+    assert len(captions) == 5 and "patches most similar to 32 of 40 prototypes" in captions
+    [media] = run.rglob("files/media/images")
+    kept = {path.name.rpartition("_")[0].rpartition("_")[0]: path for path in media.glob("*.png")}
+    for caption, path in captions.items():
+        assert np.array_equal(Image.open(kept[caption]), Image.open(path))

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
 from hydra.utils import instantiate
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from tests import tiny
 from tests.composed import config
 from unlearning.concepts import UserError
 from unlearning.methods.student import Weights
-from unlearning.models.base import Conditioning
+from unlearning.models.base import Conditioning, adapter_for
 from unlearning.models.model import fingerprint
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
@@ -165,6 +166,57 @@ def test_features_are_those_of_their_place(model, place, as_many_words_as_places
     assert not any(module._forward_hooks for module in model.denoiser.modules())
 
 
+@pytest.mark.parametrize("any_pipeline", [f for f in tiny.FAMILIES if f != "dit"], indirect=True)  # always square
+@pytest.mark.parametrize(("size", "place"), [((6, 8), (0, 3)), ((8, 6), (3, 0))])
+def test_features_of_a_picture_that_is_not_square_are_those_of_their_place(model, size, place):
+    c, x, t = model.encode_prompts(["a cat"]), torch.randn(1, model.latent_shape[0], *size), torch.tensor(500)
+    planted = x.clone()
+    row, column = (slice(2 * i, 2 * i + 2) for i in place)
+    planted[..., row, column] = 5 * torch.randn_like(x[..., row, column])
+    for layer in blocks(model):
+        changed = (model.features(planted, t, c, layer) - model.features(x, t, c, layer)).norm(dim=1)[0]
+        assert changed.shape in (size, (size[0] // 2, size[1] // 2))
+        at = divmod(int(changed.argmax()), changed.shape[1])
+        found = [i * side // n // 2 for i, n, side in zip(at, changed.shape, size, strict=True)]
+        spread = model.component == "unet"
+        assert max(abs(i - j) for i, j in zip(found, place, strict=True)) <= spread
+
+
+def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(sd1):
+    model, ran = StableDiffusion.load(str(sd1), device="cpu"), []
+
+    def backend(graph, inputs):
+        return lambda *arguments: ran.append(1) or graph(*arguments)
+
+    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+    with torch.no_grad():
+        expected = model.features(x, t, c)
+        model.denoiser.compile(backend=backend)
+        model.predict(x, t, c)
+        assert ran
+        torch.testing.assert_close(model.features(x, t, c), expected)
+        ran.clear()
+        model.predict(x, t, c)
+    assert ran, "and is compiled for all the rest"
+
+
+def test_an_adapter_is_heard_by_the_rows_named_though_the_denoiser_be_compiled(sd1):
+    model = StableDiffusion.load(str(sd1), device="cpu")
+    model.denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
+
+    def told_apart():
+        with torch.no_grad(), adapter_for(model.denoiser, [False, True]):
+            return model.predict(x, t, c)
+
+    expected = told_apart()
+    model.denoiser.compile(backend="eager")
+    with torch.no_grad():
+        both = model.predict(x, t, c)
+    torch.testing.assert_close(told_apart(), expected)
+    assert torch.equal(both[0], both[1]) and not torch.allclose(expected[0], expected[1])
+
+
 @pytest.mark.parametrize("place", [(0, 3), (3, 0)])
 def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, place):
     """The prototype is the patch in four pictures; the masks are those of four others, under other noise."""
@@ -190,8 +242,9 @@ def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, plac
 
 def test_what_is_said_of_no_place_is_no_feature(model):
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
-    silent = [n for n, _ in model.denoiser.named_modules() if n.endswith((*dict(model.text_projections()), "linear_1"))]
-    for layer in [*silent, "no_such_layer"]:
+    silent = (*dict(model.text_projections()), "linear_1", "norm_q")  # Flux's last: heads and width are no grid
+    silent = [n for n, _ in model.denoiser.named_modules() if n.endswith(silent)]
+    for layer in [*silent, model.middle.partition(".")[0] if "." in model.middle else "up_blocks", "no_such_layer"]:
         with pytest.raises(UserError, match=layer):
             model.features(x, t, c, layer)
     assert silent and not any(module._forward_hooks for module in model.denoiser.modules())

@@ -143,9 +143,22 @@ def test_what_cannot_be_done_is_said_with_what_to_do(pictures, how, says):
         Fingerprinting(**how)(Seeing(), forget, retain)
 
 
-def test_a_tau_that_is_no_number_is_refused():
-    with pytest.raises(UserError, match="calibrated"):
-        Fingerprinting(tau="high")
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"tau": "high"}, "tau is a number or 'calibrated'"),
+        ({"band": (700, 300)}, r"method\.fingerprint\.band .* the lower first, .* is \[700, 300\]"),
+        ({"band": (300, 1001)}, r"method\.fingerprint\.band .* from 0 to 1000"),
+        ({"band": (300,)}, r"method\.fingerprint\.band has to be two timesteps"),
+        ({"K": 0}, r"method\.fingerprint\.K has to be 1 or more, and is 0"),
+        ({"draws": 0}, r"method\.fingerprint\.draws"),
+        ({"vectors": 0}, r"method\.fingerprint\.vectors"),
+        ({"quantile": 1.5}, r"method\.fingerprint\.quantile has to be from 0 to 1, and is 1\.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name_before_anything_is_looked_at(how, says):
+    with pytest.raises(UserError, match=says):
+        Fingerprinting(**how)
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(pictures, monkeypatch):

@@ -4,7 +4,7 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -128,11 +128,12 @@ class DiffusionModel(Model):
             raise UserError(f"The denoiser has no layer {name!r}; the one at mid depth is {self.middle!r}.") from None
         hook = module.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            self.predict(x_t, t, c)
+            with _heard():
+                self.predict(x_t, t, c)
         finally:
             hook.remove()
         height, width = (side // self.patch for side in x_t.shape[-2:])
-        return _on_grid(outputs[-1], height, width, c.embeds.shape[1], name).float()
+        return _on_grid(outputs[-1] if outputs else (), height, width, c.embeds.shape[1], name).float()
 
     @abstractmethod
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
@@ -219,17 +220,24 @@ class DiffusionModel(Model):
 
 
 def _on_grid(output: Tensor | tuple, height: int, width: int, text: int, layer: str) -> Tensor:
-    """A layer's output (B, D, h, w): a UNet's as it is, of a transformer's tokens those that are the picture's.
+    """A layer's output (B, D, h, w): a UNet's at its scale, of a transformer's tokens those that are the picture's.
 
     Blocks of joint attention put out the text's tokens and then the picture's, or one sequence of both.
     """
     parts = [p for p in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(p)]
-    if parts[-1].ndim == 4:
-        return parts[-1]
     places = height * width
-    for tokens in (p for p in reversed(parts) if p.ndim == 3 and p.shape[1] in (places, text + places)):
-        return tokens[:, -places:].transpose(1, 2).unflatten(2, (height, width))
-    raise UserError(f"Layer {layer!r} puts out {tuple(parts[-1].shape)}, which is no {height} by {width} grid.")
+    for part in reversed(parts):
+        if part.ndim == 4 and _scaled_down(*part.shape[-2:], height, width):
+            return part
+        if part.ndim == 3 and part.shape[1] in (places, text + places):
+            return part[:, -places:].transpose(1, 2).unflatten(2, (height, width))
+    shapes = " and ".join(str(tuple(p.shape)) for p in parts) or "nothing"
+    raise UserError(f"Layer {layer!r} puts out {shapes}, which is no {height} by {width} grid.")
+
+
+def _scaled_down(h: int, w: int, height: int, width: int) -> bool:
+    """Whether h by w is a grid of height by width at a smaller scale or the same; attention's heads are none."""
+    return h <= height and w <= width and round(height / h) == round(width / w)
 
 
 @contextmanager
@@ -246,10 +254,16 @@ def adapter_for(denoiser: nn.Module, rows: Sequence[bool]) -> Iterator[None]:
     layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     hooks = [layer.register_forward_pre_hook(tell, with_kwargs=True) for layer in layers]
     try:
-        yield
+        with _heard():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _heard() -> AbstractContextManager:
+    """Within it the denoiser's hooks are called, though it be compiled: what was compiled without them passes by."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlearning.pictures import COLOURS, COLUMNS, drawn, grid, overlays, panels, pictures
 
-ROWS = 12  # of exemplars, at most
+ROWS = 32  # of exemplars, at most
 
 
 def exemplars(images: Sequence[np.ndarray], S: Tensor) -> Image.Image:
@@ -51,11 +51,12 @@ def histogram(forget: Tensor, retain: Tensor, tau: float) -> Image.Image:
 def figures(method, forget: Tensor, retain: Tensor, M: Tensor, eta: Tensor) -> dict[str, Image.Image]:
     """Of a Scrubber whose first phase is over, by caption; M and eta are the forget images' masks and fillings."""
     task, teacher, taken, how = method.task, method.teacher, method.fingerprint, method.fingerprinting
-    some = slice(0, COLUMNS)
+    some, K = slice(0, COLUMNS), len(taken.prototypes)
     S = how.similarities(taken, teacher, forget)
+    each = "each prototype" if K <= ROWS else f"{ROWS} of {K} prototypes"
     found = {
         "where the concept is found in forget images": overlays(task.forget_images[some], M[some]),
-        "patches most similar to each prototype": exemplars(task.forget_images, S),
+        f"patches most similar to {each}": exemplars(task.forget_images, S),
         "what the teacher is shown in their place": grid(
             pictures(teacher.decode((1 - M[some]) * forget[some] + M[some] * eta[some]))
         ),

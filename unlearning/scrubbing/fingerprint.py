@@ -57,6 +57,8 @@ class Fingerprinting:
     Args:
         K: Clusters; fewer prototypes are left where some are dropped.
         tau: A number, or "calibrated": the `quantile` of how similar the retain images' vectors are to the prototypes.
+            Those are of single draws and a mask's similarities means over draws, which vary less: of the retain
+            images' places fewer than 1 - `quantile` come above tau.
         alpha: How sharply the mask rises about tau.
         layer: The denoiser's layer whose features are looked at; None for the one at mid depth.
         band: Timesteps, of the schedule's thousand, at which features carry meaning.
@@ -87,6 +89,15 @@ class Fingerprinting:
     ):
         if isinstance(tau, str) and tau != "calibrated":
             raise UserError(f"tau is a number or 'calibrated', not {tau!r}.")
+        for name, value in {"K": K, "draws": draws, "vectors": vectors}.items():
+            if value < 1:
+                raise UserError(f"method.fingerprint.{name} has to be 1 or more, and is {value}.")
+        if len(band) != 2 or not 0 <= band[0] < band[1] <= 1000:
+            raise UserError(
+                f"method.fingerprint.band has to be two timesteps, the lower first, from 0 to 1000, and is {[*band]}."
+            )
+        if not 0 <= quantile <= 1:
+            raise UserError(f"method.fingerprint.quantile has to be from 0 to 1, and is {quantile}.")
         self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
         self.vectors, self.centred, self.purity, self.confirmed = vectors, centred, purity, confirmed
         self.quantile, self.seed = quantile, seed
