@@ -2,7 +2,7 @@
 
 - effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
   model's, and the FID of the erased model's retained pictures over that of the base model's own, both against the base
-  model's pictures of another seed (judge's features);
+  model's pictures of another seed (judge's features), of each other seed by turns;
 - masks: where the fingerprint finds the concept (cat, ship and key, or concept=...), against the drawings' true
   silhouettes and boxes, how much of the retain images it covers, and what AUC the silhouettes have against the boxes;
 - cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
@@ -20,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +37,16 @@ from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
 from unlearning.images import Row, load, read_manifest
 from unlearning.methods.student import Lesson
-from unlearning.reporting.rows import UNEDITED, settings
+from unlearning.reporting.comparison import grouped, shared, told_apart
+from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.scrubbing.conditioning import told
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
 
 
 def mean(values: list[float], places: int = 1) -> str:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{places}f} ± {error:.{places}f}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{error}"
 
 
 def configured(*overrides: str):
@@ -61,32 +61,32 @@ def configured(*overrides: str):
 
 
 def effect(folders: list[str]) -> list[dict]:
-    by_row, base = defaultdict(list), defaultdict(dict)
-    for path in sorted(path for folder in folders or ["outputs/runs"] for path in Path(folder).rglob("metrics.json")):
-        run = settings(path.parent)
-        base[run["model"], run["concept"]][run["seed"]] = path.parent  # any run has the base model's pictures
-        if run["method"] != UNEDITED:
-            by_row[run["model"], run["concept"], run["method"], _changed(path.parent)].append(path.parent)
-    features, rows = instantiate(configured().judge.features), []
-    for (model, concept, method, changed), runs in by_row.items():
-        numbers = [json.loads((run / "metrics.json").read_text()) for run in runs]
-        row = {"concept": concept, "method": method, "settings": changed, "seeds": len(runs)}
-        for name, key in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
-            values = [100 * n[key] / n[f"base/{key}"] for n in numbers if key in n]
-            row[f"{name} (% of base)"] = mean(values) if values else ""
-        pairs = product(runs, base[model, concept].items())
-        ratios = [fid_ratio(features, run, other) for run, (seed, other) in pairs if settings(run)["seed"] != seed]
-        row["FID / FID of two seeds"] = mean(ratios, 2) if ratios else ""
-        rows.append(row)
-    return rows
+    runs = [run for folder in folders or ["outputs/runs"] for run in rows(Path(folder))]
+    by = told_apart(runs, ("concept", "method", "model"))
+    base = grouped(runs, conditions := dict.fromkeys((*shared(by), "concept")))  # any run has the base model's pictures
+    features, lines = instantiate(configured().judge.features), []
+    for key, group in grouped((run for run in runs if run["method"] != UNEDITED), by).items():
+        line = {"concept": group[0]["concept"], "method": group[0]["method"], "settings": _unusual(runs, by, key)}
+        line["seeds"] = len(group)
+        for name, of in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
+            values = [100 * run[of] / run[f"base/{of}"] for run in group if of in run]
+            line[f"{name} (% of base)"] = mean(values) if values else ""
+        like = {run["seed"]: run["run"] for run in base[tuple(group[0].get(name) for name in conditions)]}
+        ratios = [
+            statistics.mean(fid_ratio(features, run["run"], like[seed]) for seed in others)
+            for run in group
+            if (others := [seed for seed in like if seed != run["seed"]])
+        ]
+        line["FID / FID of two seeds"] = mean(ratios, 2) if ratios else ""
+        lines.append(line)
+    return lines
 
 
-def _changed(run: Path) -> str:
-    """The overrides of a run but for those that the table has columns for, or that change no erasure."""
-    known = ("concept=", "seed=", "method=", "model.autocast", "sampler", "stages", "logger", "experiment", "trainer",
-             "dataset=", "dataset.images", "paths", "evaluator", "hydra")  # fmt: skip
-    lines = [line[2:].lstrip("+~") for line in (run / ".hydra" / "overrides.yaml").read_text().splitlines()]
-    return " ".join(line.removeprefix("method.") for line in lines if not line.startswith(known) and line)
+def _unusual(runs: list[dict], by: tuple[str, ...], key: tuple) -> str:
+    """What tells a row apart beyond its concept and method, where it is not what most runs have."""
+    usual = {name: Counter(repr(run.get(name)) for run in runs).most_common(1)[0][0] for name in by[2:]}
+    told = zip(by[2:], key[2:], strict=True)
+    return " ".join(f"{name.removeprefix('method.')}={value}" for name, value in told if repr(value) != usual[name])
 
 
 def fid_ratio(features, run: Path, other: Path) -> float:
@@ -115,7 +115,7 @@ def _fid(metric: FID, rows: list[Row]) -> float:
 
 @torch.no_grad()
 def masks(overrides: list[str]) -> list[dict]:
-    rows = []
+    lines = []
     asked = [o.removeprefix("concept=") for o in overrides if o.startswith("concept=")]
     for concept in asked or CONCEPTS:
         cfg = configured(*overrides, f"concept={concept}")
@@ -126,7 +126,7 @@ def masks(overrides: list[str]) -> list[dict]:
             pl.seed_everything(seed, verbose=False)
             taken = how(model, forget, retain)
             M = taken.mask(how.similarities(taken, model, forget).amax(1), forget.shape[-2:])
-            words = told(cfg.method.conditioning, model, task, forget, M).forget
+            words = told(cfg.method.conditioning, model, task, forget, retain, M).forget
             taken, side = how.confirm(taken, model, forget, retain, words), task.forget_images[0].shape[:2]
             M, M_retain = (
                 taken.mask(how.similarities(taken, model, latents).amax(1), side)[:, 0].numpy()
@@ -140,8 +140,8 @@ def masks(overrides: list[str]) -> list[dict]:
         best = roc_auc_score(truth["box"].ravel(), truth["silhouette"].ravel())  # of a mask that is exactly the thing
         measured = {name: mean(values, 3) for name, values in found.items()}
         measured["AUC, box, of the silhouettes"] = f"{best:.3f}"
-        rows.append({"concept": concept, "seeds": len(SEEDS), **measured})
-    return rows
+        lines.append({"concept": concept, "seeds": len(SEEDS), **measured})
+    return lines
 
 
 def true_places(pictures) -> dict[str, np.ndarray]:

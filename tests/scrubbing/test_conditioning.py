@@ -8,9 +8,21 @@ import torch
 
 import unlearning
 from unlearning.concepts import UserError
+from unlearning.data.forget_retain import encoded
 from unlearning.data.objects import emoji_objects
+from unlearning.data.styles import styles
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.scrubbing.conditioning import GENERIC, TEMPLATES, errors, inverted, nearest_words, told
+from unlearning.scrubbing import conditioning
+from unlearning.scrubbing.conditioning import (
+    GENERIC,
+    MOST,
+    RETAINED,
+    TEMPLATES,
+    explained,
+    inverted,
+    nearest_words,
+    told,
+)
 
 WORDS = ["rabbit", "bunny", "clock", "pizza", "dog", "castle", "banana", "robot", "key", "forest"]
 
@@ -22,44 +34,72 @@ def model():
 
 @pytest.fixture(scope="module")
 def rabbits(model):
-    """(task, latents, masks) of a dozen pictures, the masks being the true ones."""
+    """(task, forget, retain, masks) of a dozen pictures of each kind, the masks being the true ones."""
     torch.manual_seed(0)
     task = emoji_objects("rabbit", pictures=12)
-    x = torch.from_numpy(np.stack(task.forget_images[:])).permute(0, 3, 1, 2) / 255
+    forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
     true = torch.from_numpy(np.stack([picture.masks[0] for picture in task.forget_images.pictures])).float()
-    return task, model.encode_images(x), torch.nn.functional.avg_pool2d(true[:, None], 4)
+    return task, forget, retain, torch.nn.functional.avg_pool2d(true[:, None], 4)
 
 
 def test_the_words_that_stand_for_the_pictures_are_found_without_a_label(model, rabbits):
     torch.manual_seed(0)
-    found, others = nearest_words(model, *rabbits[1:], WORDS, looks=12)
+    found, others = nearest_words(model, *rabbits[1:3], WORDS, looks=12)
     assert set(found) == {"rabbit", "bunny"}
     assert not others, "what is left when the last sixteen are ranked is not held on to"
 
 
 def test_a_large_vocabulary_is_narrowed_down_and_the_rest_held_on_to(model, rabbits, monkeypatch):
-    monkeypatch.setattr("unlearning.scrubbing.conditioning.MOST", 4)
+    monkeypatch.setattr(conditioning, "MOST", 4)
     torch.manual_seed(0)
-    found, others = nearest_words(model, *rabbits[1:], WORDS, looks=8)
+    found, others = nearest_words(model, *rabbits[1:3], WORDS, looks=8)
     assert found[0] in ("rabbit", "bunny") and set(found) <= {"rabbit", "bunny"}
     assert others and not set(others) & set(found)
 
 
 def test_no_word_that_helps_is_an_error_that_says_what_to_do(model, rabbits):
     with pytest.raises(UserError, match=r"method\.words"):
-        nearest_words(model, *rabbits[1:], ["pizza", "castle", "robot"], looks=12)
+        nearest_words(model, *rabbits[1:3], ["pizza", "castle", "robot"], looks=12)
+
+
+def test_a_style_is_named_though_its_word_alone_helps_no_picture(model):
+    """Those in it are hurt by less than any other."""
+    torch.manual_seed(0)
+    task = styles("blueprint", pictures=12)
+    forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
+    found, _ = nearest_words(model, forget, retain, [*WORDS, "neon", "silhouette", "blueprint", "photo"], looks=12)
+    assert found == ["blueprint"]
+
+
+@pytest.mark.parametrize(("of_forget", "of_retain", "evident"), [(0.2, 0.1, 0.2), (0.2, -0.1, 0.3), (-0.1, -0.5, 0.4)])
+def test_what_a_word_costs_every_picture_is_not_held_against_it(monkeypatch, of_forget, of_retain, evident):
+    """And what it gives every picture is not taken off."""
+    by_latents = {1.0: of_forget, 0.0: of_retain}
+    monkeypatch.setattr(conditioning, "explained", lambda _, z, words, looks: torch.full((2, 4), by_latents[float(z)]))
+    found = conditioning.evidence(None, torch.tensor(1.0), torch.tensor(0.0), ["a", "b"], 4)
+    torch.testing.assert_close(found, torch.full((2, 4), evident))
+
+
+def test_words_that_hold_the_rest_in_place_are_spread_from_the_farthest_to_the_nearest(monkeypatch):
+    """The nearest relatives are those that drift."""
+    words = [f"w{i:03}" for i in range(267)]
+    monkeypatch.setattr(conditioning, "evidence", lambda *asked: torch.tensor([[float(w[1:])] * 2 for w in asked[3]]))
+    found, others = nearest_words(None, None, None, words)
+    places = [words.index(word) for word in others]
+    assert found[0] == "w266" and len(others) == RETAINED and places == sorted(places)
+    assert places[0] == 0 and places[-1] == 266 - MOST and max(np.diff(places)) <= 4
 
 
 @pytest.mark.parametrize("lowered", [0.1, 1.0])
 def test_a_word_that_may_help_by_chance_alone_is_told_of(monkeypatch, caplog, lowered):
-    """Errors that are noise, but for one word's, which it lowers."""
+    """Evidence that is noise, but for one word's."""
     torch.manual_seed(0)
     words = [f"w{i}" for i in range(16)]
 
-    def noise(teacher, latents, M, prompts, looks):
-        return torch.randn(len(prompts), looks) - lowered * torch.tensor([[p == "w7"] for p in prompts])
+    def noise(teacher, forget, retain, words, looks):
+        return torch.randn(len(words), looks) + lowered * torch.tensor([[word == "w7"] for word in words])
 
-    monkeypatch.setattr("unlearning.scrubbing.conditioning.errors", noise)
+    monkeypatch.setattr(conditioning, "evidence", noise)
     found, _ = nearest_words(None, None, None, words)
     assert ("give words of your own" in caplog.text) == (lowered < 1)
     assert found == ["w7"] or lowered < 1
@@ -67,28 +107,28 @@ def test_a_word_that_may_help_by_chance_alone_is_told_of(monkeypatch, caplog, lo
 
 def test_an_inverted_embedding_denoises_the_concept_better_than_the_null_prompt(model, rabbits):
     torch.manual_seed(0)
-    _, latents, M = rabbits
-    null, *found = inverted(model, latents, M, rows=2, steps=25).embeds
+    _, forget, _, M = rabbits
+    null, *found = inverted(model, forget, M, rows=2, steps=25).embeds
     assert torch.equal(null, model.encode_prompts([""]).embeds[0]) and len(found) == 2
 
-    def error(embeds) -> float:
+    def gain(embeds) -> float:
         torch.manual_seed(1)
-        model_c = model.encode_prompts([""])
-        model.encode_prompts = lambda prompts: type(model_c)(embeds[None]).expand(len(prompts))
+        c, encode = model.encode_prompts([""]), model.encode_prompts
+        told = type(c)(embeds[None])
+        model.encode_prompts = lambda prompts: type(c).cat([told if prompt else c for prompt in prompts])
         try:
-            return errors(model, latents, M, ["x"], looks=24).mean().item()
+            return explained(model, forget, ["x"], looks=24).mean().item()
         finally:
-            del model.encode_prompts
+            model.encode_prompts = encode
 
-    assert np.mean([error(e) for e in found]) < error(null)
+    assert gain(null) == 0 < np.mean([gain(e) for e in found])
 
 
 @pytest.mark.parametrize(
     ("kind", "rows"), [("null", 1), ("generic", 1 + len(GENERIC)), ("caption", 1 + 3 * len(TEMPLATES))]
 )
 def test_how_many_things_are_said(model, rabbits, kind, rows):
-    task, latents, M = rabbits
-    said = told(kind, model, task, latents, M)
+    said = told(kind, model, *rabbits)
     assert len(said.forget) == rows and torch.equal(said.forget.embeds[0], model.encode_prompts([""]).embeds[0])
     assert not said.words
 

@@ -28,7 +28,6 @@ directions brought back to unit length, and an image's latent is its mode and no
 import logging
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +87,7 @@ class Scrubber(TrainedMethod):
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
         M = self._found(forget)
-        self.told = told(self.conditioning, teacher, task, forget, M, self.words)
+        self.told = told(self.conditioning, teacher, task, forget, retain, M, self.words)
         if self.told.words:
             log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
             self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
@@ -166,11 +165,12 @@ def _insist_on_images(task) -> None:
             "The scrubber learns from images, and this dataset has none to forget: dataset=folder forget=/a/folder, or "
             "one of the emoji datasets."
         )
-    same = len(task.forget_images) == len(task.retain_images) and all(
-        np.array_equal(f, r) for f, r in zip(task.forget_images, task.retain_images, strict=True)
-    )
-    if same:
-        raise UserError("The forget and the retain images are the same: what is to be forgotten must not be retained.")
+    forget = {hash(image.tobytes()) for image in task.forget_images}
+    if both := sum(hash(image.tobytes()) in forget for image in task.retain_images):
+        raise UserError(
+            f"{both} of the {len(task.retain_images)} retain images are forget images too: what is to be forgotten "
+            "must not be retained."
+        )
 
 
 def _some(c: Conditioning, batch: int) -> Conditioning:

@@ -2,8 +2,8 @@
 
 - null: nothing; the write-up's. The road from text to the concept stays open.
 - generic: prompts that name nothing.
-- words: the words of a vocabulary under which the teacher denoises best what the masks cover: a diffusion classifier
-  (Li et al., 2023, https://arxiv.org/abs/2303.16203, eq. 5) with every word for a class.
+- words: the words of a vocabulary under which the teacher denoises the forget images best: a diffusion classifier (Li
+  et al., 2023, https://arxiv.org/abs/2303.16203, eq. 5) with every word for a class.
 - inverted: an embedding, trained until the teacher denoises the forget images best (Gal et al., 2023,
   https://arxiv.org/abs/2208.01618, eq. 2; here of the text encoder's output, and for the family's pooled text too).
 - caption: the task's own name of the concept, for comparison: a label.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,10 +28,11 @@ Telling = Literal["null", "generic", "words", "inverted", "caption"]
 GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
-LAST_LOOKS = 256  # noised pictures on which those are tried at last
+LAST_LOOKS = 128  # noised pictures of each kind on which those are tried at last
 POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
+SUITED = 0.8  # the quantile of retain pictures from which on a word suits them
 RETAINED = 64  # other words, whose prompts hold the rest in place
-STANDS_OUT = 5 / 8  # of those: four standard deviations from what chance gives
+STANDS_OUT = 2  # standard errors of the difference
 DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher more than a word can; above, neither does
 
 
@@ -47,13 +49,15 @@ def told(
     kind: Telling | None,
     teacher: DiffusionModel,
     task: UnlearningTask,
-    latents: Tensor,
+    forget: Tensor,
+    retain: Tensor,
     M: Tensor,
     words: Sequence[str] | None = None,
 ) -> Told:
     """
     Args:
-        latents, M: Of the forget images, (N, C, H, W), and where in them the concept is, (N, 1, H, W).
+        forget, retain: Latents of the images, (N, C, H, W).
+        M: Where in the forget images the concept is, (N, 1, H, W).
         words: The vocabulary; by default the tokenizer's whole words.
 
     Raises:
@@ -70,10 +74,10 @@ def told(
             others = [concept.name for concept in task.retain]
             return Told(encode(["", *_prompts(names)]), encode(["", *_prompts(others)]))
         case "words":
-            found, others = nearest_words(teacher, latents, M, list(words or teacher.vocabulary()))
+            found, others = nearest_words(teacher, forget, retain, list(words or teacher.vocabulary()))
             return Told(encode(["", *_prompts(found)]), encode(["", *_prompts(others)]), tuple(found))
         case "inverted":
-            return Told(inverted(teacher, latents, M), encode([""]))
+            return Told(inverted(teacher, forget, M), encode([""]))
     raise UserError(f"There is no conditioning {kind!r}; there are {', '.join(get_args(Telling))}.")
 
 
@@ -83,74 +87,86 @@ def _prompts(words: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def nearest_words(
-    teacher: DiffusionModel, latents: Tensor, M: Tensor, words: list[str], looks: int = 8
+    teacher: DiffusionModel, forget: Tensor, retain: Tensor, words: list[str], looks: int = 16
 ) -> tuple[list[str], list[str]]:
-    """The words that stand for the pictures, best first, and words that do not.
+    """The words that stand for the forget pictures, best first, and words that do not, nearest last.
 
     Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
-    left, which are tried on many: of a style the picture itself tells the teacher almost all that the word does. A word
-    stands for the pictures if it lowers the teacher's error, in the median, by at least half as much as the best does.
-    A warning says so where the best is hardly better than the best that does not.
+    left, which are tried on many. A word stands for the pictures if its evidence is at least half of the best's. A
+    warning says so where the best may have more of it than the best that does not by chance.
 
-    Raises UserError where none lowers it.
+    Raises UserError where no word has any.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
-    tried, left = {}, words
+    evident, left = {}, words
     while True:
-        error = errors(teacher, latents, M, ["", *left], looks if len(left) > MOST else LAST_LOOKS)
-        gain = dict(zip(left, (error[0] - error[1:]).median(1).values.tolist(), strict=True))
-        tried |= gain
-        ranked = sorted(left, key=lambda word: -gain[word])
+        found = evidence(teacher, forget, retain, left, looks if len(left) > MOST else LAST_LOOKS)
+        evident |= dict(zip(left, found.mean(1).tolist(), strict=True))
+        ranked = sorted(left, key=lambda word: -evident[word])
         if len(left) <= MOST:
             break
         left, looks = ranked[: max(MOST, len(left) // 4)], 2 * looks
-    best = gain[ranked[0]]
+    best = evident[ranked[0]]
     if best <= 0:
         raise UserError(
             "No word of the vocabulary helps the teacher to denoise the forget images. Give other words to try "
             "(method.words=[...]), or choose what needs none: the concept's own name (method.conditioning=caption) or "
             "an embedding (method.conditioning=inverted)."
         )
-    found = [word for word in ranked if gain[word] >= best / 2]
-    if rivals := ranked[len(found) :]:
-        _warn_of_chance(ranked[0], rivals[0], dict(zip(left, error[1:], strict=True)))
-    others = sorted(set(words) - set(ranked), key=lambda word: tried[word])
-    return found, others[:: max(1, len(others) // RETAINED)][:RETAINED]
+    named = [word for word in ranked if evident[word] >= best / 2]
+    if rivals := ranked[len(named) :]:
+        _warn_of_chance(ranked[0], rivals[0], dict(zip(left, found, strict=True)))
+    others = sorted((word for word in words if word not in ranked), key=lambda word: evident[word])
+    spread = np.linspace(0, len(others) - 1, min(RETAINED, len(others))).round().astype(int)
+    return named, [others[i] for i in spread]
 
 
-def _warn_of_chance(best: str, rival: str, error: dict[str, Tensor]) -> None:
-    """Of the last looks' errors by word, of the best word found and of the best of the others."""
-    share = (error[best] < error[rival]).float().mean().item()
-    if share < STANDS_OUT:
+def _warn_of_chance(best: str, rival: str, found: dict[str, Tensor]) -> None:
+    """Of the last looks' evidence by word, of the best word and of the best that does not stand for the pictures."""
+    more = found[best] - found[rival]
+    error = more.std() / len(more) ** 0.5
+    if more.mean() < STANDS_OUT * error:
         log.warning(
-            "%s tells the teacher more about the forget images than %s does in only %.0f %% of looks. If it is not "
-            "what they show, give words of your own (method.words=[...]) or another seed.",
-            *(best, rival, 100 * share),
+            "%s explains the forget images hardly better than %s does, which does not stand for them (by %.3f ± %.3f). "
+            "If it is not what they show, give words of your own (method.words=[...]) or another seed.",
+            *(best, rival, more.mean(), error),
         )
 
 
-def errors(teacher: DiffusionModel, latents: Tensor, M: Tensor, prompts: Sequence[str], looks: int) -> Tensor:
-    """Squared errors (W, looks) of x_0 where M is, by prompt: capped in weight, at the same noise for all.
+def evidence(teacher: DiffusionModel, forget: Tensor, retain: Tensor, words: Sequence[str], looks: int) -> Tensor:
+    """How well each word explains each of so many looks at the forget pictures, (W, looks): a log likelihood ratio.
 
-    The pictures are those that show the concept largest: a word alone describes a picture of one thing.
+    A word alone is nobody's caption, and the teacher may denoise even what it names worse than under the null prompt:
+    every picture in a style, say. So what it costs the retain pictures that it suits best, a fifth, is not held against
+    it.
     """
-    largest = M.mean((1, 2, 3)).argsort(descending=True)[: -(-len(M) // 2)]
-    rows, (low, high) = largest[torch.randint(len(largest), (looks,))], DECISIVE
+    cost = explained(teacher, retain, words, looks).quantile(SUITED, dim=1, keepdim=True).clamp(max=0)
+    return explained(teacher, forget, words, looks) - cost
+
+
+def explained(teacher: DiffusionModel, latents: Tensor, words: Sequence[str], looks: int) -> Tensor:
+    """log(error of the null prompt / error of the word), (W, looks), in x_0, at the same noise for all words.
+
+    Of a Gaussian whose variance nobody knows, the log likelihood is the error's log: a look at small t, or at a picture
+    of which there is little to say, counts as any other. Of no pictures, none is better explained.
+    """
+    if not len(latents):
+        return torch.zeros(len(words), looks)
+    rows, (low, high) = torch.randint(len(latents), (looks,)), DECISIVE
     t = teacher.timesteps(low + (high - low) * (torch.arange(looks) + torch.rand(looks)) / looks)
-    z_0, where = latents[rows], M[rows] / (M[rows].sum((1, 2, 3), keepdim=True) * latents.shape[1]).clamp(min=1)
-    x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
-    weight = teacher.snr(t).clamp(max=1) * where
+    z_0 = latents[rows]
+    x_t, prompts = teacher.add_noise(z_0, torch.randn_like(z_0), t), ["", *words]
     jobs = [(p, i) for p in range(len(prompts)) for i in range(looks)]
-    found = []
+    errors = []
     for part in tqdm([jobs[i : i + AT_ONCE] for i in range(0, len(jobs), AT_ONCE)], "naming", leave=False):
         asked, i = zip(*part, strict=True)
-        x, s, z, w = (values[list(i)] for values in (x_t, t, z_0, weight))
+        x, s, z = (values[list(i)] for values in (x_t, t, z_0))
         names = list(dict.fromkeys(asked))
         c = teacher.encode_prompts([prompts[p] for p in names])[[names.index(p) for p in asked]]
-        error = w * (teacher.to_x0(teacher.predict(x, s, c), x, s) - z).square()
-        found.append(error.sum((1, 2, 3)))
-    return torch.cat(found).reshape(len(prompts), looks).cpu()
+        errors.append((teacher.to_x0(teacher.predict(x, s, c), x, s) - z).square().mean((1, 2, 3)))
+    log_error = torch.cat(errors).reshape(len(prompts), looks).clamp(min=1e-12).log().cpu()
+    return log_error[0] - log_error[1:]
 
 
 def inverted(
