@@ -37,7 +37,7 @@ from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
 from unlearning.images import Row, load, read_manifest
 from unlearning.methods.student import Lesson
-from unlearning.reporting.comparison import grouped, shared, told_apart
+from unlearning.reporting.grouping import grouped, shared, told_apart
 from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.scrubbing.conditioning import told
 

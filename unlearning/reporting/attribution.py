@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from unlearning.provenance import facts, maker, read
-from unlearning.reporting.comparison import grouped, words
+from unlearning.reporting.comparison import words
+from unlearning.reporting.grouping import grouped
 from unlearning.reporting.sheet import Cell, Note, Sheet
 
 UNKNOWN = "not recorded"

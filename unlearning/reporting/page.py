@@ -16,9 +16,10 @@ from unlearning.concepts import RETAIN, UserError
 from unlearning.data import openmoji
 from unlearning.images import write_atomically
 from unlearning.reporting import curves, gallery
-from unlearning.reporting.comparison import OWN, decimals, group_of, grouped, told_apart
+from unlearning.reporting.column import decimals
 from unlearning.reporting.embedding import render
 from unlearning.reporting.gallery import Shot
+from unlearning.reporting.grouping import OWN, group_of, grouped, told_apart
 from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.reporting.scope import BEFORE, Line, Scope
 from unlearning.reporting.sheet import BEST, Cell

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
 from unlearning.data import openmoji
 from unlearning.images import Row, figures, read_manifest, write_atomically
-from unlearning.reporting.comparison import decimals
+from unlearning.reporting.column import decimals
 from unlearning.reporting.embedding import data_uri, encoded, render, thumbnail
 from unlearning.reporting.rows import UNEDITED, directions, measured, settings
 

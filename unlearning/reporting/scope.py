@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from unlearning.reporting.comparison import ARROWS, STRANGE, UNEVEN, Key, compare, concepts, grouped, rivals, shared
+from unlearning.reporting.column import ARROWS, STRANGE, UNEVEN
+from unlearning.reporting.comparison import compare
 from unlearning.reporting.gallery import Shot
+from unlearning.reporting.grouping import Key, concepts, grouped, rivals, shared
 from unlearning.reporting.pareto import Plot, Point
 from unlearning.reporting.rows import UNEDITED, directions
 from unlearning.reporting.sheet import Cell, Sheet

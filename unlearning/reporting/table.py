@@ -13,7 +13,8 @@ from pathlib import Path
 
 from unlearning.concepts import UserError
 from unlearning.reporting.attribution import attribution
-from unlearning.reporting.comparison import compare, told_apart
+from unlearning.reporting.comparison import compare
+from unlearning.reporting.grouping import told_apart
 from unlearning.reporting.published import published as read_published
 from unlearning.reporting.renderings import FORMATS
 from unlearning.reporting.rows import BY, rows
