@@ -8,7 +8,7 @@ import torch
 from tests.tiny import FAMILIES
 from unlearning.concepts import UserError
 from unlearning.scrubbing import conditioning
-from unlearning.scrubbing.conditioning import TEMPLATES, evidence, inverted, told
+from unlearning.scrubbing.conditioning import TEMPLATES, explained, inverted, told
 
 WORDS = ["cat", "dog", "tiger"]
 
@@ -44,12 +44,12 @@ def test_words_are_tried_in_every_family(model, pictures, monkeypatch):
     """Random weights have no word for random pictures: that one is evident is made so, once all have been tried."""
     tried = []
 
-    def for_a_dog(teacher, forget, retain, words, looks):
-        tried.append(evidence(teacher, forget, retain, words, looks))
+    def for_a_dog(teacher, latents, words, looks):
+        tried.append(explained(teacher, latents, words, looks))
         return torch.tensor([[float(word == "dog")] for word in words]).expand(-1, looks)
 
     monkeypatch.setattr(conditioning, "LAST_LOOKS", 8)
-    monkeypatch.setattr(conditioning, "evidence", for_a_dog)
+    monkeypatch.setattr(conditioning, "explained", for_a_dog)
     said = told("words", model, None, *pictures, WORDS)
     [found] = tried
     assert found.shape == (len(WORDS), 8) and found.isfinite().all() and len(found.unique(dim=0)) == len(WORDS)

@@ -11,7 +11,7 @@
 
 # B batch, N pictures, L tokens, D text width, W words.
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,7 +28,7 @@ Telling = Literal["null", "generic", "words", "inverted", "caption"]
 GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 AT_ONCE, MOST = 32, 16  # pictures in a call of the teacher; words that stand for the concept
-LAST_LOOKS = 128  # noised pictures of each kind on which those are tried at last
+LAST_LOOKS = 256  # noised pictures on which those are tried at last
 POOLED = ("pooled", "text_embeds")  # what families call the pooled text in Conditioning.extra
 SUITED = 0.8  # the quantile of retain pictures from which on a word suits them
 RETAINED = 64  # other words, whose prompts hold the rest in place
@@ -74,7 +74,7 @@ def told(
             others = [concept.name for concept in task.retain]
             return Told(encode(["", *_prompts(names)]), encode(["", *_prompts(others)]))
         case "words":
-            found, others = nearest_words(teacher, forget, retain, list(words or teacher.vocabulary()))
+            found, others = nearest_words(teacher, forget, retain, M, list(words or teacher.vocabulary()))
             return Told(encode(["", *_prompts(found)]), encode(["", *_prompts(others)]), tuple(found))
         case "inverted":
             return Told(inverted(teacher, forget, M), encode([""]))
@@ -87,21 +87,48 @@ def _prompts(words: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def nearest_words(
-    teacher: DiffusionModel, forget: Tensor, retain: Tensor, words: list[str], looks: int = 16
+    teacher: DiffusionModel, forget: Tensor, retain: Tensor, M: Tensor, words: list[str], looks: int = 16
 ) -> tuple[list[str], list[str]]:
     """The words that stand for the forget pictures, best first, and words that do not, nearest last.
 
-    Every word is tried on the same few noised pictures; the better quarter goes on to twice as many, until sixteen are
-    left, which are tried on many. A word stands for the pictures if its evidence is at least half of the best's. A
-    warning says so where the best may have more of it than the best that does not by chance.
+    The pictures looked at are those that show the concept largest: a word alone describes a picture of one thing. Where
+    no word explains those better than the null prompt does, it is of a style, say, and nobody's caption: what a word
+    costs even the retain pictures that it suits best is then not held against it.
 
-    Raises UserError where no word has any.
+    Raises UserError where that leaves none either.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words: give some (method.words=[...]).")
+    largest = forget[M.mean((1, 2, 3)).argsort(descending=True)[: -(-len(M) // 2)]]
+
+    def gain(words: list[str], looks: int) -> Tensor:
+        return explained(teacher, largest, words, looks)
+
+    def forgiven(words: list[str], looks: int) -> Tensor:
+        cost = explained(teacher, retain, words, looks).quantile(SUITED, dim=1, keepdim=True).clamp(max=0)
+        return gain(words, looks) - cost
+
+    for evidence in (gain, forgiven):
+        if found := _standing_out(evidence, words, looks):
+            return found
+    raise UserError(
+        "No word of the vocabulary helps the teacher to denoise the forget images. Give other words to try "
+        "(method.words=[...]), or choose what needs none: the concept's own name (method.conditioning=caption) or an "
+        "embedding (method.conditioning=inverted)."
+    )
+
+
+def _standing_out(
+    evidence: Callable[[list[str], int], Tensor], words: list[str], looks: int
+) -> tuple[list[str], list[str]] | None:
+    """The words that have at least half of the best's evidence, a mean over looks (W, looks); and others. None without.
+
+    Every word is tried in the same few looks; the better quarter goes on to twice as many, until sixteen are left,
+    which are tried in many.
+    """
     evident, left = {}, words
     while True:
-        found = evidence(teacher, forget, retain, left, looks if len(left) > MOST else LAST_LOOKS)
+        found = evidence(left, looks if len(left) > MOST else LAST_LOOKS)
         evident |= dict(zip(left, found.mean(1).tolist(), strict=True))
         ranked = sorted(left, key=lambda word: -evident[word])
         if len(left) <= MOST:
@@ -109,11 +136,7 @@ def nearest_words(
         left, looks = ranked[: max(MOST, len(left) // 4)], 2 * looks
     best = evident[ranked[0]]
     if best <= 0:
-        raise UserError(
-            "No word of the vocabulary helps the teacher to denoise the forget images. Give other words to try "
-            "(method.words=[...]), or choose what needs none: the concept's own name (method.conditioning=caption) or "
-            "an embedding (method.conditioning=inverted)."
-        )
+        return None
     named = [word for word in ranked if evident[word] >= best / 2]
     if rivals := ranked[len(named) :]:
         _warn_of_chance(ranked[0], rivals[0], dict(zip(left, found, strict=True)))
@@ -132,17 +155,6 @@ def _warn_of_chance(best: str, rival: str, found: dict[str, Tensor]) -> None:
             "If it is not what they show, give words of your own (method.words=[...]) or another seed.",
             *(best, rival, more.mean(), error),
         )
-
-
-def evidence(teacher: DiffusionModel, forget: Tensor, retain: Tensor, words: Sequence[str], looks: int) -> Tensor:
-    """How well each word explains each of so many looks at the forget pictures, (W, looks): a log likelihood ratio.
-
-    A word alone is nobody's caption, and the teacher may denoise even what it names worse than under the null prompt:
-    every picture in a style, say. So what it costs the retain pictures that it suits best, a fifth, is not held against
-    it.
-    """
-    cost = explained(teacher, retain, words, looks).quantile(SUITED, dim=1, keepdim=True).clamp(max=0)
-    return explained(teacher, forget, words, looks) - cost
 
 
 def explained(teacher: DiffusionModel, latents: Tensor, words: Sequence[str], looks: int) -> Tensor:
