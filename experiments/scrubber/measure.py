@@ -1,4 +1,4 @@
-"""What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs/emoji_unet | masks | cost
+"""What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs | masks | cost | sees a/run
 
 - effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
   model's, and the FID of the erased model's retained pictures over that of the base model's own, both against the base
@@ -6,7 +6,8 @@
 - masks: where the fingerprint finds the concept (cat, ship and key, or concept=...), against the drawings' true
   silhouettes and boxes, how much of the retain images it covers, and what AUC the silhouettes have against the boxes;
 - cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
-  beside a whole second denoiser for a teacher.
+  beside a whole second denoiser for a teacher;
+- sees: of a finished run's folder, what it saw and what came of it, in one picture: sees.png.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from unlearning.__main__ import CONF
@@ -42,6 +45,7 @@ from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.scrubbing.conditioning import told
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
+GAP = 12  # pixels between the strips of a picture
 
 
 def mean(values: list[float], places: int = 1) -> str:
@@ -232,6 +236,22 @@ def cost(overrides: list[str], turns: int = 3) -> list[dict]:
     ]  # fmt: skip
 
 
+# --- sees -------------------------------------------------------------------------------------------------------------
+
+
+def sees(run: Path) -> Path:
+    """Forget pictures, masks, what the teacher was shown instead; retain pictures, masks; before and after."""
+    figures = sorted((run / "figures").glob("*.png"))
+    strips = [Image.open(path).convert("RGB") for path in (figures[0], *figures[2:4], run / "teaser.png")]
+    width = strips[0].width
+    strips = [strip.resize((width, strip.height * width // strip.width), Image.Resampling.LANCZOS) for strip in strips]
+    sheet = Image.new("RGB", (width, sum(strip.height + GAP for strip in strips) - GAP), "white")
+    for strip, above in zip(strips, accumulate((strip.height + GAP for strip in strips), initial=0), strict=False):
+        sheet.paste(strip, (0, above))
+    sheet.save(path := Path(__file__).with_name("sees.png"))
+    return path
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,10 +263,12 @@ def render(rows: list[dict]) -> str:
 if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel("ERROR")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("effect", "masks", "cost", "steps"))
-    parser.add_argument("given", nargs="*", help="folders of runs, for effect (outputs/runs); else settings")
+    parser.add_argument("what", choices=("effect", "masks", "cost", "sees", "steps"))
+    parser.add_argument("given", nargs="*", help="folders of runs, for effect (outputs/runs) and sees; else settings")
     options = parser.parse_args()
     if options.what == "steps":  # one side of `cost`
         print(json.dumps(steps(options.given[0], options.given[1:])))
+    elif options.what == "sees":
+        print(sees(Path(options.given[0])))
     else:
         print(render({"effect": effect, "masks": masks, "cost": cost}[options.what](options.given)))
