@@ -248,7 +248,7 @@ def sees(run: Path) -> Path:
     sheet = Image.new("RGB", (width, sum(strip.height + GAP for strip in strips) - GAP), "white")
     for strip, above in zip(strips, accumulate((strip.height + GAP for strip in strips), initial=0), strict=False):
         sheet.paste(strip, (0, above))
-    sheet.save(path := Path(__file__).with_name("sees.png"))
+    sheet.quantize(256).save(path := Path(__file__).with_name("sees.png"))
     return path
 
 
