@@ -18,7 +18,10 @@ PICTURE = np.full((8, 8, 3), 200, np.uint8)
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A home without credentials, and nothing of W&B's in the environment."""
+    """A home without credentials, nothing of W&B's in the environment, and nothing that it remembers of another."""
+    import wandb
+
+    wandb.teardown()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_SILENT"):
         monkeypatch.setenv(name, "")  # so that what `wandb` sets is taken back
