@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+from unlearning.sampling.sampler import Sampler
+
 STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
 FIT = 3  # denoiser evaluations of an iteration of ESD, left where its trajectory begins: student, and teacher twice
 EXACT = ["method.trajectory=exact", "method.batch_size=1", "method.steps=1"]
@@ -25,6 +27,18 @@ def at_call(monkeypatch, owner: type, name: str, k: int, happen) -> None:
         return happen() if calls[0] == k else original(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, call)
+
+
+def no_dog_can_be_drawn(monkeypatch) -> None:
+    """Pictures of dogs come out as no numbers."""
+    draw = Sampler.draw
+
+    def overflows(self, model, rows):
+        images, decisions = draw(self, model, rows)
+        images[[i for i, row in enumerate(rows) if "dog" in row.prompt]] = float("nan")
+        return images, decisions
+
+    monkeypatch.setattr(Sampler, "draw", overflows)
 
 
 def ctrl_c() -> None:

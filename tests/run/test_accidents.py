@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.run.small import EXACT, FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, drawn, files, partial, pictures
+from tests.run.small import (
+    EXACT,
+    FIT,
+    PICTURES,
+    SMALL,
+    TRAIN,
+    at_call,
+    ctrl_c,
+    drawn,
+    files,
+    no_dog_can_be_drawn,
+    partial,
+    pictures,
+)
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.images import read_manifest
 from unlearning.methods.esd import ESD
@@ -89,14 +102,7 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
 
 
 def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(told, tmp_path, monkeypatch):
-    draw = Sampler.draw
-
-    def overflows(self, model, rows):
-        images, decisions = draw(self, model, rows)
-        images[[i for i, row in enumerate(rows) if "dog" in row.prompt]] = float("nan")
-        return images, decisions
-
-    monkeypatch.setattr(Sampler, "draw", overflows)
+    no_dog_can_be_drawn(monkeypatch)
     said = told(*SMALL, "method=negative_prompt")
     assert "pictures that could not be made: 1" in said
     rows = read_manifest(tmp_path / "run" / "images" / "base.csv")

@@ -10,14 +10,13 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, partial, pictures
+from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, no_dog_can_be_drawn, partial, pictures
 from unlearning.erasure import Erasure
 from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.images import load, read_manifest
 from unlearning.methods.esd import ESD
 from unlearning.run import suppression
-from unlearning.sampling.sampler import Sampler
 
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 
@@ -149,14 +148,7 @@ def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, told, tm
 
 
 def test_numbers_that_lack_a_picture_say_so(told, tmp_path, monkeypatch):
-    draw = Sampler.draw
-
-    def overflows(self, model, rows):
-        images, decisions = draw(self, model, rows)
-        images[[i for i, row in enumerate(rows) if "dog" in row.prompt]] = float("nan")
-        return images, decisions
-
-    monkeypatch.setattr(Sampler, "draw", overflows)
+    no_dog_can_be_drawn(monkeypatch)
     told(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     protocols = [value for key, value in metrics.items() if key.endswith("/protocol") and "nudenet" in key]
