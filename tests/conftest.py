@@ -23,6 +23,13 @@ def any_pipeline(request, tmp_path_factory):
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture
+def any_model(any_pipeline):
+    """The model of `any_pipeline`, loaded anew."""
+    family, folder = any_pipeline
+    return tiny.FAMILIES[family].load(str(folder), device="cpu")
+
+
 @pytest.fixture(scope="session", params=[f for f in tiny.FAMILIES if f not in ("pixart", "dit")])
 def adaptable_pipeline(request, tmp_path_factory):
     """Those of the families that diffusers has adapters for."""

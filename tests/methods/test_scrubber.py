@@ -29,9 +29,8 @@ EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
 
 
 @pytest.fixture
-def model(any_pipeline):
-    family, folder = any_pipeline
-    return FAMILIES[family].load(str(folder), device="cpu")
+def model(any_model):
+    return any_model
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 
-from tests.tiny import FAMILIES
 from unlearning.concepts import UserError
 from unlearning.scrubbing import conditioning
 from unlearning.scrubbing.conditioning import TEMPLATES, explained, inverted, told
@@ -14,9 +13,8 @@ WORDS = ["cat", "dog", "tiger"]
 
 
 @pytest.fixture
-def model(any_pipeline):
-    family, folder = any_pipeline
-    return FAMILIES[family].load(str(folder), device="cpu")
+def model(any_model):
+    return any_model
 
 
 @pytest.fixture
