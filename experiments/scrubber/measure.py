@@ -1,8 +1,9 @@
 """What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs | masks | cost | sees a/run
 
 - effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
-  model's, and the FID of the erased model's retained pictures over that of the base model's own, both against the base
-  model's pictures of another seed (judge's features), of each other seed by turns;
+  model's, and how far the retained prompts' pictures have drifted, as FIDs (judge's features) to the base model's
+  pictures, over that of the base model's own of two seeds: to those of every other seed by turns, 1 at best, and to
+  those of the same seed, 0 at best;
 - masks: where the fingerprint finds the concept (cat, ship and key, or concept=...), against the drawings' true
   silhouettes and boxes, how much of the retain images it covers, and what AUC the silhouettes have against the boxes;
 - cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
@@ -49,6 +50,8 @@ GAP = 12  # pixels between the strips of a picture
 
 
 def mean(values: list[float], places: int = 1) -> str:
+    if not values:
+        return ""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{places}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{places}f}{error}"
 
@@ -74,14 +77,15 @@ def effect(folders: list[str]) -> list[dict]:
         line["seeds"] = len(group)
         for name, of in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
             values = [100 * run[of] / run[f"base/{of}"] for run in group if of in run]
-            line[f"{name} (% of base)"] = mean(values) if values else ""
+            line[f"{name} (% of base)"] = mean(values)
         like = {run["seed"]: run["run"] for run in base[tuple(group[0].get(name) for name in conditions)]}
-        ratios = [
-            statistics.mean(fid_ratio(features, run["run"], like[seed]) for seed in others)
+        drifts = [
+            drift(features, run["run"], others)
             for run in group
-            if (others := [seed for seed in like if seed != run["seed"]])
+            if (others := [other for seed, other in like.items() if seed != run["seed"]])
         ]
-        line["FID / FID of two seeds"] = mean(ratios, 2) if ratios else ""
+        line["FID ratio"] = mean([far for far, _ in drifts], 2)
+        line["FID ratio, same seed"] = mean([near for _, near in drifts], 2)
         lines.append(line)
     return lines
 
@@ -93,15 +97,24 @@ def _unusual(runs: list[dict], by: tuple[str, ...], key: tuple) -> str:
     return " ".join(f"{name.removeprefix('method.')}={value}" for name, value in told if repr(value) != usual[name])
 
 
-def fid_ratio(features, run: Path, other: Path) -> float:
-    """FID(erased, base of another seed) / FID(base, base of another seed), of the retained prompts' pictures."""
+def drift(features, run: Path, others: list[Path]) -> tuple[float, float]:
+    """Of the erased model's pictures, over the base model's own: their FID to the base model's of other seeds, and to
+    those of the same seed.
+    """
+    base, erased = (_retained(run / "images" / f"{name}.csv") for name in ("base", "erased"))
+    pairs = [fids(features, _retained(other / "images" / "base.csv"), base, erased) for other in others]
+    (near,) = fids(features, base, erased)
+    return statistics.mean(far / floor for floor, far in pairs), near / statistics.mean(floor for floor, _ in pairs)
+
+
+def fids(features, real: list[Row], *drawn: list[Row]) -> list[float]:
+    """Of each set of pictures, to those of `real`."""
     with tempfile.TemporaryDirectory() as folder:
-        for row in _retained(other / "images" / "base.csv"):
+        for row in real:
             shutil.copy(row.path, folder)
         metric = FID(features, roles=(RETAIN,), real=folder, device="cpu")
         metric.prepare(UnlearningTask(erase=(Concept(""),)))
-        erased, base = (_fid(metric, _retained(run / "images" / f"{name}.csv")) for name in ("erased", "base"))
-    return erased / base
+        return [_fid(metric, pictures) for pictures in drawn]
 
 
 def _retained(manifest: Path) -> list[Row]:

@@ -83,10 +83,10 @@ class Place:
     def pictures(self) -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in self.store.rglob("*.png")}
 
-    def spent(self) -> int:
-        """How many denoiser evaluations went into the pictures that its runs have drawn."""
+    def spent(self, stage: str, cost: str) -> float:
+        """What a stage's share in its runs' costs comes to: "fit", "seconds"; "generate", "denoiser_evaluations"."""
         costs = [json.loads(p.read_text()) for p in self.runs.rglob("cost.json")]
-        return sum(s["denoiser_evaluations"] for c in costs for name, s in c.items() if name.startswith("generate"))
+        return sum(spent[cost] for c in costs for name, spent in c.items() if name.startswith(stage))
 
     def table(self) -> str:
         return table(self.runs, metrics=METRICS)
@@ -128,6 +128,7 @@ def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequen
     shown = timed(lambda: (place.show("table"), place.show("page")))
     again = timed(lambda: place.sweep().wait())
     print(f"sweep: {len(runs)} runs in {seconds:.0f} s; table and page {shown:.1f} s; the sweep again {again:.1f} s")
+    print(f"sweep: their fits took {place.spent('fit', 'seconds'):.0f} s, added up over its processes")
     if failed:
         print(f"sweep: {len(failed)} FAILED: {', '.join(failed)}")
 
@@ -177,7 +178,7 @@ def measure_two(root: Path, options: argparse.Namespace, runs: Sequence[Sequence
         except (OSError, SyntaxError):
             corrupt += 1
     left = len(list((root / "shared").rglob("*.partial")))
-    spent, needed = sum(place.spent() for place in both), whole.spent()
+    spent, needed = (sum(p.spent("generate", "denoiser_evaluations") for p in some) for some in (both, [whole]))
     same = both[0].table() == both[1].table() == whole.table()
     print(f"two: {len(there)} pictures, {corrupt} corrupt, {left} half written")
     print(f"two: {spent} denoiser evaluations drew them; one sweep alone needs {needed}")

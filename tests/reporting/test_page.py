@@ -3,7 +3,7 @@
 import csv
 import re
 from html import unescape
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from unlearning.images import read_manifest
 from unlearning.reporting import gallery
 from unlearning.reporting.comparison import compare
 from unlearning.reporting.page import main, page
-from unlearning.reporting.pareto import Axis, Plot, Point
+from unlearning.reporting.pareto import HEIGHT, LETTER, LINE, WIDTH, Axis, Plot, Point
 from unlearning.reporting.rows import rows
 
 E, R, H = "efficacy/acc_e", "retention/acc_s", "summary/h_o"
@@ -284,6 +284,26 @@ def test_the_front_is_drawn_as_a_staircase_that_only_falls():
     assert steps[0][0] == 0 and steps[-1][1] == 0
     for (x1, y1), (x2, y2) in pairwise(steps):
         assert (x1 == x2 and y2 <= y1) or (y1 == y2 and x2 >= x1)
+
+
+def test_names_of_points_that_lie_close_do_not_cover_each_other():
+    """Five in the best corner, as of a sweep of good methods."""
+    near = {
+        "scrubber": (5, 99.1),
+        "scrubber_lora": (0, 97.2),
+        "unguide": (0, 97.9),
+        "esd_x": (0, 98.8),
+        "esd_u": (0, 95),
+    }
+    points = [Point(name, name, *at) for name, at in (near | {"none": (100, 70)}).items()]
+    found, boxes = Plot.of(points, "x", "y", (False, True)), []
+    for point, anchor, dx, dy in found.labels:
+        (across, up), width = found.at(point), LETTER * len(point.label)
+        left = across / 100 * WIDTH + dx - {"start": 0, "middle": width / 2, "end": width}[anchor]
+        boxes.append((left, left + width, (1 - up / 100) * HEIGHT + dy))
+    assert len(boxes) == 6
+    for (left, right, y), (other_left, other_right, other_y) in combinations(boxes, 2):
+        assert right <= other_left or other_right <= left or abs(y - other_y) >= LINE
 
 
 def test_better_is_further_along_an_axis():

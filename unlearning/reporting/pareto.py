@@ -13,6 +13,13 @@ from math import floor, log10
 WIDTH, HEIGHT, LETTER, LINE = 420, 380, 7.2, 17  # pixels: what labels are placed for; a page may be wider
 MARGIN = 5  # percent on every side
 LABELLED = 14  # beyond so many points, those on the front are labelled and no others
+BESIDE = (("end", -11, 0), ("start", 11, 0), ("middle", 0, -15), ("middle", 0, 15))
+FARTHER = tuple(
+    (anchor, way * (9 + 2 * step), dy * step)
+    for step in range(1, 11)
+    for dy in (-15, 15)
+    for anchor, way in (("end", -1), ("start", 1))
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +118,9 @@ class Plot:
         for point in shown:
             x, y = self._pixels(point)
             width = len(point.label) * LETTER
-            sides = (("end", -11, 0), ("start", 11, 0), ("middle", 0, -15), ("middle", 0, 15))
-            sides += tuple((anchor, dx, dy) for dy in (-15, 15, -30, 30) for anchor, dx in (("end", -9), ("start", 9)))
-            boxes = {side: _box(x + side[1], y + side[2], width, side[0]) for side in sides}
+            boxes = {side: _box(x + side[1], y + side[2], width, side[0]) for side in BESIDE + FARTHER}
             free = [side for side, box in boxes.items() if _inside(box) and not any(_overlap(box, t) for t in taken)]
-            side = (free or [s for s in sides if _inside(boxes[s])] or list(sides))[0]
+            side = (free or [s for s in boxes if _inside(boxes[s])] or [*boxes])[0]
             taken.append(boxes[side])
             placed.append((point, *side))
         return placed
