@@ -13,6 +13,7 @@ from math import floor, log10
 WIDTH, HEIGHT, LETTER, LINE = 420, 380, 7.2, 17  # pixels: what labels are placed for; a page may be wider
 MARGIN = 5  # percent on every side
 LABELLED = 14  # beyond so many points, those on the front are labelled and no others
+# where a name may stand: the anchor of its text, and how many pixels off its point; tried in this order
 BESIDE = (("end", -11, 0), ("start", 11, 0), ("middle", 0, -15), ("middle", 0, 15))
 FARTHER = tuple(
     (anchor, way * (9 + 2 * step), dy * step)
