@@ -126,6 +126,11 @@ class Plot:
             placed.append((point, *side))
         return placed
 
+    @cached_property
+    def leaders(self) -> list[tuple[Point, float, float]]:
+        """Lines to the labels that stand more than a line of text off their points: (point, dx, dy)."""
+        return [(point, dx, dy) for point, _, dx, dy in self.labels if abs(dy) > LINE]
+
     def _pixels(self, point: Point) -> tuple[float, float]:
         x, y = self.at(point)
         return x / 100 * WIDTH, (1 - y / 100) * HEIGHT
