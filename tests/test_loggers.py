@@ -38,7 +38,7 @@ def build(folder, *labels):
 
 
 def records(path):
-    """The records of a .wandb file, which is a LevelDB log with a header of its own."""
+    """The records of a .wandb file, a LevelDB log with a header of its own, as far as they are written."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = path.read_bytes(), 7, b""
@@ -47,6 +47,8 @@ def records(path):
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # the rest is on its way: wandb's own process writes
+            return
         parts = (parts if kind in (3, 4) else b"") + data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last of its parts
@@ -58,16 +60,15 @@ def records(path):
 def whole(folder):
     """The records of the only W&B run under `folder`, by kind; its file is whole a moment after the run."""
     [path] = folder.rglob("*.wandb")
-    kinds = {}
-    for _ in range(100):
+    for _ in range(600):
         kinds = {}
         for record in records(path):
             kind = record.WhichOneof("record_type")
             kinds.setdefault(kind, []).append(getattr(record, kind))
         if "exit" in kinds:
-            break
+            return kinds
         time.sleep(0.1)
-    return kinds
+    raise TimeoutError(f"{path} has no end after a minute")
 
 
 def items(records):
