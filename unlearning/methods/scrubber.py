@@ -12,7 +12,9 @@ purity and the falling rate):
 - target_space=x0 compares the pictures x_0 that the predictions imply. As z_t and z_blind_t share their eps, a student
   that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). An error
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
-  decides what is drawn, for almost nothing.
+  decides what is drawn, for almost nothing. (Of a schedule that ends in purer noise than Stable Diffusion's, an error
+  of eps counts no more than at the last timestep of that: of DiT's it would a hundred times as much, and all else
+  nothing.)
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
 - confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
@@ -41,6 +43,7 @@ from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprinting
 
 log = logging.getLogger(__name__)
+FARTHEST = 214.0  # 1 / SNR of the last timestep of Stable Diffusion's schedule
 
 
 class Scrubber(TrainedMethod):
@@ -151,7 +154,8 @@ class Scrubber(TrainedMethod):
         if self.target_space == "raw":
             return (S - T).square()
         model = self.teacher
-        return (model.to_x0(S, z_S, t) - model.to_x0(T, z_T, t)).square()
+        weight = (FARTHEST / model.x0_gain(t).square()).clamp(max=1)
+        return weight * (model.to_x0(S, z_S, t) - model.to_x0(T, z_T, t)).square()
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -203,6 +203,11 @@ class DiffusionModel(Model):
             return (alpha * x_t - x_0) / sigma
         return (x_t - (x_0 if self.prediction_type == "flow" else alpha * x_0)) / sigma
 
+    def x0_gain(self, t: Tensor) -> Tensor:
+        """How many times an error of the prediction is the error of the picture it implies, (B, 1, 1, 1)."""
+        alpha, sigma = self._alpha_sigma(t)
+        return sigma / alpha if self.prediction_type == "epsilon" else sigma
+
     def snr(self, t: Tensor) -> Tensor:
         """alpha_t² / sigma_t², (B, 1, 1, 1)."""
         alpha, sigma = self._alpha_sigma(t)
