@@ -97,14 +97,19 @@ def test_what_is_left_to_forget_is_a_share_of_what_there_was_or_as_published_of_
     M = torch.zeros(2, 1, *model.latent_shape[1:])
     M[:, :, :2, :2] = 1
 
-    def left(covered, change, *overrides):
+    class Off:
+        def predict(self, *asked):
+            return model.predict(*asked) + 1
+
+    def left(covered, change, *overrides, student=model):
         torch.manual_seed(0)
         method, _ = scrub("method.blinding=blurred", "method.lamb_b=0", "method.lamb_r=0", *overrides)
-        method.student, method.teacher, method.told = model, model, Told(null, null)
+        method.student, method.teacher, method.told = student, model, Told(null, null)
         return method.loss({"forget": (z_0, covered, z_0 + change * off)}).item()
 
     for covered in (M, M / 2):
         assert left(covered, 0.1) == left(covered, 1.0) == pytest.approx(1), "the teacher has all of it left"
+    assert left(M, 1e-3, student=Off()) == pytest.approx(1), "and no more, where there is next to nothing to forget"
     assert left(M, 0.1, "method.normalised=false") < 0.1 * left(M, 1.0, "method.normalised=false")
 
 

@@ -21,6 +21,8 @@ purity and the falling rate):
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
 - normalised: L_f is a share, of what the teacher, told the same, would have to forget of this picture at this t: 1 at
   the start for a cat as for a key, and at large t, where there is little to see and the prompt decides, as at small t.
+  It is 1 at most, of what the student is off by where that is more: where there is next to nothing to forget, one
+  step would outweigh many, and the optimizer's second moments would keep the next hundreds small.
   L_b is a mean over what 1 - M covers. As written up, both are means over the whole picture.
 Without a switch: M is interpolated and not repeated between places of the features' grid, prototypes are means of
 directions brought back to unit length, and an image's latent is its mode and not a sample.
@@ -121,8 +123,9 @@ class Scrubber(TrainedMethod):
         if self.normalised:
             with torch.no_grad():
                 whole = self._error(teacher.predict(z_t, t, c), z_t, T_blind, z_blind_t, t)
+                whole = torch.maximum(_sum(M * whole), _sum(M * left)).clamp(min=1e-6)
             found = M.sum((1, 2, 3)).clamp(max=1)  # a picture that shows it nowhere has nothing to teach
-            L_f = (found * _sum(M * left) / _sum(M * whole).clamp(min=1e-6)).mean()
+            L_f = (found * _sum(M * left) / whole).mean()
             L_b = ((1 - M) * off).mean() / (1 - M).mean().clamp(min=1e-6)
         else:  # as eq. 11 has it: the mask is inside the square
             L_f, L_b = (M.square() * left).mean(), ((1 - M).square() * off).mean()
