@@ -13,8 +13,8 @@ purity and the falling rate):
   that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). An error
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
   decides what is drawn, for almost nothing. (Of a schedule that ends in purer noise than Stable Diffusion's, an error
-  of eps counts no more than at the last timestep of that: of DiT's it would a hundred times as much, and all else
-  nothing.)
+  of eps counts no more than at the last timestep of that: at DiT's last it would a hundred times as much, and all
+  else for nothing.)
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
 - confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
@@ -122,8 +122,8 @@ class Scrubber(TrainedMethod):
         left, off = self._error(S, z_t, T_blind, z_blind_t, t), self._error(S, z_t, T, z_t, t)
         if self.normalised:
             with torch.no_grad():
-                whole = self._error(teacher.predict(z_t, t, c), z_t, T_blind, z_blind_t, t)
-                whole = torch.maximum(_sum(M * whole), _sum(M * left)).clamp(min=1e-6)
+                before = self._error(teacher.predict(z_t, t, c), z_t, T_blind, z_blind_t, t)
+                whole = torch.maximum(_sum(M * before), _sum(M * left)).clamp(min=1e-6)
             found = M.sum((1, 2, 3)).clamp(max=1)  # a picture that shows it nowhere has nothing to teach
             L_f = (found * _sum(M * left) / whole).mean()
             L_b = ((1 - M) * off).mean() / (1 - M).mean().clamp(min=1e-6)
