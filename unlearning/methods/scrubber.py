@@ -12,17 +12,16 @@ purity and the falling rate):
 - target_space=x0 compares the pictures x_0 that the predictions imply. As z_t and z_blind_t share their eps, a student
   that repeats T(z_blind_t) at z_t ("raw") still implies the concept: x_0 = T's blinded x_0 + M (z_0 - eta). An error
   of x_0 counts the same at every t: at small t one of eps would count for ever more, and at large t, where the prompt
-  decides what is drawn, for almost nothing. (Of a schedule that ends in purer noise than Stable Diffusion's, an error
-  of eps counts no more than at the last timestep of that: at DiT's last it would a hundred times as much, and all
-  else for nothing.)
+  decides what is drawn, for almost nothing. Where a schedule ends in purer noise than Stable Diffusion's, an error of
+  eps counts at most as it does at the last timestep of that; at DiT's last it would count a hundred times as much.
 - conditioning: what the student is told; the teacher is told nothing (scrubbing/conditioning.py).
 - confirmed: where words are found, they have a say in which prototypes are the concept's (scrubbing/fingerprint.py).
 - blinding: what is put in the concept's place (scrubbing/blinding.py).
 - detect=once: masks are taken once, at timesteps in the fingerprint's band, and not at every training timestep.
 - normalised: L_f is a share, of what the teacher, told the same, would have to forget of this picture at this t: 1 at
   the start for a cat as for a key, and at large t, where there is little to see and the prompt decides, as at small t.
-  It is 1 at most, of what the student is off by where that is more: where there is next to nothing to forget, one
-  step would outweigh many, and the optimizer's second moments would keep the next hundreds small.
+  Where the student is off by more than that, it is a share of what the student is off by, and so 1 at most: where
+  there is next to nothing to forget, one step would outweigh many, and Adam's second moments keep it for hundreds.
   L_b is a mean over what 1 - M covers. As written up, both are means over the whole picture.
 Without a switch: M is interpolated and not repeated between places of the features' grid, prototypes are means of
 directions brought back to unit length, and an image's latent is its mode and not a sample.
