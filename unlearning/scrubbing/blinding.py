@@ -65,12 +65,13 @@ def shuffled(z_0: Tensor, M: Tensor) -> Tensor:
     """Patches of an eighth of the side, drawn in proportion to how much background they hold."""
     H, W = z_0.shape[-2:]
     size = max(1, min(H, W) // 8)
-    patches = F.unfold(z_0, size, stride=1)  # (N, C size², places)
-    background = F.unfold(1 - M, size, stride=1).mean(1).pow(4) + 1e-6
+    places = torch.arange(H * W, device=z_0.device).reshape(H, W).unfold(0, size, 1).unfold(1, size, 1)  # of each patch
+    background = F.avg_pool2d(1 - M, size, stride=1).flatten(1).pow(4) + 1e-6
     down, across = -(-H // size), -(-W // size)
-    chosen = torch.multinomial(background, down * across, replacement=True)
-    laid = patches.gather(2, chosen[:, None].expand(-1, patches.shape[1], -1))
-    return F.fold(laid, (down * size, across * size), size, stride=size)[..., :H, :W]
+    chosen = torch.multinomial(background, down * across, replacement=True).unflatten(1, (down, across))
+    laid = places[chosen // places.shape[1], chosen % places.shape[1]].transpose(2, 3)  # (N, down, size, across, size)
+    drawn = z_0.flatten(2).gather(2, laid.flatten(1)[:, None].expand(-1, z_0.shape[1], -1))
+    return drawn.unflatten(2, (down * size, across * size))[..., :H, :W]
 
 
 def inpainted(teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
