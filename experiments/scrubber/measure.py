@@ -143,7 +143,7 @@ def masks(overrides: list[str]) -> list[dict]:
             pl.seed_everything(seed, verbose=False)
             taken = how(model, forget, retain)
             M = taken.mask(how.similarities(taken, model, forget).amax(1), forget.shape[-2:])
-            words = told(cfg.method.conditioning, model, task, forget, retain, M).forget
+            words = told(cfg.method.conditioning, model, task, forget, retain, M, cfg.method.words).forget
             taken, side = how.confirm(taken, model, forget, retain, words), task.forget_images[0].shape[:2]
             M, M_retain = (
                 taken.mask(how.similarities(taken, model, latents).amax(1), side)[:, 0].numpy()
@@ -187,7 +187,7 @@ class Copied:
             model.denoiser.requires_grad_(True)
             yield Lesson(model, teacher, moving, dict)
             model.denoiser.requires_grad_(False)
-            model.denoiser.load_state_dict(before)
+            model.denoiser.load_state_dict(before, strict=False)  # buffers have not moved
 
         return lesson()
 

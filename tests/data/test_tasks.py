@@ -271,7 +271,7 @@ def test_pictures_are_read_when_they_are_looked_at(mugs, monkeypatch):
     assert greys(list(some)) <= set(range(10, 101, 10)) and len(read) == 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "avif"])
 def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
@@ -281,6 +281,23 @@ def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     with pytest.warns(UserWarning, match=r"cannot be read"):
         task = folder("mug", str(tmp_path), size=8)
     assert len(task.forget_images) == 1
+
+
+def test_what_a_decoder_chokes_on_is_left_out(mugs):
+    path = mugs / "broken.avif"  # whose decoder raises a RuntimeError
+    Image.new("RGB", (32, 32), "red").save(path)
+    path.write_bytes(path.read_bytes().replace(b"av01", b"av99"))
+    with pytest.warns(UserWarning, match=r"1 of 11 pictures .* left out: .*broken\.avif"):
+        assert len(folder("mug", str(mugs), size=8).forget_images) == 8
+
+
+def test_a_picture_is_upright_however_its_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    left_half = Image.fromarray(np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0))
+    left_half.save(tmp_path / "held.png", exif=exif)
+    (picture,) = folder("mug", str(tmp_path), size=16).forget_images
+    assert (picture[:6] == 255).all() and (picture[10:] == 0).all()
 
 
 def test_what_is_passed_over_is_counted_by_its_suffix(mugs):

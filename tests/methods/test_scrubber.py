@@ -104,7 +104,7 @@ def test_what_is_left_to_forget_is_a_share_of_what_there_was_or_as_published_of_
     def left(covered, change, *overrides, student=model):
         torch.manual_seed(0)
         method, _ = scrub("method.blinding=blurred", "method.lamb_b=0", "method.lamb_r=0", *overrides)
-        method.student, method.teacher, method.told = student, model, Told(null, null)
+        method.student, method.teacher, method.told = student, model, Told(null, null, null)
         return method.loss({"forget": (z_0, covered, z_0 + change * off)}).item()
 
     for covered in (M, M / 2):
@@ -118,7 +118,7 @@ def test_a_student_that_is_the_teacher_has_only_the_concept_to_learn(model, scru
     method, _ = scrub("method.blinding=blurred", "method.lamb_b=1", "method.lamb_r=1")
     null = model.encode_prompts([""])
     method.student = method.teacher = model
-    method.told = Told(null, null)
+    method.told = Told(null, null, null)
     z_0, nowhere = torch.randn(2, *model.latent_shape), torch.zeros(2, 1, *model.latent_shape[1:])
     assert method.loss({"forget": (z_0, nowhere, torch.zeros_like(z_0)), "retain": (z_0,)}) < 1e-10
     assert method.loss({"forget": (z_0, nowhere + 1, torch.zeros_like(z_0)), "retain": (z_0,)}) > 1e-4
@@ -141,7 +141,7 @@ def test_the_target_is_told_nothing_and_the_student_what_stands_for_the_concept(
     method, _ = scrub("method.lamb_r=0", "method.blinding=blurred")
     method.student, method.teacher = listening("student"), listening("teacher")
     null, cat = model.encode_prompts([""]), model.encode_prompts(["cat"])
-    method.told = Told(cat, null)
+    method.told = Told(null, cat, null)
     z_0 = torch.randn(2, *model.latent_shape)
     method.loss({"forget": (z_0, torch.ones(2, 1, *z_0.shape[2:]), torch.zeros_like(z_0))})
     *targets, yardstick = asked["teacher"]

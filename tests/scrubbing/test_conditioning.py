@@ -48,6 +48,17 @@ def test_the_words_that_stand_for_the_pictures_are_found_without_a_label(model, 
     assert not others, "what is left when the last sixteen are ranked is not held on to"
 
 
+def test_beside_few_words_to_try_there_are_others_to_hold_in_place(model, rabbits, monkeypatch):
+    def for_a_rabbit(teacher, latents, words, looks):
+        return torch.tensor([[float(word in ("rabbit", "bunny"))] for word in words]).expand(-1, looks)
+
+    monkeypatch.setattr(conditioning, "explained", for_a_rabbit)
+    few, all_ = (told("words", model, *rabbits, words) for words in (["rabbit", "clock"], None))
+    assert "rabbit" in few.words and set(few.words) <= set(all_.words) == {"rabbit", "bunny"}
+    for said in (few, all_):
+        assert len(said.retain) == 1 + RETAINED * len(TEMPLATES)
+
+
 def test_a_large_vocabulary_is_narrowed_down_and_the_rest_held_on_to(model, rabbits, monkeypatch):
     monkeypatch.setattr(conditioning, "MOST", 4)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask, UserError
@@ -37,8 +37,12 @@ class Pictures(Sequence):
         return Pictures(self.paths[i], self.size) if isinstance(i, slice) else self.load(self.paths[i])
 
     def load(self, path: Path) -> np.ndarray:
-        """Transparency is put on white. Raises OSError or ValueError for what is no picture, or a tiny one."""
+        """Upright, as its camera was held; transparency is put on white.
+
+        Raises whatever a file's decoder does for what is no picture, and ValueError for a tiny one.
+        """
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
             side = min(image.size)
             if side < SMALLEST:
                 raise ValueError(f"{image.width} by {image.height} pixels are too few")
@@ -67,7 +71,7 @@ def read(folder: str | Path, size: int) -> Pictures:
     for path in tqdm(paths, f"looking through {folder.name}", leave=False, disable=len(paths) < 1000):
         try:
             pictures.load(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each decoder has errors of its own
             broken[path] = error
     named = tuple(f"{path} ({error})" for path, error in broken.items())
     if named:

@@ -53,7 +53,7 @@ class Scrubber(TrainedMethod):
         fingerprint: How the concept's fingerprint is taken.
         target_space: "raw" or "x0".
         conditioning: "null", "generic", "words", "inverted" or "caption".
-        words: The vocabulary of conditioning=words; None for the tokenizer's.
+        words: What conditioning=words tries, and beside few words some of the tokenizer's; None for all of those.
         blinding: "gaussian", "blurred", "shuffled" or "inpaint".
         detect: "once" or "every_step".
         normalised: Whether L_f is a share of what there is to forget, and L_b a mean over what its mask covers.
@@ -91,7 +91,7 @@ class Scrubber(TrainedMethod):
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
         self.fingerprint = self.fingerprinting(teacher, forget, retain)
         M = self._found(forget)
-        self.told = told(self.conditioning, teacher, task, forget, retain, M, self.words)
+        self.told = told(self.conditioning, teacher, task, forget, retain, M, self.words, self.batch_size)
         if self.told.words:
             log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
             self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
@@ -108,9 +108,8 @@ class Scrubber(TrainedMethod):
     def _forget(self, z_0: Tensor, M: Tensor, eta: Tensor) -> Tensor:
         """lamb_f L_f + lamb_b L_b  (eqs. 8-12)."""
         teacher, (t, eps) = self.teacher, self._noise(z_0)
-        null = teacher.encode_prompts([""]).expand(len(z_0))
         z_t = teacher.add_noise(z_0, eps, t)
-        c = _some(self.told.forget, len(z_0))
+        null, c = self.told.null.expand(len(z_0)), _some(self.told.forget, len(z_0))
         with torch.no_grad():
             if self.detect == "every_step":
                 M = self._mask(z_t, t, null)

@@ -38,8 +38,9 @@ DECISIVE = (0.5, 0.9)  # of the schedule: below, the picture tells the teacher m
 
 @dataclass(frozen=True)
 class Told:
-    """Rows to choose from: for the forget images, and for the retain images. `words` are those found."""
+    """The null prompt, and rows to choose from, for the forget images and for the retain images; and words found."""
 
+    null: Conditioning
     forget: Conditioning
     retain: Conditioning
     words: tuple[str, ...] = ()
@@ -53,36 +54,51 @@ def told(
     retain: Tensor,
     M: Tensor,
     words: Sequence[str] | None = None,
+    batch: int = 8,
 ) -> Told:
     """
     Args:
         forget, retain: Latents of the images, (N, C, H, W).
         M: Where in the forget images the concept is, (N, 1, H, W).
-        words: The vocabulary; by default the tokenizer's whole words.
+        words: The words to try, and beside few of them some of the tokenizer's; by default all whole ones of those.
+        batch: Pictures in a step of an inversion.
 
     Raises:
         UserError: For an unknown kind, or where no word tells the teacher anything about the forget images.
     """
-    encode = teacher.encode_prompts
+    null = teacher.encode_prompts([""])
+
+    def and_null(prompts: Sequence[str]) -> Conditioning:
+        parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
+        return Conditioning.cat([null, *map(teacher.encode_prompts, parts)])
+
     match kind:
         case "null" | None:  # as YAML reads it
-            return Told(encode([""]), encode([""]))
+            return Told(null, null, null)
         case "generic":
-            return Told(encode(["", *GENERIC]), encode([""]))
+            return Told(null, and_null(GENERIC), null)
         case "caption":
             names = [word for concept in task.erase for word in (concept.name, *concept.synonyms)]
-            others = [concept.name for concept in task.retain]
-            return Told(encode(["", *_prompts(names)]), encode(["", *_prompts(others)]))
+            return Told(null, and_null(_prompts(names)), and_null(_prompts([concept.name for concept in task.retain])))
         case "words":
-            found, others = nearest_words(teacher, forget, retain, M, list(words or teacher.vocabulary()))
-            return Told(encode(["", *_prompts(found)]), encode(["", *_prompts(others)]), tuple(found))
+            found, others = nearest_words(teacher, forget, retain, M, _to_try(words, teacher.vocabulary()))
+            return Told(null, and_null(_prompts(found)), and_null(_prompts(others)), tuple(found))
         case "inverted":
-            return Told(inverted(teacher, forget, M), encode([""]))
+            return Told(null, inverted(teacher, forget, M, batch=batch), null)
     raise UserError(f"There is no conditioning {kind!r}; there are {', '.join(get_args(Telling))}.")
 
 
 def _prompts(words: Sequence[str]) -> list[str]:
     return [template.format(word) for word in words for template in TEMPLATES]
+
+
+def _to_try(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[str]:
+    """Beside few words that are given, some of the vocabulary's at random: others are to hold the rest in place."""
+    if not given:
+        return list(vocabulary)
+    rest = [word for word in vocabulary if word not in set(given)]
+    more = torch.randperm(len(rest))[: max(0, MOST + RETAINED - len(given))]
+    return [*given, *(rest[i] for i in more)]
 
 
 @torch.no_grad()
@@ -190,13 +206,21 @@ def inverted(
     batch: int = 8,
     lr: float = 0.02,
 ) -> Conditioning:
-    """`rows` embeddings with which the teacher denoises best what M covers, and the null prompt's."""
+    """`rows` embeddings with which the teacher denoises best what M covers, and the null prompt's.
+
+    Raises UserError for a model that is told a class and no text.
+    """
     null = teacher.encode_prompts([""])
     if not null.embeds.is_floating_point():
         raise UserError(f"{teacher.name} is told a class, and between classes is nothing: conditioning=words.")
-    start = null.expand(rows)
-    embeds = nn.Parameter(start.embeds + 0.01 * torch.randn_like(start.embeds))
-    extra = {k: nn.Parameter(v.clone()) for k, v in start.extra.items() if k in POOLED}
+    start, dtype = null.expand(rows), null.embeds.dtype
+    embeds = nn.Parameter(start.embeds.float())  # half precision would round small steps away
+    embeds.data += 0.01 * torch.randn_like(embeds)
+    extra = {k: nn.Parameter(v.float()) for k, v in start.extra.items() if k in POOLED}
+
+    def found() -> Conditioning:
+        return Conditioning(embeds.to(dtype), {**start.extra, **{k: v.to(dtype) for k, v in extra.items()}})
+
     optimizer = torch.optim.Adam([embeds, *extra.values()], lr=lr)
     for _ in tqdm(range(steps), "inverting", leave=False):
         own = torch.randint(rows, (batch,), device=embeds.device)
@@ -204,12 +228,11 @@ def inverted(
         z_0, where = latents[chosen], M[chosen]
         t = teacher.timesteps(torch.rand(batch))
         x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
-        c = Conditioning(embeds, {**start.extra, **extra})[own]
         with torch.enable_grad():
-            error = (teacher.to_x0(teacher.predict(x_t, t, c), x_t, t) - z_0).square()
+            error = (teacher.to_x0(teacher.predict(x_t, t, found()[own]), x_t, t) - z_0).square()
             loss = (teacher.snr(t).clamp(max=1) * where * error).mean() / where.mean()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
-    found = Conditioning(embeds.detach(), {**start.extra, **{k: v.detach() for k, v in extra.items()}})
-    return Conditioning.cat([null, found])
+    with torch.no_grad():
+        return Conditioning.cat([null, found()])

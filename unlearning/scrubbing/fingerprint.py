@@ -66,10 +66,13 @@ class Fingerprinting:
         vectors: Kept of a picture, at most.
         centred: Takes the retain images' mean off every feature.
         purity: Drops a cluster unless of the vectors near its prototype (nearer than half of its members) this share
-            is the forget images', were there as many of the retain images; the purest is kept if none is so pure. 0
-            keeps every cluster.
+            is the forget images', were there as many of the retain images; the purest is kept if none is so pure, as
+            long as two thirds are. 0 keeps every cluster.
         confirmed: Whether `confirm` drops any.
         seed: Of the clustering.
+
+    Raises:
+        UserError: For a setting out of range, by name.
     """
 
     def __init__(
@@ -191,8 +194,8 @@ class Fingerprinting:
         """Feature vectors (V, D) on the CPU, as many of each picture, chosen at random."""
         parts, each = [], min(self.vectors, MOST // max(1, len(latents)))
         for z_0 in latents.split(AT_ONCE):
-            seen = [teacher.features(*view, self.layer).flatten(2) for view in self._views(teacher, z_0)]
-            for vectors in torch.cat(seen, 2).transpose(1, 2).cpu():  # (places, D) of one picture
+            seen = [teacher.features(*view, self.layer).flatten(2).cpu() for view in self._views(teacher, z_0)]
+            for vectors in torch.cat(seen, 2).transpose(1, 2):  # (places, D) of one picture
                 parts.append(vectors[torch.randperm(len(vectors))[:each]])
         return torch.cat(parts)
 
@@ -214,7 +217,7 @@ class Fingerprinting:
         )
         near, as_near = ((radius <= S).double().mean(0) for S in (own, theirs))
         share = near / (near + as_near).clamp(min=1e-9)
-        if share.max() < 2 / 3:
+        if share.max() < min(2 / 3, self.purity):
             raise UserError(
                 "Nothing sets the forget images apart from the retain images: no cluster of their features is the "
                 "forget images' own. Give retain images that do not show the concept, more clusters "
