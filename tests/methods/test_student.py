@@ -68,6 +68,12 @@ def test_a_pattern_that_matches_nothing_is_answered(model, student):
         pass
 
 
+def test_an_adapter_is_not_trained_through_weights_in_float16(sd1):
+    half = StableDiffusion.load(str(sd1), device="cpu", dtype="float16")
+    with pytest.raises(UserError, match=r"model\.dtype=bfloat16"), LoRA(KEYS_AND_VALUES).of(half):
+        pass
+
+
 def test_weights_in_half_precision_are_refused_and_an_adapter_beside_them_is_not_in_it(sd1):
     """A step of 1e-5 is less than bfloat16 tells apart at a weight of 0.02."""
     half = StableDiffusion.load(str(sd1), device="cpu", dtype="bfloat16")

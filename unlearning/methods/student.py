@@ -81,7 +81,8 @@ class LoRA:
         """While the lesson lasts; then the model is what it was.
 
         Raises:
-            UserError: Where no linear map matches, or diffusers has no adapters for the denoiser.
+            UserError: Where no linear map matches, the weights are in float16, or diffusers has no adapters for the
+                denoiser.
         """
         linear = [n for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
         chosen = [n for n in linear if re.search(self.pattern, n)]
@@ -89,6 +90,11 @@ class LoRA:
             raise UserError(
                 f"No linear map of the denoiser has a name that matches {self.pattern!r}: method.student.modules says "
                 "which get an adapter."
+            )
+        if model.dtype == torch.float16:
+            raise UserError(
+                "Gradients come back through the model's weights, and most are too small for float16 to tell from "
+                "nothing: model.dtype=bfloat16."
             )
         if not isinstance(model.denoiser, PeftAdapterMixin):
             raise UserError(

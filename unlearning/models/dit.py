@@ -42,6 +42,10 @@ class DiT(StableDiffusion):
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         return (x_t,), {"timestep": t.expand(len(x_t)), "class_labels": c.embeds.flatten()}
 
+    @property
+    def _scale(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)  # its pipeline does not say
+
     @cached_property
     def _labels(self) -> dict[str, int]:
         """The longest first, so that "tiger cat" is no tiger."""

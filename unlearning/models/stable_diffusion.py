@@ -17,6 +17,8 @@ from unlearning.concepts import UserError
 from unlearning.models.base import Conditioning, DiffusionModel
 from unlearning.models.model import DType, chosen_device, fingerprint
 
+AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
+
 
 class StableDiffusion(DiffusionModel):
     component = "unet"
@@ -42,6 +44,7 @@ class StableDiffusion(DiffusionModel):
         autocast: DType | None = None,
         device: str = "auto",
         attention_slicing: bool = False,
+        gradient_checkpointing: bool = False,
         offload: bool = False,
         compile: bool = False,
     ) -> "StableDiffusion":
@@ -54,6 +57,8 @@ class StableDiffusion(DiffusionModel):
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.
+            gradient_checkpointing: Less memory in training, for more time: layers are worked out again on the
+                way back.
             offload: Keeps in the accelerator's memory only the part that works (needs an accelerator).
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
 
@@ -75,6 +80,8 @@ class StableDiffusion(DiffusionModel):
         pipeline.set_progress_bar_config(disable=True)
         if attention_slicing:
             pipeline.enable_attention_slicing()
+        if gradient_checkpointing:
+            getattr(pipeline, cls.component).enable_gradient_checkpointing()
         if offload and place.type != "cpu":
             pipeline.enable_model_cpu_offload()
         else:
@@ -109,8 +116,9 @@ class StableDiffusion(DiffusionModel):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        encoded = self.vae.encode((2 * images - 1).to(self.device, self.vae.dtype))
-        return (self._mean(encoded).float() - self._shift) * self.vae.config.scaling_factor
+        few = images.split(max(1, AT_ONCE // (images.shape[-2] * images.shape[-1])))
+        encoded = [self._mean(self.vae.encode((2 * part - 1).to(self.device, self.vae.dtype))) for part in few]
+        return (torch.cat(encoded).float() - self._shift) * self.vae.config.scaling_factor
 
     @staticmethod
     def _mean(encoded: AutoencoderKLOutput) -> Tensor:
@@ -119,8 +127,15 @@ class StableDiffusion(DiffusionModel):
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         latents = (x_0 / self.vae.config.scaling_factor + self._shift).to(self.vae.dtype)
+        pixels = x_0.shape[-2] * x_0.shape[-1] * self._scale**2
         with self.precision():
-            return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+            drawn = [self.vae.decode(few).sample for few in latents.split(max(1, AT_ONCE // pixels))]
+        return (torch.cat(drawn).float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _scale(self) -> int:
+        """The side of a picture over that of its latent."""
+        return self.pipeline.vae_scale_factor
 
     @property
     def _shift(self) -> float:

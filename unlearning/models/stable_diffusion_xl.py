@@ -15,6 +15,11 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = StableDiffusionXLPipeline
     load_options: ClassVar[dict] = {"add_watermarker": False}
 
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:  # it overflows, as diffusers' own knows
+            self.vae.to(torch.float32)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -23,6 +28,7 @@ class StableDiffusionXL(StableDiffusion):
         if self.pipeline.config.force_zeros_for_empty_prompt:  # SDXL's null prompt is zeros, not an encoded ""
             told = torch.tensor([bool(p) for p in prompts], device=embeds.device)
             embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
+        # What it draws, and of pictures to learn from too, which are cut and scaled to that size beforehand.
         side = self.latent_shape[-1] * self.pipeline.vae_scale_factor
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
         return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
