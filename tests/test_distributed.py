@@ -1,6 +1,7 @@
 """trainer=ddp on two processes of one machine: the run that one process makes, shared out."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline
 import unlearning
 from unlearning.erasure import Erasure
 from unlearning.images import load, read_manifest
+from unlearning.methods.scrubber import Scrubber
 
 RUN = [
     "concept=cat", "method=esd_x", "method.trajectory=exact", "method.iterations=2", "method.steps=2",
@@ -38,17 +40,40 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     assert (abs(load(alone).astype(int) - load(shared)) <= 1).all()
 
 
+class Watched(Scrubber):
+    """Leaves what each process found, which pictures it saw and what it came to."""
+
+    def on_fit_start(self) -> None:
+        self.saw = []
+
+    def loss(self, batch) -> torch.Tensor:
+        self.saw.append(batch["forget"][0])
+        return super().loss(batch)
+
+    def on_train_end(self) -> None:
+        moved = {name: p.detach() for name, p in self.weights.items()}
+        torch.save((self.fingerprint.prototypes, self.saw, moved), f"rank{self.global_rank}.pt")
+
+
 def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
-    """Each finds the same fingerprint, and learns from pictures of its own."""
+    """Each has the same fingerprint, learns from pictures of its own, and ends with the same weights."""
     command = [
         sys.executable, "-m", "unlearning", "concept=cat", "method=scrubber", "method.iterations=2",
-        "method.batch_size=2", "method.conditioning=null", "method.fingerprint.K=8", "method.fingerprint.purity=0",
-        "method.fingerprint.draws=1", "dataset.pictures=8", "stages=[fit]", "trainer=ddp", "trainer.devices=2",
-        "+trainer.accumulate_grad_batches=2", "trainer.precision=bf16-mixed", *RUN[-6:],
-        f"hydra.run.dir={tmp_path}/run",
+        "method._target_=tests.test_distributed.Watched", "method.batch_size=2", "method.conditioning=null",
+        "method.fingerprint.K=8", "method.fingerprint.purity=0", "method.fingerprint.draws=1", "dataset.pictures=8",
+        "stages=[fit]", "trainer=ddp", "trainer.devices=2", "+trainer.accumulate_grad_batches=2",
+        "trainer.precision=bf16-mixed", *RUN[-6:], f"hydra.run.dir={tmp_path}/run",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
+    (found, saw, moved), (theirs, they_saw, they_moved) = (torch.load(tmp_path / f"rank{i}.pt") for i in range(2))
+    assert torch.equal(found, theirs)
+    assert len(saw) == len(they_saw) == 4, "two steps of two batches"
+    assert not any(torch.equal(z, other) for z in torch.cat(saw[:2]) for other in torch.cat(they_saw[:2]))
+    assert all(torch.equal(p, they_moved[name]) for name, p in moved.items())
     weights = Path(unlearning.__file__).parent / "weights"
     before = DiffusionPipeline.from_pretrained(weights / "emoji_unet").unet.state_dict()
     learned = Erasure.load(tmp_path / "run" / "erasure").weights

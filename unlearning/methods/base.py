@@ -123,8 +123,14 @@ class TrainedMethod(Method, pl.LightningModule):
         return [optimizer], [{"scheduler": self._scheduler(optimizer), "interval": "step"}]
 
 
+def kept_in(trainer: pl.Trainer) -> Path | None:
+    """The folder of checkpoints, and of what else an interrupted fit goes on from; None where nothing is kept."""
+    keeper = trainer.checkpoint_callback
+    return Path(keeper.dirpath) if keeper and keeper.dirpath else None
+
+
 def _last_checkpoint(trainer: pl.Trainer) -> Path | None:
     """Where an interrupted fit goes on."""
-    keeper = trainer.checkpoint_callback
-    last = Path(keeper.dirpath) / "last.ckpt" if keeper and keeper.dirpath else None
+    folder = kept_in(trainer)
+    last = folder / "last.ckpt" if folder else None
     return last if last and last.exists() else None

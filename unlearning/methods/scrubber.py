@@ -36,12 +36,13 @@ from torch import Tensor
 
 from unlearning.concepts import UserError
 from unlearning.data.forget_retain import ForgetRetain, encoded
-from unlearning.methods.base import TrainedMethod
+from unlearning.methods.base import TrainedMethod, kept_in
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.blinding import Blinding, filling
 from unlearning.scrubbing.conditioning import Telling, told
 from unlearning.scrubbing.figures import figures
-from unlearning.scrubbing.fingerprint import Fingerprinting
+from unlearning.scrubbing.fingerprint import Fingerprint, Fingerprinting
+from unlearning.scrubbing.found import Found
 
 log = logging.getLogger(__name__)
 FARTHEST = 214.0  # 1 / SNR of the last timestep of Stable Diffusion's schedule
@@ -85,20 +86,36 @@ class Scrubber(TrainedMethod):
         return ForgetRetain(self._first_phase, self.batch_size, self.seed)
 
     def _first_phase(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor]]:
-        """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images."""
-        teacher, task = self.teacher, self.task
+        """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images.
+
+        Searched for once, however often a fit is interrupted, and the same in all processes of a distributed one.
+        """
+        teacher, task, strategy, folder = self.teacher, self.task, self.trainer.strategy, kept_in(self.trainer)
         _insist_on_images(task)
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
-        self.fingerprint = self.fingerprinting(teacher, forget, retain)
-        M = self._found(forget)
-        self.told = told(self.conditioning, teacher, task, forget, retain, M, self.words, self.batch_size)
-        if self.told.words:
-            log.info("the forget images are denoised best as: %s", ", ".join(self.told.words))
-            self.fingerprint = self.fingerprinting.confirm(self.fingerprint, teacher, forget, retain, self.told.forget)
-            M = self._found(forget)
-        eta = filling(self.blinding, teacher, forget, M)
-        self.figures = figures(self, forget, retain, M, eta)
-        return (forget, M, eta), (retain,)
+        path = folder / "first_phase.pt" if folder else None
+        if not path or strategy.broadcast(not path.exists()):
+            found = self._search(forget, retain)
+            if path and self.trainer.is_global_zero:
+                found.save(path)
+            strategy.barrier()
+        if path:
+            found = Found.load(path, teacher.device)
+        self.fingerprint, self.told = found.fingerprint, found.told
+        self.figures = figures(self, forget, retain, found.M, found.eta)
+        return (forget, found.M, found.eta), (retain,)
+
+    def _search(self, forget: Tensor, retain: Tensor) -> Found:
+        """Of latents (N, C, H, W)."""
+        teacher = self.teacher
+        fingerprint = self.fingerprinting(teacher, forget, retain)
+        M = self._found(fingerprint, forget)
+        said = told(self.conditioning, teacher, self.task, forget, retain, M, self.words, self.batch_size)
+        if said.words:
+            log.info("the forget images are denoised best as: %s", ", ".join(said.words))
+            fingerprint = self.fingerprinting.confirm(fingerprint, teacher, forget, retain, said.forget)
+            M = self._found(fingerprint, forget)
+        return Found(fingerprint, said, M, filling(self.blinding, teacher, forget, M))
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
         z_0, M, eta = batch["forget"]
@@ -129,10 +146,10 @@ class Scrubber(TrainedMethod):
             L_f, L_b = (M.square() * left).mean(), ((1 - M).square() * off).mean()
         return self.lamb_f * L_f + self.lamb_b * L_b
 
-    def _found(self, z_0: Tensor) -> Tensor:
+    def _found(self, fingerprint: Fingerprint, z_0: Tensor) -> Tensor:
         """M (N, 1, H, W) of pictures, at timesteps of the fingerprint's band."""
-        S = self.fingerprinting.similarities(self.fingerprint, self.teacher, z_0).amax(1)
-        return self.fingerprint.mask(S, z_0.shape[-2:])
+        S = self.fingerprinting.similarities(fingerprint, self.teacher, z_0).amax(1)
+        return fingerprint.mask(S, z_0.shape[-2:])
 
     def _mask(self, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """M (B, 1, H, W) at the training timestep."""

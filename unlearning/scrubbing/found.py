@@ -1,0 +1,40 @@
+"""What the scrubber's first phase comes to, kept beside the checkpoints: a fit that was interrupted goes on from it."""
+
+# N pictures, C H W latent shape.
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unlearning.images import write_atomically
+from unlearning.models.base import Conditioning
+from unlearning.scrubbing.conditioning import Told
+from unlearning.scrubbing.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class Found:
+    """
+    Args:
+        M: Where in the forget images the concept is, (N, 1, H, W).
+        eta: What is put in its place, (N, C, H, W).
+    """
+
+    fingerprint: Fingerprint
+    told: Told
+    M: Tensor
+    eta: Tensor
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = io.BytesIO()
+        torch.save(asdict(self), written)
+        write_atomically(path, written.getvalue())
+
+    @staticmethod
+    def load(path: Path, device: torch.device) -> "Found":
+        parts = torch.load(path, map_location=device, weights_only=True)
+        told = {k: Conditioning(**v) if isinstance(v, dict) else v for k, v in parts.pop("told").items()}
+        return Found(Fingerprint(**parts.pop("fingerprint")), Told(**told), **parts)
