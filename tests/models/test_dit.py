@@ -1,8 +1,11 @@
 """What DiT has of its own: classes in place of prompts."""
 
 import pytest
+import torch
+from hydra.utils import instantiate
 
 from tests import tiny
+from tests.composed import config
 from unlearning.concepts import Concept, UnlearningTask, UserError
 from unlearning.methods.uce import UCE
 from unlearning.models.dit import DiT
@@ -35,3 +38,12 @@ def test_a_prompt_that_names_no_one_class_is_answered(model, prompt, says):
 def test_uce_finds_nothing_to_edit(model):
     with pytest.raises(UserError, match="reads no text"):
         UCE().fit(model, UnlearningTask(erase=(Concept("cat"),)))
+
+
+def test_a_class_is_heard_through_the_tables_of_the_blocks(model, tmp_path):
+    student = instantiate(config(tmp_path, "model=dit", "method=scrubber").method.student)
+    with student.of(model) as lesson:
+        assert [p.shape[0] for p in lesson.parameters.values()] == [model.denoiser.config.num_embeds_ada_norm + 1] * 2
+        x_t, t = model.noise([0]), torch.tensor(500)
+        lesson.student.predict(x_t, t, model.encode_prompts(["a cat"])).square().mean().backward()
+        assert all(p.grad[0].any() and not p.grad[1].any() for p in lesson.parameters.values()), "the cat's rows alone"
