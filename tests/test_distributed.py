@@ -46,6 +46,10 @@ class Watched(Scrubber):
     def on_fit_start(self) -> None:
         self.saw = []
 
+    def _search(self, *latents):
+        torch.manual_seed(self.global_rank)  # left to themselves they would not find the same
+        return super()._search(*latents)
+
     def loss(self, batch) -> torch.Tensor:
         self.saw.append(batch["forget"][0])
         return super().loss(batch)

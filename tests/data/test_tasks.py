@@ -291,6 +291,12 @@ def test_what_a_decoder_chokes_on_is_left_out(mugs):
         assert len(folder("mug", str(mugs), size=8).forget_images) == 8
 
 
+def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png", exif=b"Exif\0\0garbagegarbage")
+    (picture,) = folder("mug", str(tmp_path), size=16).forget_images
+    assert (picture == (255, 0, 0)).all()
+
+
 def test_a_picture_is_upright_however_its_camera_was_held(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter

@@ -168,6 +168,13 @@ def test_with_a_lora_the_teacher_is_the_adapter_switched_off(sd1, scrub):
     assert isinstance(method.fit(model, shrunk(task, model)), Adapter)
 
 
+def test_gradients_that_nothing_scales_are_not_taken_in_float16(sd1, scrub):
+    method, task = scrub()
+    model = FAMILIES["sd1"].load(str(sd1), device="cpu", autocast="float16")
+    with pytest.raises(UserError, match=r"model\.autocast=bfloat16"):
+        method.fit(model, shrunk(task, model))
+
+
 def test_steps_lower_the_loss(model, scrub):
     """On one batch under one noise, the concept being everywhere."""
     method, task = scrub("method.iterations=4", "method.optimizer.lr=1e-5", "method.blinding=blurred")

@@ -5,8 +5,9 @@ import torch
 
 from tests import tiny
 from tests.tiny import FAMILIES
-from unlearning.methods.student import Weights
+from unlearning.methods.student import LoRA, Weights
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
+from unlearning.scrubbing.conditioning import inverted
 
 
 def test_of_large_pictures_the_autoencoder_is_shown_a_few_at_a_time(any_model, monkeypatch):
@@ -42,6 +43,21 @@ def test_gradients_are_the_same_though_layers_be_worked_out_again(any_pipeline):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_an_embedding_is_inverted_under_a_teacher_whose_layers_are_not_worked_out_again(adaptable_pipeline):
+    """Its weights, or its want of an adapter, are its own on the way there alone."""
+    family, folder = adaptable_pipeline
+    for student in (Weights("."), LoRA("to_k|to_v")):
+        found = []
+        for again in (False, True):
+            torch.manual_seed(0)
+            model = FAMILIES[family].load(str(folder), device="cpu", gradient_checkpointing=again)
+            with student.of(model) as lesson:
+                z_0, M = torch.randn(2, *model.latent_shape), torch.ones(2, 1, *model.latent_shape[1:])
+                found.append(inverted(lesson.teacher, z_0, M, rows=1, steps=2, batch=2).embeds)
+                assert model.denoiser.is_gradient_checkpointing == again
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("upcast", "kept"), [(True, torch.float32), (False, torch.float16)])
 def test_an_autoencoder_that_overflows_in_float16_is_not_in_it(tmp_path, upcast, kept):
     pipeline = tiny.pipeline("sdxl")
@@ -50,3 +66,7 @@ def test_an_autoencoder_that_overflows_in_float16_is_not_in_it(tmp_path, upcast,
     model = StableDiffusionXL.load(str(tmp_path), device="cpu", dtype="float16")
     assert model.vae.dtype == kept and model.dtype == torch.float16
     assert model.encode_images(torch.rand(1, 3, 16, 16)).dtype == torch.float32
+    model.autocast, computed = torch.float16, []
+    model.vae.decoder.conv_in.register_forward_hook(lambda _, __, output: computed.append(output.dtype))
+    model.decode(torch.zeros(1, *model.latent_shape))
+    assert computed == [kept]

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,8 @@ class Pictures(Sequence):
         Raises whatever a file's decoder does for what is no picture, and ValueError for a tiny one.
         """
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            with suppress(SyntaxError, ValueError, OSError):  # what says how it was held may be broken, and it be whole
+                image = ImageOps.exif_transpose(image)
             side = min(image.size)
             if side < SMALLEST:
                 raise ValueError(f"{image.width} by {image.height} pixels are too few")
@@ -71,6 +73,8 @@ def read(folder: str | Path, size: int) -> Pictures:
     for path in tqdm(paths, f"looking through {folder.name}", leave=False, disable=len(paths) < 1000):
         try:
             pictures.load(path)
+        except MemoryError:
+            raise
         except Exception as error:  # each decoder has errors of its own
             broken[path] = error
     named = tuple(f"{path} ({error})" for path, error in broken.items())

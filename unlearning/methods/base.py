@@ -76,6 +76,11 @@ class TrainedMethod(Method, pl.LightningModule):
         return Prompts([self.task.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        if model.autocast == torch.float16:
+            raise UserError(
+                "Most gradients are too small for float16 to tell from nothing: model.autocast=bfloat16, or "
+                "trainer.precision=16-mixed, which scales them."
+            )
         self.task, self.seed = task, torch.initial_seed()
         with self.kind_of_student.of(model) as lesson:
             self.student, self.teacher = lesson.student, lesson.teacher

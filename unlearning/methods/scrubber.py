@@ -54,7 +54,7 @@ class Scrubber(TrainedMethod):
         fingerprint: How the concept's fingerprint is taken.
         target_space: "raw" or "x0".
         conditioning: "null", "generic", "words", "inverted" or "caption".
-        words: What conditioning=words tries, and beside few words some of the tokenizer's; None for all of those.
+        words: Candidates of conditioning=words, made up to eighty from the tokenizer's vocabulary; None for all of it.
         blinding: "gaussian", "blurred", "shuffled" or "inpaint".
         detect: "once" or "every_step".
         normalised: Whether L_f is a share of what there is to forget, and L_b a mean over what its mask covers.
@@ -88,7 +88,8 @@ class Scrubber(TrainedMethod):
     def _first_phase(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor]]:
         """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images.
 
-        Searched for once, however often a fit is interrupted, and the same in all processes of a distributed one.
+        Where checkpoints are kept, they are found once, however often a fit is interrupted, and all processes of a
+        distributed one go on from what the first has found.
         """
         teacher, task, strategy, folder = self.teacher, self.task, self.trainer.strategy, kept_in(self.trainer)
         _insist_on_images(task)

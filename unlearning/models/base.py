@@ -17,6 +17,8 @@ from unlearning.concepts import UserError
 from unlearning.models.model import Model
 from unlearning.sampling.guidance import ClassifierFree, Guidance
 
+PLACES = 2**16  # of latents in a call of the denoiser: four pictures of 1024 by 1024 pixels
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -222,6 +224,11 @@ class DiffusionModel(Model):
         """The noise that a prediction implies: (x_t - alpha x_0) / sigma."""
         alpha, sigma = self._alpha_sigma(t)
         return (x_t - alpha * self.to_x0(prediction, x_t, t)) / sigma
+
+
+def at_once(latents: Tensor, most: int) -> int:
+    """How many of the latents (N, C, H, W) a call of the denoiser is for, at most: fewer, the larger they are."""
+    return max(1, min(most, PLACES // (latents.shape[-2] * latents.shape[-1])))
 
 
 def _on_grid(output: Tensor | tuple, height: int, width: int, text: int, layer: str) -> Tensor:

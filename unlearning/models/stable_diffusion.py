@@ -4,6 +4,7 @@ What later families share with them is inherited from here.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
 
@@ -128,9 +129,12 @@ class StableDiffusion(DiffusionModel):
     def decode(self, x_0: Tensor) -> Tensor:
         latents = (x_0 / self.vae.config.scaling_factor + self._shift).to(self.vae.dtype)
         pixels = x_0.shape[-2] * x_0.shape[-1] * self._scale**2
-        with self.precision():
+        with self._autoencoding():
             drawn = [self.vae.decode(few).sample for few in latents.split(max(1, AT_ONCE // pixels))]
         return (torch.cat(drawn).float() / 2 + 0.5).clamp(0, 1)
+
+    def _autoencoding(self) -> AbstractContextManager:
+        return self.precision()
 
     @property
     def _scale(self) -> int:

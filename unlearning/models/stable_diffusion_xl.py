@@ -1,6 +1,7 @@
 """SDXL: two text encoders, a pooled embedding, and micro-conditioning on the picture's size and crop."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,10 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(*args, **keywords)
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:  # it overflows, as diffusers' own knows
             self.vae.to(torch.float32)
+
+    def _autoencoding(self) -> AbstractContextManager:
+        upcast = self.vae.config.force_upcast
+        return torch.autocast(self.device.type, enabled=False) if upcast else super()._autoencoding()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

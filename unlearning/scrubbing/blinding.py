@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.models.base import Conditioning, DiffusionModel, at_once
 from unlearning.sampling.guidance import Guidance
 from unlearning.sampling.sampler import denoise
 
@@ -47,7 +47,8 @@ def filling(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> 
         case "shuffled":
             return shuffled(z_0, M)
         case "inpaint":
-            pairs = zip(z_0.split(AT_ONCE), M.split(AT_ONCE), strict=True)
+            few = at_once(z_0, AT_ONCE)
+            pairs = zip(z_0.split(few), M.split(few), strict=True)
             return torch.cat([inpainted(teacher, z, m) for z, m in pairs])
     raise UserError(f"There is no blinding {kind!r}; there are {', '.join(get_args(Blinding))}.")
 

@@ -11,7 +11,8 @@
 
 # B batch, N pictures, L tokens, D text width, W words.
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlearning.concepts import UnlearningTask, UserError
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.models.base import Conditioning, DiffusionModel, at_once
 
 log = logging.getLogger(__name__)
 Telling = Literal["null", "generic", "words", "inverted", "caption"]
@@ -60,7 +61,7 @@ def told(
     Args:
         forget, retain: Latents of the images, (N, C, H, W).
         M: Where in the forget images the concept is, (N, 1, H, W).
-        words: The words to try, and beside few of them some of the tokenizer's; by default all whole ones of those.
+        words: Candidates, made up to eighty from the tokenizer's vocabulary by chance; by default all of that.
         batch: Pictures in a step of an inversion.
 
     Raises:
@@ -93,10 +94,11 @@ def _prompts(words: Sequence[str]) -> list[str]:
 
 
 def _to_try(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[str]:
-    """Beside few words that are given, some of the vocabulary's at random: others are to hold the rest in place."""
+    """The words given, made up from the vocabulary, by chance: those not found are to hold the rest in place."""
     if not given:
         return list(vocabulary)
-    rest = [word for word in vocabulary if word not in set(given)]
+    known = set(given)
+    rest = [word for word in vocabulary if word not in known]
     more = torch.randperm(len(rest))[: max(0, MOST + RETAINED - len(given))]
     return [*given, *(rest[i] for i in more)]
 
@@ -187,7 +189,8 @@ def explained(teacher: DiffusionModel, latents: Tensor, words: Sequence[str], lo
     x_t, prompts = teacher.add_noise(z_0, torch.randn_like(z_0), t), ["", *words]
     jobs = [(p, i) for p in range(len(prompts)) for i in range(looks)]
     errors = []
-    for part in tqdm([jobs[i : i + AT_ONCE] for i in range(0, len(jobs), AT_ONCE)], "naming", leave=False):
+    few = at_once(latents, AT_ONCE)
+    for part in tqdm([jobs[i : i + few] for i in range(0, len(jobs), few)], "naming", leave=False):
         asked, i = zip(*part, strict=True)
         x, s, z = (values[list(i)] for values in (x_t, t, z_0))
         names = list(dict.fromkeys(asked))
@@ -222,17 +225,31 @@ def inverted(
         return Conditioning(embeds.to(dtype), {**start.extra, **{k: v.to(dtype) for k, v in extra.items()}})
 
     optimizer = torch.optim.Adam([embeds, *extra.values()], lr=lr)
-    for _ in tqdm(range(steps), "inverting", leave=False):
-        own = torch.randint(rows, (batch,), device=embeds.device)
-        chosen = torch.randint(len(latents), (batch,), device=latents.device)
-        z_0, where = latents[chosen], M[chosen]
-        t = teacher.timesteps(torch.rand(batch))
-        x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
-        with torch.enable_grad():
-            error = (teacher.to_x0(teacher.predict(x_t, t, found()[own]), x_t, t) - z_0).square()
-            loss = (teacher.snr(t).clamp(max=1) * where * error).mean() / where.mean()
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
+    with _layers_kept(teacher.denoiser):
+        for _ in tqdm(range(steps), "inverting", leave=False):
+            own = torch.randint(rows, (batch,), device=embeds.device)
+            chosen = torch.randint(len(latents), (batch,), device=latents.device)
+            z_0, where = latents[chosen], M[chosen]
+            t = teacher.timesteps(torch.rand(batch))
+            x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
+            with torch.enable_grad():
+                error = (teacher.to_x0(teacher.predict(x_t, t, found()[own]), x_t, t) - z_0).square()
+                loss = (teacher.snr(t).clamp(max=1) * where * error).mean() / where.mean()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
     with torch.no_grad():
         return Conditioning.cat([null, found()])
+
+
+@contextmanager
+def _layers_kept(denoiser: nn.Module) -> Iterator[None]:
+    """By the way back a teacher's weights have given way to the student's: its layers cannot be worked out again."""
+    again = denoiser.is_gradient_checkpointing
+    if again:
+        denoiser.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if again:
+            denoiser.enable_gradient_checkpointing()

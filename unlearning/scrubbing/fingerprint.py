@@ -16,7 +16,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.models.base import Conditioning, DiffusionModel, at_once
 
 AT_ONCE = 16  # pictures in a call of the teacher
 MOST = 200_000  # vectors kept of all pictures: memory does not grow with their number
@@ -161,7 +161,7 @@ class Fingerprinting:
     def _change(self, teacher: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
         """How far the x_0 that the teacher implies moves when told c, of the mean over the picture, (N, 1, H, W)."""
         parts = []
-        for z_0 in latents.split(AT_ONCE):
+        for z_0 in latents.split(at_once(latents, AT_ONCE)):
             moved = torch.zeros_like(z_0[:, :1])
             for x_t, t, null in self._views(teacher, z_0):
                 told = c[torch.randint(len(c), (len(z_0),), device=z_0.device)]
@@ -178,7 +178,7 @@ class Fingerprinting:
         """(N, K, h, w), of latents (N, C, H, W): at timesteps of the band, averaged over draws of the noise."""
         parts = [
             torch.stack([fingerprint.similarities(teacher, *seen) for seen in self._views(teacher, z_0)]).mean(0)
-            for z_0 in latents.split(AT_ONCE)
+            for z_0 in latents.split(at_once(latents, AT_ONCE))
         ]
         return torch.cat(parts)
 
@@ -193,7 +193,7 @@ class Fingerprinting:
     def _vectors(self, teacher: DiffusionModel, latents: Tensor) -> Tensor:
         """Feature vectors (V, D) on the CPU, as many of each picture, chosen at random."""
         parts, each = [], min(self.vectors, MOST // max(1, len(latents)))
-        for z_0 in latents.split(AT_ONCE):
+        for z_0 in latents.split(at_once(latents, AT_ONCE)):
             seen = [teacher.features(*view, self.layer).flatten(2).cpu() for view in self._views(teacher, z_0)]
             for vectors in torch.cat(seen, 2).transpose(1, 2):  # (places, D) of one picture
                 parts.append(vectors[torch.randperm(len(vectors))[:each]])
