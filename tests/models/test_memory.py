@@ -6,6 +6,7 @@ import torch
 from tests import tiny
 from tests.tiny import FAMILIES
 from unlearning.methods.student import LoRA, Weights
+from unlearning.models.base import at_once
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 from unlearning.scrubbing.conditioning import inverted
 
@@ -20,6 +21,12 @@ def test_of_large_pictures_the_autoencoder_is_shown_a_few_at_a_time(any_model, m
     monkeypatch.setattr(model.vae, "decode", lambda x: seen.append(len(x)) or decode(x))
     torch.testing.assert_close(model.encode_images(images), whole, atol=1e-4, rtol=1e-4)
     assert len(model.decode(whole)) == 5 and seen == [2, 2, 1] * 2
+
+
+@pytest.mark.parametrize(("side", "calls"), [(16, [16, 4]), (64, [16, 4]), (128, [4] * 5), (512, [1] * 20)])
+def test_the_larger_latents_are_the_fewer_are_in_a_call(side, calls):
+    latents = torch.empty(1, 1, 1, 1).expand(20, 4, side, side)
+    assert [len(few) for few in latents.split(at_once(latents, 16))] == calls
 
 
 def test_gradients_are_the_same_though_layers_be_worked_out_again(any_pipeline):

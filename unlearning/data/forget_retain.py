@@ -10,7 +10,7 @@ from torch import Tensor
 from unlearning.concepts import UserError
 from unlearning.data.batches import Batches, seed_of
 
-AT_ONCE = 16  # pictures in a call of the autoencoder
+AT_ONCE = 16  # pictures in memory
 
 
 def encoded(model, images: Sequence[np.ndarray]) -> Tensor:

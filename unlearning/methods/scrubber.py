@@ -36,13 +36,13 @@ from torch import Tensor
 
 from unlearning.concepts import UserError
 from unlearning.data.forget_retain import ForgetRetain, encoded
-from unlearning.methods.base import TrainedMethod, kept_in
+from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.blinding import Blinding, filling
 from unlearning.scrubbing.conditioning import Telling, told
 from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprint, Fingerprinting
-from unlearning.scrubbing.found import Found
+from unlearning.scrubbing.found import Found, once
 
 log = logging.getLogger(__name__)
 FARTHEST = 214.0  # 1 / SNR of the last timestep of Stable Diffusion's schedule
@@ -86,22 +86,11 @@ class Scrubber(TrainedMethod):
         return ForgetRetain(self._first_phase, self.batch_size, self.seed)
 
     def _first_phase(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor]]:
-        """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images.
-
-        Where checkpoints are kept, they are found once, however often a fit is interrupted, and all processes of a
-        distributed one go on from what the first has found.
-        """
-        teacher, task, strategy, folder = self.teacher, self.task, self.trainer.strategy, kept_in(self.trainer)
+        """The fingerprint, and with it (z_0, M, eta) of the forget images and (z_0,) of the retain images."""
+        teacher, task = self.teacher, self.task
         _insist_on_images(task)
         forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
-        path = folder / "first_phase.pt" if folder else None
-        if not path or strategy.broadcast(not path.exists()):
-            found = self._search(forget, retain)
-            if path and self.trainer.is_global_zero:
-                found.save(path)
-            strategy.barrier()
-        if path:
-            found = Found.load(path, teacher.device)
+        found = once(lambda: self._search(forget, retain), self.trainer, teacher.device)
         self.fingerprint, self.told = found.fingerprint, found.told
         self.figures = figures(self, forget, retain, found.M, found.eta)
         return (forget, found.M, found.eta), (retain,)

@@ -2,13 +2,16 @@
 
 # N pictures, C H W latent shape.
 import io
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from unlearning.images import write_atomically
+from unlearning.methods.base import kept_in
 from unlearning.models.base import Conditioning
 from unlearning.scrubbing.conditioning import Told
 from unlearning.scrubbing.fingerprint import Fingerprint
@@ -38,3 +41,20 @@ class Found:
         parts = torch.load(path, map_location=device, weights_only=True)
         told = {k: Conditioning(**v) if isinstance(v, dict) else v for k, v in parts.pop("told").items()}
         return Found(Fingerprint(**parts.pop("fingerprint")), Told(**told), **parts)
+
+
+def once(search: Callable[[], Found], trainer: pl.Trainer, device: torch.device) -> Found:
+    """What `search` finds, where checkpoints are kept the first time alone: a fit that was interrupted reads it.
+
+    All processes of a distributed fit search, side by side, and go on from what the first has found.
+    """
+    folder = kept_in(trainer)
+    if not folder:
+        return search()
+    path = folder / "first_phase.pt"
+    if trainer.strategy.broadcast(not path.exists()):
+        found = search()
+        if trainer.is_global_zero:
+            found.save(path)
+        trainer.strategy.barrier()
+    return Found.load(path, device)
