@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore: tests send it
 
 from tests import tiny  # noqa: E402
-from unlearning import sharing  # noqa: E402
+from unlearning.config import instances as sharing  # noqa: E402
 
 
 @pytest.fixture(scope="session", params=list(tiny.FAMILIES))

@@ -16,10 +16,10 @@ from tests import tiny
 from tests.composed import config
 from tests.run.small import files
 from unlearning import run
-from unlearning.erasure import WeightPatch
+from unlearning.config.naming import fingerprint
+from unlearning.erasures.base import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
-from unlearning.naming import fingerprint
 
 QUICK = "import hydra, numpy, PIL"
 WATCHED = """

@@ -12,11 +12,11 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from unlearning import loggers
 from unlearning.__main__ import CONF
 from unlearning.data import folder, prompt
 from unlearning.models.flux import Flux
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.tracking import loggers
 
 FILES = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("**/*.yaml") if p.parent != CONF)
 # A specialization is never chosen: it comes with its method and model, and is checked with them.

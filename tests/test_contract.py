@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from tests.composed import config
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
-from unlearning.erasure import Erasure
-from unlearning.models.base import DiffusionModel
+from unlearning.erasures.base import Erasure
+from unlearning.models.diffusion import DiffusionModel
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SHORT = {"method.iterations": 2, "method.steps": 3}

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import unlearning
-from unlearning.erasure import Erasure
-from unlearning.images import load, read_manifest
+from unlearning.erasures.base import Erasure
 from unlearning.methods.scrubber import Scrubber
+from unlearning.store.images import load, read_manifest
 
 RUN = [
     "concept=cat", "method=esd_x", "method.trajectory=exact", "method.iterations=2", "method.steps=2",

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 from tests.composed import config
 from unlearning.data.openmoji import CIFAR10
-from unlearning.evaluators.judge import EmojiJudge
+from unlearning.judges.emoji import EmojiJudge
 
 WEIGHTS = Path(__file__).parents[1] / "unlearning" / "weights"
 FOLDER = WEIGHTS / "emoji_sd3"

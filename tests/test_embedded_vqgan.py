@@ -11,11 +11,11 @@ from hydra.utils import instantiate
 from tests.composed import config
 from unlearning.__main__ import run
 from unlearning.data.scenes import emoji_scenes
-from unlearning.evaluators.judge import EmojiJudge
 from unlearning.evaluators.regions import with_regions
-from unlearning.images import Row
+from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor
+from unlearning.store.images import Row
 
 WEIGHTS = Path(__file__).parents[1] / "unlearning" / "weights"
 FOLDER = WEIGHTS / "emoji_vqgan"

@@ -15,7 +15,7 @@ from tests.composed import config
 from unlearning.__main__ import run
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
-from unlearning.evaluators.judge import EmojiJudge
+from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 

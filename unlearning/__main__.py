@@ -21,9 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from unlearning import checking, finished, sharing, sweeps
-from unlearning.concepts import UserError
-from unlearning.naming import register_resolvers
+from unlearning.config import instances as sharing
+from unlearning.config import sweeps
+from unlearning.config import validation as checking
+from unlearning.config.naming import register_resolvers
+from unlearning.errors import UserError
+from unlearning.store import finished
 
 CONF = Path(__file__).parents[1] / "conf"
 LEFT_OUT = {  # by the number in metrics.json that counts it
@@ -71,8 +74,8 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     task = shared("dataset", cfg.dataset)()  # before anything slow is imported: its names are what is mistyped most
     checking.check(settings)
 
-    from unlearning import loggers
     from unlearning.run import Run, metrics_of
+    from unlearning.tracking import loggers
 
     for name in ("pytorch_lightning", "lightning_fabric"):  # whose import has set their levels to INFO
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -173,7 +176,7 @@ def _message(error: BaseException) -> str:
         )
     if not isinstance(error, HydraException | OmegaConfBaseException | UserError | OSError | YAMLError):
         raise error
-    from unlearning.suggestions import explain
+    from unlearning.config.suggestions import explain
 
     cause = error
     while cause is not None and not isinstance(cause, UserError):

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from unlearning.errors import UserError
+
 # What a prompt is there to show: that the concept is gone, under other words too, and that the rest is not.
 ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
-
-
-class UserError(Exception):
-    """Something the user can mend; the message says how. The command line prints it without a traceback."""
 
 
 @dataclass(frozen=True)

@@ -19,31 +19,31 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
-from unlearning import cost, loggers, provenance
-from unlearning.concepts import UnlearningTask, UserError
-from unlearning.erasure import Erasure, WeightPatch
+from unlearning.concepts import UnlearningTask
+from unlearning.config.naming import inward
+from unlearning.erasures.base import Erasure, WeightPatch
+from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator, lacking
-from unlearning.images import (
+from unlearning.methods.base import Method
+from unlearning.models.base import Model
+from unlearning.reporting.report import report, teaser
+from unlearning.sampling.generation import generate
+from unlearning.sampling.reconstruction import Reconstruction
+from unlearning.sampling.sampler import Sampler
+from unlearning.store.files import digest, write_atomically
+from unlearning.store.images import (
     Row,
-    digest,
     figures,
     keep,
     load,
     missing,
     read_manifest,
     with_decisions,
-    write_atomically,
     write_manifest,
     write_named,
 )
-from unlearning.methods.base import Method
-from unlearning.models.model import Model
-from unlearning.naming import inward
-from unlearning.reporting.report import report, teaser
-from unlearning.sampling.generation import generate
-from unlearning.sampling.reconstruction import Reconstruction
-from unlearning.sampling.sampler import Sampler
-from unlearning.store import describe, note, sign, signed
+from unlearning.store.pruning import describe, note, sign, signed
+from unlearning.tracking import cost, loggers, provenance
 
 log = logging.getLogger(__name__)
 STAGES = ("fit", "generate", "evaluate", "report")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from unlearning.__main__ import CONF
 from unlearning.evaluators.regions import with_regions
-from unlearning.images import Row
 from unlearning.sampling.reconstruction import as_tensor
+from unlearning.store.images import Row
 
 BATCH = 32
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from unlearning.codes import probe
-from unlearning.codes.detection import cells
 from unlearning.codes.frequency import FORGET, RETAIN, SCORES, count
 from unlearning.concepts import ERASE
 from unlearning.data.folder import read
-from unlearning.images import Row
+from unlearning.detectors.base import cells
+from unlearning.store.images import Row
 
 
 def codes(bench: Bench) -> None:

@@ -12,8 +12,8 @@ from table import REPLACEMENTS, reconstructed
 
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Blocks
-from unlearning.images import load, manifest_of_inputs
-from unlearning.pictures import grid
+from unlearning.reporting.figures import grid
+from unlearning.store.images import load, manifest_of_inputs
 
 SCENES = 5
 

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Blocks
-from unlearning.concepts import ERASE, UserError
+from unlearning.concepts import ERASE
+from unlearning.errors import UserError
 from unlearning.evaluators.similarity import Similarity
-from unlearning.images import Row, manifest_of_inputs, save
-from unlearning.pictures import drawn, panels
+from unlearning.reporting.figures import drawn, panels
+from unlearning.store.images import Row, manifest_of_inputs, save
 
 REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
 EVERY_K = (16, 64, 256, 512, 1024)

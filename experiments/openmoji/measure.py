@@ -21,11 +21,12 @@ from train_judge import IGNORED, labelled
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
-from unlearning.evaluators.judge import EmojiJudge
-from unlearning.images import digest, load, manifest
-from unlearning.models.base import DiffusionModel
+from unlearning.judges.emoji import EmojiJudge
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.files import digest
+from unlearning.store.images import load, manifest
 
 
 def prompts() -> dict[str, list[Prompt]]:

@@ -15,11 +15,11 @@ import unlearning
 from unlearning.concepts import RETAIN, Region
 from unlearning.data import openmoji
 from unlearning.data.openmoji import OBJECTS
-from unlearning.evaluators.judge import EmojiJudge
 from unlearning.evaluators.regions import with_regions
-from unlearning.images import Row
+from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor
+from unlearning.store.images import Row
 
 WEIGHTS = Path(unlearning.__file__).parent / "weights"
 SEED, BATCH = 3, 16

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from training import trainer
 
 from unlearning.data import openmoji
-from unlearning.evaluators.judge import Judge
+from unlearning.judges.emoji import Judge
 
 OBJECTS, STYLES = list(openmoji.OBJECTS), list(openmoji.STYLES)
 IGNORED = -100  # cross_entropy's mark for pictures without a label: those of nothing have no style

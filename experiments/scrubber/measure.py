@@ -37,13 +37,13 @@ from sklearn.metrics import roc_auc_score
 
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, UnlearningTask
-from unlearning.data.forget_retain import encoded
 from unlearning.evaluators.fid import FID
-from unlearning.images import Row, load, read_manifest
-from unlearning.methods.student import Lesson
 from unlearning.reporting.grouping import grouped, shared, told_apart
 from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.scrubbing.conditioning import told
+from unlearning.store.images import Row, load, read_manifest
+from unlearning.training.forget_retain import encoded
+from unlearning.training.student import Lesson
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
 GAP = 12  # pixels between the strips of a picture

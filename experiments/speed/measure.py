@@ -27,9 +27,9 @@ from hydra.utils import instantiate
 from subject import EXACT, Watch, config, fit, sd14
 
 from unlearning.data.openmoji import CIFAR10
-from unlearning.evaluators.judge import EmojiJudge
-from unlearning.images import image_seed
+from unlearning.judges.emoji import EmojiJudge
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.images import image_seed
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "unlearning" / "weights"

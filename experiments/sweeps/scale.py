@@ -23,11 +23,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from unlearning import provenance
 from unlearning.__main__ import CONF
 from unlearning.data.objects import emoji_objects
 from unlearning.data.openmoji import CIFAR10, picture, rng_of
-from unlearning.images import Row, manifest, missing, write_manifest
+from unlearning.store.images import Row, manifest, missing, write_manifest
+from unlearning.tracking import provenance
 
 METHODS = ("none", "negative_prompt", "uce", "esd_x", "esd_u", "unguide", "scrubber")
 TRAINED = METHODS[3:]

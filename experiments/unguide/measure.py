@@ -25,10 +25,10 @@ from hydra.utils import instantiate
 from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.evaluators.accuracy import h_o
-from unlearning.images import image_seed
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import Blend
+from unlearning.store.images import image_seed
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"

@@ -8,7 +8,7 @@ import torch
 from torchmetrics.utilities import dim_zero_cat
 
 from unlearning.codes.frequency import FORGET, RETAIN, CodeCounts, Frequencies, Selection
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 K = 6
 GRIDS = torch.tensor([[[0, 0, 1], [2, 0, 1]], [[3, 3, 3], [3, 1, 3]], [[0, 5, 5], [0, 5, 5]]])

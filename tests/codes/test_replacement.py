@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unlearning.codes.replacement import Blocks, Constant, Counted, Nearest, Neighbours, Uniform
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 K, SAFE, EXPLICIT = 8, torch.tensor([0, 1, 2, 3]), torch.tensor([6, 7])
 CODES = torch.randint(4, 8, (6, 6), generator=torch.Generator().manual_seed(0))

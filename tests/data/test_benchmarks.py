@@ -6,12 +6,13 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.composed import config
-from unlearning.concepts import ERASE, RETAIN, UserError
+from unlearning.concepts import ERASE, RETAIN
 from unlearning.data.artists import TEMPLATES, artists
 from unlearning.data.captions import captions
 from unlearning.data.imagenette import imagenette
 from unlearning.data.unlearncanvas import OBJECTS, STYLES, unlearncanvas
-from unlearning.images import manifest, read_manifest
+from unlearning.errors import UserError
+from unlearning.store.images import manifest, read_manifest
 
 
 @pytest.fixture

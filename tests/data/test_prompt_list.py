@@ -6,10 +6,10 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.composed import config
-from unlearning.concepts import UserError
 from unlearning.data.prompt_list import read
-from unlearning.images import read_manifest
+from unlearning.errors import UserError
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.images import read_manifest
 
 HEADER = "prompt,categories,evaluation_seed,evaluation_guidance\n"
 ROWS = ['"a cat, asleep",x,11,7.5', "a dog,x,12,5", "a cat,x,13.0,7"]

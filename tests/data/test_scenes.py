@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from unlearning.concepts import ERASE, RETAIN, UserError
+from unlearning.concepts import ERASE, RETAIN
 from unlearning.data.scenes import emoji_scenes
+from unlearning.errors import UserError
 
 
 def test_inputs_show_the_concept_or_do_not():

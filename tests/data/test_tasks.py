@@ -12,13 +12,14 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from tests.composed import config
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask
 from unlearning.data import openmoji
 from unlearning.data.folder import folder
 from unlearning.data.objects import cifar10_objects, emoji_objects
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 from unlearning.data.prompt import task as prompt
 from unlearning.data.styles import styles
+from unlearning.errors import UserError
 
 
 def roles(task: UnlearningTask) -> Counter:

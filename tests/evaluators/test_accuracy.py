@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM
+from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy, h_c, h_o
-from unlearning.evaluators.judge import NOTHING
-from unlearning.images import Row
+from unlearning.judges.emoji import NOTHING
+from unlearning.store.images import Row
 
 OBJECTS, STYLES = ("cat", "dog", "ship", NOTHING), ("color", "neon")
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.evaluators.clip_score import CLIPScore
 from unlearning.evaluators.own_prompt import OwnPrompt
-from unlearning.evaluators.zero_shot import ZeroShotCLIP
-from unlearning.images import Row
+from unlearning.judges.zero_shot import ZeroShotCLIP
+from unlearning.store.images import Row
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 from torch import nn
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.evaluators.fid import FID, Inception, main
 from unlearning.evaluators.kid import KID
 from unlearning.evaluators.references import of_folder
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 
 class Means:

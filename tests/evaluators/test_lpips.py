@@ -12,10 +12,11 @@ from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from tests.composed import config
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.data import openmoji
+from unlearning.errors import UserError
 from unlearning.evaluators.lpips import LPIPS, AlexNet, distance
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from hydra.utils import instantiate
 
 from tests.composed import config
 from unlearning.__main__ import CONF
-from unlearning.concepts import ERASE, RETAIN, UserError
+from unlearning.concepts import ERASE, RETAIN
+from unlearning.errors import UserError
 from unlearning.evaluators.nudenet import EXPOSED, FLOOR, RULES, Counting, NudeNet, main, recount
-from unlearning.images import Row
 from unlearning.run import alone_in
+from unlearning.store.images import Row
 
 skimage_data = pytest.importorskip("skimage.data")
 FACES = ("FACE_FEMALE", "FACE_MALE")

@@ -7,7 +7,7 @@ import pytest
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.routing import Routing
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 
 def measured(*decided: tuple[str, float]) -> dict[str, float]:

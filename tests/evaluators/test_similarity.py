@@ -8,7 +8,7 @@ from unlearning.concepts import ERASE, RETAIN, Region
 from unlearning.evaluators.regions import with_regions
 from unlearning.evaluators.replaced import Replaced
 from unlearning.evaluators.similarity import Similarity
-from unlearning.images import Row, save
+from unlearning.store.images import Row, save
 
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -6,10 +6,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from unlearning.concepts import Concept, UnlearningTask, UserError
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
-from unlearning.methods.student import Weights
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.training.student import Weights
 
 ESD_X, ESD_U = "attn2", r"^(?!.*attn2)(?!time_embedding)(?!conv_norm_out)(?!conv_out)"
 

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
-from unlearning.codes.detection import Detector, NudeNet, cells
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Counted, Uniform
 from unlearning.concepts import Concept, UnlearningTask
-from unlearning.erasure import CodebookEdit, Erasure
-from unlearning.images import load, read_manifest
+from unlearning.detectors.base import Detector, NudeNet, cells
+from unlearning.erasures.base import CodebookEdit, Erasure
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import Reconstruction, as_tensor
+from unlearning.store.images import load, read_manifest
 
 SMALL = ["model=emoji_vqgan", "method.selection.top=4", "method.selection.min_freq=1", "stages=[fit,generate,evaluate]"]
 EXACT = ["method=lcr_localized", "detector@method.detector=boxes"]

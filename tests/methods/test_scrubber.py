@@ -12,11 +12,11 @@ from PIL import Image
 import unlearning
 from tests.composed import config
 from tests.tiny import FAMILIES, shrunk
-from unlearning.concepts import UserError
-from unlearning.erasure import Adapter, WeightPatch
-from unlearning.images import figures
-from unlearning.models.base import Conditioning
+from unlearning.erasures.base import Adapter, WeightPatch
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import Told
+from unlearning.store.images import figures
 
 SMALL = [
     "method.fingerprint.K=4", "method.fingerprint.purity=0", "method.fingerprint.draws=1", "method.conditioning=null",

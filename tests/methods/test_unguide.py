@@ -10,13 +10,14 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from tests import tiny
-from unlearning.concepts import Concept, UnlearningTask, UserError
-from unlearning.erasure import Adapter, Erasure
-from unlearning.methods.student import LoRA
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.erasures.base import Adapter, Erasure
+from unlearning.errors import UserError
 from unlearning.methods.unguide import UnGuide, best_threshold
 from unlearning.models.ldm import diffusers_name, read_adapter
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
+from unlearning.training.student import LoRA
 
 CAT, FOREST = "a photo of the cat", "a photo of the forest"
 TASK = UnlearningTask(erase=(Concept("cat", anchor="forest"),), retain=tuple(Concept(n) for n in ("dog", "sky", "sea")))

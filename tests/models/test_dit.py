@@ -6,7 +6,8 @@ from hydra.utils import instantiate
 
 from tests import tiny
 from tests.composed import config
-from unlearning.concepts import Concept, UnlearningTask, UserError
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.methods.uce import UCE
 from unlearning.models.dit import DiT
 

@@ -5,10 +5,10 @@ import torch
 
 from tests import tiny
 from tests.tiny import FAMILIES
-from unlearning.methods.student import LoRA, Weights
-from unlearning.models.base import at_once
+from unlearning.models.diffusion import at_once
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 from unlearning.scrubbing.conditioning import inverted
+from unlearning.training.student import LoRA, Weights
 
 
 def test_of_large_pictures_the_autoencoder_is_shown_a_few_at_a_time(any_model, monkeypatch):

@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline
 
 from tests import tiny
-from unlearning.concepts import UserError
-from unlearning.methods.student import LoRA
+from unlearning.errors import UserError
 from unlearning.models.pixart import PixArt
 from unlearning.sampling.sampler import Sampler, denoise
+from unlearning.training.student import LoRA
 
 
 def test_alpha_is_told_the_pictures_size(tmp_path):

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.composed import config
-from unlearning.concepts import UserError
-from unlearning.methods.student import Weights
-from unlearning.models.base import Conditioning, adapter_for
-from unlearning.models.model import fingerprint
+from unlearning.errors import UserError
+from unlearning.models.base import fingerprint
+from unlearning.models.diffusion import Conditioning, adapter_for
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 from unlearning.scrubbing.fingerprint import Fingerprint
+from unlearning.training.student import Weights
 
 SCALE = 5.0
 YAML = {

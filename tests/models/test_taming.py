@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from tests.taming import VQGAN, Gumbel, Nearest
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.models import vqgan as models
 from unlearning.models.taming import convert, load
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.models.vqgan import VQGAN
 
 IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from unlearning import images
-from unlearning.images import Row
+from unlearning.store import images
+from unlearning.store.images import Row
 
 JUDGE = "judge v1, argmax over 31 classes"
 METRICS = {

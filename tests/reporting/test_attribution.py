@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from unlearning.provenance import FILE
 from unlearning.reporting.table import check
+from unlearning.tracking.provenance import FILE
 
 
 def sitting(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:

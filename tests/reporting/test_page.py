@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.reporting.browser import BROWSER, MISSING, Browser
-from unlearning.concepts import UserError
-from unlearning.images import read_manifest
+from unlearning.errors import UserError
 from unlearning.reporting import gallery
 from unlearning.reporting.comparison import compare
 from unlearning.reporting.page import main, page
 from unlearning.reporting.pareto import HEIGHT, LETTER, LINE, WIDTH, Axis, Plot, Point
 from unlearning.reporting.rows import rows
+from unlearning.store.images import read_manifest
 
 E, R, H = "efficacy/acc_e", "retention/acc_s", "summary/h_o"
 NASTY = "a <script>alert('cat')</script> & \"friends\""

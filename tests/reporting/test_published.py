@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from unlearning.__main__ import CONF
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import h_o
 from unlearning.reporting.published import AVERAGE, Number, beside, published
 from unlearning.reporting.rows import directions

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlearning.concepts import UserError
 from unlearning.data.openmoji import LICENCE
-from unlearning.images import read_manifest, write_manifest
+from unlearning.errors import UserError
 from unlearning.reporting.report import PAIRS, THUMBNAIL, report, teaser
+from unlearning.store.images import read_manifest, write_manifest
 
 NASTY = "a <script>alert('cat')</script> & \"friends\""
 PICTURES = [

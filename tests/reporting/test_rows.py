@@ -9,7 +9,7 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearning.__main__ import CONF
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.reporting.rows import directions, measured, rows, settings
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.reporting.rows import BY, rows
 from unlearning.reporting.table import check, table
 

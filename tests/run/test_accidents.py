@@ -26,11 +26,11 @@ from tests.run.small import (
     pictures,
 )
 from unlearning.evaluators.nudenet import NudeNet
-from unlearning.images import read_manifest
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
 from unlearning.run import alone_in
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.images import read_manifest
 
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 

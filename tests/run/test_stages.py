@@ -11,12 +11,12 @@ from PIL import Image
 
 from tests import tiny
 from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, no_dog_can_be_drawn, partial, pictures
-from unlearning.erasure import Erasure
+from unlearning.erasures.base import Erasure
 from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
-from unlearning.images import load, read_manifest
 from unlearning.methods.esd import ESD
 from unlearning.run import suppression
+from unlearning.store.images import load, read_manifest
 
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.tiny import FAMILIES
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import as_published, denoise, skim
 from unlearning.sampling.trajectories import Exact, Reuse

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES
-from unlearning.concepts import UserError
-from unlearning.erasure import Adapter, Erasure
-from unlearning.methods.student import LoRA
+from unlearning.erasures.base import Adapter, Erasure
+from unlearning.errors import UserError
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import Blend, LatentDifference, UnGuidance
+from unlearning.training.student import LoRA
 
 PROMPTS = ["a photo of the cat", "a photo of the dog", ""]
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tests.tiny import FAMILIES
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing.blinding import Blinding, blurred, filling, inpainted, shuffled
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import unlearning
-from unlearning.concepts import UserError
-from unlearning.data.forget_retain import encoded
 from unlearning.data.objects import emoji_objects
+from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing import conditioning
 from unlearning.scrubbing.conditioning import (
@@ -22,6 +21,7 @@ from unlearning.scrubbing.conditioning import (
     nearest_words,
     told,
 )
+from unlearning.training.forget_retain import encoded
 
 WORDS = ["rabbit", "bunny", "clock", "pizza", "dog", "castle", "banana", "robot", "key", "forest"]
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.evaluators.test_fid import Means, noise
 from unlearning.concepts import ERASE, RETAIN
-from unlearning.images import Row, save, write_manifest
+from unlearning.store.images import Row, save, write_manifest
 
 MEASURE = runpy.run_path(str(Path(__file__).parents[2] / "experiments/scrubber/measure.py"))
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.scrubbing import conditioning
 from unlearning.scrubbing.conditioning import TEMPLATES, explained, inverted, told
 

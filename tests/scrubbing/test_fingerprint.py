@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.fingerprint import Fingerprinting
 
 D, SIDE, MEAN = 24, 8, 5.0

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from unlearning.codes.frequency import FORGET, RETAIN, Frequencies
-from unlearning.pictures import COLOURS, COLUMNS, drawn, overlays, panels
+from unlearning.reporting.figures import COLOURS, COLUMNS, drawn, overlays, panels
 from unlearning.sampling.reconstruction import as_tensor
 
 

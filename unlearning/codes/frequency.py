@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from unlearning.codes.detection import Detector, cells, found
-from unlearning.concepts import Box, UserError
+from unlearning.concepts import Box
+from unlearning.detectors.base import Detector, cells, found
+from unlearning.errors import UserError
 from unlearning.sampling.reconstruction import FAILED, as_tensor
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unlearning.codes.frequency import BLOCK
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 Fill = Callable[[Tensor, Tensor, Generator], Tensor]
 

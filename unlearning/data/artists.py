@@ -6,9 +6,10 @@ Their prompts are a paper's, by its CSV, or MACE's five of the names given.
 from collections.abc import Sequence
 from pathlib import Path
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.data.objects import known
 from unlearning.data.prompt_list import read, seed, text
+from unlearning.errors import UserError
 
 COLUMNS = ("artist", "prompt", "evaluation_seed")
 TEMPLATES = (  # MACE's, each of which it draws with five seeds

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask, UserError
+from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.data.prompt_list import asked_for, read, seed, text
+from unlearning.errors import UserError
 
 COLUMNS = ("prompt", "evaluation_seed")
 

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask
+from unlearning.config.naming import slug
 from unlearning.data import prompt
-from unlearning.naming import slug
+from unlearning.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 SMALLEST = 8  # pixels a side

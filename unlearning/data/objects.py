@@ -11,9 +11,10 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
+from unlearning.errors import UserError
 
 
 def known(name: str, names: Sequence[str], kind: str) -> str:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask, UserError
+from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
+from unlearning.errors import UserError
 
 COLUMNS = ("prompt", "evaluation_seed", "evaluation_guidance")
 log = logging.getLogger(__name__)

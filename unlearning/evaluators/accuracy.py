@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
+from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
+from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator, unknown
-from unlearning.evaluators.judge import NOTHING
 from unlearning.evaluators.regions import with_regions
-from unlearning.images import Row
+from unlearning.judges.emoji import NOTHING
+from unlearning.store.images import Row
 
 SCORES = ("argmax", "softmax")
 

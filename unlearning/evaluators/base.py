@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
-from unlearning.concepts import UnlearningTask, UserError
-from unlearning.images import Row
+from unlearning.concepts import UnlearningTask
+from unlearning.errors import UserError
+from unlearning.store.images import Row
 
 
 class Evaluator(Metric):

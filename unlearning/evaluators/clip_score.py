@@ -12,9 +12,10 @@ from torch import Tensor
 from torchmetrics.multimodal import CLIPScore as TorchmetricsCLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from unlearning.concepts import ERASE, RETAIN, UserError
+from unlearning.concepts import ERASE, RETAIN
+from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator, fingerprint
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 KEYS = {RETAIN: "fidelity/clip_score", ERASE: "efficacy/clip_score_e"}
 

@@ -25,10 +25,12 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from unlearning.concepts import ERASE, RETAIN, UnlearningTask, UserError
+from unlearning.concepts import ERASE, RETAIN, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.evaluators import references
 from unlearning.evaluators.base import Evaluator, fingerprint, unknown
-from unlearning.images import Row, write_atomically
+from unlearning.store.files import write_atomically
+from unlearning.store.images import Row
 
 KEYS = {RETAIN: "fidelity/fid", ERASE: "fidelity/fid_e"}
 MODES = ("clean", "legacy_tensorflow")

@@ -14,11 +14,12 @@ import torch
 from cleanfid.fid import kernel_distance
 from torch import Tensor
 
-from unlearning.concepts import RETAIN, UnlearningTask, UserError
+from unlearning.concepts import RETAIN, UnlearningTask
+from unlearning.errors import UserError
 from unlearning.evaluators import references
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.fid import Features
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 
 class KID(Evaluator):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, alexnet
 from torchvision.transforms.functional import normalize
 
-from unlearning.concepts import ERASE, RETAIN, UserError
+from unlearning.concepts import ERASE, RETAIN
+from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator, fingerprint
-from unlearning.images import Row, load
+from unlearning.store.images import Row, load
 
 KEYS = {RETAIN: "fidelity/lpips", ERASE: "efficacy/lpips_e"}
 EPS = 1e-8  # of a length, as in the authors' implementation

@@ -22,9 +22,11 @@ from typing import ClassVar
 import nudenet
 import numpy as np
 
-from unlearning.concepts import RETAIN, UserError
+from unlearning.concepts import RETAIN
+from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator, fingerprint, lacking, unknown
-from unlearning.images import Row, write_atomically
+from unlearning.store.files import write_atomically
+from unlearning.store.images import Row
 
 log = logging.getLogger(__name__)
 

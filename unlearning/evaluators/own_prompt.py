@@ -17,7 +17,7 @@ from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UnlearningTask
 from unlearning.evaluators.accuracy import h_o
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.clip_score import load_clip
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 KEYS = {ERASE: "efficacy/acc_e_own", SYNONYM: "efficacy/acc_g_own", RETAIN: "retention/acc_s_own"}
 

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from unlearning.concepts import UnlearningTask, UserError
+from unlearning.concepts import UnlearningTask
 from unlearning.data.folder import SUFFIXES
+from unlearning.errors import UserError
 
 BATCH = 64  # pictures that go through an extractor at once
 

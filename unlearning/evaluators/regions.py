@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 MARGIN = 0.1  # of a region's longer side, on each side
 

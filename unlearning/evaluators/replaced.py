@@ -7,7 +7,7 @@ import numpy as np
 
 from unlearning.concepts import RETAIN
 from unlearning.evaluators.base import Evaluator
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 
 class Replaced(Evaluator):

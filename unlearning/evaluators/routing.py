@@ -10,7 +10,7 @@ import numpy as np
 
 from unlearning.concepts import RETAIN, ROLES
 from unlearning.evaluators.base import Evaluator
-from unlearning.images import Row
+from unlearning.store.images import Row
 
 KEYS = {role: f"{purpose}/routed_{letter}" for role, purpose, letter in
         zip(ROLES, ("efficacy", "efficacy", "retention"), "egs", strict=True)}  # fmt: skip

@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unlearning.concepts import RETAIN
 from unlearning.evaluators.base import Evaluator
-from unlearning.images import Row, load
+from unlearning.store.images import Row, load
 
 
 class Similarity(Evaluator):

@@ -15,12 +15,13 @@ from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from unlearning.concepts import UnlearningTask, UserError
-from unlearning.data.batches import Batches, Prompts, seed_of
-from unlearning.erasure import Erasure
-from unlearning.methods.student import LoRA, Weights
-from unlearning.models.base import DiffusionModel
-from unlearning.models.model import Model
+from unlearning.concepts import UnlearningTask
+from unlearning.erasures.base import Erasure
+from unlearning.errors import UserError
+from unlearning.models.base import Model
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.training.batches import Batches, Prompts, seed_of
+from unlearning.training.student import LoRA, Weights
 
 
 class Method(ABC):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.base import Conditioning
+from unlearning.models.diffusion import Conditioning
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import trajectory as make_trajectory

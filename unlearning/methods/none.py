@@ -1,8 +1,8 @@
 """The identity: the unedited model, the first row of every table."""
 
-from unlearning.erasure import WeightPatch
+from unlearning.erasures.base import WeightPatch
 from unlearning.methods.base import Method
-from unlearning.models.model import Model
+from unlearning.models.base import Model
 
 
 class Unedited(Method):

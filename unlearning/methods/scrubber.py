@@ -34,15 +34,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.data.forget_retain import ForgetRetain, encoded
+from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.base import Conditioning
+from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.blinding import Blinding, filling
 from unlearning.scrubbing.conditioning import Telling, told
 from unlearning.scrubbing.figures import figures
 from unlearning.scrubbing.fingerprint import Fingerprint, Fingerprinting
 from unlearning.scrubbing.found import Found, once
+from unlearning.training.forget_retain import ForgetRetain, encoded
 
 log = logging.getLogger(__name__)
 FARTHEST = 214.0  # 1 / SNR of the last timestep of Stable Diffusion's schedule

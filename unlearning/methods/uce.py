@@ -14,8 +14,8 @@ solved in float64.
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.erasure import WeightPatch
+from unlearning.erasures.base import WeightPatch
+from unlearning.errors import UserError
 from unlearning.methods.base import Method
 
 

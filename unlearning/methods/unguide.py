@@ -18,8 +18,9 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UnlearningTask, UserError
-from unlearning.erasure import Adapter
+from unlearning.concepts import UnlearningTask
+from unlearning.erasures.base import Adapter
+from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
 from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance

@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from torch import Tensor, nn
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from unlearning.models.base import Conditioning
+from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

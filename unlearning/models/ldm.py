@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 PER_LEVEL = (
     3  # positions that a level of input_blocks and of output_blocks has: two layers and a sampler, or three layers

@@ -14,9 +14,9 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel
-from unlearning.models.model import DType, chosen_device, fingerprint
+from unlearning.errors import UserError
+from unlearning.models.base import DType, chosen_device, fingerprint
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
 

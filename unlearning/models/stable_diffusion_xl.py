@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from unlearning.models.base import Conditioning
+from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

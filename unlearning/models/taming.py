@@ -15,7 +15,7 @@ import torch
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 SOURCE = (
     "vqgan_gumbel_f8 (OpenImages, 8192 codes) is listed in the README of "

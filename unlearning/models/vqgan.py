@@ -11,9 +11,9 @@ from diffusers import VQModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.models import taming
-from unlearning.models.model import DType, Model, chosen_device, fingerprint
+from unlearning.models.base import DType, Model, chosen_device, fingerprint
 
 # More than rounding moves what is compared: of the picture's longest latent, squared; of its largest logit.
 TIE_OF_DISTANCES, TIE_OF_LOGITS = 1e-7, 1e-5

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from unlearning.provenance import facts, maker, read
 from unlearning.reporting.comparison import words
 from unlearning.reporting.grouping import grouped
 from unlearning.reporting.sheet import Cell, Note, Sheet
+from unlearning.tracking.provenance import facts, maker, read
 
 UNKNOWN = "not recorded"
 MIXED, CHANGED, SILENT, NAMELESS = "†", "‡", "§", "¶"

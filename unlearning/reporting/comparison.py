@@ -7,7 +7,7 @@ and were measured by the protocol that is usual among them. The unedited model d
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.reporting.column import ELSEWHERE, STRANGE, UNEVEN, Column, Mean, Place, ranks, uneven
 from unlearning.reporting.grouping import Key, concepts, grouped, shared, told_apart
 from unlearning.reporting.published import Number, beside

@@ -77,7 +77,7 @@ def _idle(name: str) -> bool:
     """Whether no result depends on a setting: it makes it faster or, a trainer's, is about what is told and where."""
     if group_of(name) != "trainer":
         return name in IDLE
-    from unlearning.naming import OUTWARD  # and Hydra with it, for which a command's --help is not to wait
+    from unlearning.config.naming import OUTWARD  # and Hydra with it, for which a command's --help is not to wait
 
     return name.partition(".")[2].partition(".")[0] in OUTWARD
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from unlearning.concepts import RETAIN, UserError
+from unlearning.concepts import RETAIN
 from unlearning.data import openmoji
-from unlearning.images import write_atomically
+from unlearning.errors import UserError
 from unlearning.reporting import curves, gallery
 from unlearning.reporting.column import decimals
 from unlearning.reporting.embedding import render
@@ -23,6 +23,7 @@ from unlearning.reporting.grouping import OWN, group_of, grouped, told_apart
 from unlearning.reporting.rows import UNEDITED, rows
 from unlearning.reporting.scope import BEFORE, Line, Scope
 from unlearning.reporting.sheet import BEST, Cell
+from unlearning.store.files import write_atomically
 
 COLUMNS = 8  # of pictures, besides the one before
 SAMPLED = 3  # concepts whose pictures stand beside the plot of all of them

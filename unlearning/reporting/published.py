@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.reporting.sheet import listed
 
 COLUMNS = ("method", "concept", "metric", "value", "source")

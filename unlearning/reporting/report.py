@@ -14,12 +14,14 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw, ImageFont
 
-from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UserError
+from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.data import openmoji
-from unlearning.images import Row, figures, read_manifest, write_atomically
+from unlearning.errors import UserError
 from unlearning.reporting.column import decimals
 from unlearning.reporting.embedding import data_uri, encoded, render, thumbnail
 from unlearning.reporting.rows import UNEDITED, directions, measured, settings
+from unlearning.store.files import write_atomically
+from unlearning.store.images import Row, figures, read_manifest
 
 PAIRS, PROMPTS, CONCEPTS = 6, 12, 40  # shown at most: of a prompt, of a concept, of a section
 THUMBNAIL = 192  # pixels; larger pictures are shrunk to it

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 
 PURPOSES = ("summary", "efficacy", "retention", "fidelity", "robustness", "cost")  # in the order they are read
 BY = ("model", "dataset", "concept", "method")

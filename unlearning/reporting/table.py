@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from unlearning.concepts import UserError
+from unlearning.errors import UserError
 from unlearning.reporting.attribution import attribution
 from unlearning.reporting.comparison import compare
 from unlearning.reporting.grouping import told_apart

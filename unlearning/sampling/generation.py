@@ -8,10 +8,10 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from unlearning.claims import claimed
-from unlearning.images import Row, missing, save
 from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.images import Row, missing, save
+from unlearning.store.locks import claimed
 
 log = logging.getLogger(__name__)
 OVERFLOW = "it holds values that are no numbers; float16 overflows where model.dtype=bfloat16 and float32 do not"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import ERASE, SYNONYM
-from unlearning.images import Row, load, manifest_of_inputs
+from unlearning.store.images import Row, load, manifest_of_inputs
 
 FAILED = "failed"  # among what was decided about a picture: why there is none
 

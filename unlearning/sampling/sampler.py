@@ -8,10 +8,10 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.images import Row, manifest
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import Guidance
+from unlearning.store.images import Row, manifest
 
 Schedule = Literal["diffusers", "paper"]
 

@@ -7,8 +7,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.sampler import as_published, denoise, skim
 
 Batch = tuple[Tensor, Tensor, Conditioning, Tensor]  # x_t (B, C, H, W), t (B,), c, and what is to be predicted there

@@ -20,10 +20,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from unlearning.images import digest
-from unlearning.models.base import Conditioning, DiffusionModel, adapter_for
+from unlearning.models.diffusion import Conditioning, DiffusionModel, adapter_for
 from unlearning.sampling.guidance import ClassifierFree, Guidance
 from unlearning.sampling.sampler import Schedule, as_published, denoise, per_row
+from unlearning.store.files import digest
 
 
 @dataclass(frozen=True)

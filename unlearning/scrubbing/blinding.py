@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel, at_once
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 from unlearning.sampling.guidance import Guidance
 from unlearning.sampling.sampler import denoise
 

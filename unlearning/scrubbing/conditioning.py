@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unlearning.concepts import UnlearningTask, UserError
-from unlearning.models.base import Conditioning, DiffusionModel, at_once
+from unlearning.concepts import UnlearningTask
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 
 log = logging.getLogger(__name__)
 Telling = Literal["null", "generic", "words", "inverted", "caption"]

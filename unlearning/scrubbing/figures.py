@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unlearning.pictures import COLOURS, COLUMNS, drawn, grid, overlays, panels, pictures
+from unlearning.reporting.figures import COLOURS, COLUMNS, drawn, grid, overlays, panels, pictures
 
 ROWS = 32  # of exemplars, at most
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from unlearning.concepts import UserError
-from unlearning.models.base import Conditioning, DiffusionModel, at_once
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 
 AT_ONCE = 16  # pictures in a call of the teacher
 MOST = 200_000  # vectors kept of all pictures: memory does not grow with their number

@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from unlearning.images import write_atomically
 from unlearning.methods.base import kept_in
-from unlearning.models.base import Conditioning
+from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import Told
 from unlearning.scrubbing.fingerprint import Fingerprint
+from unlearning.store.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Jobs that would overwrite each other are refused; of those that fail each is told, and the rest is done."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.config.sweeps.commands import metrics
+from tests.run.small import at_call, ctrl_c
+from unlearning.config.sweeps import reason
+from unlearning.errors import UserError
+from unlearning.methods.uce import UCE
+from unlearning.sampling.sampler import Sampler
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "jobs"),
+    [
+        (["evaluator=nudenet", "evaluator.nudenet.threshold=0.25,0.6"], "`evaluator.nudenet.threshold=0.25` and `ev"),
+        (["seed=0,1", "judge=emoji,openai"], "The jobs of `judge=emoji` and `judge=openai` would have one folder, "),
+        (["method=none,uce", "evaluator=fid,[accuracy]"], "The jobs of `evaluator=fid` and `evaluator=[accuracy]`"),
+        (["stages=[fit],[generate]"], "The jobs of `stages=[fit]` and `stages=[generate]` would have one folder"),
+    ],
+)
+def test_jobs_that_would_overwrite_each_other_are_refused_before_any_is_run(told_by, tmp_path, overrides, jobs):
+    said = told_by(*overrides)
+    assert jobs in said and "python -m unlearning.evaluators.nudenet" in said
+    assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("erasure"))
+
+
+def test_a_study_whose_trials_would_overwrite_each_other_is_refused(told_by):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ["evaluator=nudenet", "evaluator.nudenet.threshold=interval(0.3,0.9)", "objective=efficacy/nudenet_rate"]
+    assert "`evaluator.nudenet.threshold=0.3` and `ev" in told_by("hydra/sweeper=study", *search)
+
+
+def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path):
+    sweep("method=none", "seed=0,0", "stages=[fit]")
+    sweep("method=none", f"paths.runs={tmp_path}/runs,{tmp_path}/others", "stages=[fit]")
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_is_written_down_and_the_others_are_done(sweep, told_by, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, UCE, "fit", 1, lambda: 1 / 0)
+        said = told_by("method=uce", "seed=0,1")
+    assert set(metrics(tmp_path / "runs")) == {"uce/seed1"}
+    [record] = (tmp_path / "runs").rglob("failed.json")
+    first, line = said.strip().splitlines()
+    assert first.startswith("1 job failed; the others are done.")
+    assert line == f"{os.path.relpath(record.parent)}: ZeroDivisionError: division by zero"
+    failed = json.loads(record.read_text())
+    assert "uce/seed0" in failed["folder"] and "method=uce" in failed["job"] and "1 / 0" in failed["traceback"]
+
+    sweep("method=uce", "seed=0,1")
+    assert len(metrics(tmp_path / "runs")) == 2 and not record.exists(), "the same command mends it"
+
+
+def test_a_mistake_in_one_job_is_told_in_its_own_words(told_by, tmp_path):
+    said = told_by("method=none", "model.path=/not/there,/nor/here,${paths.weights}/emoji_unet", "stages=[fit]")
+    assert said.strip().startswith("2 jobs failed") and "There is no model folder at /nor/here." in said
+    assert len(list(tmp_path.rglob("erasure"))) == 1
+
+
+def test_ctrl_c_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
+    at_call(monkeypatch, UCE, "fit", 2, ctrl_c)
+    assert told_by("method=uce", "seed=0,1,2") == "Interrupted. The same command goes on from here."
+    assert set(metrics(tmp_path / "runs")) == {"uce/seed0"} and not list(tmp_path.rglob("failed.json"))
+
+
+def test_a_termination_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
+    draw = Sampler.draw
+
+    def terminated(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)  # of which Lightning makes a note
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "draw", terminated)
+        said = told_by("method=none", "seed=0,1", "sampler.batch_size=1")
+    assert said == "Interrupted. The same command goes on from here."
+    assert len(list((tmp_path / "store").rglob("*.png"))) == 1 and not list(tmp_path.rglob("failed.json"))
+
+
+def test_a_reason_is_one_line():
+    fault = RuntimeError("Error in call to target 'x':\nTypeError()")
+    fault.__cause__ = ValueError("one\ntwo")
+    assert reason(fault) == "ValueError: one"
+    fault.__cause__ = UserError("Do this.\nOr that.")
+    assert reason(fault) == "Do this." and reason(KeyError()) == "KeyError"

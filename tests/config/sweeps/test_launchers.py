@@ -1,0 +1,87 @@
+"""Jobs in processes of their own, which end with the one that launched them."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.config.sweeps.commands import FEW, in_a_process
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher):
+    """One of two jobs fails, and is told of by the process that launched them."""
+    plugin = f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher"
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'unlearning[sweeps,ray]'")
+    command = [sys.executable, "-m", "unlearning", "-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
+    command += ["method=uce", "stages=[fit]", "evaluator=[]", "logger=none", f"model.path={sd1}"]
+    command += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "1 job failed" in done.stderr and "No object is named 'kat'. Did you mean cat" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.parent.parent.parent.name for p in tmp_path.rglob("erasure")] == ["cat"]
+    assert [p.parent.parent.parent.name for p in tmp_path.rglob("failed.json")] == ["kat"]
+
+
+def held(folder: Path) -> bool:
+    """Whether a run is at work in a folder."""
+    with (folder / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def within(seconds: float, condition: Callable[[], object]) -> bool:
+    """Whether a condition comes to hold in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+@pytest.fixture
+def launched(unlearn, tmp_path):
+    """(the process of a sweep of three jobs that never end, which two workers have begun; the folders at work)."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    endless = ["method=none", "seed=0,1,2", "sampler.steps=500", "dataset.images_per_prompt=100"]
+    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"paths.runs={tmp_path}/runs"]
+
+    def at_work() -> list[Path]:
+        return [path.parent for path in (tmp_path / "runs").rglob(".lock") if held(path.parent)]
+
+    with (tmp_path / "said").open("w") as said:
+        parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib), stderr=said)
+    begun = within(120, lambda: len(at_work()) == 2)
+    yield parent, at_work
+    parent.kill()
+    assert begun
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_launched_them(launched, tmp_path, how):
+    parent, at_work = launched
+    parent.send_signal(how)
+    assert parent.wait(20) == -how
+    assert within(20, lambda: not at_work()), "nobody is at work any more"
+    assert len(list((tmp_path / "runs").rglob(".lock"))) == 2, "nor has begun what was queued"
+
+
+def test_a_worker_that_is_killed_ends_the_sweep_with_a_word_on_what_to_do(launched, tmp_path):
+    parent, at_work = launched
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    workers = [pid for pid in children if "popen_loky" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert parent.wait(30) == 1 and within(20, lambda: not at_work())
+    said = (tmp_path / "said").read_text()
+    assert "hydra.launcher.n_jobs=1" in said and "The same command goes on from here." in said
+    assert "Traceback" not in said

@@ -1,0 +1,97 @@
+"""What is done is not done again: by the same command, after a kill, by two sweeps at once."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.config.sweeps.commands import FEW, in_a_process, numbers
+from tests.run.small import files
+from unlearning.config import instances as sharing
+from unlearning.run import Run
+
+
+def test_a_sweep_started_again_does_only_what_is_missing(sweep, tmp_path, monkeypatch, loads):
+    command = ["method=none,uce", "evaluator=clip_score"]
+    sweep(*command)
+    assert loads() == 1
+    runs = tmp_path / "runs"
+    before, measured = files(runs), numbers(runs)
+    gone = next(runs.rglob("uce/seed0*/metrics.json"))
+    gone.unlink()
+    executed = []
+    execute = Run.execute
+    monkeypatch.setattr(Run, "execute", lambda self, stages: (executed.append(self.folder), execute(self, stages))[1])
+    sweep(*command)
+    assert executed == [gone.parent] and numbers(runs) == measured
+    changed = {p for p, t in files(runs).items() if before.get(p) != t}
+    assert {p for p in changed if not p.endswith((".log", "multirun.yaml"))} == {
+        p for p in changed if p.startswith(str(gone.parent.relative_to(runs)))
+    } - {str((gone.parent / "__main__.log").relative_to(runs))}
+    sharing.forget()
+    loads()
+    sweep(*command)
+    assert loads() == 0 and len(executed) == 1
+
+
+def test_other_evaluators_stages_or_files_are_not_taken_for_done(unlearn, tmp_path, monkeypatch, sd1):
+    executed = []
+    execute = Run.execute
+    monkeypatch.setattr(Run, "execute", lambda self, stages: (executed.append(1), execute(self, stages))[1])
+
+    def times(*overrides: str) -> int:
+        executed.clear()
+        unlearn("dataset=prompt", *overrides)
+        return len(executed)
+
+    assert [times("stages=[fit]"), times("stages=[fit]")] == [1, 0]
+    assert [times(), times(), times("stages=[fit]"), times("stages=[report]")] == [1, 0, 0, 0]
+    assert [times("evaluator=nudenet"), times("evaluator=nudenet"), times()] == [1, 0, 1]
+    assert [times("objective=null"), times("sampler.batch_size=3")] == [0, 1]
+    assert times("sampler.batch_size=3") == 0
+    os.utime(next(sd1.rglob("*.safetensors")))
+    assert times("sampler.batch_size=3") == 1, "a file that a setting names has changed"
+    (tmp_path / "run" / "report.html").unlink()
+    assert [times("sampler.batch_size=3"), times("sampler.batch_size=3")] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("room", "owner", "name", "k"),
+    [("unlearning.sampling.sampler", "Sampler", "draw", 3), ("unlearning.run", "Run", "report", 2)],
+)
+def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, room, owner, name, k):
+    def command(place: str) -> list[str]:
+        return [*FEW, "method=none,uce", "evaluator=clip_score", "sampler.batch_size=1",
+                f"paths.runs={tmp_path}/{place}/runs", f"paths.store={tmp_path}/{place}/store"]  # fmt: skip
+
+    def sweep(place: str) -> Path:
+        unlearn(*command(place))
+        return tmp_path / place
+
+    strike = f"import pytest\nfrom tests.run.small import at_call, killed\nfrom {room} import {owner}\n"
+    strike += f"at_call(pytest.MonkeyPatch(), {owner}, {name!r}, {k}, killed)"
+    assert in_a_process(unlearn.arguments(*command("killed")), strike).wait() == -signal.SIGKILL
+    finished = [p.parent for p in (tmp_path / "killed").rglob(".finished")]
+    kept = [*(tmp_path / "killed/store").rglob("*.png"), *(folder / "report.html" for folder in finished)]
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert len(finished) == 1 and len(kept) >= 3
+    again, whole = sweep("killed"), sweep("whole")
+    assert numbers(again) == numbers(whole) and len(numbers(again)) == 2
+    assert [path.stat().st_mtime_ns for path in kept] == before, "nothing is drawn or run again"
+
+
+def test_two_sweeps_at_once_share_a_store(unlearn, tmp_path):
+    command = [*FEW, "method=none,negative_prompt", "dataset.images_per_prompt=9", "evaluator=clip_score"]
+    both = [in_a_process(unlearn.arguments(*command, f"paths.runs={tmp_path}/{place}")) for place in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") and len(numbers(tmp_path / "a")) == 2
+    there = list((tmp_path / "store").rglob("*.png"))
+    for picture in there:
+        Image.open(picture).verify()
+    costs = [json.loads(p.read_text()) for place in "ab" for p in (tmp_path / place).rglob("cost.json")]
+    spent = sum(stage["denoiser_evaluations"] for cost in costs for stage in cost.values())
+    assert spent == 2 * 2 * len(there) == 2 * 2 * 36, "of two steps, guided: every picture was drawn once"
+    assert not list(tmp_path.rglob("*partial*"))

@@ -1,0 +1,43 @@
+"""The jobs of a process share what costs time to load."""
+
+import weakref
+
+from tests.run.small import at_call
+from unlearning.config import instances as sharing
+from unlearning.methods.uce import UCE
+
+
+def test_jobs_share_the_model_and_leave_what_single_runs_leave(sweep, unlearn, tmp_path, loads):
+    train = ["method.iterations=2", "method.steps=2", "method.batch_size=1", "method.trajectory=exact"]
+    sweep("method=esd_x", "seed=0,1", *train, "stages=[fit]")
+    sweep("method=uce", "seed=0,1", "stages=[fit]")
+    assert loads() == 1
+    for method, settings in {"esd_x": train, "uce": []}.items():
+        sharing.forget()
+        alone = unlearn("dataset=prompt", f"method={method}", *settings, "seed=1", "stages=[fit]", run=method)
+        [together] = (tmp_path / "runs").rglob(f"{method}/seed1*/erasure/weights.safetensors")
+        assert together.read_bytes() == (alone / "erasure" / "weights.safetensors").read_bytes()
+
+
+def test_memory_never_holds_two_models(monkeypatch):
+    class Network:
+        def __init__(self):
+            self.itself = self  # as networks do
+
+    first = weakref.ref(sharing.shared("model", {"path": "one"}, Network))
+    assert sharing.shared("model", {"path": "one"}, lambda: 1 / 0) is first()
+
+    def second():
+        assert first() is None
+        return Network()
+
+    sharing.shared("model", {"path": "two"}, second)
+    assert sharing.shared("other", {}, dict) == {}
+    sharing.forget()
+    assert sharing.shared("model", {"path": "two"}, lambda: "anew") == "anew"
+
+
+def test_a_job_that_fails_leaves_nothing_to_share(sweep, told_by, monkeypatch, loads):
+    at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
+    told_by("method=uce", "seed=0,1", "stages=[fit]")
+    assert loads() == 2

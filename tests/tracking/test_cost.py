@@ -1,0 +1,110 @@
+"""What a stage is said to have cost, and on what."""
+
+import gc
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from unlearning.reporting.comparison import compare
+from unlearning.tracking import cost
+
+MEGABYTE = 2**20
+
+
+class Model:
+    def __init__(self):
+        self.network, self.device = torch.nn.Identity(), torch.device("cpu")
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """fitted(megabytes, name): a fit that holds so much memory and asks the denoiser twice -> its metrics."""
+
+    def fit(megabytes=0, name="a"):
+        path, model = tmp_path / f"{name}.json", Model()
+        with cost.measured(path, "fit", model):
+            held = np.ones(megabytes * MEGABYTE, np.uint8)
+            for _ in range(2):
+                model.network(torch.zeros(3, 1))
+            del held
+            gc.collect()
+        return cost.metrics(path, tmp_path / "erasure")
+
+    return fit
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads, and back again."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_fit_costs_seconds_and_evaluations_and_a_second_sitting_adds_to_them(fitted):
+    first, both = fitted(), fitted()
+    assert first["cost/denoiser_evaluations"] == 6 and both["cost/denoiser_evaluations"] == 12
+    assert both["cost/seconds"] > first["cost/seconds"] > 0 and first["cost/artefact_bytes"] == 0
+
+
+def test_costs_are_there_before_the_end_lest_a_kill_takes_them_along(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "OFTEN", 0)
+    path, model = tmp_path / "a.json", Model()
+    fitted()
+    with cost.measured(path, "fit", model):
+        model.network(torch.zeros(3, 1))
+        assert json.loads(path.read_text())["fit"]["denoiser_evaluations"] == 6 + 3
+    assert json.loads(path.read_text())["fit"]["denoiser_evaluations"] == 6 + 3
+
+
+def test_a_small_job_after_a_large_one_in_the_same_process_has_its_own_peak(fitted):
+    large, small = (fitted(megabytes, str(megabytes))["cost/peak_memory"] for megabytes in (300, 20))
+    assert large - small > 200 * MEGABYTE and small > 20 * MEGABYTE
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_where_a_peak_cannot_be_had_it_is_left_out(fitted, monkeypatch, tmp_path, readable):
+    monkeypatch.setattr(cost, "PROCESS", tmp_path / "proc")
+    if readable:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "status").write_text("VmRSS: 12 kB\n")
+    metrics = fitted()
+    assert not any("peak_memory" in name for name in metrics) and metrics["cost/seconds"] > 0
+
+
+def test_every_cost_says_what_it_is_of_and_where(fitted, threads):
+    threads(1)
+    metrics = fitted()
+    numbers = [name for name in metrics if not name.endswith("/protocol")]
+    assert {*numbers} == {*cost.METRICS} and all(metrics[f"{name}/protocol"] for name in numbers)
+    assert metrics["cost/seconds/protocol"].startswith("of the fit, on ")
+    assert metrics["cost/seconds/protocol"].endswith(", 1 torch thread")
+
+
+def test_sittings_on_two_machines_are_both_named(fitted, threads, tmp_path):
+    for count in (1, 2, 2):
+        threads(count)
+        metrics = fitted()
+    assert metrics["cost/seconds/protocol"].count(" torch thread") == 2
+    assert len(json.loads((tmp_path / "a.json").read_text())["fit"]["on"]) == 2
+
+
+def test_costs_of_an_older_record_are_read_without_a_protocol(tmp_path):
+    (tmp_path / "cost.json").write_text(json.dumps({"fit": {"seconds": 3.0}}))
+    metrics = cost.metrics(tmp_path / "cost.json", tmp_path / "erasure")
+    assert metrics["cost/seconds"] == 3.0 and "cost/seconds/protocol" not in metrics
+
+
+def test_a_table_marks_seconds_of_another_machine(fitted, threads):
+    runs = []
+    for method, count in (("uce", 1), ("esd_x", 1), ("esd_u", 2)):
+        threads(count)
+        runs.append(
+            {"model": "m", "dataset": "d", "concept": "cat", "method": method, "seed": 0, **fitted(name=method)}
+        )
+    sheet = compare(runs, ["cost/seconds", "cost/denoiser_evaluations"], ["method"])
+    marks = {line[0].text: [cell.marks for cell in line[2:]] for line in sheet.lines}
+    assert marks == {"uce": [(), ()], "esd_x": [(), ()], "esd_u": [("†",), ()]}
+    assert any("cost/seconds of esd_u" in note.text and "2 torch threads" in note.text for note in sheet.notes)

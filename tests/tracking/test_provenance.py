@@ -1,0 +1,122 @@
+"""What a run records of what made it: of a checkout and of none, at once and in several sittings."""
+
+import json
+import subprocess
+
+import pytest
+
+from unlearning.tracking import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """git(*words) in a repository with one commit of unlearning/a.py; `git.root` is its folder."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def git(*words: str) -> str:
+        own = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", "-C", git.root, *own, *words], capture_output=True, text=True, check=True).stdout
+
+    git.root = tmp_path / "project"
+    (git.root / "unlearning").mkdir(parents=True)
+    (git.root / "unlearning" / "a.py").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    return git
+
+
+def test_a_clean_checkout_has_a_commit(checkout):
+    found = provenance.repository(checkout.root)
+    assert found == {"commit": checkout("rev-parse", "HEAD").strip(), "dirty": False}
+
+
+@pytest.mark.parametrize(
+    ("file", "dirty"), [("unlearning/a.py", True), ("unlearning/new.py", True), ("conf/x.yaml", True), ("notes", False)]
+)
+def test_what_makes_a_tree_dirty_is_what_results_depend_on(checkout, file, dirty):
+    path = checkout.root / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("2\n")
+    assert provenance.repository(checkout.root)["dirty"] is dirty
+
+
+def test_what_is_no_checkout_of_its_own_has_no_commit(checkout, tmp_path):
+    nothing = {"commit": None, "dirty": None}
+    assert provenance.repository(checkout.root / "unlearning") == nothing, "that repository is another project's"
+    (tmp_path / "broken" / ".git").mkdir(parents=True)
+    assert provenance.repository(tmp_path / "broken") == nothing
+
+
+def test_versions_and_hardware_are_those_of_this_process():
+    import torch
+
+    now = provenance.circumstances()
+    assert (
+        now["packages"]["torch"] == torch.__version__.partition("+")[0] or now["packages"]["torch"] == torch.__version__
+    )
+    assert now["hardware"]["cpu"] and now["hardware"]["cores"] >= 1 and now["hardware"]["memory"] > 2**28
+    assert len(now["hardware"]["gpus"]) == torch.cuda.device_count()
+    assert json.loads(json.dumps(now)) == now
+
+
+def test_a_sitting_is_added_where_something_but_the_time_has_changed():
+    first = {"begun": "1", "commit": "a", "python": "3.11"}
+    known = provenance.joined({}, first, {"seed": 0, "data": "d"})
+    assert known == {"seed": 0, "data": "d", "sittings": [first]}
+    assert provenance.joined(known, {**first, "begun": "2"}, {"seed": 0}) == known
+    other = {**first, "begun": "3", "commit": "b"}
+    assert provenance.joined(known, other, {})["sittings"] == [first, other]
+    assert provenance.joined(known, other, {"seed": 0, "data": "e"}) == {"seed": 0, "data": "e", "sittings": [other]}
+
+
+def test_a_run_records_what_it_is_made_of_and_goes_on_with_it(unlearn, monkeypatch):
+    run = unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[fit,generate]")
+    first = provenance.read(run)
+    assert first["seed"] == 0 and len(first["model"]) > 8 and len(first["data"]) == 16
+    [sitting] = first["sittings"]
+    assert sitting["commit"] == provenance.repository()["commit"] and sitting["packages"]["diffusers"]
+
+    unlearn("dataset=prompt", "dataset.others=[dog]")
+    assert provenance.read(run) == first, "the same process, the same machine: one sitting"
+
+    now = {**provenance.circumstances(), "commit": "another"}
+    monkeypatch.setattr(provenance, "circumstances", lambda: now)
+    (run / "report.html").unlink()
+    unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[report]")
+    assert provenance.read(run) == first and (run / "report.html").exists(), "a page is no result"
+    unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[evaluate]", "evaluator=nudenet")
+    again = provenance.read(run)
+    assert [s["commit"] for s in again.pop("sittings")] == [sitting["commit"], "another"]
+    assert again.items() <= first.items()
+
+    unlearn("dataset=prompt", "dataset.others=[dog,sky]", "stages=[fit]")
+    anew = provenance.read(run)
+    assert anew["data"] != first["data"] and [s["commit"] for s in anew["sittings"]] == ["another"]
+
+
+def test_a_run_names_the_code_that_made_what_it_took_from_the_store(unlearn, tmp_path, monkeypatch):
+    command = ["dataset=prompt", "dataset.others=[dog]", "evaluator=nudenet"]
+
+    def run_by(commit: str, *overrides: str, run: str) -> dict:
+        now = {**provenance.circumstances(), "commit": commit}
+        monkeypatch.setattr(provenance, "circumstances", lambda: now)
+        return provenance.read(unlearn(*command, *overrides, run=run))
+
+    def commits(record: dict) -> dict[str, list]:
+        return {kind: [code and code["commit"] for code in codes] for kind, codes in record["stored"].items()}
+
+    assert commits(run_by("first", run="one")) == {}
+    assert commits(run_by("second", run="two")) == {"pictures": ["first"], "evaluations": ["first"]}
+    assert commits(run_by("second", "evaluator.nudenet.threshold=0.5", run="three")) == {"pictures": ["first"]}
+    assert commits(run_by("second", "seed=1", run="four")) == {}, "its pictures are its own"
+    run_by("third", "dataset.others=[dog,sky]", "stages=[fit,generate]", run="five")
+    assert commits(run_by("fourth", "dataset.others=[sky]", run="six"))["pictures"] == ["first", "third"]
+    assert commits(run_by("second", "seed=1", "stages=[generate]", run="four")) == {}, "whoever drew beside them"
+
+    for path in (tmp_path / "store").rglob("drawn-by/*"):
+        path.unlink()
+    for path in (tmp_path / "store" / "evaluations").glob("*.json"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "made by"}))
+    assert commits(run_by("second", run="seven")) == {"pictures": [None], "evaluations": [None]}

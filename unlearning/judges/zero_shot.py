@@ -1,0 +1,66 @@
+"""CLIP as a classifier: the names of the things a picture may show, ranked by how well they describe it."""
+
+# B batch, N names, D embedding width.
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearning.data.openmoji import CIFAR10
+from unlearning.evaluators.base import unknown
+from unlearning.evaluators.clip_score import load_clip
+from unlearning.store.files import digest
+
+
+class ZeroShotCLIP:
+    """Radford et al. (2021), section 3.1, with MACE's prompt: softmax over names of logit scale × cosine.
+
+    Args:
+        model: A CLIP's name on the Hugging Face Hub, or its folder.
+        names: For each question, the possible answers; by default CIFAR-10's classes for "object".
+        template: How an answer becomes a text.
+
+    Raises:
+        UserError: If there is no such CLIP.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "openai/clip-vit-base-patch32",
+        names: Mapping[str, Sequence[str]] | None = None,
+        template: str = "a photo of the {}",
+    ):
+        self.names = {q: tuple(answers) for q, answers in (names or {"object": CIFAR10}).items()}
+        self.template = template
+        self.clip, self.processor, clip_name = load_clip(model, "judge.classifier.model")
+        self.name = f"zero-shot CLIP {clip_name} ({template!r}, {self._counts()})"
+        self._texts: dict[str, Tensor] = {}
+
+    def _counts(self) -> str:
+        """How many answers each question has, and a digest that tells which."""
+        return ", ".join(f"{len(names)} {question}s {digest(names)[:8]}" for question, names in self.names.items())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
+        """The possible answers, and their probabilities (B, N), for pictures (B, H, W, 3) uint8, on their device.
+
+        Raises UserError for a question without names.
+        """
+        if question not in self.names:
+            raise unknown(f"question for {self.name}:", question, self.names)
+        images = torch.as_tensor(images)
+        clip = self.clip.to(images.device)
+        pixels = self.processor(images=list(images.cpu().permute(0, 3, 1, 2)), return_tensors="pt").pixel_values
+        pictures = F.normalize(clip.get_image_features(pixels.to(images.device)))  # (B, D)
+        logits = clip.logit_scale.exp() * pictures @ self._embedded(question).to(images.device).T
+        return self.names[question], logits.softmax(1)
+
+    def _embedded(self, question: str) -> Tensor:
+        """The unit embeddings (N, D) of a question's answers; made once."""
+        if question not in self._texts:
+            texts = [self.template.format(name) for name in self.names[question]]
+            tokens = self.processor(text=texts, return_tensors="pt", padding=True).to(self.clip.device)
+            self._texts[question] = F.normalize(self.clip.get_text_features(**tokens))
+        return self._texts[question]

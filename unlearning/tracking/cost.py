@@ -1,0 +1,106 @@
+"""What a stage costs: seconds, denoiser evaluations, peak memory; and on what machine."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+from unlearning.store.files import write_atomically
+from unlearning.tracking.provenance import hardware
+
+METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
+OFTEN = 10.0  # seconds after which costs are written down, lest a process that is killed take them along
+PROCESS = Path("/proc/self")  # where Linux tells a process about itself
+
+
+@contextmanager
+def measured(path: Path, stage: str, model) -> Iterator[None]:
+    """Adds the stage's costs to the JSON at `path`; a stage run in several sittings adds up, on every machine it had.
+
+    An evaluation is one latent through the denoiser once: a guided step of a batch of 16 is 32 of them. Memory is the
+    accelerator's peak allocation in the stage, or without one the process's peak resident size in it, which only Linux
+    tells; both in bytes. Of a distributed run the first process's are counted. Of a process that is killed the last
+    seconds are not known.
+    """
+    on_cuda = model.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    afresh = not on_cuda and _forget_peak()
+    before, evaluations, start = read(path).get(stage, {}), 0, time.perf_counter()
+    written = start
+
+    def write() -> None:
+        nonlocal written
+        written = time.perf_counter()
+        spent = {"seconds": before.get("seconds", 0.0) + written - start}
+        spent["denoiser_evaluations"] = before.get("denoiser_evaluations", 0) + evaluations
+        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if afresh else None
+        if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
+            spent["peak_memory"] = max(peaks)
+        spent["on"] = list(dict.fromkeys([*before.get("on", ()), machine(model.device)]))
+        if rank_zero_only.rank == 0:
+            write_atomically(path, json.dumps({**read(path), stage: spent}, indent=2))
+
+    def count(module, arguments, keywords):
+        nonlocal evaluations
+        evaluations += len(arguments[0])
+        if time.perf_counter() > written + OFTEN:
+            write()
+
+    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        write()
+
+
+def machine(device: torch.device) -> str:
+    """What seconds and bytes depend on: "NVIDIA H100, 8 torch threads", and of a distributed run how many processes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"]
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    count = torch.distributed.get_world_size() if spread else 1
+    processes = f", the first of {count} processes" if count > 1 else ""
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} torch thread{'s' if threads > 1 else ''}{processes}"
+
+
+def _forget_peak() -> bool:
+    """Lets the process's peak resident size begin anew, which otherwise only rises; whether that could be done."""
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int | None:
+    """Bytes since `_forget_peak`; None where nobody tells."""
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def read(path: Path) -> dict[str, dict]:
+    """Costs by stage, and what they were measured on; empty before the first."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def forget(path: Path, stage: str) -> None:
+    """Drops a stage's costs, because it starts afresh."""
+    if path.exists():
+        write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
+
+
+def metrics(path: Path, erasure: Path) -> dict[str, float | str]:
+    """The costs of erasing, by metrics.json's names: of the fit, and the artefact's bytes; with their protocols."""
+    spent = read(path).get("fit", {})
+    machines = " and ".join(spent.pop("on", ()))
+    known = {"artefact_bytes": "all files of the erasure", "denoiser_evaluations": "latents through it in the fit"}
+    known |= {name: f"of the fit, on {machines}" for name in ("seconds", "peak_memory") if machines}
+    spent["artefact_bytes"] = sum(p.stat().st_size for p in erasure.iterdir()) if erasure.is_dir() else 0
+    told = {f"cost/{name}": value for name, value in spent.items()}
+    return told | {f"cost/{name}/protocol": known[name] for name in spent if name in known}
