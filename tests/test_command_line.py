@@ -17,7 +17,7 @@ from tests.composed import config
 from tests.run.small import files
 from unlearning import run
 from unlearning.config.naming import fingerprint
-from unlearning.erasures.base import WeightPatch
+from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 

@@ -9,6 +9,7 @@ from unlearning.errors import UserError
 
 # What a prompt is there to show: that the concept is gone, under other words too, and that the rest is not.
 ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
+ATTACK = "attack"  # the role of images with which an attack tries to bring a concept back
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
-"""One run: fit -> generate -> evaluate -> report. Disk is the interface; every stage goes on where it was left."""
+"""One run: fit -> attack -> generate -> evaluate -> report. Disk is the interface; every stage can be resumed alone."""
 
-import fcntl
 import hashlib
-import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -17,37 +14,60 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
-from tqdm import tqdm
 
-from unlearning.concepts import UnlearningTask
+from unlearning.attacks.base import Attack, targets
+from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config.naming import inward
-from unlearning.erasures.base import Erasure, WeightPatch
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
-from unlearning.evaluators.base import Evaluator, lacking
+from unlearning.evaluators.base import Evaluator
+from unlearning.evaluators.suppression import suppression
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
 from unlearning.reporting.report import report, teaser
+from unlearning.sampling import comeback
 from unlearning.sampling.generation import generate
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
+from unlearning.store import metrics as records
+from unlearning.store.evaluations import evaluation, lines
 from unlearning.store.files import digest, write_atomically
 from unlearning.store.images import (
     Row,
     figures,
     keep,
-    load,
     missing,
     read_manifest,
     with_decisions,
     write_manifest,
     write_named,
 )
+from unlearning.store.locks import alone_in
+from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
 from unlearning.tracking import cost, loggers, provenance
+from unlearning.training.checkpoints import key_of
 
 log = logging.getLogger(__name__)
-STAGES = ("fit", "generate", "evaluate", "report")
-SHARED = STAGES[:2]  # of which every process of a distributed run does its part
+STAGES = ("fit", "attack", "generate", "evaluate", "report")
+SHARED = STAGES[:3]  # stages in which every process of a distributed run takes part
+BASE, ERASED, ATTACKED = "base", "erased", "attacked-"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A set of images that a run compares: what is applied to the model, and what is generated with it.
+
+    Args:
+        name: "base", "erased" or "attacked-NAME"; the manifest is images/NAME.csv.
+        erasures: Applied to the model, in this order.
+        attack: The folder of what an attack found; None for the task's own prompts.
+    """
+
+    name: str
+    erasures: tuple[Erasure, ...] = ()
+    attack: Path | None = None
 
 
 @dataclass
@@ -55,15 +75,18 @@ class Run:
     """
     Args:
         folder: The run's own: erasure/, images/ (manifests), metrics.json, report.html, teaser.png.
-        store: Pictures and evaluations that all runs share, each under a digest of what it depends on.
+        store: Images, attacks and evaluations that all runs share, each under a digest of what it depends on.
         load_model: Loads the model; called by the stages that need it.
+        attacks: By name.
         evaluators: By name.
         trainer: Makes a Lightning Trainer.
-        logger: Lightning loggers, told the settings, the numbers and some pictures.
+        after: Folders of earlier erasures, on top of which this run erases.
+        logger: Lightning loggers for settings, numbers and some images.
         title: What the erasure is called in its README.
-        runs: The folder that this run and others lie in, whose pictures stay in the store; the run's own if not given.
-        records: Texts by the names of their files, kept beside the numbers: by which settings they were made.
-        done: Whether another run has done all of it; if it is given, another at work in the folder is waited for.
+        runs: The folder that this run and others lie in, whose images stay in the store; by default the run's own.
+        settings: The resolved config.
+        records: Texts by file name, kept beside the numbers: the settings that made them.
+        done: Says whether another run has done all of it. With it, a run at work in the folder is waited for.
     """
 
     folder: Path
@@ -74,6 +97,8 @@ class Run:
     sampler: Sampler | Reconstruction
     evaluators: Mapping[str, Evaluator]
     trainer: Callable[..., pl.Trainer]
+    attacks: Mapping[str, Attack] = field(default_factory=dict)
+    after: Sequence[Path] = ()
     seed: int = 0
     logger: Sequence = ()
     title: str = "An erased concept"
@@ -86,14 +111,15 @@ class Run:
     def model(self) -> Model:
         return self.load_model()
 
-    def execute(self, stages: Sequence[str] = STAGES) -> dict[str, float | str]:
-        """Runs the stages in their order; returns what metrics.json holds, if anything does.
+    def execute(self, stages: Sequence[str] = STAGES) -> records.Flat:
+        """Runs the stages in their order; returns what metrics.json holds, if there is one.
 
-        Raises UserError for an unknown stage, or if another process is at work in the folder and not to be waited for.
+        Raises:
+            UserError: For an unknown stage, or if another process is at work in the folder.
         """
         unknown = set(stages) - set(STAGES)
         if unknown:
-            raise UserError(f"There is no stage {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}.")
+            raise UserError(f"There is no stage {sorted(unknown)[0]!r}. Stages: {', '.join(STAGES)}.")
         path = self.folder / "metrics.json"
         with alone_in(self.folder, wait=self.done is not None):
             done = self.done is not None and self.done()
@@ -101,56 +127,84 @@ class Run:
                 self._keep_records()
             for stage in () if done else STAGES:
                 if stage in stages and (first_rank() or stage in SHARED):
-                    log.info("%s: %s", self.title, stage)
+                    if stage != "attack" or self.attacks:
+                        log.info("%s: %s", self.title, stage)
                     getattr(self, stage)()
-        return json.loads(path.read_text()) if path.exists() else {}
+        return records.flat(records.read(path)) if path.exists() else {}
 
     def _keep_records(self) -> None:
         for name, text in self.records.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
             write_atomically(self.folder / name, text)
 
+    # fit
+
     def fit(self) -> None:
-        """Finds the erasure, unless it is there already. What another model or other settings left is cleared away."""
-        self._record(seed=self.seed, model=self.model.fingerprint, data=self._data())
+        """Finds the erasure, unless it is there. What another model or other settings left is deleted first."""
+        self._record(seed=self.seed, model=self.model.fingerprint, data=self._data_key())
         target, begun = self.folder / "erasure", self.folder / ".fit"
-        if not begun.exists() or begun.read_text() != self._key():
+        if not begun.exists() or begun.read_text() != self._fit_key():
             for old in (target, self.folder / "checkpoints", self.folder / "figures"):
-                shutil.rmtree(old, ignore_errors=True)
+                if old.exists():
+                    shutil.rmtree(old)  # an error here is an error: what stays would be taken for the new erasure
             cost.forget(self.folder / "cost.json", "fit")
-            write_atomically(begun, self._key())
+            write_atomically(begun, self._fit_key())
         if target.exists():
             return
         pl.seed_everything(self.seed, workers=True, verbose=False)
-        with cost.measured(self.folder / "cost.json", "fit", self.model):
+        with _applied(self._before, self.model), cost.measured(self.folder / "cost.json", "fit", self.model):
             erasure = self.method.fit(self.model, self.task)
         if first_rank():
-            partial = self.folder / ".erasure.partial"
-            try:
-                erasure.save(partial, title=self.title, base=self.model)
-                keep(self.folder / "figures", self.method.figures)
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            self._save(composed(*self._before, erasure), target)
         wait_for_all_ranks()
 
-    def _key(self) -> str:
-        """A digest of all that the erasure depends on: model, method and trainer, the seed, what may be known."""
+    def _save(self, erasure: Erasure, target: Path) -> None:
+        partial = self.folder / ".erasure.partial"
+        try:
+            erasure.save(partial, title=self.title, base=self.model)
+            keep(self.folder / "figures", self.method.figures)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    @cached_property
+    def _before(self) -> tuple[Erasure, ...]:
+        """The earlier erasures. Raises UserError for one that was made from another model."""
+        for folder in self.after:
+            self._check_base(folder)
+        return tuple(Erasure.load(folder) for folder in self.after)
+
+    def _check_base(self, folder: Path) -> None:
+        if Erasure.base_of(folder) != self.model.fingerprint:
+            raise UserError(
+                f"The erasure in {folder} was made from another model than {self.model.name}. Delete the folder to "
+                "make it again, or choose the model that it belongs to."
+            )
+
+    def _erasure(self) -> Erasure:
+        """The run's finished erasure."""
+        erasure = Erasure.load(self.folder / "erasure")
+        self._check_base(self.folder / "erasure")
+        return erasure
+
+    def _fit_key(self) -> str:
+        """A digest of all that the erasure depends on: model, method, trainer, seed, earlier erasures, known data."""
         known = (self.task.erase, self.task.retain, self.task.template)
         trainer = self.settings.get("trainer", {})
         settings = (self.settings.get("method"), {name: trainer[name] for name in inward(trainer)})
-        return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._shown)
+        before = [erasure.digest for erasure in self._before]
+        return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._images, before)
 
-    def _data(self) -> str:
-        """A digest of all that the dataset gives: what may be known, and what is asked."""
+    def _data_key(self) -> str:
+        """A digest of all that the dataset gives: what a method may know, and the evaluation."""
         known = (self.task.erase, self.task.retain, self.task.template)
-        asked = (self.task.prompts, self.task.images_per_prompt, list(self.task.inputs))
-        return digest(known, self._shown, asked)
+        evaluation = (self.task.prompts, self.task.images_per_prompt, list(self.task.inputs))
+        return digest(known, self._images, evaluation)
 
     @cached_property
-    def _shown(self) -> list:
-        """Digests of the pictures that a method may learn from."""
+    def _images(self) -> list:
+        """Digests of the images that a method may learn from."""
         images = chain(self.task.forget_images, self.task.retain_images)  # one at a time: there may be many
         return [(p.shape, hashlib.sha256(p.tobytes()).hexdigest()) for p in images]
 
@@ -158,169 +212,198 @@ class Run:
         if first_rank():
             provenance.record(self.folder, **made_of)
 
-    def generate(self) -> None:
-        """Draws what the evaluation asks for with the base model, where no run has yet, and with the erased one.
+    # attack
 
-        What either fails at is left out of both manifests, and counted: it is measured neither as erased nor as kept.
+    def attack(self) -> None:
+        """Runs every attack on the erased model, unless some run has attacked the same model in the same way."""
+        for name, attack in self.attacks.items():
+            erasure = self._erasure()
+            place = self._attack_folder(attack, erasure)
+            if comeback.exists(place):
+                continue
+            pl.seed_everything(self.seed, workers=True, verbose=False)
+            stage = f"attack {name}"
+            cost.forget(self.folder / "cost.json", stage)
+            observed = attack.observe(self.model, self.task)
+            with cost.measured(self.folder / "cost.json", stage, self.model), erasure.applied_to(self.model):
+                found = attack.find(self.model, self.task, observed)
+            record = {"attack": name, "version": attack.version, "access": attack.access, "seed": self.seed}
+            record |= {"victim": erasure.digest, "base": self.model.fingerprint}
+            record |= {"cost": cost.read(self.folder / "cost.json").get(stage, {}), **found.record}
+            replace(found, record=record).save(place)
+        wait_for_all_ranks()
+
+    def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
+        """The attack's place in the store: a digest of all that its result depends on."""
+        victim = (self.model.fingerprint, self.model.numerics, erasure.digest)
+        task = (self.task.erase, self.task.template, targets(self.task))
+        return self.store / "attacks" / key_of(attack, attack.version, victim, self.seed, task, self._images)
+
+    # generate
+
+    def _drawings(self) -> list[Drawing]:
+        """What this run generates and evaluates: base and erased first."""
+        erasure = self._erasure()
+        attacked = [
+            Drawing(f"{ATTACKED}{name}", (erasure,), self._attack_folder(attack, erasure))
+            for name, attack in self.attacks.items()
+        ]
+        return [Drawing(BASE), Drawing(ERASED, (erasure,)), *attacked]
+
+    def generate(self) -> None:
+        """Generates the evaluation's images: with the base model, unless some run has, with the erased one, attacked.
+
+        An image that base or erased model fails on is left out of both manifests and counted: it is neither erased nor
+        retained.
         """
-        erasure, asked, makers = Erasure.load(self.folder / "erasure"), {}, []
         self._record()
         note(self.store, self.runs or self.folder)
-        numerics = (self.model.numerics, self.settings.get("trainer", {}).get("precision"))
-        for name, edit in (("base", WeightPatch({})), ("erased", erasure)):
-            parts = (self.model.fingerprint, numerics, edit.fingerprint, self.sampler.protocol)
-            place = self.store / "images" / digest(*parts)
-            rows = self.sampler.manifest(place, self.task, self.seed)
-            pairs = zip(rows, asked.get("base", rows), strict=True)
-            asked[name] = [row if row.path == base.path else replace(row, base=base.path) for row, base in pairs]
-            about = {"model": self.model.name, "erasure": "none", "sampler": self.sampler.protocol}
-            about |= {"erasure": f"{self.title}, seed {self.seed}"} if name == "erased" else {}
-            describe(place, about)
-            if first_rank() and (todo := missing(rows)):
-                sign(place, [row.path.name for row in todo], provenance.code())
-            with cost.measured(self.folder / "cost.json", f"generate {name}", self.model), edit.applied_to(self.model):
-                generate(self.model, self.sampler, asked[name], self.trainer)
-            wait_for_all_ranks()
-            code = signed(place)
-            makers += [code.get(row.path.name) for row in rows]
+        rows, makers = {}, []
+        for drawing in self._drawings():
+            rows[drawing.name] = self._rows(drawing, rows.get(BASE))
+            makers += self._generate(drawing, rows[drawing.name])
         if first_rank():
             provenance.reuse(self.folder, "pictures", makers)
-            drawn = [pair for pair in zip(*asked.values(), strict=True) if all(row.path.exists() for row in pair)]
-            if not drawn:
-                raise UserError("No picture could be made; the warnings above say why.")
-            for name, rows in zip(asked, zip(*drawn, strict=True), strict=True):
-                write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, rows))
-                write_named(self.folder / "images" / name, [row for row in rows if row.source])
-            count, told = len(asked["base"]) - len(drawn), self.folder / "images" / "failed"
-            write_atomically(told, str(count)) if count else told.unlink(missing_ok=True)
+            self._write_manifests(rows)
+
+    def _place(self, drawing: Drawing) -> Path:
+        """The folder in the store of a drawing's images: a digest of model, precision, erasures and sampler."""
+        numerics = (self.model.numerics, self.settings.get("trainer", {}).get("precision"))
+        edits = [erasure.digest for erasure in drawing.erasures]
+        return self.store / "images" / digest(self.model.fingerprint, numerics, edits, self.sampler.protocol)
+
+    def _rows(self, drawing: Drawing, base: Sequence[Row] | None) -> list[Row]:
+        place = self._place(drawing)
+        rows = self.sampler.manifest(place, self.task, self.seed)
+        if drawing.attack:
+            return comeback.attacked(drawing.attack, [row for row in rows if row.role == ERASE])
+        pairs = zip(rows, base or rows, strict=True)
+        return [row if row.path == own.path else replace(row, base=own.path) for row, own in pairs]
+
+    def _generate(self, drawing: Drawing, rows: Sequence[Row]) -> list:
+        """Generates the images that are missing; returns which code made each of them."""
+        place = self._place(drawing)
+        erasure = f"{self.title}, seed {self.seed}" if drawing.erasures else "none"
+        describe(place, {"model": self.model.name, "erasure": erasure, "sampler": self.sampler.protocol})
+        if first_rank() and (todo := missing(rows)):
+            sign(place, [row.path.name for row in todo], provenance.code())
+        stage = f"generate {drawing.name}"
+        with cost.measured(self.folder / "cost.json", stage, self.model), _applied(drawing.erasures, self.model):
+            generate(self.model, self.sampler, rows, self.trainer)
+        wait_for_all_ranks()
+        code = signed(place)
+        return [code.get(row.path.name) for row in rows]
+
+    def _write_manifests(self, rows: Mapping[str, Sequence[Row]]) -> None:
+        pairs = [(a, b) for a, b in zip(rows[BASE], rows[ERASED], strict=True) if a.path.exists() and b.path.exists()]
+        if not pairs:
+            raise UserError("No image could be generated; the warnings above say why.")
+        kept = {name: [row for row in some if row.path.exists()] for name, some in rows.items()}
+        kept[BASE], kept[ERASED] = (list(side) for side in zip(*pairs, strict=True))
+        for old in (self.folder / "images").glob(f"{ATTACKED}*.csv"):
+            if old.stem not in kept:
+                old.unlink()
+        for name, some in kept.items():
+            write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, some))
+            write_named(self.folder / "images" / name, [row for row in some if row.source])
+        failed = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
+        told = self.folder / "images" / "failed"
+        write_atomically(told, str(failed)) if failed else told.unlink(missing_ok=True)
+
+    def _failed(self) -> int:
+        """Images that could not be generated."""
+        path = self.folder / "images" / "failed"
+        return int(path.read_text()) if path.exists() else 0
+
+    # evaluate
 
     def evaluate(self) -> None:
-        """Measures the pictures; an evaluation that some run has made before is read from the store."""
+        """Measures the images; an evaluation that some run has made before is read from the store."""
         self._record()
-        metrics = lacking(self._numbers(), failed := self._failed())
-        known = {key: up for evaluator in self.evaluators.values() for key, up in evaluator.higher_is_better.items()}
-        metrics |= {f"{key}/better": "higher" if up else "lower" for key, up in known.items() if key in metrics}
+        metrics = self._measure()
         metrics |= suppression(metrics)
-        metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
-        metrics |= {"cost/skipped": len(self.task.skipped)} if self.task.skipped else {}
-        metrics |= {"cost/failed": failed} if failed else {}
-        self._keep_records()  # which until now were those of the numbers before
-        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2))
-        base, erased = (read_manifest(self.folder / "images" / f"{name}.csv") for name in ("base", "erased"))
+        metrics |= records.records(cost.metrics(self.folder / "cost.json", self.folder / "erasure"))
+        metrics |= {"cost/skipped": Metric(len(self.task.skipped))} if self.task.skipped else {}
+        metrics |= {"cost/failed": Metric(failed)} if (failed := self._failed()) else {}
+        self._keep_records()  # until now they were those of the numbers before
+        records.write(self.folder / "metrics.json", metrics)
+        base, erased = (self._manifest(name) for name in (BASE, ERASED))
         images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
-        loggers.log(self.logger, metrics, images, self.settings, list(zip(base, erased, strict=True)))
+        pairs = list(zip(base, erased, strict=True))
+        loggers.log(self.logger, records.flat(metrics), images, self.settings, pairs)
 
-    def _numbers(self) -> dict[str, float | str]:
-        """Those of all evaluators with their protocols, and how many pictures one tripped over, if any did.
-
-        An evaluator that measured nothing is told of: it was asked for.
-        """
-        metrics, makers, unmeasured, silent = {}, [], 0, dict(self.evaluators)
+    def _measure(self) -> dict[str, Metric]:
+        """The numbers of all evaluators on all drawings. An evaluator that measured nothing is named in a warning."""
+        metrics: dict[str, Metric] = {}
+        makers, unmeasured, silent = [], 0, dict(self.evaluators)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
-        for prefix, name in (("base/", "base"), ("", "erased")):
-            path = self.folder / "images" / f"{name}.csv"
-            if not path.exists():
-                raise UserError(f"There is no {path}: run the generate stage first.")
-            rows = read_manifest(path)
+        for drawing in (BASE, ERASED, *(f"{ATTACKED}{name}" for name in self.attacks)):
+            rows = self._manifest(drawing)
             for label, evaluator in self.evaluators.items():
-                found = self._evaluation(rows, evaluator, f"{label} of {name}")
+                about = f"{label} of {drawing}"
+                made = evaluation(
+                    self.store, self.task.name, rows, evaluator, self.sampler.batch_size, provenance.code(), about
+                )
+                if made.details:
+                    (self.folder / "details").mkdir(exist_ok=True)
+                    write_atomically(self.folder / "details" / f"{about.replace(' ', '-')}.jsonl", lines(made.details))
                 unmeasured += evaluator.failed
-                makers.append(found.pop("made by", None))
-                metrics |= {prefix + key: value for key, value in found.items()}
-                if found:
+                makers.append(made.made_by)
+                protocol = made.protocol + (f", images that could not be made: {n}" if (n := self._failed()) else "")
+                for key, value in made.values.items():
+                    _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
+                if made.values:
                     silent.pop(label, None)
         provenance.reuse(self.folder, "evaluations", makers)
         for label, evaluator in silent.items():
             log.warning("%s measured nothing: it needs %s.", label, evaluator.needs)
-        return metrics | ({"cost/unmeasured": unmeasured} if unmeasured else {})
+        return metrics | ({"cost/unmeasured": Metric(unmeasured)} if unmeasured else {})
 
-    def _failed(self) -> int:
-        """Pictures that could not be made."""
-        path = self.folder / "images" / "failed"
-        return int(path.read_text()) if path.exists() else 0
+    def _manifest(self, drawing: str) -> list[Row]:
+        path = self.folder / "images" / f"{drawing}.csv"
+        if not path.exists():
+            raise UserError(f"There is no {path}: run the generate stage first.")
+        return read_manifest(path)
 
-    def _evaluation(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict:
-        """Its numbers and protocols and, as "made by", the code that came to them.
-
-        One that tripped over a picture is not kept for other runs, nor for this one's next time.
-        """
-        asked = [
-            ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
-            for row in rows
-        ]
-        evaluator.reset()
-        path = self.store / "evaluations" / f"{digest(self.task.name, asked, evaluator.protocol)}.json"
-        found = path.with_suffix(".jsonl")
-        if path.exists():
-            results, details = json.loads(path.read_text()), found.read_text() if found.exists() else ""
-        else:
-            results = self._measured(rows, evaluator, label)
-            details = "".join(json.dumps(picture) + "\n" for picture in evaluator.details)
-            if not evaluator.failed:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if details:
-                    write_atomically(found, details)
-                write_atomically(path, json.dumps(results, indent=2))
-        if details:
-            (self.folder / "details").mkdir(exist_ok=True)
-            write_atomically(self.folder / "details" / f"{label.replace(' ', '-')}.jsonl", details)
-        return results
-
-    def _measured(self, rows: Sequence[Row], evaluator: Evaluator, label: str) -> dict:
-        """As `_evaluation`, of the pictures themselves."""
-        size = self.sampler.batch_size
-        for i in tqdm(range(0, len(rows), size), label, leave=False):
-            evaluator.update(load(rows[i : i + size]), rows[i : i + size])
-        results = {"made by": provenance.code()}
-        for key, value in evaluator.compute().items():
-            if math.isnan(value):
-                raise UserError(f"{label}: {key} is not a number. Look at the pictures in {rows[0].path.parent}.")
-            results |= {key: value, f"{key}/protocol": evaluator.protocol}
-        return results
+    # report
 
     def report(self) -> None:
-        """Writes report.html, and teaser.png, its pictures in one strip."""
+        """Writes report.html, and teaser.png, its images in one strip."""
         page = report(self.folder)
         teaser(self.folder, self.folder / "teaser.png")
         log.info("look at %s", page)
 
 
-def suppression(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
-    """100 (1 - erased / base), of what the base model shows of the concept by detection or by accuracy."""
-    for key in ("efficacy/nudenet_rate", "efficacy/acc_e"):
-        if metrics.get(f"base/{key}"):
-            gone = 100 * (1 - metrics[key] / metrics[f"base/{key}"])
-            protocols = dict.fromkeys(metrics.get(f"{name}/protocol", "not stated") for name in (key, f"base/{key}"))
-            return {"efficacy/suppression": gone, "efficacy/suppression/protocol": f"of {key}: {' | '.join(protocols)}"}
-    return {}
+def _add(
+    metrics: dict[str, Metric], drawing: str, key: str, value: float, protocol: str, higher_is_better: bool | None
+) -> None:
+    """Puts a number where it belongs: beside the base model's, or under robustness/ with the name of its attack."""
+    if drawing == BASE:
+        metrics[key] = Metric(None, higher_is_better=higher_is_better, base=value, base_protocol=protocol)
+    elif drawing == ERASED:
+        base = metrics.get(key, Metric(None))
+        metrics[key] = replace(base, value=value, protocol=protocol, higher_is_better=higher_is_better)
+    elif name := attacked_name(key, drawing.removeprefix(ATTACKED)):
+        metrics[name] = Metric(value, protocol, higher_is_better)
 
 
-def metrics_of(evaluators: Iterable[Evaluator]) -> set[str]:
-    """The names of all metrics that a run with these evaluators may come to."""
+def attacked_name(key: str, attack: str) -> str | None:
+    """The name of a metric on images of an attack: robustness/asr_cce; None for one that says nothing about it."""
+    purpose, _, name = key.partition("/")
+    return f"robustness/{name}_{attack}" if purpose in ("efficacy", "robustness") else None
+
+
+def metrics_of(evaluators: Iterable[Evaluator], attacks: Iterable[str] = ()) -> set[str]:
+    """The names of all metrics that a run with these evaluators and attacks may have."""
     erased = {"efficacy/suppression", *cost.METRICS}.union(*(e.higher_is_better for e in evaluators))
-    return erased | {f"base/{name}" for name in erased}
+    attacked = {name for attack in attacks for key in erased if (name := attacked_name(key, attack))}
+    return erased | {f"base/{name}" for name in erased} | attacked
 
 
-@contextmanager
-def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the folder's lock, which the ranks of one run share.
-
-    If another run does, it is waited for, or else UserError is raised.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not first_rank():
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
-            log.info("Another run is at work in %s: waiting for it.", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _applied(erasures: Sequence[Erasure], model: Model):
+    """A context in which all of the erasures are applied; in none of them the model is the unedited one."""
+    return composed(*erasures).applied_to(model) if erasures else nullcontext()
 
 
 def first_rank() -> bool:

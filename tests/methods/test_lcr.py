@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
+from unlearning.codes.erasure import CodebookEdit
 from unlearning.codes.frequency import count
 from unlearning.codes.replacement import Counted, Uniform
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.detectors.base import Detector, NudeNet, cells
-from unlearning.erasures.base import CodebookEdit, Erasure
+from unlearning.erasures.base import Erasure
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import Reconstruction, as_tensor
 from unlearning.store.images import load, read_manifest

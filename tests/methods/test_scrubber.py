@@ -12,7 +12,8 @@ from PIL import Image
 import unlearning
 from tests.composed import config
 from tests.tiny import FAMILIES, shrunk
-from unlearning.erasures.base import Adapter, WeightPatch
+from unlearning.erasures.module_edit import Adapter
+from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import Told

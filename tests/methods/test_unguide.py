@@ -11,7 +11,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask
-from unlearning.erasures.base import Adapter, Erasure
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
 from unlearning.methods.unguide import UnGuide, best_threshold
 from unlearning.models.ldm import diffusers_name, read_adapter

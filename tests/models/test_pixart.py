@@ -1,14 +1,12 @@
 """What PixArt has of its own: alpha's is told the picture's size, and diffusers has no adapters for either."""
 
-import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline
 
 from tests import tiny
-from unlearning.errors import UserError
 from unlearning.models.pixart import PixArt
+from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import Sampler, denoise
-from unlearning.training.student import LoRA
 
 
 def test_alpha_is_told_the_pictures_size(tmp_path):
@@ -28,11 +26,5 @@ def test_alpha_is_told_the_pictures_size(tmp_path):
 def test_ddim_does_not_clip_the_latents(tmp_path):
     model = PixArt.load(str(tiny.save("pixart", tmp_path)), device="cpu")
     noise, c = 9 * torch.ones(1, *model.latent_shape), model.encode_prompts([""])
-    *_, (_, x_0) = denoise(model, noise, c, steps=2, guidance_scale=1.0, scheduler=DDIMScheduler)
+    *_, (_, x_0) = denoise(model, noise, begin(model, c, 1.0), steps=2, scheduler=DDIMScheduler)
     assert x_0.abs().max() > 1, "the config of PixArt's own solver does not say that there is nothing to clip"
-
-
-def test_an_adapter_is_answered_with_what_works(tmp_path):
-    model = PixArt.load(str(tiny.save("pixart", tmp_path)), device="cpu")
-    with pytest.raises(UserError, match="student=full"), LoRA(r"attn2\.to_k$").of(model):
-        pass

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
 from hydra.utils import instantiate
-from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import nn
 
 from tests import tiny
 from tests.composed import config
 from unlearning.errors import UserError
 from unlearning.models.base import fingerprint
-from unlearning.models.diffusion import Conditioning, adapter_for
+from unlearning.models.diffusion import Conditioning
+from unlearning.models.side_modules import LowRank, SideModules
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 from unlearning.scrubbing.fingerprint import Fingerprint
@@ -97,10 +98,10 @@ def test_noise_is_added_and_taken_away(model):
 
 
 def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model, attention):
-    names = [n for n, _ in model.denoiser.named_parameters() if re.search(attention, n)]
+    names = [n for n in model.named_parameters() if n.startswith(model.component) and re.search(attention, n)]
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     before, teacher = model.predict(x, t, c), model.snapshot(names)
-    parameters = dict(model.denoiser.named_parameters())
+    parameters = model.named_parameters()
     try:
         for name in names:
             parameters[name].add_(0.3)
@@ -117,7 +118,7 @@ def test_text_projections_are_where_the_prompt_enters(any_pipeline, model):
     assert bool(projections) == (any_pipeline[0] != "dit"), "a class is no text"
     width = model.encode_prompts([""]).embeds.shape[-1]
     assert all(m.in_features == width for m in projections.values())
-    assert all(f"{name}.weight" in dict(model.denoiser.named_parameters()) for name in projections)
+    assert all(f"{name}.weight" in model.named_parameters() for name in projections)
 
 
 @pytest.mark.parametrize("any_pipeline", [f for f in tiny.FAMILIES if f not in ("sana", "dit")], indirect=True)
@@ -200,21 +201,23 @@ def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(sd1):
     assert ran, "and is compiled for all the rest"
 
 
-def test_an_adapter_is_heard_by_the_rows_named_though_the_denoiser_be_compiled(sd1):
-    model = StableDiffusion.load(str(sd1), device="cpu")
-    model.denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
-
-    def told_apart():
-        with torch.no_grad(), adapter_for(model.denoiser, [False, True]):
-            return model.predict(x, t, c)
-
-    expected = told_apart()
+def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(sd1):
+    model = StableDiffusion.load(str(sd1), device="cpu", compile=True)
     model.denoiser.compile(backend="eager")
+    layers = {n: m for n, m in model.named_modules().items() if n.startswith("unet.") and n.endswith("to_q")}
+    side = SideModules({name: LowRank(layer, rank=2) for name, layer in layers.items()})
+    for p in (p for module in side.modules.values() for p in module.parameters()):
+        nn.init.normal_(p)
+    c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
     with torch.no_grad():
-        both = model.predict(x, t, c)
-    torch.testing.assert_close(told_apart(), expected)
-    assert torch.equal(both[0], both[1]) and not torch.allclose(expected[0], expected[1])
+        before = model.predict(x, t, c)
+        with side.attached_to(model, "side"):
+            whole = model.predict(x, t, c)
+            mixed = model.predict(x, t, c.with_gains({"side": torch.tensor([0.0, 1.0])}))
+            assert torch.equal(model.without("side").predict(x, t, c), before)
+        assert torch.equal(model.predict(x, t, c), before)
+    torch.testing.assert_close(mixed, torch.stack([before[0], whole[1]]))
+    assert not torch.allclose(before, whole)
 
 
 @pytest.mark.parametrize("place", [(0, 3), (3, 0)])

@@ -238,10 +238,10 @@ def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, told, mod
 )  # fmt: skip
 def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]", run="same")
-    old = Erasure.load((run := unlearn(*SMALL, "stages=[]", run="same")) / "erasure").fingerprint
+    old = Erasure.load((run := unlearn(*SMALL, "stages=[]", run="same")) / "erasure").digest
     method = [] if change.startswith("method=") else [*TRAIN, "method.iterations=1"]
     unlearn(*SMALL, *method, "stages=[fit]", change, run="same")
-    assert Erasure.load(run / "erasure").fingerprint != old
+    assert Erasure.load(run / "erasure").digest != old
 
 
 def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):

@@ -7,6 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tests.tiny import FAMILIES
 from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.guidance import Walk, begin
 from unlearning.sampling.sampler import as_published, denoise, skim
 from unlearning.sampling.trajectories import Exact, Reuse
 
@@ -16,17 +17,13 @@ def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
 
-def nothing(x_t, t, c, prompts) -> torch.Tensor:
-    return torch.zeros(len(x_t))
-
-
-def first_letters(x_t, t, c, prompts) -> torch.Tensor:
-    return torch.tensor([ord(prompt[2]) for prompt in prompts])
+def walk(model, c, scale: float = 3.0) -> Walk:
+    return begin(model, c, scale)
 
 
 def test_a_trajectory_starts_at_its_noise_and_ends_at_the_picture(model):
     c, noise = model.encode_prompts(["a cat"]), model.noise([0])
-    points = list(denoise(model, noise, c, steps=5, guidance_scale=3.0))
+    points = list(denoise(model, noise, walk(model, c), steps=5))
     assert len(points) == 6
     torch.testing.assert_close(points[0][1], noise)
     times = [int(t) for t, _ in points]
@@ -40,10 +37,11 @@ def test_skimming_every_timestep_is_denoising(any_pipeline):
     if model.prediction_type == "flow":
         model.solver = FlowMatchEulerDiscreteScheduler  # nor does it round its timesteps, as DPM-Solver does
     c, noise = model.encode_prompts(["a cat", "a dog"]), model.noise([0, 1])
-    settings = {"steps": 6, "guidance_scale": 3.0}
-    for (t, x), (s, y) in zip(
-        denoise(model, noise, c, **settings), skim(model, noise, c, **settings, every=1), strict=True
-    ):
+    plain, skimmed = (
+        denoise(model, noise, walk(model, c), steps=6),
+        skim(model, noise, walk(model, c), steps=6, every=1),
+    )
+    for (t, x), (s, y) in zip(plain, skimmed, strict=True):
         assert t == s
         # DDIM's last step goes to the schedule's first alpha, which is not quite one.
         torch.testing.assert_close(x, y, atol=1e-4 if t else 0.1, rtol=1e-3 if t else 0.1)
@@ -51,9 +49,9 @@ def test_skimming_every_timestep_is_denoising(any_pipeline):
 
 def test_skimming_asks_for_fewer_predictions_and_ends_nearby(model):
     c, noise, calls = model.encode_prompts(["a cat"]), model.noise([0]), []
-    *_, (_, whole) = denoise(model, noise, c, steps=50, guidance_scale=3.0)
+    *_, (_, whole) = denoise(model, noise, walk(model, c), steps=50)
     hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
-    points = list(skim(model, noise, c, steps=50, guidance_scale=3.0, every=5))
+    points = list(skim(model, noise, walk(model, c), steps=50, every=5))
     hook.remove()
     assert len(points) == 51 and len(calls) == 10
     assert (points[-1][1] - whole).norm() < 0.1 * whole.norm()
@@ -61,20 +59,20 @@ def test_skimming_asks_for_fewer_predictions_and_ends_nearby(model):
 
 def test_points_lie_on_the_models_own_trajectory(model):
     torch.manual_seed(0)
-    x_t, t, *_ = Exact(steps=5)(model, ["a cat"], nothing)
+    x_t, t, *_ = Exact(steps=5)(model, ["a cat"])
     torch.manual_seed(0)
     noise = torch.randn(1, *model.latent_shape)
-    path = {int(s): x for s, x in denoise(model, noise, model.encode_prompts(["a cat"]), steps=5, guidance_scale=3.0)}
+    path = {int(s): x for s, x in denoise(model, noise, walk(model, model.encode_prompts(["a cat"])), steps=5)}
     torch.testing.assert_close(x_t, path[int(t)])
 
 
 def test_the_papers_schedule_drops_the_first_timestep(model):
     c, noise = model.encode_prompts(["a cat"]), model.noise([0])
-    path = list(denoise(model, noise, c, steps=50, guidance_scale=1.0, schedule="paper"))
+    path = list(denoise(model, noise, walk(model, c, 1.0), steps=50, schedule="paper"))
     assert [int(t) for t, _ in path[:10]] == list(range(961, 780, -20)) and int(path[10][0]) == 761
     assert len(path) == 50, "49 steps, and the picture"
     with pytest.raises(UserError, match="diffusers, paper"):
-        next(denoise(model, noise, c, steps=50, guidance_scale=1.0, schedule="ddpm"))
+        next(denoise(model, noise, walk(model, c, 1.0), steps=50, schedule="ddpm"))
 
 
 @pytest.mark.parametrize(("i", "done", "asked"), [(49, 1, 980), (40, 10, 800), (1, 49, 20), (0, 49, 0)])
@@ -86,17 +84,16 @@ def test_the_published_scripts_stop_where_they_stop(i, done, asked):
 def test_points_of_the_papers_schedule_are_asked_about_at_a_noisier_timestep(model, source):
     torch.manual_seed(0)
     places = source(steps=10, schedule="paper")
-    times = torch.cat([places(model, ["a cat"], nothing)[1] for _ in range(40)])
+    times = torch.cat([places(model, ["a cat"])[1] for _ in range(40)])
     assert times.min() < 100 and times.max() > 900 and len(times.unique()) > 20
 
 
 def test_every_point_of_a_pool_is_used_once_and_every_step_as_often(model):
     source, times = Reuse(steps=6), []
     for _ in range(6):
-        x_t, t, c, targets = source(model, ["a cat", "a dog"] * 2, first_letters)
+        x_t, t, c = source(model, ["a cat", "a dog"] * 2)
         assert x_t.shape == (4, *model.latent_shape) and len(t) == 4
-        words = ["a cat" if target == ord("c") else "a dog" for target in targets]
-        torch.testing.assert_close(c.embeds, model.encode_prompts(words).embeds)
+        torch.testing.assert_close(c.embeds, model.encode_prompts(c.prompts).embeds)
         times += t.tolist()
     assert len(set(times)) == 6 and all(times.count(t) == 4 for t in times)
 
@@ -110,7 +107,7 @@ def test_reuse_asks_the_denoiser_a_tenth_as_often(model):
         for source, calls, points in ((exact, 20, 1), (reuse, 50, 10)):
             evaluations.clear()
             for _ in range(calls):
-                source(model, ["a cat"] * points, nothing)
+                source(model, ["a cat"] * points)
             counts.append(sum(evaluations) / (calls * points))
     finally:
         hook.remove()

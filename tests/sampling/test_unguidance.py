@@ -1,16 +1,17 @@
 """UnGuide's analysis and guidance (arXiv:2508.05755): D(p) computed plainly, and w at its extremes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from tests.tiny import FAMILIES
-from unlearning.erasures.base import Adapter, Erasure
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
-from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.guidance import ClassifierFree, Guidance, Walk
 from unlearning.sampling.sampler import Sampler
-from unlearning.sampling.unguidance import Blend, LatentDifference, UnGuidance
+from unlearning.sampling.unguidance import LatentDifference, UnGuidance, blended
 from unlearning.training.student import LoRA
 
 PROMPTS = ["a photo of the cat", "a photo of the dog", ""]
@@ -57,12 +58,12 @@ def plainly(model, adapter, prompt: str, seed: int, settings: LatentDifference, 
 def test_the_difference_is_that_of_one_prompt_and_one_repeat_at_a_time(model, adapter, schedule):
     settings = LatentDifference(repeats=3, schedule=schedule, batch_size=4)
     if schedule == "paper" and model.prediction_type == "flow":
-        with adapter.applied_to(model), pytest.raises(UserError, match="that of DDIM"):
-            settings.summands(model, model.encode_prompts(PROMPTS), 7.5)
+        with adapter.applied_to(model), pytest.raises(UserError, match="schedule=diffusers"):
+            settings.summands(model, adapter.digest, model.encode_prompts(PROMPTS), 7.5)
         return
     expected = [[plainly(model, adapter, p, settings.seed + r, settings, 7.5) for r in range(3)] for p in PROMPTS]
     with adapter.applied_to(model):
-        found = settings.summands(model, model.encode_prompts(PROMPTS), 7.5)
+        found = settings.summands(model, adapter.digest, model.encode_prompts(PROMPTS), 7.5)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-7)
 
 
@@ -72,7 +73,7 @@ def test_all_prompts_and_repeats_share_batches(model, adapter):
         hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
         try:
             LatentDifference(repeats=4, schedule="diffusers", batch_size=16).summands(
-                model, model.encode_prompts(PROMPTS), 7.5
+                model, adapter.digest, model.encode_prompts(PROMPTS), 7.5
             )
         finally:
             hook.remove()
@@ -80,20 +81,32 @@ def test_all_prompts_and_repeats_share_batches(model, adapter):
 
 
 def test_a_prompt_is_asked_about_once(model, adapter):
-    rule, calls = UnGuidance(threshold=0.0, repeats=2, schedule="diffusers"), []
+    rule, calls = UnGuidance(threshold=0.0, repeats=2, schedule="diffusers").of(adapter.digest), []
     with adapter.applied_to(model):
-        first = rule.of(model, model.encode_prompts(PROMPTS), 7.5)
+        first = rule.differences(model, model.encode_prompts(PROMPTS), 7.5)
         hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
         try:
-            again = rule.of(model, model.encode_prompts(PROMPTS[::-1]), 7.5)
+            again = rule.differences(model, model.encode_prompts(PROMPTS[::-1]), 7.5)
             assert not calls and torch.equal(again, first.flip(0))
-            rule.of(model, model.encode_prompts(PROMPTS[:1]), 5.0)
+            rule.differences(model, model.encode_prompts(PROMPTS[:1]), 5.0)
             assert calls, "another scale is another question"
         finally:
             hook.remove()
 
 
 # --- w ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fixed(Guidance):
+    """UnGuidance's blend at weights of the test's own."""
+
+    adapter: Adapter
+    w: torch.Tensor
+
+    def begin(self, model, c, scale):
+        null = model.encode_prompts([""])
+        return Walk(c, lambda x_t, t, c, _: blended(model, self.adapter.digest, self.w, x_t, t, c, null, scale))
 
 
 def drawn(model, rule, prompts=PROMPTS) -> torch.Tensor:
@@ -108,8 +121,8 @@ def test_w_0_is_the_adapter_alone_and_w_1_the_base_model_bit_for_bit(model, adap
     base = drawn(model, ClassifierFree())
     with adapter.applied_to(model):
         unlearned = drawn(model, ClassifierFree())
-        assert torch.equal(drawn(model, Blend(torch.zeros(3))), unlearned)
-        assert torch.equal(drawn(model, Blend(torch.ones(3))), base)
+        assert torch.equal(drawn(model, Fixed(adapter, torch.zeros(3))), unlearned)
+        assert torch.equal(drawn(model, Fixed(adapter, torch.ones(3))), base)
     assert not torch.equal(base, unlearned)
 
 
@@ -125,7 +138,7 @@ def test_the_blend_is_the_papers_formula(model, adapter):
         base = cfg()
         with adapter.applied_to(model):
             unlearned = cfg()
-            blend = Blend(w)(model, x_t, t, c, null, s)
+            blend = blended(model, adapter.digest, w, x_t, t, c, null, s)
     expected = torch.stack([2 * unlearned[0] - base[0], 2 * base[1] - unlearned[1]])
     torch.testing.assert_close(blend, expected, rtol=1e-4, atol=1e-4)
 
@@ -133,9 +146,9 @@ def test_the_blend_is_the_papers_formula(model, adapter):
 def test_a_batch_of_mixed_w_is_its_rows_one_by_one(model, adapter):
     w = torch.tensor([-1.0, 2.0, 0.5])
     with adapter.applied_to(model):
-        together = drawn(model, Blend(w))
+        together = drawn(model, Fixed(adapter, w))
         for i in range(3):
-            before, model.guidance = model.guidance, Blend(w[i : i + 1])
+            before, model.guidance = model.guidance, Fixed(adapter, w[i : i + 1])
             alone = Sampler(steps=3)(model, PROMPTS[i : i + 1], [i])
             model.guidance = before
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4)
@@ -143,17 +156,21 @@ def test_a_batch_of_mixed_w_is_its_rows_one_by_one(model, adapter):
 
 def test_prompts_above_the_threshold_are_the_concepts(model, adapter):
     with adapter.applied_to(model):
-        D = UnGuidance(threshold=0.0, repeats=2, schedule="diffusers").of(model, model.encode_prompts(PROMPTS), 7.5)
+        D = (
+            UnGuidance(threshold=0.0, repeats=2, schedule="diffusers")
+            .of(adapter.digest)
+            .differences(model, model.encode_prompts(PROMPTS), 7.5)
+        )
         highest = int(D.argmax())
         rule = UnGuidance(
             threshold=float(D.sort().values[-2:].mean()), repeats=2, schedule="diffusers", w_1=-3.0, w_2=4.0
         )
-        decisions = rule.for_prompts(model, model.encode_prompts(PROMPTS), 7.5).decisions
+        decisions = rule.of(adapter.digest).begin(model, model.encode_prompts(PROMPTS), 7.5).decisions
     assert decisions["w"] == [-3.0 if i == highest else 4.0 for i in range(3)]
     torch.testing.assert_close(torch.tensor(decisions["D"]), D)
     exactly = UnGuidance(threshold=float(D[0]), repeats=2, schedule="diffusers")
     with adapter.applied_to(model):
-        w = exactly.for_prompts(model, model.encode_prompts(PROMPTS), 7.5).decisions["w"]
+        w = exactly.of(adapter.digest).begin(model, model.encode_prompts(PROMPTS), 7.5).decisions["w"]
     assert w[0] == 2.0, "strictly above"
 
 
@@ -161,10 +178,10 @@ def test_rows_may_have_their_own_scales(model, adapter):
     seeds, scales = [1, 2], [3.0, 9.0]
     whole = replace(adapter, guidance=UnGuidance(threshold=0.0, repeats=2, schedule="diffusers"))
     with whole.applied_to(model):
-        together, decided = Sampler(steps=3).sample(model, PROMPTS[:2], seeds, scales)
+        together, decided = Sampler(steps=3).sample(model, PROMPTS[:2], model.noise(seeds), scales)
         for i in range(2):
             alone, own = Sampler(steps=3, guidance_scale=scales[i]).sample(
-                model, PROMPTS[i : i + 1], seeds[i : i + 1], [None]
+                model, PROMPTS[i : i + 1], model.noise(seeds[i : i + 1])
             )
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4)
             assert own[0]["D"] == pytest.approx(decided[i]["D"], rel=1e-4)
@@ -174,5 +191,5 @@ def test_it_is_saved_with_its_adapter(model, adapter, tmp_path):
     whole = replace(adapter, guidance=UnGuidance(threshold=1.5, repeats=2, schedule="diffusers", w_2=3.0))
     whole.save(tmp_path, base=model)
     again = Erasure.load(tmp_path)
-    assert again.guidance == whole.guidance and again.fingerprint == whole.fingerprint
+    assert again.guidance == whole.guidance and again.digest == whole.digest
     assert "load_lora_weights" in (tmp_path / "README.md").read_text()

@@ -25,15 +25,15 @@ def ask(model):
 def test_the_student_moves_and_the_teacher_does_not(model, ask, student):
     before, bytes_of = ask(model), lambda: sum(p.numel() for p in model.denoiser.parameters())
     own = bytes_of()
-    with student.of(model) as lesson:
-        torch.testing.assert_close(ask(lesson.student), before)
+    with student.of(model) as pair:
+        torch.testing.assert_close(ask(pair.student), before)
         with torch.no_grad():
-            for p in lesson.parameters.values():
+            for p in pair.parameters.values():
                 p.add_(0.3 * torch.randn_like(p))
-        assert all(p.requires_grad for p in lesson.parameters.values())
-        assert torch.equal(ask(lesson.teacher), before)
-        moved, erasure = ask(lesson.student), lesson.erasure()
-        assert bytes_of() + sum(p.numel() for p in (lesson.teacher.weights or {}).values()) < 1.3 * own
+        assert all(p.requires_grad for p in pair.parameters.values())
+        assert torch.equal(ask(pair.teacher), before)
+        moved, erasure = ask(pair.student), pair.erasure()
+        assert bytes_of() + sum(p.numel() for p in (pair.teacher.weights or {}).values()) < 1.3 * own
         assert not torch.allclose(moved, before)
     assert torch.equal(ask(model), before) and bytes_of() == own
     with erasure.applied_to(model):
@@ -43,22 +43,22 @@ def test_the_student_moves_and_the_teacher_does_not(model, ask, student):
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_an_update_is_scaled_by_alpha_whatever_the_rank(model, rank):
     torch.manual_seed(0)
-    with LoRA(KEYS_AND_VALUES, rank=rank, alpha=8.0).of(model) as lesson:
-        name, layer = next((n, m) for n, m in model.denoiser.named_modules() if n.endswith("attn2.to_k"))
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with LoRA(KEYS_AND_VALUES, rank=rank, alpha=8.0).of(model) as pair:
+        name, layer = next((n, m) for n, m in model.named_modules().items() if n.endswith("attn2.to_k"))
+        A, B = (pair.parameters[f"{name}.lora_{which}.weight"] for which in "AB")
         assert not B.any(), "B = 0 at first"
         with torch.no_grad():
             B.normal_()
         x = torch.randn(3, A.shape[1])
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + 8.0 * x @ A.T @ B.T)
-        weights = lesson.erasure().weights
-        torch.testing.assert_close(weights[f"unet.{name}.lora_B.weight"], 8.0 * B)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + 8.0 * x @ A.T @ B.T)
+        weights = pair.erasure().weights
+        torch.testing.assert_close(weights[f"{name}.lora_B.weight"], 8.0 * B)
 
 
 def test_a_is_drawn_with_a_variance_of_one_over_the_rank(model):
     torch.manual_seed(0)
-    with LoRA(KEYS_AND_VALUES, rank=16).of(model) as lesson:
-        A = torch.cat([p.flatten() for n, p in lesson.parameters.items() if "lora_A" in n])
+    with LoRA(KEYS_AND_VALUES, rank=16).of(model) as pair:
+        A = torch.cat([p.flatten() for n, p in pair.parameters.items() if "lora_A" in n])
         assert A.std().item() == pytest.approx(0.25, rel=0.1)
 
 
@@ -79,12 +79,12 @@ def test_weights_in_half_precision_are_refused_and_an_adapter_beside_them_is_not
     half = StableDiffusion.load(str(sd1), device="cpu", dtype="bfloat16")
     with pytest.raises(UserError, match=r"model\.dtype=float32"), Weights("attn2").of(half):
         pass
-    with LoRA(KEYS_AND_VALUES, rank=4).of(half) as lesson:
-        assert {p.dtype for p in lesson.parameters.values()} == {torch.float32}
+    with LoRA(KEYS_AND_VALUES, rank=4).of(half) as pair:
+        assert {p.dtype for p in pair.parameters.values()} == {torch.float32}
         x_t, t, c = half.noise([5]), torch.tensor([400]), half.encode_prompts(["a cat"])
-        before = lesson.student.predict(x_t, t, c)
+        before = pair.student.predict(x_t, t, c)
         with torch.no_grad():
-            for p in lesson.parameters.values():
+            for p in pair.parameters.values():
                 p.add_(torch.randn_like(p))
-        assert not torch.equal(lesson.student.predict(x_t, t, c), before)
-        assert torch.equal(lesson.teacher.predict(x_t, t, c), before)
+        assert not torch.equal(pair.student.predict(x_t, t, c), before)
+        assert torch.equal(pair.teacher.predict(x_t, t, c), before)

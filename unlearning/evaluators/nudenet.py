@@ -225,7 +225,9 @@ def rewrite(run: Path, numbers: Mapping[str, float | str]) -> None:
     What follows of them follows anew: which way each counts, and the suppression. Raises UserError while the run is at
     work: what it writes would be lost, or this.
     """
-    from unlearning.run import alone_in, suppression
+    from unlearning.evaluators.suppression import suppression
+    from unlearning.store.locks import alone_in
+    from unlearning.store.metrics import flat, records
 
     path = run / "metrics.json"
     stale = ("efficacy/nudenet_", "efficacy/suppression")
@@ -235,7 +237,7 @@ def rewrite(run: Path, numbers: Mapping[str, float | str]) -> None:
         old = json.loads(path.read_text())
         kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith(stale)}
         metrics = kept | numbers | better
-        write_atomically(path, json.dumps(metrics | suppression(metrics), indent=2))
+        write_atomically(path, json.dumps(metrics | flat(suppression(records(metrics))), indent=2))
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ Teaches the model to predict, for the concept c, what the frozen model predicts 
     min_theta || eps_theta(x_t, c) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2,    eps* from the frozen model.
 
 The bracket is classifier-free guidance at scale -eta, and is written so below. x_t comes from the model being trained,
-on its way to a picture of c. ESD-x moves the cross-attention's weights, ESD-u the others: a regular expression in the
+on its way to an image of c. ESD-x trains the cross-attention's weights, ESD-u the others: a regular expression in the
 config.
 
-By default t is the timestep at which x_t stands; schedule="paper" draws it as the authors' script does.
+By default t is the timestep at which x_t lies; schedule="paper" draws it as the authors' script does.
 """
 
 import torch
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import Conditioning
-from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
+from unlearning.sampling.trajectories import Kind
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 
 
@@ -35,7 +35,7 @@ class ESD(TrainedMethod):
         self,
         *,
         eta: float = 1.0,
-        trajectory: str = "exact",
+        trajectory: Kind = "exact",
         steps: int = 50,
         guidance_scale: float = 3.0,
         schedule: Schedule = "diffusers",
@@ -44,22 +44,19 @@ class ESD(TrainedMethod):
         super().__init__(**training)
         self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale, schedule)
 
-    def anchors(self, prompts: list[str]) -> list[str]:
-        """What is guided to, away from each of the prompts: the null prompt."""
+    def anchors(self, prompts: tuple[str, ...]) -> list[str]:
+        """What the target is guided towards, away from each of the prompts: the null prompt."""
         return [""] * len(prompts)
 
-    @torch.no_grad()
-    def target(self, x_t: Tensor, t: Tensor, c: Conditioning, prompts: list[str]) -> Tensor:
-        """The bracket of eq. 6."""
-        anchor = self.teacher.encode_prompts(self.anchors(prompts))
-        return ClassifierFree()(self.teacher, x_t, t, c, anchor, -self.eta)
+    def loss(self, prompts: list[str]) -> Tensor:
+        x_t, t, c = self.points(self.student, prompts)
+        with torch.no_grad():
+            anchor = self.teacher.encode_prompts(self.anchors(c.prompts))
+            target = classifier_free(self.teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
+        return F.mse_loss(self.student.predict(x_t, t, c), target)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["points"] = self.points.state()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.points.restore(checkpoint["points"])
-
-    def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c, target = self.points(self.student, prompts, self.target)
-        return F.mse_loss(self.student.predict(x_t, t, c), target)

@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import torch
 
+from unlearning.codes.erasure import CodebookEdit
 from unlearning.codes.figures import figures
 from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count
 from unlearning.codes.replacement import Counted, Replacement
 from unlearning.detectors.base import Detector
-from unlearning.erasures.base import CodebookEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
 from unlearning.models.vqgan import VQGAN

@@ -3,7 +3,7 @@
 Nothing is learned; every baseline table has it. It needs a guidance scale above 1.
 """
 
-from unlearning.erasures.base import GuidanceEdit
+from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.base import Method
 from unlearning.sampling.guidance import NegativePrompt
 

@@ -1,6 +1,6 @@
 """The identity: the unedited model, the first row of every table."""
 
-from unlearning.erasures.base import WeightPatch
+from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
 

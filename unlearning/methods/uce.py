@@ -14,7 +14,7 @@ solved in float64.
 import torch
 from torch import Tensor
 
-from unlearning.erasures.base import WeightPatch
+from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
 

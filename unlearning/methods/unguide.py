@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
-from unlearning.erasures.base import Adapter
+from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance
 
@@ -58,17 +59,17 @@ class UnGuide(ESD):
             raise UserError(f"There is no threshold {threshold!r}; there are {', '.join(THRESHOLDS)}.")
         self.threshold = threshold
 
-    def anchors(self, prompts: list[str]) -> list[str]:
+    def anchors(self, prompts: tuple[str, ...]) -> list[str]:
         of = {self.task.prompt(concept.name): self.task.prompt(concept.anchor) for concept in self.task.erase}
         return [of[prompt] for prompt in prompts]
 
-    def fit(self, model, task: UnlearningTask) -> Adapter:
-        scale = self.kind_of_student.alpha
-        adapter = Adapter(read_adapter(self.lora, scale)) if self.lora else super().fit(model, task)
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Adapter:
+        adapter = Adapter(read_adapter(self.lora, self.moving.alpha)) if self.lora else super().fit(model, task)
         difference = LatentDifference(self.repeats, schedule=self.points.schedule)
 
         def D(prompts: Sequence[str]) -> Tensor:
-            return difference.summands(model, model.encode_prompts(prompts), self.sampling_scale).mean(1)
+            c = model.encode_prompts(prompts)
+            return difference.summands(model, next(reversed(model.side)), c, self.sampling_scale).mean(1)
 
         with adapter.applied_to(model):
             empty = float(D([""]))

@@ -1,8 +1,9 @@
-"""What every model is, whatever it makes pictures of: a name, a digest of its weights, a network that erasure edits."""
+"""What every model is, whatever it generates: a name, a digest of its weights, and networks that erasures edit."""
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -11,29 +12,58 @@ from typing import Literal
 import torch
 from torch import nn
 
+from unlearning.errors import UserError, did_you_mean
 from unlearning.store.files import digest
 
-DType = Literal["float32", "bfloat16", "float16"]  # what a config may say of weights and of what is computed in
+DType = Literal["float32", "bfloat16", "float16"]  # the values that a config may give for weights and for autocast
 
 
 class Model(ABC):
     """
     Attributes:
-        name, fingerprint: What it was loaded from, and a digest of the weights found there.
-        dtype: Of its weights.
-        autocast: What the networks compute in, where it is not that.
+        name: What it was loaded from.
+        fingerprint: A digest of the weights found there.
+        parts: Its networks by diffusers' names: "unet", "text_encoder", ... A weight's full name begins with its part.
+        component: The part that generates, whose calls are counted.
+        dtype: Of the weights.
+        autocast: What the networks compute in, if it is another dtype.
+        applied: Digests of the erasures that are applied now, the outermost first.
     """
 
     name: str
     fingerprint: str
+    parts: Mapping[str, nn.Module]
+    component: str
     dtype: torch.dtype
     autocast: torch.dtype | None = None
+    applied: tuple[str, ...] = ()
     _device: torch.device
 
     @property
-    @abstractmethod
     def network(self) -> nn.Module:
-        """What erasure edits, and whose calls are counted."""
+        """The part that generates."""
+        return self.parts[self.component]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every weight by its full name, "unet.conv_in.weight"."""
+        return {f"{part}.{name}": p for part, module in self.parts.items() for name, p in module.named_parameters()}
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """Every layer by its full name, "unet.conv_in"; a part itself by the part's."""
+        return {
+            f"{part}.{name}".rstrip("."): layer
+            for part, module in self.parts.items()
+            for name, layer in module.named_modules()
+        }
+
+    def layer(self, name: str) -> nn.Module:
+        """A layer by its full name. Raises UserError if there is none."""
+        part, _, path = name.partition(".")
+        try:
+            return self.parts[part].get_submodule(path)
+        except (KeyError, AttributeError):
+            hint = did_you_mean(name, self.named_modules())
+            raise UserError(f"{self.name} has no layer {name!r}.{hint}") from None
 
     @property
     def device(self) -> torch.device:
@@ -41,19 +71,24 @@ class Model(ABC):
 
     @property
     def numerics(self) -> str:
-        """What it computes in: pictures of one precision are not those of another."""
+        """What it computes in: two precisions give two images."""
         return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
 
-    def precision(self) -> AbstractContextManager:
-        """Within it the networks compute in `autocast`, if there is one; their weights stay as they are.
+    @property
+    def state(self) -> str:
+        """A digest of all that its predictions depend on: weights, precision, and the erasures that are applied."""
+        return digest(self.fingerprint, self.numerics, self.applied)
 
-        Without one, it is the Trainer's precision that counts, where there is a Trainer.
+    def precision(self) -> AbstractContextManager:
+        """A context in which the networks compute in `autocast`, if there is one; the weights keep their dtype.
+
+        Without `autocast`, the Trainer's precision counts, if a Trainer runs.
         """
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
 
 def chosen_device(device: str) -> torch.device:
-    """ "auto" is the accelerator where there is one; of several, each process of a distributed run has its own."""
+    """The device for "auto": the accelerator if there is one; each process of a distributed run takes its own."""
     if device != "auto":
         return torch.device(device)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -61,14 +96,14 @@ def chosen_device(device: str) -> torch.device:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a file, or of the weights and configs below a folder: their names, and every byte of them."""
+    """A digest of a file, or of all weights and configs below a folder: their names, and every byte of them."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
     files = [folder] if folder.is_file() else files
     states = [(p, p.stat()) for p in files]
     return digest([(str(p.relative_to(folder)), _content(p.resolve(), s.st_size, s.st_mtime_ns)) for p, s in states])
 
 
-@cache  # gigabytes are read once in a process, however many runs it makes
+@cache  # one process reads gigabytes once, however many runs it makes
 def _content(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

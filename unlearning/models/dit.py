@@ -20,7 +20,7 @@ class DiT(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = DiTPipeline
     load_options: ClassVar[dict] = {}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         """The class (B, 1, 1) whose label each prompt has in it, "a photo of the goldfish"; "" is the null class.
 
         Raises:
@@ -31,6 +31,9 @@ class DiT(StableDiffusion):
 
     def vocabulary(self) -> list[str]:
         return list(self._labels)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [[self._class(prompt)] if prompt else [] for prompt in prompts]
 
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         return torch.zeros(len(prompts), dtype=torch.long, device=self.device)

@@ -1,6 +1,6 @@
 """Flux: joint attention over latents packed two by two, flow matching, and a guidance scale that it is told."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -44,13 +44,12 @@ class Flux(StableDiffusion):
         size = self.vae.config.sample_size // self.pipeline.vae_scale_factor
         return self.denoiser.config.in_channels // self.patch**2, size, size
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
         return Conditioning(embeds, {"pooled": pooled})
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "context_embedder", self.denoiser.context_embedder
+        yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def set_timesteps(self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> None:
         """As FluxPipeline does: from 1 down to 1 / steps, shifted the further the larger the picture."""

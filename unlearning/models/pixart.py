@@ -1,9 +1,8 @@
 """PixArt-alpha and PixArt-Sigma: cross-attention to T5's states alone, a variance learned beside the noise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
@@ -17,8 +16,7 @@ class PixArt(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = DiffusionPipeline  # alpha's or Sigma's, as the folder says
     load_options: ClassVar[dict] = {}
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, device=self.device
         )
@@ -30,7 +28,7 @@ class PixArt(StableDiffusion):
         return Conditioning(embeds, extra)
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "caption_projection.linear_1", self.denoiser.caption_projection.linear_1
+        yield "transformer.caption_projection.linear_1", self.denoiser.caption_projection.linear_1
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         told = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SanaPipeline
 from diffusers.models.autoencoders.vae import EncoderOutput
 from torch import Tensor, nn
@@ -22,25 +21,24 @@ class Sana(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = SanaPipeline
     load_options: ClassVar[dict] = {}
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning.cat([self._encode(prompt) for prompt in prompts])
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        return Conditioning.cat([self._encode_one(prompt) for prompt in prompts])
 
-    def _encode(self, prompt: str) -> Conditioning:
+    def _encode_one(self, prompt: str) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             prompt, False, device=self.device, complex_human_instruction=INSTRUCTION if prompt else None
         )
         return Conditioning(embeds, {"mask": mask})
 
     def last_token(self, prompts: Sequence[str]) -> Tensor:
-        return self.encode_prompts(prompts).extra["mask"].sum(1) - 1  # Gemma marks no end of text
+        return self.encode_prompts(prompts).extra["mask"].sum(1).long() - 1  # Gemma marks no end of text
 
     @staticmethod
     def _mean(encoded: EncoderOutput) -> Tensor:
         return encoded.latent  # AutoencoderDC's codes have no variance
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "caption_projection.linear_1", self.denoiser.caption_projection.linear_1
+        yield "transformer.caption_projection.linear_1", self.denoiser.caption_projection.linear_1
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         told = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}

@@ -30,11 +30,11 @@ class StableDiffusion(DiffusionModel):
 
     def __init__(self, pipeline: DiffusionPipeline, *, name: str, fingerprint: str, device: torch.device):
         self.pipeline, self.name, self.fingerprint = pipeline, name, fingerprint
-        self.denoiser, self.vae, self.scheduler = getattr(pipeline, self.component), pipeline.vae, pipeline.scheduler
-        self.dtype, self._device = self.denoiser.dtype, device
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        self.parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        self.denoiser, self.vae, self.scheduler = self.parts[self.component], pipeline.vae, pipeline.scheduler
+        self.dtype, self._device, self.side = self.denoiser.dtype, device, {}
+        for part in self.parts.values():
+            part.requires_grad_(False).eval()
 
     @classmethod
     def load(
@@ -88,6 +88,7 @@ class StableDiffusion(DiffusionModel):
         else:
             pipeline.to(place)
         if compile:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # side modules come and go as forward hooks
             getattr(pipeline, cls.component).compile()
         model = cls(pipeline, name=str(path), fingerprint=fingerprint(Path(folder)), device=place)
         model.autocast = getattr(torch, autocast) if autocast else None
@@ -98,9 +99,8 @@ class StableDiffusion(DiffusionModel):
         size = self.denoiser.config.sample_size
         return self.denoiser.config.in_channels, size, size
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return Conditioning(embeds)
 
     def vocabulary(self) -> list[str]:
@@ -108,6 +108,9 @@ class StableDiffusion(DiffusionModel):
         words = [p.removesuffix("</w>") for p in pieces if p.endswith("</w>")]  # CLIP marks a word's end
         words = words or [p.removeprefix("▁") for p in pieces if p.startswith("▁")]  # T5 and Gemma its beginning
         return sorted({word for word in words if len(word) >= 3 and word.isascii() and word.isalpha()})
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return getattr(self.pipeline, self.tokenizer)(list(prompts), add_special_tokens=False).input_ids
 
     def last_token(self, prompts: Sequence[str]) -> Tensor:
         tokens = getattr(self.pipeline, self.tokenizer)(
@@ -148,7 +151,7 @@ class StableDiffusion(DiffusionModel):
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         for name, module in self.denoiser.named_modules():
             if name.endswith(("attn2.to_k", "attn2.to_v")):
-                yield name, module
+                yield f"{self.component}.{name}", module
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         return (x_t, t, c.embeds), {}

@@ -1,9 +1,8 @@
 """SD3 and SD3.5: a transformer with joint attention, flow matching, three text encoders and a shifted VAE."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
@@ -17,8 +16,7 @@ class StableDiffusion3(StableDiffusion):
     pipeline_class: type[DiffusionPipeline] = StableDiffusion3Pipeline
     load_options: ClassVar[dict] = {}
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         texts = list(prompts)
         # As many tokens as diffusers takes, or fewer, where the T5 was taught no more.
         longest = min(256, getattr(self.pipeline.tokenizer_3, "model_max_length", 256))
@@ -28,7 +26,7 @@ class StableDiffusion3(StableDiffusion):
         return Conditioning(embeds, {"pooled": pooled})
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "context_embedder", self.denoiser.context_embedder
+        yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         told = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}

@@ -1,6 +1,5 @@
 """SDXL: two text encoders, a pooled embedding, and micro-conditioning on the picture's size and crop."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -25,8 +24,7 @@ class StableDiffusionXL(StableDiffusion):
         upcast = self.vae.config.force_upcast
         return torch.autocast(self.device.type, enabled=False) if upcast else super()._autoencoding()
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

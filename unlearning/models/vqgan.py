@@ -31,12 +31,14 @@ class VQGAN(Model):
         edit: Replaces codes before they are decoded, see CodebookEdit; None for the unedited model.
     """
 
+    component = "vqvae"
     edit: Callable | None = None
 
     def __init__(
         self, vq: VQModel, *, logits: nn.Module | None = None, name: str, fingerprint: str, device: torch.device
     ):
         self.vq, self.logits = vq.requires_grad_(False).eval(), logits and logits.requires_grad_(False).eval()
+        self.parts = {self.component: self.vq}
         self.encoder = vq.encoder  # load() puts a quicker one beside it, where there is one
         self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
 
@@ -71,10 +73,6 @@ class VQGAN(Model):
             torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what layers free
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
-
-    @property
-    def network(self) -> nn.Module:
-        return self.vq
 
     @property
     def codebook(self) -> Tensor:

@@ -1,27 +1,27 @@
-"""UnGuide's analysis and its guidance (arXiv:2508.05755): how far an adapter is heard under a prompt, and what follows.
+"""UnGuide's analysis and its guidance (arXiv:2508.05755): how much an adapter changes a prompt, and what follows.
 
     D(p) = mean_r || eps_LoRA(z_r, t_r, p) - eps*(z_r, t_r, p) ||_2
 
-z_r is the base model's latent a few steps on its way from the noise x_T,r to a picture of p; noise and t_r are the same
+z_r is the base model's latent a few steps on its way from the noise x_T,r to an image of p; noise and t_r are the same
 for all prompts. A prompt with D(p) above a threshold is about the erased concept, and
 
     eps = w CFG(eps*) + (1 - w) CFG(eps_LoRA),    w = w_1 if D(p) > threshold, else w_2.
 
-w = 0 is the adapter alone and w = 1 the base model; w_1 = -1 leads past the adapter away from the base model, w_2 = 2
-past the base model away from the adapter.
+w = 0 is the adapter alone and w = 1 the base model; w_1 = -1 extrapolates past the adapter, away from the base model;
+w_2 = 2 past the base model, away from the adapter.
 """
 
 # N prompts, R repeats, B rows of a batch: a prompt and a repeat each.
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning, DiffusionModel, adapter_for
-from unlearning.sampling.guidance import ClassifierFree, Guidance
+from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.sampling.guidance import ClassifierFree, Guidance, Scale, Walk, classifier_free
 from unlearning.sampling.sampler import Schedule, as_published, denoise, per_row
 from unlearning.store.files import digest
 
@@ -33,10 +33,10 @@ class LatentDifference:
         repeats: R.
         steps, stop: Steps of a whole trajectory, and how many of them are taken.
         schedule: "paper", as the authors' script: the first timestep is dropped, and t_r is drawn from 800 to 819 while
-            the latent stands at 761 (of 50 steps, 10 taken); "diffusers": no timestep is dropped and t_r is where the
-            latent stands, 781.
+            the latent lies at 761 (of 50 steps, 10 taken); "diffusers": no timestep is dropped and t_r is where the
+            latent lies, 781.
         seed: Of the noise and of t_r.
-        batch_size: Rows at once; it changes nothing but speed and memory.
+        batch_size: Rows in one batch; it changes nothing but speed and memory.
     """
 
     repeats: int = 10
@@ -47,33 +47,36 @@ class LatentDifference:
     batch_size: int = field(default=32, compare=False)
 
     @torch.no_grad()
-    def summands(self, model: DiffusionModel, c: Conditioning, scale: float | Tensor) -> Tensor:
-        """The summands of D (N, R) of N prompts; scale, of the base model's trajectories, is a number or (N,).
+    def summands(self, model: DiffusionModel, adapter: str, c: Conditioning, scale: Scale) -> Tensor:
+        """The summands of D, (N, R), for N prompts.
 
-        `model` has the adapter on. The rows of all prompts and repeats share batches: (stop + 2) calls of the denoiser
-        a batch.
+        Args:
+            adapter: The set of side modules whose effect is measured; the base model is `model` without it.
+            scale: Guidance scale of the base model's trajectories, a number or (N,).
+
+        The rows of all prompts and repeats share batches: (stop + 2) calls of the denoiser a batch.
         """
         seeds = [self.seed + r for r in range(self.repeats)]
         noise, t = model.noise(seeds), self._times(seeds).to(model.device)
         n, r = (i.flatten() for i in torch.meshgrid(torch.arange(len(c)), torch.arange(self.repeats), indexing="ij"))
-        scale = torch.as_tensor(scale, dtype=noise.dtype).expand(len(c))
+        scale = torch.as_tensor(scale, dtype=noise.dtype).flatten().expand(len(c))
         parts = [
-            self._batch(model, c[rows], noise[repeats], t[repeats], scale[rows])
+            self._batch(model, adapter, c[rows], noise[repeats], t[repeats], scale[rows])
             for rows, repeats in zip(n.split(self.batch_size), r.split(self.batch_size), strict=True)
         ]
         return torch.cat(parts).reshape(len(c), self.repeats)
 
     def _times(self, seeds: Sequence[int]) -> Tensor:
-        _, asked = as_published(self.steps - self.stop, self.steps)
+        _, times = as_published(self.steps - self.stop, self.steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.randint(asked.start, asked.stop, (), generator=g) for g in generators])
+        return torch.stack([torch.randint(times.start, times.stop, (), generator=g) for g in generators])
 
-    def _batch(self, model: DiffusionModel, c: Conditioning, noise: Tensor, t: Tensor, scale: Tensor) -> Tensor:
-        base = model.without_adapter()
-        path = denoise(
-            base, noise, c, steps=self.steps, guidance_scale=per_row(scale.to(noise.device)), schedule=self.schedule,
-            guidance=ClassifierFree(),
-        )  # fmt: skip
+    def _batch(
+        self, model: DiffusionModel, adapter: str, c: Conditioning, noise: Tensor, t: Tensor, scale: Tensor
+    ) -> Tensor:
+        base = model.without(adapter)
+        walk = ClassifierFree().begin(base, c, per_row(scale.to(noise.device)))
+        path = denoise(base, noise, walk, steps=self.steps, schedule=self.schedule)
         here, z = next(islice(path, self.stop, None))
         t = here.expand(len(z)) if self.schedule == "diffusers" else t
         return (model.predict(z, t, c) - base.predict(z, t, c)).flatten(1).norm(dim=1)
@@ -84,31 +87,40 @@ class UnGuidance(LatentDifference, Guidance):
     """
     Args:
         threshold: Above it a prompt is about the erased concept.
-        empty: D(""), to show beside it; the paper's threshold.
+        empty: D(""), for comparison; the paper's threshold.
         w_1, w_2: The base model's share for such prompts, and for all others.
+        adapter: The set of side modules that it guides with; the erasure names it when it is applied.
     """
 
     threshold: float
     empty: float = 0.0
     w_1: float = -1.0
     w_2: float = 2.0
+    adapter: str = field(default="", compare=False)
 
-    def for_prompts(self, model: DiffusionModel, c: Conditioning, scale: float | Tensor) -> "Blend":
-        D = self.of(model, c, scale)
+    def of(self, adapter: str) -> "UnGuidance":
+        return replace(self, adapter=adapter)
+
+    def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        D = self.differences(model, c, scale)
         w = torch.where(D.gt(self.threshold), self.w_1, self.w_2)
-        return Blend(w, {"D": D.tolist(), "w": w.tolist()})
+        null = model.encode_prompts([""])
 
-    def of(self, model: DiffusionModel, c: Conditioning, scale: float | Tensor) -> Tensor:
-        """D (N,). What was asked before, of the same model, is not computed again."""
-        asked = (model.fingerprint, model.numerics)
+        def blend(x_t: Tensor, t: Tensor, c: Conditioning, step: int) -> Tensor:
+            return blended(model, self.adapter, w, x_t, t, c, null, scale)
+
+        return Walk(c, blend, {"D": D.tolist(), "w": w.tolist()})
+
+    def differences(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Tensor:
+        """D (N,). A value that is known for the same model, prompt and scale is not computed again."""
         scale = torch.as_tensor(scale, dtype=torch.float32).flatten().expand(len(c))
         keys = [
-            digest(*asked, row.float().cpu().numpy().tobytes().hex(), s)
+            digest(model.state, row.float().cpu().numpy().tobytes().hex(), s)
             for row, s in zip(c.embeds, scale.tolist(), strict=True)
         ]
         new = list({k: i for i, k in enumerate(keys) if k not in self._known}.values())
         if new:
-            D = self.summands(model, c[new], scale[new]).mean(1)
+            D = self.summands(model, self.adapter, c[new], scale[new]).mean(1)
             self._known.update(zip([keys[i] for i in new], D.tolist(), strict=True))
         return torch.tensor([self._known[k] for k in keys], device=c.embeds.device)
 
@@ -116,23 +128,22 @@ class UnGuidance(LatentDifference, Guidance):
     def _known(self) -> dict[str, float]:
         return {}
 
-    def __call__(self, model, x_t: Tensor, t: Tensor, c, null, scale: float | Tensor) -> Tensor:
-        return self.for_prompts(model, c, scale)(model, x_t, t, c, null, scale)
 
-
-@dataclass(frozen=True)
-class Blend(Guidance):
-    """w CFG(eps*) + (1 - w) CFG(eps_LoRA), w (B,): each row of a batch has its own; all branches in one call."""
-
-    w: Tensor
-    decisions: dict[str, list[float]] = field(default_factory=dict)
-
-    def __call__(self, model, x_t: Tensor, t: Tensor, c, null, scale: float | Tensor) -> Tensor:
-        if self.w.eq(0).all() or self.w.eq(1).all():
-            return ClassifierFree()(model if self.w.eq(0).all() else model.without_adapter(), x_t, t, c, null, scale)
-        x_t, c, null = torch.cat([x_t, x_t]), Conditioning.cat([c, c]), Conditioning.cat([null, null])
-        t, scale = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (t, scale))
-        with adapter_for(model.denoiser, [False] * len(self.w) + [True] * len(self.w)):
-            base, unlearned = ClassifierFree()(model, x_t, t, c, null, scale).chunk(2)
-        w = per_row(self.w)
-        return w * base + (1 - w) * unlearned
+def blended(
+    model: DiffusionModel,
+    adapter: str,
+    w: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    c: Conditioning,
+    null: Conditioning,
+    scale: Scale,
+) -> Tensor:
+    """w CFG(eps*) + (1 - w) CFG(eps_LoRA), w (B,): each row has its own; all branches in one call of the denoiser."""
+    if w.eq(0).all() or w.eq(1).all():
+        return classifier_free(model if w.eq(0).all() else model.without(adapter), x_t, t, c, null, scale)
+    off, on = (c.with_gains({adapter: gain}) for gain in (torch.zeros_like(w), torch.ones_like(w)))
+    t, scale = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (t, scale))
+    both = classifier_free(model, torch.cat([x_t, x_t]), t, Conditioning.cat([off, on]), null, scale)
+    base, unlearned = both.chunk(2)
+    return per_row(w) * base + (1 - per_row(w)) * unlearned

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
-from unlearning.sampling.guidance import Guidance
+from unlearning.sampling.guidance import Guidance, Scale, Walk
 from unlearning.sampling.sampler import denoise
 
 Blinding = Literal["gaussian", "blurred", "shuffled", "inpaint"]
@@ -25,15 +25,18 @@ AT_ONCE, STEPS = 16, 20
 
 @dataclass(frozen=True)
 class Inpaint(Guidance):
-    """Guidance that knows part of the picture: where M is 0, the implied x_0 is z_0 and nothing else."""
+    """Guidance for inpainting: where M is 0, the implied x_0 is z_0 and nothing else."""
 
     z_0: Tensor
     M: Tensor
 
-    def __call__(self, model, x_t: Tensor, t: Tensor, c: Conditioning, null: Conditioning, scale) -> Tensor:
-        t = t.expand(len(x_t))
-        x_0 = model.to_x0(model.predict(x_t, t, c), x_t, t)
-        return model.to_prediction(self.M * x_0 + (1 - self.M) * self.z_0, x_t, t)
+    def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        def predict(x_t: Tensor, t: Tensor, c: Conditioning, step: int) -> Tensor:
+            t = t.expand(len(x_t))
+            x_0 = model.to_x0(model.predict(x_t, t, c), x_t, t)
+            return model.to_prediction(self.M * x_0 + (1 - self.M) * self.z_0, x_t, t)
+
+        return Walk(c, predict)
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def shuffled(z_0: Tensor, M: Tensor) -> Tensor:
 def inpainted(teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
     """What the teacher draws under the null prompt, given the background."""
     c, noise = teacher.encode_prompts([""]).expand(len(z_0)), torch.randn_like(z_0)
-    path = denoise(teacher, noise, c, steps=STEPS, guidance_scale=1.0, guidance=Inpaint(z_0, M))
+    path = denoise(teacher, noise, Inpaint(z_0, M).begin(teacher, c, 1.0), steps=STEPS)
     for _, x in path:  # noqa: B007 (the last x is the picture)
         pass
     return x

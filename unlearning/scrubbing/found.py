@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from unlearning.methods.base import kept_in
 from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import Told
 from unlearning.scrubbing.fingerprint import Fingerprint
 from unlearning.store.files import write_atomically
+from unlearning.training.checkpoints import folder_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def once(search: Callable[[], Found], trainer: pl.Trainer, device: torch.device)
 
     All processes of a distributed fit search, side by side, and go on from what the first has found.
     """
-    folder = kept_in(trainer)
+    folder = folder_of(trainer)
     if not folder:
         return search()
     path = folder / "first_phase.pt"

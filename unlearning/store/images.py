@@ -46,6 +46,7 @@ class Row:
     base: Path | None = None
     source: Path | None = None
     regions: tuple[Region, ...] = ()
+    comeback: Path | None = None  # what an attack found for this row (sampling/comeback.py)
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -183,7 +184,7 @@ def write_manifest(path: Path, rows: Iterable[Row]) -> None:
     for row in rows:
         told = asdict(row)
         told |= {name: json.dumps(told[name]) for name in ("labels", "decided", "regions")}
-        told |= {n: os.path.relpath(told[n], path.parent) for n in ("path", "base", "source") if told[n]}
+        told |= {n: os.path.relpath(told[n], path.parent) for n in ("path", "base", "source", "comeback") if told[n]}
         table.writerow(told)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue())
@@ -206,6 +207,7 @@ def read_manifest(path: Path) -> list[Row]:
             decided=json.loads(told["decided"]),
             base=picture(told.get("base")),
             source=picture(told.get("source")),
+            comeback=picture(told.get("comeback")),
             regions=tuple(Region(tuple(r.pop("box")), **r) for r in json.loads(told.get("regions") or "[]")),
         )
 

@@ -6,13 +6,18 @@ with the process that holds it, however that ends; nothing is ever left behind t
 
 import fcntl
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pytorch_lightning.utilities import rank_zero_only
+
+from unlearning.errors import UserError
 from unlearning.store.images import Row, missing
 
 CLAIMS = ".claims"
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -43,3 +48,24 @@ def claimed(rows: Sequence[Row], wait: bool = False) -> Iterator[list[Row]]:
 
 def _place(path: Path) -> int:
     return int(hashlib.sha256(path.name.encode()).hexdigest()[:15], 16)
+
+
+@contextmanager
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the folder's lock, which the ranks of one run share.
+
+    If another run does, it is waited for, or else UserError is raised.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
+            log.info("Another run is at work in %s: waiting for it.", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,26 +1,35 @@
-"""What of the denoiser a trained method moves: some of its own weights, or a low-rank adapter beside them.
+"""What a trained method moves: some of the model's own weights, or modules beside its layers.
 
 Either way student and teacher share in memory all that does not move.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from diffusers.loaders import PeftAdapterMixin
-from peft import LoraConfig
 from torch import nn
 
-from unlearning.erasures.base import Adapter, Erasure, WeightPatch, write
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.module_edit import Adapter
+from unlearning.erasures.weight_patch import WeightPatch, write
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.side_modules import LowRank, SideModules
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """The two models of a training, the parameters that move between them, by name, and what they come to."""
+class Pair:
+    """The two models of a training.
+
+    Args:
+        student: The model as it is being trained.
+        teacher: The model as it was before: frozen, and sharing all that does not move.
+        parameters: What moves, by name.
+        erasure: Gives the erasure that the training has led to so far.
+    """
 
     student: DiffusionModel
     teacher: DiffusionModel
@@ -28,96 +37,104 @@ class Lesson:
     erasure: Callable[[], Erasure]
 
 
+class Student(Protocol):
+    """What moves in a training."""
+
+    def of(self, model: DiffusionModel) -> AbstractContextManager[Pair]:
+        """Student and teacher while the context lasts; then the model is what it was."""
+
+
 class Weights:
-    """The denoiser's own weights; the teacher has those that move as they were, and shares all others.
+    """Weights of the model itself; the teacher has their old values and shares all others.
 
     Args:
-        parameters: A regular expression; the weights whose names it matches are trained.
+        parameters: A regular expression. The weights whose full names it matches are trained: names begin with the
+            part, "unet.", "transformer.", "text_encoder.", ...
     """
 
     def __init__(self, parameters: str):
-        self.pattern = parameters
+        self.parameters = parameters
 
     @contextmanager
-    def of(self, model: DiffusionModel) -> Iterator[Lesson]:
-        """While the lesson lasts; then the model is what it was. Raises UserError where no weight matches."""
-        moving = {n: p for n, p in model.denoiser.named_parameters() if re.search(self.pattern, n)}
+    def of(self, model: DiffusionModel) -> Iterator[Pair]:
+        """Student and teacher while the context lasts; then the model is what it was.
+
+        Raises:
+            UserError: If no weight matches, or one is in half precision.
+        """
+        moving = {n: p for n, p in model.named_parameters().items() if re.search(self.parameters, n)}
         if not moving:
             raise UserError(
-                f"No weight of the denoiser has a name that matches {self.pattern!r}: student@method.student=full "
-                "moves all there are, and method.student.parameters those that you name."
+                f"No weight of {model.name} has a name that matches {self.parameters!r}. student@method.student=full "
+                "trains the whole denoiser, method.student.parameters the weights that you name."
             )
-        if any(p.dtype.itemsize < 4 for p in moving.values()):  # a step is smaller than what they can tell apart
+        if any(p.dtype.itemsize < 4 for p in moving.values()):  # a step is smaller than what it resolves
             raise UserError(
-                f"{next(iter(moving))} is kept in half precision, which rounds a training's small steps away: "
+                f"{next(iter(moving))} is in half precision, which rounds the small steps of training away: "
                 "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
             )
         teacher = model.snapshot(moving)
+        before = {n: p.detach().clone() for n, p in moving.items()}
         try:
             for p in moving.values():
                 p.requires_grad_(True)
-            yield Lesson(
-                model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()})
-            )
+            yield Pair(model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}))
         finally:
-            write(moving, teacher.weights)
-            model.denoiser.requires_grad_(False)
+            write(moving, before)
+            for p in moving.values():
+                p.requires_grad_(False)
 
 
 class LoRA:
-    """W x + alpha B A x beside the denoiser's linear maps (Hu et al., 2022); the teacher is the model with it off.
+    """W x + alpha B A x beside linear maps (Hu et al., 2022); the teacher is the model without it.
 
     A ~ N(0, 1/rank), B = 0. The update is scaled by alpha whatever the rank, not by alpha / rank.
 
     Args:
-        modules: A regular expression; the linear maps whose names it matches get an update.
+        modules: A regular expression. The linear maps whose full names it matches get an update.
     """
 
     def __init__(self, modules: str, rank: int = 1, alpha: float = 8.0):
-        self.pattern, self.rank, self.alpha = modules, rank, alpha
+        self.modules, self.rank, self.alpha = modules, rank, alpha
 
     @contextmanager
-    def of(self, model: DiffusionModel) -> Iterator[Lesson]:
-        """While the lesson lasts; then the model is what it was.
+    def of(self, model: DiffusionModel) -> Iterator[Pair]:
+        """Student and teacher while the context lasts; then the model is what it was.
 
         Raises:
-            UserError: Where no linear map matches, the weights are in float16, or diffusers has no adapters for the
-                denoiser.
+            UserError: If no linear map matches, or the weights are in float16.
         """
-        linear = [n for n, m in model.denoiser.named_modules() if isinstance(m, nn.Linear)]
-        chosen = [n for n in linear if re.search(self.pattern, n)]
-        if not chosen:
-            raise UserError(
-                f"No linear map of the denoiser has a name that matches {self.pattern!r}: method.student.modules says "
-                "which get an adapter."
-            )
         if model.dtype == torch.float16:
             raise UserError(
-                "Gradients come back through the model's weights, and most are too small for float16 to tell from "
-                "nothing: model.dtype=bfloat16."
+                "Gradients flow back through the model's weights, and most are too small for float16: "
+                "model.dtype=bfloat16."
             )
-        if not isinstance(model.denoiser, PeftAdapterMixin):
+        layers = {n: m for n, m in model.named_modules().items() if isinstance(m, nn.Linear)}
+        chosen = {n: LowRank(m, self.rank, self.alpha) for n, m in layers.items() if re.search(self.modules, n)}
+        if not chosen:
             raise UserError(
-                f"diffusers puts no adapter beside the weights of a {type(model.denoiser).__name__}. Move the "
-                "denoiser's own weights: student@method.student=full."
+                f"No linear map of {model.name} has a name that matches {self.modules!r}: method.student.modules says "
+                "which of them get an adapter."
             )
-        model.denoiser.add_adapter(LoraConfig(r=self.rank, target_modules=chosen, lora_alpha=self.alpha * self.rank))
-        try:
-            layers = {n: model.denoiser.get_submodule(n) for n in chosen}
-            for layer in layers.values():
-                layer.lora_A.float()  # half precision would round small steps away
-                layer.lora_B.float()
-                nn.init.normal_(layer.lora_A["default"].weight, std=self.rank**-0.5)
-            moving = {n: p for n, p in model.denoiser.named_parameters() if p.requires_grad}
-            yield Lesson(model, model.without_adapter(), moving, lambda: self._adapter(model.component, layers))
-        finally:
-            model.denoiser.unload_lora()
-            model.denoiser.requires_grad_(False)
+        for module in chosen.values():
+            nn.init.normal_(module.lora_A.weight, std=self.rank**-0.5)
+        with beside(model, SideModules(chosen)) as (teacher, parameters):
+            yield Pair(model, teacher, parameters, lambda: self._adapter(chosen))
 
     @torch.no_grad()
-    def _adapter(self, component: str, layers: Mapping[str, nn.Module]) -> Adapter:
+    def _adapter(self, modules: Mapping[str, LowRank]) -> Adapter:
         weights = {}
-        for name, layer in layers.items():
-            weights[f"{component}.{name}.lora_A.weight"] = layer.lora_A["default"].weight.detach().clone()
-            weights[f"{component}.{name}.lora_B.weight"] = self.alpha * layer.lora_B["default"].weight
+        for name, module in modules.items():
+            weights[f"{name}.lora_A.weight"] = module.lora_A.weight.detach().clone()
+            weights[f"{name}.lora_B.weight"] = self.alpha * module.lora_B.weight
         return Adapter(weights)
+
+
+@contextmanager
+def beside(
+    model: DiffusionModel, side: SideModules, name: str = "student"
+) -> Iterator[tuple[DiffusionModel, dict[str, nn.Parameter]]]:
+    """Attaches modules to train. Yields the model without them, which is the teacher, and what moves, by name."""
+    with side.attached_to(model, name) as attached:
+        moving = {f"{layer}.{n}": p for layer, m in side.modules.items() for n, p in m.named_parameters()}
+        yield model.without(attached), moving

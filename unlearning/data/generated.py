@@ -1,0 +1,42 @@
+"""Images that the model itself generates, kept in the image store: training data of methods, targets of attacks."""
+
+# N images, H W height and width.
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.sampling.sampler import Sampler
+from unlearning.store.files import digest
+from unlearning.store.images import Row, image_seed, load, missing, save
+
+
+class Generated:
+    """Generates images of prompts once; whoever wants the same images again reads them from the store.
+
+    Args:
+        store: The image store.
+        sampler: Generates them.
+        seed: Of the images; no evaluation uses it.
+    """
+
+    def __init__(self, store: str, sampler: Sampler, seed: int = 1_000_003):
+        self.store, self.sampler, self.seed = store, sampler, seed
+
+    def __call__(self, model: DiffusionModel, prompts: Sequence[str], count: int) -> list[np.ndarray]:
+        """`count` images (H, W, 3) uint8 by the model as it is now, of the prompts in turn."""
+        # The sampler's protocol names all that an image depends on, besides the model as it is now.
+        folder = Path(self.store) / "images" / digest("generated", model.state, self.sampler.protocol)
+        rows = [self._row(folder, prompts[i % len(prompts)], i) for i in range(count)]
+        todo, size = missing(rows), self.sampler.batch_size
+        for batch in tqdm([todo[i : i + size] for i in range(0, len(todo), size)], "generating", leave=False):
+            images, _ = self.sampler.draw(model, batch)
+            for image, row in zip((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), batch, strict=True):
+                save(image, row)
+        return [load([row])[0] for row in rows]
+
+    def _row(self, folder: Path, prompt: str, i: int) -> Row:
+        seed = image_seed(self.seed, prompt, i)
+        return Row(folder / f"{digest(prompt, seed)}.png", prompt, "generated", {}, seed)

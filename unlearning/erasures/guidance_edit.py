@@ -1,0 +1,42 @@
+"""Another guidance in place of the model's own."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.sampling.guidance import Guidance, NegativePrompt
+
+
+@dataclass(frozen=True)
+class GuidanceEdit(Erasure):
+    """Another rule for combining predictions at each sampling step.
+
+    Args:
+        guidance: A frozen dataclass whose fields are what JSON can hold.
+    """
+
+    guidance: Guidance
+
+    @contextmanager
+    def _applied(self, model) -> Iterator[None]:
+        before = model.guidance
+        try:
+            model.guidance = self.guidance
+            yield
+        finally:
+            model.guidance = before
+
+    def usage(self, base) -> str:
+        if isinstance(self.guidance, NegativePrompt):
+            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base.name}` at every call.'
+        how = json.dumps(self._settings(), indent=2)
+        return f"A guidance of this package, with these settings:\n\n```json\n{how}\n```"
+
+    def _settings(self) -> dict:
+        return as_json(self.guidance)
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict) -> "GuidanceEdit":
+        return cls(from_json(settings, Guidance))

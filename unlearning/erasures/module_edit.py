@@ -1,0 +1,122 @@
+"""Modules beside a model's layers, LoRA among them, and how much of them each prompt gets."""
+
+# B batch.
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.erasures.guidance_edit import GuidanceEdit
+from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
+from unlearning.models.side_modules import LowRank, SideModule, SideModules
+from unlearning.sampling.guidance import Guidance
+
+
+class Gate(ABC):
+    """How much of the side modules each prompt gets; a frozen dataclass whose fields JSON can hold."""
+
+    @abstractmethod
+    def __call__(self, model: DiffusionModel, c: Conditioning) -> Tensor:
+        """Gains (B,) for the prompts of c."""
+
+
+@dataclass(frozen=True)
+class ModuleEdit(Erasure):
+    """Modules beside layers: what they output is added to the output of their layers.
+
+    Subclasses say which module (`kind`), and whether it `reads` its layer's input or output.
+
+    Args:
+        weights: The modules' weights by full name of the layer and name in the module:
+            "unet.….attn2.to_k" + ".lora_A.weight".
+        gate: How much each prompt gets; None for all of it.
+        guidance: The guidance that belongs to the modules; None for the model's own.
+    """
+
+    weights: Mapping[str, Tensor] = field(repr=False)
+    gate: Gate | None = None
+    guidance: Guidance | None = None
+
+    kind: ClassVar[type[SideModule]]
+    reads: ClassVar[str] = "input"
+
+    @contextmanager
+    def _applied(self, model) -> Iterator[None]:
+        side = SideModules({name: self._module(model, name, own) for name, own in self._by_layer().items()}, self.reads)
+        before, guidance = model.text_edits, self.guidance
+        with side.attached_to(model, self.digest) as name:
+            try:
+                if self.gate:
+                    model.text_edits = (*before, _Gated(name, self.gate))
+                with GuidanceEdit(guidance.of(name) if guidance else model.guidance)._applied(model):
+                    yield
+            finally:
+                model.text_edits = before
+
+    def _module(self, model, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        layer = model.layer(name)
+        module = self.kind.restored(layer, {k: v.to(model.device) for k, v in state.items()})
+        return module.requires_grad_(False).eval()
+
+    def _by_layer(self) -> dict[str, dict[str, Tensor]]:
+        states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        names = sorted(self.kind.names, key=len, reverse=True)
+        for full, tensor in self.weights.items():
+            own = next(name for name in names if full.endswith(f".{name}"))
+            states[full.removesuffix(f".{own}")][own] = tensor
+        return states
+
+    def usage(self, base) -> str:
+        layers = len(self._by_layer())
+        how = f"{layers} modules of {self.kind.__name__} beside layers; only this package can apply them."
+        return how if self.guidance is None else f"{how}\n\n{GuidanceEdit(self.guidance).usage(base)}"
+
+    def _settings(self) -> dict:
+        parts = {"gate": self.gate, "guidance": self.guidance}
+        return {name: as_json(part) for name, part in parts.items() if part}
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return self.weights
+
+    @classmethod
+    def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "ModuleEdit":
+        kinds = {"gate": Gate, "guidance": Guidance}
+        return cls(tensors, **{name: from_json(saved, kinds[name]) for name, saved in settings.items()})
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """Writes into the conditioning how much of one set of side modules each prompt gets."""
+
+    name: str
+    gate: Gate
+
+    def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Conditioning:
+        return c.with_gains({self.name: self.gate(model, c)})
+
+
+@dataclass(frozen=True)
+class Adapter(ModuleEdit):
+    """A LoRA: W x + B A x beside linear maps and convolutions.
+
+    `weights` are named as diffusers' load_lora_weights expects: "unet.<layer>.lora_A.weight" (r, in) and
+    "unet.<layer>.lora_B.weight" (out, r), with the scale in B.
+    """
+
+    kind: ClassVar[type[SideModule]] = LowRank
+
+    def usage(self, base) -> str:
+        how = (
+            f"A LoRA of {len(self.weights) // 2} layers:\n\n"
+            "```python\n"
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            'pipe.load_lora_weights(".", weight_name="weights.safetensors")\n'
+            "```"
+        )
+        return how if self.guidance is None else f"{how}\n\n{GuidanceEdit(self.guidance).usage(base)}"

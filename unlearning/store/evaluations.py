@@ -1,0 +1,83 @@
+"""Evaluations kept in the store: an evaluator that has seen the same images before is not run again."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unlearning.errors import UserError
+from unlearning.store.files import digest, write_atomically
+from unlearning.store.images import Row, load
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Args:
+        values: Numbers by metric name.
+        protocol: How they were measured.
+        made_by: The code that measured them; None if that is not known.
+        details: What the evaluator says about each image, a JSON object each.
+    """
+
+    values: Mapping[str, float]
+    protocol: str
+    made_by: Mapping | None = None
+    details: Sequence[dict] = field(default_factory=tuple)
+
+
+def evaluation(store: Path, about: str, rows: Sequence[Row], evaluator, batch_size: int, code: Mapping, label: str):
+    """The evaluation of a manifest's images, from the store if some run has made it before.
+
+    One that failed on some image is not kept: it may succeed next time.
+
+    Args:
+        about: What the run erases; evaluators may depend on it.
+        evaluator: An evaluators.base.Evaluator, prepared.
+        batch_size: Images in memory at once.
+        code: The code at work, to be kept beside the numbers.
+        label: Names evaluator and images in messages.
+
+    Raises:
+        UserError: If a number is not finite.
+    """
+    content = [
+        ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
+        for row in rows
+    ]
+    evaluator.reset()
+    path = store / "evaluations" / f"{digest(about, content, evaluator.protocol)}.json"
+    if path.exists():
+        return _read(path)
+    for i in tqdm(range(0, len(rows), batch_size), label, leave=False):
+        evaluator.update(load(rows[i : i + batch_size]), rows[i : i + batch_size])
+    values = evaluator.compute()
+    for key, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{label}: {key} is {value}. Look at the images in {rows[0].path.parent}.")
+    made = Evaluation(values, evaluator.protocol, code, list(evaluator.details))
+    if not evaluator.failed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if made.details:
+            write_atomically(path.with_suffix(".jsonl"), lines(made.details))
+        kept = {"values": dict(made.values), "protocol": made.protocol, "made by": made.made_by}
+        write_atomically(path, json.dumps(kept, indent=2))
+    return made
+
+
+def lines(details: Sequence[dict]) -> str:
+    """A JSON object in each line."""
+    return "".join(json.dumps(one) + "\n" for one in details)
+
+
+def _read(path: Path) -> Evaluation:
+    try:
+        kept = json.loads(path.read_text())
+        details = path.with_suffix(".jsonl")
+        told = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
+        return Evaluation(kept["values"], kept["protocol"], kept["made by"], told)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is broken: {error}. Delete it: the same command measures again.") from error
