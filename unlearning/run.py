@@ -30,7 +30,7 @@ from unlearning.sampling import comeback
 from unlearning.sampling.generation import generate
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
-from unlearning.store import metrics as records
+from unlearning.store import metrics as metrics_json
 from unlearning.store.evaluations import evaluation, lines
 from unlearning.store.files import digest, write_atomically
 from unlearning.store.images import (
@@ -111,7 +111,7 @@ class Run:
     def model(self) -> Model:
         return self.load_model()
 
-    def execute(self, stages: Sequence[str] = STAGES) -> records.Flat:
+    def execute(self, stages: Sequence[str] = STAGES) -> metrics_json.Flat:
         """Runs the stages in their order; returns what metrics.json holds, if there is one.
 
         Raises:
@@ -130,7 +130,7 @@ class Run:
                     if stage != "attack" or self.attacks:
                         log.info("%s: %s", self.title, stage)
                     getattr(self, stage)()
-        return records.flat(records.read(path)) if path.exists() else {}
+        return metrics_json.flat(metrics_json.read(path)) if path.exists() else {}
 
     def _keep_records(self) -> None:
         for name, text in self.records.items():
@@ -322,15 +322,15 @@ class Run:
         self._record()
         metrics = self._measure()
         metrics |= suppression(metrics)
-        metrics |= records.records(cost.metrics(self.folder / "cost.json", self.folder / "erasure"))
+        metrics |= metrics_json.records(cost.metrics(self.folder / "cost.json", self.folder / "erasure"))
         metrics |= {"cost/skipped": Metric(len(self.task.skipped))} if self.task.skipped else {}
         metrics |= {"cost/failed": Metric(failed)} if (failed := self._failed()) else {}
         self._keep_records()  # until now they were those of the numbers before
-        records.write(self.folder / "metrics.json", metrics)
+        metrics_json.write(self.folder / "metrics.json", metrics)
         base, erased = (self._manifest(name) for name in (BASE, ERASED))
         images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
         pairs = list(zip(base, erased, strict=True))
-        loggers.log(self.logger, records.flat(metrics), images, self.settings, pairs)
+        loggers.log(self.logger, metrics_json.flat(metrics), images, self.settings, pairs)
 
     def _measure(self) -> dict[str, Metric]:
         """The numbers of all evaluators on all drawings. An evaluator that measured nothing is named in a warning."""

@@ -14,9 +14,10 @@ from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files,
 from unlearning.erasures.base import Erasure
 from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
+from unlearning.evaluators.suppression import suppression
 from unlearning.methods.esd import ESD
-from unlearning.run import suppression
 from unlearning.store.images import load, read_manifest
+from unlearning.store.metrics import flat, records
 
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 
@@ -265,12 +266,12 @@ def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
     ],
 )
 def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
-    assert suppression(metrics).get("efficacy/suppression") == expected
+    assert flat(suppression(records(metrics))).get("efficacy/suppression") == expected
 
 
 def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
     shown = {"efficacy/acc_e": 5.0, "base/efficacy/acc_e": 50.0}
     by = {"efficacy/acc_e/protocol": "argmax", "base/efficacy/acc_e/protocol": "argmax"}
-    assert suppression(shown | by)["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax"
-    other = suppression(shown | by | {"base/efficacy/acc_e/protocol": "softmax"})
+    assert flat(suppression(records(shown | by)))["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax"
+    other = flat(suppression(records(shown | by | {"base/efficacy/acc_e/protocol": "softmax"})))
     assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"

@@ -15,7 +15,13 @@ from unlearning.store.files import digest, write_atomically
 MARK = ".finished"
 CHANGE_NOTHING = ("stages", "objective")  # of what a run leaves on disk
 NAME_FILES = ("model", "dataset", "method", "evaluator")  # groups whose settings may be a user's files
-LEFT = {"fit": "erasure", "generate": "images/erased.csv", "evaluate": "metrics.json", "report": "report.html"}
+LEFT = {
+    "fit": "erasure",
+    "attack": "erasure",
+    "generate": "images/erased.csv",
+    "evaluate": "metrics.json",
+    "report": "report.html",
+}
 
 
 def state(settings: object) -> list[tuple]:
