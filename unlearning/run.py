@@ -269,7 +269,7 @@ class Run:
     def _place(self, drawing: Drawing) -> Path:
         """The folder in the store of a drawing's images: a digest of model, precision, erasures and sampler."""
         numerics = (self.model.numerics, self.settings.get("trainer", {}).get("precision"))
-        edits = [erasure.digest for erasure in drawing.erasures]
+        edits = [erasure.digest for erasure in drawing.erasures if not erasure.empty]
         return self.store / "images" / digest(self.model.fingerprint, numerics, edits, self.sampler.protocol)
 
     def _rows(self, drawing: Drawing, base: Sequence[Row] | None) -> list[Row]:

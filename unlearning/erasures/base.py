@@ -3,9 +3,10 @@
 import hashlib
 import importlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -64,6 +65,11 @@ class Erasure(ABC):
     def _tensors(self) -> Mapping[str, Tensor]:
         return {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether it changes nothing, so that the erased model is the unedited one."""
+        return False
+
     @classmethod
     @abstractmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "Erasure": ...
@@ -117,18 +123,16 @@ def path_of(kind: type) -> str:
 
 
 def located(path: str, base: type[T]) -> type[T]:
-    """The class of this package at a dotted path, imported if need be.
+    """The class at a dotted path: of this package, imported if need be, or of a module that is imported already.
 
     Raises:
-        UserError: If the path leads out of the package, or to something that is not a subclass of `base`.
+        UserError: If the path leads elsewhere, or to something that is not a subclass of `base`.
     """
     module, _, name = path.rpartition(".")
-    kind = None
-    if module.split(".")[0] == __package__.split(".")[0]:
-        try:
-            kind = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            kind = None
+    if module.startswith(f"{__package__.partition('.')[0]}."):
+        with suppress(ImportError):
+            importlib.import_module(module)
+    kind = getattr(sys.modules.get(module), name, None)  # no other module is imported: a file is no reason to run code
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise UserError(f"{path} is not a {base.__name__} of this version of unlearning.")
     return kind

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from unlearning.erasures.base import Erasure, located, path_of
+from unlearning.erasures.weight_patch import WeightPatch
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Composed(Erasure):
 
 
 def composed(*parts: Erasure) -> Erasure:
-    """The erasures in this order; one alone is itself, and what is composed already is not nested."""
-    flat = [one for part in parts for one in (part.parts if isinstance(part, Composed) else (part,))]
-    return flat[0] if len(flat) == 1 else Composed(tuple(flat))
+    """The erasures in this order, as the simplest erasure that does the same.
+
+    What is composed already is not nested, empty ones are left out, and patches that follow each other become one: the
+    later values win.
+    """
+    kept: list[Erasure] = []
+    for part in (one for whole in parts for one in (whole.parts if isinstance(whole, Composed) else (whole,))):
+        if kept and isinstance(part, WeightPatch) and isinstance(kept[-1], WeightPatch):
+            kept[-1] = WeightPatch({**kept[-1].weights, **part.weights})
+        elif not part.empty:
+            kept.append(part)
+    return kept[0] if len(kept) == 1 else Composed(tuple(kept)) if kept else WeightPatch({})

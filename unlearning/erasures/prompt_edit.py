@@ -65,16 +65,16 @@ class PromptEdit(Erasure):
 
         A conditioning that holds for some steps only is replaced by a callback after each of them.
         """
-        c, null = self.edit(model, prompts, model.encode(prompts, ())), model.encode([""], ()).expand(len(prompts))
+        c, null = (self.edit(model, text, model.encode(text, ())) for text in (prompts, [""] * len(prompts)))
 
         def at_end(pipeline, step: int, t, tensors: dict) -> dict:
-            states = c.at(step + 1).embeds
-            both = torch.cat([null.embeds, states]) if pipeline.do_classifier_free_guidance else states
+            states, nothing = c.at(step + 1).embeds, null.at(step + 1).embeds
+            both = torch.cat([nothing, states]) if pipeline.do_classifier_free_guidance else states
             return {"prompt_embeds": both.to(tensors["prompt_embeds"])}
 
         return {
             "prompt_embeds": c.at(0).embeds,
-            "negative_prompt_embeds": null.embeds,
+            "negative_prompt_embeds": null.at(0).embeds,
             "callback_on_step_end": at_end,
             "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
         }

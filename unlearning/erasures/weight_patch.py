@@ -37,8 +37,12 @@ class WeightPatch(Erasure):
         finally:
             write(parameters, before)
 
+    @property
+    def empty(self) -> bool:
+        return not self.weights
+
     def usage(self, base) -> str:
-        if not self.weights:
+        if self.empty:
             return "Nothing was erased: this is the unedited model."
         parts = list(dict.fromkeys(name.partition(".")[0] for name in self.weights))
         return (

@@ -94,7 +94,7 @@ class ClassifierFree(Guidance):
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
         null = model.encode_prompts([""])
-        return Walk(c, lambda x_t, t, c, _: classifier_free(model, x_t, t, c, null, scale))
+        return Walk(c, lambda x_t, t, c, step: classifier_free(model, x_t, t, c, null.at(step), scale))
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ class NegativePrompt(Guidance):
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
         negative = model.encode_prompts([self.prompt])
-        return Walk(c, lambda x_t, t, c, _: classifier_free(model, x_t, t, c, negative, scale))
+        return Walk(c, lambda x_t, t, c, step: classifier_free(model, x_t, t, c, negative.at(step), scale))

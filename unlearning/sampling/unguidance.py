@@ -107,7 +107,7 @@ class UnGuidance(LatentDifference, Guidance):
         null = model.encode_prompts([""])
 
         def blend(x_t: Tensor, t: Tensor, c: Conditioning, step: int) -> Tensor:
-            return blended(model, self.adapter, w, x_t, t, c, null, scale)
+            return blended(model, self.adapter, w, x_t, t, c, null.at(step), scale)
 
         return Walk(c, blend, {"D": D.tolist(), "w": w.tolist()})
 
