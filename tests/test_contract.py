@@ -1,84 +1,163 @@
-"""What every method owes, whatever its kind: one test a promise, one case a file in conf/method."""
+"""What every method and every attack owes, whatever its kind: one test a promise, one case a file in conf/."""
+
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.composed import config
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
+from unlearning.attacks.base import targets
+from unlearning.concepts import Concept
 from unlearning.erasures.base import Erasure
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling import comeback
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-SHORT = {"method.iterations": 2, "method.steps": 3}
-SHORT |= {"dataset.pictures": 12, "dataset.images": 2, "method.selection.top": 4, "method.selection.min_freq": 1}
-NO_PROMPTS = "emoji_vqgan"  # the model of methods that work on no diffusion model
-SEES_NOTHING = "lcr_nudity"  # in a drawing of a cat
-# Random weights tell no concept from another, and know no words.
-SHORT |= {"method.fingerprint.purity": 0.0, "method.conditioning": "generic", "method.batch_size": 2}
+METHODS, ATTACKS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("method", "attack"))
+# Settings that make a fit or an attack short, wherever one has them; random weights tell no concept from another, and
+# know no words.
+SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps": 2, "rank": 2, "repeats": 2}
+SHORT |= {"top": 4, "min_freq": 1, "purity": 0.0, "conditioning": "generic"}
+DATA = {"dataset.pictures": 12, "dataset.images": 2}
+NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat
+
+
+def missing_trainers(node: DictConfig, trainer) -> dict:
+    """The trainer, wherever one is missing."""
+    given = {"trainer": trainer} if OmegaConf.is_missing(node, "trainer") else {}
+    inner = {
+        name: missing_trainers(node[name], trainer)
+        for name in node
+        if name not in given and OmegaConf.is_dict(node[name])
+    }
+    return given | {name: needs for name, needs in inner.items() if needs}
+
+
+def shortened(node: DictConfig) -> None:
+    """Sets every setting that SHORT names, at any depth."""
+    for name in list(node):
+        if OmegaConf.is_missing(node, name):
+            continue
+        if OmegaConf.is_dict(node[name]):
+            shortened(node[name])
+        elif name in SHORT and not OmegaConf.is_interpolation(node, name) and node[name] is not None:
+            node[name] = SHORT[name]
+
+
+def built(folder, *chosen: str) -> tuple[DictConfig, Model, object, object]:
+    """(config, model, task, sampler) of a short run."""
+    cfg = config(folder, *chosen)
+    for key, value in DATA.items():
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, value)
+    for group in ("method", "attack"):
+        shortened(cfg[group])
+    torch.manual_seed(0)
+    model, task = instantiate(cfg.model), instantiate(cfg.dataset)
+    return cfg, model, shrunk(task, model) if isinstance(model, DiffusionModel) else task, instantiate(cfg.sampler)
+
+
+def weights_of(model: Model) -> dict[str, torch.Tensor]:
+    """Every weight and buffer of every part."""
+    return {f"{part}.{k}": v.clone() for part, module in model.parts.items() for k, v in module.state_dict().items()}
+
+
+def unchanged(model: Model, weights: dict[str, torch.Tensor]) -> bool:
+    now = weights_of(model)
+    same = now.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in now.items())
+    return same and not any(p.requires_grad for p in model.named_parameters().values())
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def fitted(request, sd1, vqgan, tmp_path_factory):
-    """(method's name, model, a function that makes its pictures, those before, erasure, weights before)."""
+    """(method's name, model, task, a function that generates its images, those before, method, erasure, weights)."""
     folder = tmp_path_factory.mktemp("run")
     chosen = [f"method={request.param}", f"model.path={sd1}", "concept=cat", "sampler.steps=2"]
-    if not issubclass(DiffusionModel, get_class(config(folder, *chosen).method._target_).works_on):
-        chosen[1:] = [f"model={NO_PROMPTS}", f"model.path={vqgan}", "concept=cat"]
-    cfg = config(folder, *chosen)
-    for key, value in SHORT.items():
-        if OmegaConf.select(cfg, key) is not None:
-            OmegaConf.update(cfg, key, value)
-    torch.manual_seed(0)
-    model, task = instantiate(cfg.model), instantiate(cfg.dataset)
-    task = shrunk(task, model) if isinstance(model, DiffusionModel) else task
-    needs = {"trainer": instantiate(cfg.trainer)} if OmegaConf.is_missing(cfg.method, "trainer") else {}
-    weights = {k: v.clone() for k, v in model.network.state_dict().items()}
-    sampler = instantiate(cfg.sampler)
+    if not issubclass(StableDiffusion, get_class(config(folder, *chosen).method._target_).works_on):
+        chosen[1:] = ["model=emoji_vqgan", f"model.path={vqgan}", "concept=cat"]
+    cfg, model, task, sampler = built(folder, *chosen)
+    trainer = instantiate(cfg.trainer)
+    method = instantiate(cfg.method, **missing_trainers(cfg.method, trainer))
+    weights = weights_of(model)
     rows = sampler.manifest(folder / "images", task, 0)[:2]
 
-    def pictures() -> torch.Tensor:
+    def images() -> torch.Tensor:
         return sampler.draw(model, rows)[0]
 
-    before = pictures()
-    return request.param, model, pictures, before, instantiate(cfg.method, **needs).fit(model, task), weights
+    before = images()
+    return request.param, model, task, images, before, method, method.fit(model, task), weights
 
 
 def test_fitting_leaves_the_model_bit_identical(fitted):
-    _, model, pictures, before, _, weights = fitted
-    assert all(torch.equal(v, weights[k]) for k, v in model.network.state_dict().items())
-    assert not any(p.requires_grad for p in model.network.parameters())
-    assert torch.equal(pictures(), before)
+    _, model, _, images, before, _, _, weights = fitted
+    assert unchanged(model, weights)
+    assert torch.equal(images(), before)
 
 
-def test_an_erasure_changes_the_pictures_while_it_is_applied_and_no_longer(fitted):
-    name, model, pictures, before, erasure, weights = fitted
+def test_an_erasure_changes_the_images_while_it_is_applied_and_no_longer(fitted):
+    name, model, _, images, before, _, erasure, weights = fitted
     with erasure.applied_to(model):
-        after = pictures()
-    assert torch.equal(after, before) == (name in ("none", SEES_NOTHING))
-    assert torch.equal(pictures(), before)
-    assert all(torch.equal(v, weights[k]) for k, v in model.network.state_dict().items())
+        after = images()
+    assert torch.equal(after, before) == (name in ("none", NOTHING_TO_SEE))
+    assert torch.equal(images(), before)
+    assert unchanged(model, weights)
 
 
 def test_an_erasure_is_undone_when_something_fails_inside(fitted):
-    _, model, pictures, before, erasure, _ = fitted
+    _, model, _, images, before, _, erasure, _ = fitted
     with pytest.raises(RuntimeError, match="inside"), erasure.applied_to(model):
         raise RuntimeError("inside")
-    assert torch.equal(pictures(), before)
+    assert torch.equal(images(), before)
 
 
 def test_a_saved_erasure_comes_back_the_same(fitted, tmp_path):
-    _, model, pictures, _, erasure, _ = fitted
+    _, model, _, images, _, _, erasure, _ = fitted
     erasure.save(tmp_path, base=model)
     again = Erasure.load(tmp_path)
     assert type(again) is type(erasure)
     assert again.digest == erasure.digest
     assert Erasure.base_of(tmp_path) == model.fingerprint
     with erasure.applied_to(model):
-        once = pictures()
+        once = images()
     with again.applied_to(model):
-        assert torch.equal(pictures(), once)
+        assert torch.equal(images(), once)
     assert {p.suffix for p in tmp_path.iterdir()} <= {".json", ".safetensors", ".md"}
     assert model.name in (tmp_path / "README.md").read_text()
+
+
+def test_a_bare_concept_is_erased_on_top_of_another_erasure_or_refused(fitted):
+    """Without anchor, synonyms, or anything to retain; the model is then what the earlier erasure had made of it."""
+    _, model, task, images, before, method, _, weights = fitted
+    bare = replace(task, erase=tuple(Concept(c.name) for c in task.erase), retain=())
+    name, value = next((n, v) for n, v in model.named_parameters().items() if n.startswith(model.component))
+    with WeightPatch({name: 1.01 * value.detach()}).applied_to(model):
+        inside = images()
+        with suppress(UserError):
+            assert isinstance(method.fit(model, bare), Erasure)
+        assert torch.equal(images(), inside)
+    assert unchanged(model, weights)
+    assert torch.equal(images(), before)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_gives_a_row_for_every_target_and_leaves_the_model_bit_identical(name, sd1, tmp_path):
+    chosen = [f"attack=[{name}]", f"model.path={sd1}", "concept=cat", "sampler.steps=2", "method=none"]
+    cfg, model, task, sampler = built(tmp_path, *chosen)
+    attack, weights = instantiate(cfg.attack[name]), weights_of(model)
+    before = sampler(model, ["a cat"], [0])
+    found = attack.find(model, task, attack.observe(model, task))
+    assert found.targets == tuple(prompt.text for prompt in targets(task)) and len(found.prompts) == len(found.targets)
+    assert unchanged(model, weights)
+    assert torch.equal(sampler(model, ["a cat"], [0]), before)
+    found.save(tmp_path / "kept")
+    rows = comeback.attacked(tmp_path / "kept", sampler.manifest(tmp_path / "images", task, 0))
+    assert {row.role for row in rows} == {"attack"} and len(rows) == len(found.targets) * task.images_per_prompt
+    assert not torch.equal(sampler.draw(model, rows[:1])[0], before), "it starts from what the attack found"
