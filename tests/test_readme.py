@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from experiments.readme import with_tables
 from unlearning.__main__ import CONF
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +17,10 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.parametrize("path", ["unlearning/methods/uce.py", "conf/method/uce.yaml"])
 def test_the_method_it_shows_is_the_one_there_is(path):
     assert (ROOT / path).read_text().strip() in README
+
+
+def test_its_tables_are_those_of_the_configuration():
+    assert with_tables(README) == README, "python experiments/readme.py writes them anew"
 
 
 def test_every_picture_and_page_it_links_to_exists():
