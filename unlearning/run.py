@@ -226,11 +226,11 @@ class Run:
             cost.forget(self.folder / "cost.json", stage)
             observed = attack.observe(self.model, self.task)
             with cost.measured(self.folder / "cost.json", stage, self.model), erasure.applied_to(self.model):
-                found = attack.find(self.model, self.task, observed)
+                result = attack.find(self.model, self.task, observed)
             record = {"attack": name, "version": attack.version, "access": attack.access, "seed": self.seed}
             record |= {"victim": erasure.digest, "base": self.model.fingerprint}
-            record |= {"cost": cost.read(self.folder / "cost.json").get(stage, {}), **found.record}
-            replace(found, record=record).save(place)
+            record |= {"cost": cost.read(self.folder / "cost.json").get(stage, {}), **result.record}
+            replace(result, record=record).save(place)
         wait_for_all_ranks()
 
     def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
@@ -307,8 +307,8 @@ class Run:
             write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, some))
             write_named(self.folder / "images" / name, [row for row in some if row.source])
         failed = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
-        told = self.folder / "images" / "failed"
-        write_atomically(told, str(failed)) if failed else told.unlink(missing_ok=True)
+        count = self.folder / "images" / "failed"
+        write_atomically(count, str(failed)) if failed else count.unlink(missing_ok=True)
 
     def _failed(self) -> int:
         """Images that could not be generated."""

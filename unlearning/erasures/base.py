@@ -102,8 +102,8 @@ class Erasure(ABC):
         """
         saved = _read(folder)
         tensors = _read_tensors(folder / WEIGHTS) if saved["tensors"] else {}
-        for name, told in saved["tensors"].items():
-            if name not in tensors or _digests({name: tensors[name]})[name] != told:
+        for name, expected in saved["tensors"].items():
+            if name not in tensors or _digests({name: tensors[name]})[name] != expected:
                 what = "lacks" if name not in tensors else "has other values for"
                 raise UserError(
                     f"{folder / WEIGHTS} {what} the tensor {name}: the erasure is not what was saved. Delete {folder}, "

@@ -1,6 +1,6 @@
 """UnGuide: Unlearning with LoRA and dynamically guided inference (2025). https://arxiv.org/abs/2508.05755
 
-A LoRA is trained by ESD's objective, led away from the concept c to an anchor prompt c_ref instead of the null prompt:
+A LoRA is trained by ESD's objective with an anchor prompt c_ref in place of the null prompt:
 
     min || eps_theta(x_t, c) - [ eps*(x_t, c_ref) - eta (eps*(x_t, c) - eps*(x_t, c_ref)) ] ||^2.
 
@@ -8,8 +8,8 @@ Nothing is retained in training: at inference, UnGuidance decides by the latent 
 about the concept, and extrapolates past the adapter or past the base model (sampling/unguidance.py). The paper's
 threshold is D(""), the null prompt's own difference.
 
-Beyond the paper: threshold="calibrated" takes the number that best tells the concept from the null prompt and from the
-concepts that the task lets a method retain, under TEMPLATES that no evaluation asks for.
+Beyond the paper: threshold="calibrated" takes the number that best separates the concept from the null prompt and from
+the concepts that the task lets a method retain, under TEMPLATES that no evaluation uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance
 
-MOST = 20  # retained concepts, of those that a task names, that a calibration looks at
+MOST = 20  # retained concepts in a calibration, at most
 THRESHOLDS = ("empty", "calibrated")
 TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a {}")
 
@@ -34,12 +34,12 @@ TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a 
 class UnGuide(ESD):
     """
     Args:
-        w_1, w_2: The base model's share under prompts of the concept, and under all others.
+        w_1, w_2: The base model's share for prompts about the concept, and for all others.
         threshold: "empty" (the paper's) or "calibrated".
         repeats: R, the latent differences that D(p) is the mean of.
-        lora: A finished adapter, as UnGuide's repository saves it (lora.pth), to take instead of training one.
-        sampling_scale: The guidance scale that pictures are drawn with; a calibration draws its latents so.
-        esd: ESD's arguments, the student being a LoRA.
+        lora: A finished adapter that is taken instead of training one: lora.pth of UnGuide's repository.
+        sampling_scale: The guidance scale of sampling; calibration uses it too.
+        esd: ESD's arguments; the student is a LoRA.
     """
 
     def __init__(
@@ -84,7 +84,10 @@ class UnGuide(ESD):
 
 
 def best_threshold(about: Tensor, others: Tensor) -> float:
-    """Above it most of `about` (N,) and least of `others` (M,) lies; of equals, the middle of the widest gap."""
+    """The number that separates `about` (N,) above from `others` (M,) below with the fewest errors.
+
+    If several do, it is the middle of the widest gap.
+    """
     D = torch.cat([about, others]).sort().values
     candidates = (D[1:] + D[:-1]) / 2
     errors = torch.stack([(about <= t).float().mean() + (others > t).float().mean() for t in candidates])

@@ -1,4 +1,4 @@
-"""DiT: a transformer that is told a class of ImageNet in place of a prompt, a variance learned beside the noise."""
+"""DiT: a transformer that is conditioned on an ImageNet class in place of a prompt, and also predicts a variance."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ class DiT(StableDiffusion):
     load_options: ClassVar[dict] = {}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        """The class (B, 1, 1) whose label each prompt has in it, "a photo of the goldfish"; "" is the null class.
+        """The class (B, 1, 1) that each prompt names by a label, "a photo of the goldfish"; "" is the null class.
 
         Raises:
-            UserError: For a prompt with no label in it, or with those of several classes.
+            UserError: For a prompt that names no class, or several.
         """
         classes = torch.tensor([self._class(prompt) for prompt in prompts], device=self.device)
         return Conditioning(classes.reshape(-1, 1, 1))
@@ -39,7 +39,7 @@ class DiT(StableDiffusion):
         return torch.zeros(len(prompts), dtype=torch.long, device=self.device)
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        """None: a class is looked up in a table of every block."""
+        """None: each block looks the class up in a table of its own."""
         return iter(())
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
@@ -67,12 +67,14 @@ class DiT(StableDiffusion):
         if len(classes) == 1:
             return classes.pop()
         if classes:
-            raise UserError(f"{prompt!r} names several classes ({', '.join(named)}); {self.name} draws one a picture.")
+            raise UserError(
+                f"{prompt!r} names several classes ({', '.join(named)}); {self.name} takes one an image."
+            )
         words = re.findall(r"\w{3,}", prompt.lower())
         near = [label for label in self._labels if set(words) & set(label.split())]
         near += [label for word in words for label in get_close_matches(word, self._labels, 2, 0.7)]
         hint = f" Did you mean {' or '.join(list(dict.fromkeys(near))[:5])}?" if near else ""
         raise UserError(
-            f"{prompt!r} names none of the {len(self._labels)} labels that {self.name} draws.{hint} They are the "
+            f"{prompt!r} names none of the {len(self._labels)} labels of {self.name}.{hint} They are the "
             "`id2label` of its model_index.json."
         )

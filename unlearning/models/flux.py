@@ -1,4 +1,4 @@
-"""Flux: joint attention over latents packed two by two, flow matching, and a guidance scale that it is told."""
+"""Flux: joint attention over latents packed two by two, flow matching, and a guidance scale as an input."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -28,8 +28,9 @@ class Flux(StableDiffusion):
         """StableDiffusion.load.
 
         Args:
-            embedded_guidance: The scale that a guidance-distilled model (FLUX.1-dev) is told, in one evaluation a step.
-                The sampler's guidance_scale is classifier-free guidance's, which takes two; 1 turns it off.
+            embedded_guidance: The guidance scale that a guidance-distilled model (FLUX.1-dev) takes as an input: one
+                evaluation a step. The sampler's guidance_scale is that of classifier-free guidance, which needs two; 1
+                turns it off.
         """
         model = super().load(path, **settings)
         model.embedded_guidance = embedded_guidance
@@ -52,7 +53,7 @@ class Flux(StableDiffusion):
         yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def set_timesteps(self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> None:
-        """As FluxPipeline does: from 1 down to 1 / steps, shifted the further the larger the picture."""
+        """As FluxPipeline does: from 1 down to 1 / steps, with a shift that grows with the image."""
         _, height, width = self.latent_shape
         shift = self.scheduler.config
         mu = calculate_shift(
@@ -64,15 +65,15 @@ class Flux(StableDiffusion):
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         tokens = F.pixel_unshuffle(x_t, self.patch)  # (B, 4 C, H / 2, W / 2)
         rows, columns = (torch.arange(side, device=x_t.device) for side in tokens.shape[-2:])
-        told = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}
+        inputs = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}
         places = {
             "img_ids": torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns).to(x_t),
             "txt_ids": x_t.new_zeros(c.embeds.shape[1], 3),
         }
         if self.denoiser.config.guidance_embeds:
-            told["guidance"] = x_t.new_full((len(x_t),), self.embedded_guidance)
+            inputs["guidance"] = x_t.new_full((len(x_t),), self.embedded_guidance)
         sigma = t.expand(len(x_t)) / self.scheduler.config.num_train_timesteps
-        return (tokens.flatten(2).transpose(1, 2),), {**told, **places, "timestep": sigma}
+        return (tokens.flatten(2).transpose(1, 2),), {**inputs, **places, "timestep": sigma}
 
     def _unpacked(self, output: Tensor, shape: torch.Size) -> Tensor:
         height, width = (side // self.patch for side in shape[-2:])

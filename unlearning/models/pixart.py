@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: cross-attention to T5's states alone, a variance learned beside the noise."""
+"""PixArt-alpha and PixArt-Sigma: cross-attention to T5's states alone, and a variance is predicted too."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -21,7 +21,7 @@ class PixArt(StableDiffusion):
             list(prompts), do_classifier_free_guidance=False, device=self.device
         )
         extra = {"mask": mask}
-        if self.denoiser.use_additional_conditions:  # alpha's, of 1024 pixels, is told the picture's size and shape
+        if self.denoiser.use_additional_conditions:  # PixArt-alpha of 1024 pixels takes size and aspect ratio
             _, height, width = (side * self.pipeline.vae_scale_factor for side in self.latent_shape)
             extra["resolution"] = embeds.new_tensor([[height, width]]).expand(len(embeds), -1)
             extra["aspect_ratio"] = embeds.new_tensor([[height / width]]).expand(len(embeds), -1)
@@ -31,6 +31,6 @@ class PixArt(StableDiffusion):
         yield "transformer.caption_projection.linear_1", self.denoiser.caption_projection.linear_1
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
-        told = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}
+        inputs = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}
         size = {key: c.extra.get(key) for key in ("resolution", "aspect_ratio")}
-        return (x_t,), {**told, "added_cond_kwargs": size, "timestep": t.expand(len(x_t))}
+        return (x_t,), {**inputs, "added_cond_kwargs": size, "timestep": t.expand(len(x_t))}

@@ -41,5 +41,5 @@ class Sana(StableDiffusion):
         yield "transformer.caption_projection.linear_1", self.denoiser.caption_projection.linear_1
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
-        told = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}
-        return (x_t,), {**told, "timestep": t.expand(len(x_t)) * self.denoiser.config.timestep_scale}
+        inputs = {"encoder_hidden_states": c.embeds, "encoder_attention_mask": c.extra["mask"]}
+        return (x_t,), {**inputs, "timestep": t.expand(len(x_t)) * self.denoiser.config.timestep_scale}

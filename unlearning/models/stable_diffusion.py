@@ -25,7 +25,7 @@ class StableDiffusion(DiffusionModel):
     component = "unet"
     tokenizer = "tokenizer"  # what the pipeline calls that of the states which the denoiser attends to
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
-    # A safety checker paints pictures black, which would count as erasure.
+    # A safety checker makes images black, which would count as erasure.
     load_options: ClassVar[dict] = {"safety_checker": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: DiffusionPipeline, *, name: str, fingerprint: str, device: torch.device):
@@ -141,7 +141,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def _scale(self) -> int:
-        """The side of a picture over that of its latent."""
+        """The side of an image over the side of its latent."""
         return self.pipeline.vae_scale_factor
 
     @property

@@ -29,5 +29,5 @@ class StableDiffusion3(StableDiffusion):
         yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
-        told = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}
-        return (x_t,), {**told, "timestep": t.expand(len(x_t))}
+        inputs = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}
+        return (x_t,), {**inputs, "timestep": t.expand(len(x_t))}

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, a pooled embedding, and micro-conditioning on the picture's size and crop."""
+"""SDXL: two text encoders, a pooled embedding, and micro-conditioning on the image's size and crop."""
 
 from contextlib import AbstractContextManager
 from typing import ClassVar
@@ -29,9 +29,9 @@ class StableDiffusionXL(StableDiffusion):
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if self.pipeline.config.force_zeros_for_empty_prompt:  # SDXL's null prompt is zeros, not an encoded ""
-            told = torch.tensor([bool(p) for p in prompts], device=embeds.device)
-            embeds, pooled = embeds * told[:, None, None], pooled * told[:, None]
-        # What it draws, and of pictures to learn from too, which are cut and scaled to that size beforehand.
+            given = torch.tensor([bool(p) for p in prompts], device=embeds.device)
+            embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
+        # The size that it generates. Images to learn from are cropped and resized to it beforehand.
         side = self.latent_shape[-1] * self.pipeline.vae_scale_factor
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
         return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})

@@ -55,8 +55,8 @@ class Comeback:
             partial.mkdir(parents=True)
             files = [self._save_row(partial / f"{i}.safetensors", i) for i in range(len(self.prompts))]
             rows = zip(self.targets, self.prompts, files, strict=True)
-            told = {"rows": [{"target": t, "prompt": p, "file": f} for t, p, f in rows], "record": dict(self.record)}
-            write_atomically(partial / NAME, json.dumps(told, indent=2))
+            saved = {"rows": [{"target": t, "prompt": p, "file": f} for t, p, f in rows], "record": dict(self.record)}
+            write_atomically(partial / NAME, json.dumps(saved, indent=2))
             if not exists(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # of a version that kept it otherwise
                 partial.rename(folder)
@@ -90,16 +90,16 @@ def attacked(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """
     if not exists(folder):
         raise UserError(f"There is no finished attack in {folder}: run the attack stage first.")
-    found = {row["target"]: row for row in json.loads((folder / NAME).read_text())["rows"]}
-    return [_attacked(folder, row, found[row.prompt]) for row in rows if row.prompt in found]
+    results = {row["target"]: row for row in json.loads((folder / NAME).read_text())["rows"]}
+    return [_attacked(folder, row, results[row.prompt]) for row in rows if row.prompt in results]
 
 
-def _attacked(folder: Path, row: Row, found: Mapping) -> Row:
-    file = folder / found["file"] if found["file"] else None
+def _attacked(folder: Path, row: Row, result: Mapping) -> Row:
+    file = folder / result["file"] if result["file"] else None
     content = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
     own = () if row.guidance_scale is None else (row.guidance_scale,)
-    path = row.path.with_name(f"{digest(found['prompt'], row.seed, *own, *((content,) if file else ()))}.png")
-    return replace(row, path=path, prompt=found["prompt"], role=ATTACK, base=None, comeback=file)
+    path = row.path.with_name(f"{digest(result['prompt'], row.seed, *own, *((content,) if file else ()))}.png")
+    return replace(row, path=path, prompt=result["prompt"], role=ATTACK, base=None, comeback=file)
 
 
 def restored(

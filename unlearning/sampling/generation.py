@@ -1,4 +1,4 @@
-"""Pictures into the store, as a Lightning prediction: the Trainer brings the progress bar and shares rows out."""
+"""Generates images into the store, as a Lightning prediction: the Trainer shows progress and distributes rows."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,52 +14,60 @@ from unlearning.store.images import Row, missing, save
 from unlearning.store.locks import claimed
 
 log = logging.getLogger(__name__)
-OVERFLOW = "it holds values that are no numbers; float16 overflows where model.dtype=bfloat16 and float32 do not"
+OVERFLOW = "it holds values that are not finite; float16 overflows where model.dtype=bfloat16 and float32 do not"
 
 
 class Generation(pl.LightningModule):
+    """
+    Args:
+        model: Generates; any Model.
+        sampler: Draws the images of manifest rows.
+    """
+
     def __init__(self, model, sampler: Sampler | Reconstruction):
         super().__init__()
         self.model, self.sampler = model, sampler
-        self.left: list[Row] = []  # to other processes, which were drawing them already
+        self.left: list[Row] = []  # rows that another process was drawing already
 
     def transfer_batch_to_device(self, batch: list[Row], device, dataloader_idx: int) -> list[Row]:
         return batch  # rows hold no tensors
 
     def predict_step(self, rows: list[Row], batch_idx: int) -> int:
+        """Draws the rows that no other process has claimed; returns how many."""
         with claimed(rows) as mine:
             self.draw(mine)
         self.left += missing(row for row in rows if row not in mine)
-        if self.trainer.received_sigterm:  # which Lightning heeds while it trains, and only then
+        if self.trainer.received_sigterm:  # Lightning reacts to it in training only
             raise SIGTERMException
         return len(mine)
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """Waits for what was left to other processes, and draws what they have not."""
+        """Waits for the rows that other processes had claimed, and draws those that they did not."""
         for i in range(0, len(self.left), self.sampler.batch_size):
             with claimed(self.left[i : i + self.sampler.batch_size], wait=True) as mine:
                 self.draw(mine)
 
     def draw(self, rows: list[Row]) -> None:
+        """Generates the rows' images and saves those that are finite."""
         if not rows:
             return
         images, decisions = self.sampler.draw(self.model, rows)
         whole = images.isfinite().flatten(1).all(1).tolist()
         images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for image, row, decided, finite in zip(images, rows, decisions, whole, strict=True):
-            why = decided.get(FAILED) or (None if finite else OVERFLOW)  # it would be black, and seem erased
+            why = decided.get(FAILED) or (None if finite else OVERFLOW)  # it would be black and look erased
             if why:
-                log.warning("%s is not put out: %s", row.source or row.prompt, why)
+                log.warning("%s could not be generated: %s", row.source or row.prompt, why)
             else:
                 save(image, row, decided)
 
 
 def generate(model, sampler: Sampler | Reconstruction, rows: Sequence[Row], trainer: Callable[..., pl.Trainer]) -> int:
-    """Draws every picture that is not in the store yet; returns how many there were to draw.
+    """Generates every image that is not in the store yet; returns how many were missing.
 
-    What another process is drawing at the moment is left to it, and waited for at the end. What fails on the way is
-    named in a warning, and missing from the store afterwards.
+    Rows that another process is drawing are left to it, and waited for at the end. An image that fails is named in a
+    warning and stays missing.
     """
     todo = missing(rows)
     if todo:

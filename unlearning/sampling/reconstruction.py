@@ -1,4 +1,4 @@
-"""Pictures put out again by an image-to-image model: what sampling is to a model that has no prompts."""
+"""Reconstruction of input images: what sampling is for a model that has no prompts."""
 
 # B batch, H W height and width.
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from torch import Tensor
 from unlearning.concepts import ERASE, SYNONYM
 from unlearning.store.images import Row, load, manifest_of_inputs
 
-FAILED = "failed"  # among what was decided about a picture: why there is none
+FAILED = "failed"  # the key under which a decision says why an image could not be made
 
 
 @dataclass(frozen=True)
 class Reconstruction:
     """
     Args:
-        batch_size: How many pictures at once; it changes no picture.
+        batch_size: Images in one batch. It changes no image.
     """
 
     batch_size: int = 16
@@ -31,7 +31,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def draw(self, model, rows: Sequence[Row]) -> tuple[Tensor, list[dict]]:
-        """The inputs of a manifest's rows as the model puts them out, (B, 3, H, W) in [0, 1], and what was replaced."""
+        """The reconstructed inputs of a manifest's rows, (B, 3, H, W) in [0, 1], and what was replaced in each."""
         images = load(rows, "source")
         codes, decided = model.encode(as_tensor(images)), [{} for _ in rows]
         if model.edit is not None:

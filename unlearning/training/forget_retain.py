@@ -1,4 +1,4 @@
-"""Forget and retain pictures side by side, as batches of tensors of a Lightning run."""
+"""Forget and retain images side by side, in batches of tensors."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -10,23 +10,24 @@ from torch import Tensor
 from unlearning.errors import UserError
 from unlearning.training.batches import Batches, seed_of
 
-AT_ONCE = 16  # pictures in memory
+AT_ONCE = 16  # images in memory
 
 
 def encoded(model, images: Sequence[np.ndarray]) -> Tensor:
-    """Latents (N, C, H, W) of pictures (height, width, 3) uint8, a few of which are in memory at a time.
+    """Latents (N, C, H, W) of images (height, width, 3) uint8, encoded in small batches.
 
-    Raises UserError where they are of another size than the model draws.
+    Raises:
+        UserError: If their size is not the one that the model generates.
     """
     parts = []
     for i in range(0, len(images), AT_ONCE):
-        pictures = torch.from_numpy(np.stack(images[i : i + AT_ONCE])).permute(0, 3, 1, 2) / 255
-        parts.append(model.encode_images(pictures))
+        batch = torch.from_numpy(np.stack(images[i : i + AT_ONCE])).permute(0, 3, 1, 2) / 255
+        parts.append(model.encode_images(batch))
         if parts[-1].shape[1:] != model.latent_shape:
-            asked = pictures.shape[-1] * model.latent_shape[-1] // parts[-1].shape[-1]
+            side = batch.shape[-1] * model.latent_shape[-1] // parts[-1].shape[-1]
             raise UserError(
-                f"{model.name} draws pictures of {asked} pixels, and these have {pictures.shape[-1]}: "
-                f"dataset.size={asked}."
+                f"{model.name} generates images of {side} pixels, and these have {batch.shape[-1]}: "
+                f"dataset.size={side}."
             )
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
 
@@ -35,10 +36,10 @@ class ForgetRetain(Batches):
     """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is missing where there is nothing to.
 
     Args:
-        find: Gives the forget and the retain pictures as tensors (N, ...), of which one row of each is about one
-            picture. Called when training begins, by all processes of a distributed one at once.
-        batch_size: Pictures of each kind in a batch.
-        seed: Of the order, in which every picture comes once before any comes again.
+        find: Gives the tensors (N, ...) of the forget and of the retain images; row i of each belongs to image i.
+            Called when training begins, by all processes of a distributed training at once.
+        batch_size: Images of each kind in a batch.
+        seed: Of the order. Every image comes once before any comes again.
     """
 
     def __init__(self, find: Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], batch_size: int, seed: int):
@@ -46,8 +47,8 @@ class ForgetRetain(Batches):
         self.find, self.batch_size, self.seed = find, batch_size, seed
 
     def setup(self, stage: str) -> None:
-        found = zip(("forget", "retain"), self.find(), strict=True)
-        self.parts = {name: tensors for name, tensors in found if len(tensors[0])}
+        data = zip(("forget", "retain"), self.find(), strict=True)
+        self.parts = {name: tensors for name, tensors in data if len(tensors[0])}
 
     def batch(self, k: int) -> dict[str, tuple[Tensor, ...]]:
         places = range(k * self.batch_size, (k + 1) * self.batch_size)
