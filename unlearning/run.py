@@ -350,7 +350,7 @@ class Run:
                     write_atomically(self.folder / "details" / f"{about.replace(' ', '-')}.jsonl", lines(made.details))
                 unmeasured += evaluator.failed
                 makers.append(made.made_by)
-                protocol = made.protocol + (f", images that could not be made: {n}" if (n := self._failed()) else "")
+                protocol = made.protocol + (f", pictures that could not be made: {n}" if (n := self._failed()) else "")
                 for key, value in made.values.items():
                     _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
                 if made.values:

@@ -54,7 +54,7 @@ def test_the_target_leads_away_from_the_concept_past_the_anchor(model, eta):
     method = unguide(eta=eta)
     method.student, method.teacher, method.task = model, model.snapshot([]), TASK
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts([CAT])
-    method.points = lambda model, prompts, target: (x_t, t, c, target(x_t, t, c, prompts))
+    method.points = lambda model, prompts: (x_t, t, c)
     eps_c, eps_ref = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([FOREST]))
     target = eps_ref - eta * (eps_c - eps_ref)
     torch.testing.assert_close(method.loss([CAT]), (eps_c - target).pow(2).mean(), atol=1e-7, rtol=1e-3)
@@ -84,7 +84,7 @@ def test_training_brings_the_concepts_prediction_to_the_anchors(model):
 def test_the_papers_threshold_is_the_null_prompts_difference(model, adapter):
     rule = adapter.guidance
     with adapter.applied_to(model):
-        D = rule.of(model, model.encode_prompts([""]), 7.5)
+        D = model.guidance.differences(model, model.encode_prompts([""]), 7.5)
     assert float(D) == pytest.approx(rule.threshold, rel=1e-5) and rule.empty == rule.threshold
 
 
@@ -174,14 +174,14 @@ def test_unguides_own_file_becomes_an_adapter(model, tmp_path):
     torch.manual_seed(0)
     into = {"down_blocks.1.attentions.0": "input_blocks.4.1", "mid_block.attentions.0": "middle_block.1",
             "up_blocks.0.attentions.1": "output_blocks.1.1"}  # fmt: skip
-    state, merged, own = {}, {}, dict(model.denoiser.named_parameters())
+    state, merged, own = {}, {}, model.named_parameters()
     for ours, ldm in into.items():
         for which in ("to_k", "to_v"):
             inner = f"transformer_blocks.0.attn2.{which}"
-            W = own[f"{ours}.{inner}.weight"]
+            W = own[f"unet.{ours}.{inner}.weight"]
             A, B = torch.randn(W.shape[1], 1), torch.randn(1, W.shape[0])
             state |= {f"{ldm}.{inner}.lora.A": A, f"{ldm}.{inner}.lora.B": B}
-            merged[f"{ours}.{inner}.weight"] = W + 8 * (A @ B).T
+            merged[f"unet.{ours}.{inner}.weight"] = W + 8 * (A @ B).T
     torch.save(state, tmp_path / "lora.pth")
     snapshot = model.snapshot(merged)
     snapshot.weights = merged

@@ -109,7 +109,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[evaluate]", "run the generate stage first"),
         ("[generate]", "run the fit stage first"),
         ("[report]", "run the evaluate stage"),
-        ("[fitt]", "There is no stage 'fitt'; there are fit, generate, evaluate, report."),
+        ("[fitt]", "There is no stage 'fitt'. Stages: fit, attack, generate, evaluate, report."),
     ],
 )
 def test_a_stage_whose_turn_has_not_come_says_which_is_missing(told, stages, answer):
@@ -217,7 +217,7 @@ def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, e
     unlearn(*command)
     assert evaluations() == first
     new = Erasure.load(run / "erasure"), read_manifest(run / "images" / "erased.csv")
-    assert old[0].fingerprint != new[0].fingerprint and (load(old[1]) != load(new[1])).any()
+    assert old[0].digest != new[0].digest and (load(old[1]) != load(new[1])).any()
     assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
 
 
