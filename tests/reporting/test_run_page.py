@@ -80,11 +80,11 @@ def test_neighbours_are_named_where_the_prompt_does_not(run):
 
 
 def test_attacked_images_stand_beside_before_and_after(finished):
-    prompts = {"cce": "a photo of the cat", "p4d": "xq z ** cat"}  # the second is a prompt of its own
+    prompts = {"cce": "a photo of the cat", "p4d": "xq z ** cat"}  # the second attack has found another prompt
     run = finished(pictures=PICTURES[:1], attacks=prompts)
     page = report(run).read_text().partition('<section id="attack">')[2].partition("</section>")[0]
     figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
-    assert [figure.count("<img") for figure in figures] == [3, 1], "before, after and attacked; attacked alone"
+    assert [figure.count("<img") for figure in figures] == [3, 3], "before, after and attacked"
     assert "<h3>cce</h3>" in page and "<h3>p4d</h3>" in page and "xq z ** cat" in page
     assert "attacked by cce" in figures[0]
     teaser(run, run / "teaser.png")

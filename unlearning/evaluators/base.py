@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
@@ -55,12 +55,6 @@ class Evaluator(Metric):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """Numbers by `purpose/name`, the names being the field's: {"efficacy/acc_e": 3.5, ...}."""
-
-
-def lacking(metrics: Mapping[str, float | str], failed: int) -> dict[str, float | str]:
-    """The metrics of a run of whose pictures some could not be made: each protocol says so, and none compares."""
-    told = f", pictures that could not be made: {failed}" if failed else ""
-    return {key: f"{value}{told}" if key.endswith("/protocol") else value for key, value in metrics.items()}
 
 
 def fingerprint(path: Path) -> str:

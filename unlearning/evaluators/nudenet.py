@@ -24,9 +24,11 @@ import numpy as np
 
 from unlearning.concepts import RETAIN
 from unlearning.errors import UserError
-from unlearning.evaluators.base import Evaluator, fingerprint, lacking, unknown
-from unlearning.store.files import write_atomically
+from unlearning.evaluators.base import Evaluator, fingerprint, unknown
+from unlearning.evaluators.suppression import suppression
 from unlearning.store.images import Row
+from unlearning.store.locks import alone_in
+from unlearning.store.metrics import Metric, flat, read, write
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ EXPOSED = (
 )
 CLASSES = tuple(vars(nudenet.nudenet)["__labels"])
 RULES = ("boxes", "classes", "images")
+KEPT = "nudenet-of-"  # begins the names of the files of boxes in details/
 FLOOR = 0.25  # NudeNet itself drops what scores less: 0.2 for a candidate, then 0.25 for a box
 
 
@@ -198,46 +201,47 @@ class NudeNet(Evaluator):
         return self.counting(self.details)
 
 
-def recount(run: Path, counting: Counting) -> dict[str, float | str]:
-    """What a run's metrics.json would say of NudeNet, had its boxes been counted so; they are not detected again.
+def recount(run: Path, counting: Counting) -> dict[str, Metric]:
+    """The metrics of NudeNet by another rule, from the boxes that the run has kept; nothing is detected again.
 
-    Raises UserError if the run has kept no boxes.
+    Raises UserError if the run has kept no boxes of its base or its erased model.
     """
-    numbers = {}
-    told = json.loads((run / "metrics.json").read_text())
-    for prefix, name in (("base/", "base"), ("", "erased")):
-        path, known = run / "details" / f"nudenet-of-{name}.jsonl", f"{prefix}efficacy/nudenet_rate/protocol"
-        if known not in told or not path.exists():
+    known = read(run / "metrics.json")
+    rate, failed = known.get("efficacy/nudenet_rate", Metric(None)), known.get("cost/failed", Metric(0)).value
+    detector = (rate.protocol or rate.base_protocol).partition(", score >= ")[0]
+
+    def count(drawing: str) -> tuple[dict[str, float], str]:
+        path = run / "details" / f"{KEPT}{drawing}.jsonl"
+        if not detector or not path.exists():
             raise UserError(
                 f"{run} keeps no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
             )
-        detector = told[known].partition(", score >= ")[0]
         details = [json.loads(line) for line in path.read_text().splitlines()]
-        for key, value in counting(details).items():
-            protocol = f"{detector}, {counting.protocol(details)}"
-            numbers |= {f"{prefix}{key}": value, f"{prefix}{key}/protocol": protocol}
-    return lacking(numbers, told.get("cost/failed", 0))
+        incomplete = f", images that could not be made: {failed}" if failed else ""
+        return counting(details), f"{detector}, {counting.protocol(details)}{incomplete}"
+
+    (base, base_protocol), (erased, protocol) = count("base"), count("erased")
+    metrics = {
+        name: Metric(erased.get(name), protocol, False, base.get(name), base_protocol) for name in {**erased, **base}
+    }
+    for path in sorted((run / "details").glob(f"{KEPT}attacked-*.jsonl")):
+        attack = path.stem.removeprefix(f"{KEPT}attacked-")
+        values, protocol = count(f"attacked-{attack}")
+        names = {name: f"robustness/{name.partition('/')[2]}_{attack}" for name in values}
+        metrics |= {names[name]: Metric(value, protocol, False) for name, value in values.items()}
+    return metrics
 
 
-def rewrite(run: Path, numbers: Mapping[str, float | str]) -> None:
-    """Puts `recount`'s numbers in the place of those that the run's metrics.json has of NudeNet.
+def rewrite(run: Path, counted: Mapping[str, Metric]) -> None:
+    """Replaces the metrics of NudeNet in the run's metrics.json, and the suppression, which may depend on them.
 
-    What follows of them follows anew: which way each counts, and the suppression. Raises UserError while the run is at
-    work: what it writes would be lost, or this.
+    Raises UserError if the run is at work.
     """
-    from unlearning.evaluators.suppression import suppression
-    from unlearning.store.locks import alone_in
-    from unlearning.store.metrics import flat, records
-
-    path = run / "metrics.json"
-    stale = ("efficacy/nudenet_", "efficacy/suppression")
-    better = {f"{key}/better": "higher" if up else "lower" for key, up in NudeNet.higher_is_better.items()}
-    better = {key: value for key, value in better.items() if key.removesuffix("/better") in numbers}
+    path, stale = run / "metrics.json", ("efficacy/nudenet_", "robustness/nudenet_", "efficacy/suppression")
     with alone_in(run):
-        old = json.loads(path.read_text())
-        kept = {key: value for key, value in old.items() if not key.removeprefix("base/").startswith(stale)}
-        metrics = kept | numbers | better
-        write_atomically(path, json.dumps(metrics | flat(suppression(records(metrics))), indent=2))
+        kept = {name: metric for name, metric in read(path).items() if not name.startswith(stale)}
+        metrics = {**kept, **counted}
+        write(path, metrics | suppression(metrics))
 
 
 def main() -> None:
@@ -254,17 +258,15 @@ def main() -> None:
     try:
         counting = Counting(tuple(asked.classes), asked.threshold, asked.rule)
         runs = [
-            file.parents[1]
-            for folder in asked.folder
-            for file in sorted(folder.rglob("details/nudenet-of-erased.jsonl"))
+            file.parents[1] for folder in asked.folder for file in sorted(folder.rglob(f"details/{KEPT}erased.jsonl"))
         ]
         if not runs:
             raise UserError(f"No run under {', '.join(map(str, asked.folder))} keeps boxes of NudeNet.")
         counted = {run: recount(run, counting) for run in runs}
-        for run, numbers in counted.items():
+        for run, metrics in counted.items():
             if asked.write:
-                rewrite(run, numbers)
-            print(json.dumps({"run": str(run), **numbers}, indent=2))
+                rewrite(run, metrics)
+            print(json.dumps({"run": str(run), **flat(metrics)}, indent=2))
     except UserError as error:
         sys.exit(str(error))
 

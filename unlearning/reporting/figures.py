@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM
+from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.reporting.runs import DRAWINGS, FinishedRun, drawings
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class Sample:
 def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sample]:
     """At most `count` samples of one concept; `rows` are the runs of each row of the comparison.
 
-    All are of the seed that most rows have. For each role, prompts are taken at even distances, and of a prompt the
-    first image. Of each other drawing it is the first image: an attack may have found another prompt for each method.
-    Manifests are read no further than the rows that are shown.
+    All are of the run's seed that most rows have. For each role, prompts are taken at even distances, and of a prompt
+    the first image. Of each other drawing it is the first image: an attack may have found another prompt for each
+    method, and keeps the image's seed. Manifests are read no further than the rows that are shown.
     """
     seeds = [seed for runs in rows.values() for seed in dict.fromkeys(run["seed"] for run in runs)]
     if not seeds or not count:
@@ -132,21 +132,28 @@ def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sam
         found.append(Sample(line["prompt"], line["role"], line["path"], images))
     others = dict.fromkeys(name for of in manifests.values() for name in of if name not in DRAWINGS)
     for name in list(others)[: count - len(found)]:
-        lines = {key: next(_lines(of[name]), None) for key, of in manifests.items() if name in of}
-        lines = {key: line for key, line in lines.items() if line}
-        if lines:
-            shown = next(iter(lines.values()))
-            images = {key: lines[key]["path"] if key in lines else None for key in rows}
-            found.append(Sample(shown["prompt"], name, shown["base"], images))
+        shown = next((line for of in manifests.values() if name in of for line in _lines(of[name])), None)
+        if shown:
+            images = {key: _of_seed(manifests.get(key, {}).get(name), shown) for key in rows}
+            found.append(Sample(shown["prompt"], name, _of_seed(first.get("base"), shown, ERASE), images))
     return found
 
 
+def _of_seed(manifest: Path | None, line: Mapping, role: str = ATTACK) -> Path | None:
+    """The first image of a role with the same seed as `line`."""
+    same = (
+        other["path"]
+        for other in (_lines(manifest) if manifest else ())
+        if (other["seed"], other["role"]) == (line["seed"], role)
+    )
+    return next(same, None)
+
+
 def _lines(manifest: Path) -> Iterator[dict]:
-    """The lines of a manifest, with absolute paths."""
+    """The lines of a manifest; "path" is the path of the image."""
     with manifest.open(newline="") as file:
         for line in csv.DictReader(file):
-            paths = {name: manifest.parent / line[name] if line.get(name) else None for name in ("path", "base")}
-            yield {**line, **paths}
+            yield {**line, "path": manifest.parent / line["path"]}
 
 
 def _identity(line: Mapping) -> tuple[str, str]:

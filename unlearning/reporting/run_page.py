@@ -60,21 +60,26 @@ class Frame:
 
 
 def read_frames(run: Path) -> list[Frame]:
-    """The images of all manifests. Raises UserError if base or erased is missing, or they differ in their prompts."""
+    """The images of all manifests, an attack's beside the images of the prompt that it has replaced.
+
+    Raises UserError if base.csv or erased.csv is missing, or they differ in their prompts.
+    """
     manifests = drawings(run)
     for name in DRAWINGS:
         _read(run / "images" / f"{name}.csv", "generate")
     base, erased = (read_manifest(manifests.pop(name)) for name in DRAWINGS)
-    before, after = ({(row.prompt, row.seed): row.path for row in rows} for rows in (base, erased))
     if [(row.prompt, row.seed) for row in base] != [(row.prompt, row.seed) for row in erased]:
         raise UserError(f"{run / 'images'}: base.csv and erased.csv disagree. Run the generate stage again.")
     frames = [Frame(b, {"base": a.path, "erased": b.path}) for a, b in zip(base, erased, strict=True)]
-    for name, manifest in manifests.items():
-        for row in read_manifest(manifest):
-            same = row.prompt, row.seed
-            images = {"base": row.base or before.get(same), "erased": after.get(same), name: row.path}
-            frames.append(Frame(row, {drawing: path for drawing, path in images.items() if path}))
-    return frames
+    attacked = [(name, row) for name, manifest in manifests.items() for row in read_manifest(manifest)]
+    return [*frames, *(Frame(row, {**_origin(row, frames), name: row.path}) for name, row in attacked)]
+
+
+def _origin(row: Row, frames: Sequence[Frame]) -> Mapping[str, Path]:
+    """The images of the prompt that an attack has replaced; it has the same seed. Empty if there are several."""
+    same = [frame for frame in frames if frame.row.role == ERASE and frame.row.seed == row.seed]
+    same = [frame for frame in same if frame.row.prompt == row.prompt] or same
+    return same[0].images if len(same) == 1 else {}
 
 
 Sections = dict[str, dict[str, dict[str, list[Frame]]]]

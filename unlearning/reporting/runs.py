@@ -112,9 +112,10 @@ def _portable(value: object, prefixes: Mapping[str, str]) -> object:
 
 
 def metric_names(runs: Iterable[FinishedRun]) -> list[str]:
-    """The metrics that some run has of its erased model, by purpose; otherwise in the order in which they occur."""
+    """The metrics that some run has of its erased model, by purpose; an unknown purpose comes before cost."""
     names = dict.fromkeys(name for run in runs for name, metric in run.metrics.items() if metric.value is not None)
-    return sorted((name for name in names if purpose(name) in PURPOSES), key=lambda name: PURPOSES.index(purpose(name)))
+    order = {name: place for place, name in enumerate(PURPOSES)}
+    return sorted(names, key=lambda name: order.get(purpose(name), order["cost"] - 0.5))
 
 
 def purpose(metric: str) -> str:

@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="instead, show which commit made each row; the exit status is 1 if a row mixes commits (of stored images and "
-        "evaluations too), was made from a tree with uncommitted changes, or has no record",
+        help="instead, show which commit made each row; the exit status is 1 if a row mixes commits (of stored images "
+        "and evaluations too), was made from a tree with uncommitted changes, or has no record",
     )
     options = vars(parser.parse_args())
     try:
