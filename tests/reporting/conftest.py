@@ -38,7 +38,7 @@ def finished_in():
         known = {"model": "emoji_unet", "dataset": "emoji_objects", "concept": "cat", "method": "esd_x", "seed": 0}
         known |= settings
         choices = {key: known[key] for key in ("model", "dataset", "method")} | (chosen or {})
-        config = {"sampler": {"steps": known.get("steps", 50)}, **(config or {})}
+        config = {"sampler": {"steps": known.get("steps", 50)}, "after": None, **(config or {})}
         config |= {"concept": known["concept"], "seed": known["seed"], "paths": {"output_dir": str(run)}}
         (run / ".hydra").mkdir(parents=True)
         for name, content in {

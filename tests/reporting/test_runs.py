@@ -63,6 +63,15 @@ def test_several_concepts_are_one_setting(finished):
     assert read_run(finished(concept=["cat", "dog"])).concept == "cat+dog"
 
 
+def test_earlier_erasures_are_named_by_concept_and_method_for_all_seeds(finished):
+    for seed in (0, 1):
+        first = finished(f"first{seed}", method="uce", seed=seed)
+        second = finished(f"second{seed}", concept="dog", seed=seed, config={"after": f"{first}/erasure"})
+        assert read_run(second)["after"] == "cat by uce"
+        third = finished(f"third{seed}", seed=seed, config={"after": [f"{second}/erasure", "/nowhere/erasure"]})
+        assert read_run(third)["after"] == "cat by uce, dog by esd_x+/nowhere/erasure"
+
+
 def test_runs_are_found_at_any_depth_and_none_within_another(finished, tmp_path):
     a, b = finished("runs/a"), finished("runs/deep/er/b", seed=2)
     finished("runs/a/images/c")

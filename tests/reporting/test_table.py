@@ -73,6 +73,21 @@ def test_another_protocol_is_marked_and_does_not_compete(finished, runs):
     assert all(words in note(text, "†") for words in ("uce", "threshold 0.5"))
 
 
+def test_an_attacked_run_is_not_averaged_with_one_that_was_not(finished, tmp_path):
+    for seed, attacks in enumerate(([], ["cce"], ["cce"])):
+        finished(f"runs/{seed}", measured(2.0), seed=seed, chosen={"attack": attacks})
+    head, *body = cells(table(tmp_path / "runs", [E], by=["method"]))
+    assert head[1] == "attack§" and [row[1:3] for row in body] == [["", "1"], ["cce", "2"]]
+
+
+def test_requests_one_after_the_other_are_rows_that_compete(finished, runs):
+    for seed in (0, 1):
+        first = finished(f"first/{seed}", method="uce", seed=seed)
+        finished(f"runs/after{seed}", measured(2.0), method="ac", seed=seed, config={"after": f"{first}/erasure"})
+    head, *body = cells(table(runs, [E], by=["method"]))
+    assert head[1] == "after§" and ["ac", "cat by uce", "2", "**2.0 ± 0.0**"] in body
+
+
 def test_the_second_best_is_marked_where_it_is_not_the_last(finished, runs):
     assert "<u>" not in table(runs, [E]), "of two rivals the loser is no second best"
     finished("runs/uce", measured(50.0), method="uce")

@@ -20,8 +20,8 @@ from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 
 BY = ("model", "dataset", "concept", "method")
-DECISIVE = ("model", "dataset", "sampler", "method", "trainer")  # groups whose settings decide a result
-METHOD = ("method", "trainer")  # those of them in which competing rows may differ
+DECISIVE = ("model", "dataset", "sampler", "method", "trainer", "attack", "after")  # their settings decide a result
+METHOD = ("method", "trainer", "after")  # those of them in which competing rows may differ
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 PROTOCOL, REPEATED, SEPARATED, PUBLISHED, COVERAGE = "†‡§¶‖"  # marks of footnotes
 UNSTATED = "protocol not stated"

@@ -27,7 +27,7 @@ class FinishedRun:
         folder: The folder of the run.
         settings: By dotted name ("sampler.steps"), and by Hydra group the chosen file ("method": "esd_x"). A list is
             joined ("cat+dog"). Paths below the run's own `paths` begin with the name of that setting ("{weights}/x"),
-            so that they agree between machines.
+            so that they agree between machines; `after` is not a path but what was erased before ("cat by uce").
         metrics: By name ("efficacy/acc_e").
     """
 
@@ -83,7 +83,19 @@ def read_settings(folder: Path) -> dict[str, object]:
     places = sorted((config.get("paths") or {}).items(), key=lambda item: -len(str(item[1])))  # the innermost first
     prefixes = {f"{path}/": f"{{{name}}}/" for name, path in places}
     settings = {name: _portable(value, prefixes) for name, value in _flat(config)}
-    return settings | {group: file for group, file in choices.items() if not group.startswith("hydra/")}
+    if after := config.get("after"):
+        settings["after"] = "+".join(map(_earlier_run, [after] if isinstance(after, str) else after))
+    return settings | {group: _joined(file) for group, file in choices.items() if not group.startswith("hydra/")}
+
+
+def _earlier_run(erasure: str) -> str:
+    """The concept and the method of an earlier erasure, the same for all seeds; its path if there is no such run."""
+    try:
+        settings = read_settings(Path(erasure).parent)
+    except UserError:
+        return erasure
+    request = f"{settings.get('concept')} by {settings.get('method')}"
+    return f"{settings['after']}, {request}" if settings.get("after") else request
 
 
 def _read_yaml(path: Path) -> dict:
@@ -103,7 +115,11 @@ def _flat(config: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         elif value != "???":
-            yield f"{prefix}{key}", "+".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{prefix}{key}", _joined(value)
+
+
+def _joined(value: object) -> object:
+    return "+".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _portable(value: object, prefixes: Mapping[str, str]) -> object:
