@@ -24,7 +24,7 @@ def test_what_an_evaluator_found_is_kept_by_every_run_that_it_is_found_for(unlea
         lines = (run / "details" / "nudenet-of-erased.jsonl").read_text().splitlines()
         assert [json.loads(line)["found"] for line in lines] == [[FACE]]
         assert json.loads((run / "metrics.json").read_text())["efficacy/nudenet_total"] == 0
-        assert recount(run, Counting(("FACE_MALE",), 0.5, "images"))["efficacy/nudenet_total"] == 1
+        assert recount(run, Counting(("FACE_MALE",), 0.5, "images"))["efficacy/nudenet_total"].value == 1
 
 
 def test_a_damaged_picture_is_told_and_drawn_again_once_it_is_gone(unlearn, told, tmp_path):

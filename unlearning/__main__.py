@@ -130,7 +130,7 @@ def _records(cfg: DictConfig) -> dict[str, str]:
 def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     from rich.console import Console
 
-    from unlearning.reporting.summary import summary
+    from unlearning.reporting.formats import summary
 
     metrics = run(cfg)
     if int(os.environ.get("LOCAL_RANK", 0)):

@@ -25,7 +25,7 @@ from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.suppression import suppression
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
-from unlearning.reporting.report import report, teaser
+from unlearning.reporting.run_page import report, teaser
 from unlearning.sampling import comeback
 from unlearning.sampling.generation import generate
 from unlearning.sampling.reconstruction import Reconstruction

@@ -38,8 +38,8 @@ from sklearn.metrics import roc_auc_score
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, UnlearningTask
 from unlearning.evaluators.fid import FID
-from unlearning.reporting.grouping import grouped, shared, told_apart
-from unlearning.reporting.rows import UNEDITED, rows
+from unlearning.reporting.comparison import conditions, group_runs, separating
+from unlearning.reporting.runs import UNEDITED, FinishedRun, read_runs
 from unlearning.scrubbing.conditioning import told
 from unlearning.store.images import Row, load, read_manifest
 from unlearning.training.forget_retain import encoded
@@ -68,19 +68,21 @@ def configured(*overrides: str):
 
 
 def effect(folders: list[str]) -> list[dict]:
-    runs = [run for folder in folders or ["outputs/runs"] for run in rows(Path(folder))]
-    by = told_apart(runs, ("concept", "method", "model"))
-    base = grouped(runs, conditions := dict.fromkeys((*shared(by), "concept")))  # any run has the base model's pictures
+    runs = [run for folder in folders or ["outputs/runs"] for run in read_runs(Path(folder))]
+    by = separating(runs, ("concept", "method", "model"))
+    common = list(dict.fromkeys((*conditions(by), "concept")))
+    base = group_runs(runs, common)  # any run has the base model's images
     features, lines = instantiate(configured().judge.features), []
-    for key, group in grouped((run for run in runs if run["method"] != UNEDITED), by).items():
+    for key, group in group_runs((run for run in runs if run["method"] != UNEDITED), by).items():
         line = {"concept": group[0]["concept"], "method": group[0]["method"], "settings": _unusual(runs, by, key)}
         line["seeds"] = len(group)
         for name, of in {"Acc_e": "efficacy/acc_e", "Acc_g": "efficacy/acc_g", "Acc_s": "retention/acc_s"}.items():
-            values = [100 * run[of] / run[f"base/{of}"] for run in group if of in run]
+            metrics = [run.metrics[of] for run in group if run.value(of) is not None]
+            values = [100 * metric.value / metric.base for metric in metrics]
             line[f"{name} (% of base)"] = mean(values)
-        like = {run["seed"]: run["run"] for run in base[tuple(group[0].get(name) for name in conditions)]}
+        like = {run["seed"]: run.folder for run in base[tuple(group[0][name] for name in common)]}
         drifts = [
-            drift(features, run["run"], others)
+            drift(features, run.folder, others)
             for run in group
             if (others := [other for seed, other in like.items() if seed != run["seed"]])
         ]
@@ -90,9 +92,9 @@ def effect(folders: list[str]) -> list[dict]:
     return lines
 
 
-def _unusual(runs: list[dict], by: tuple[str, ...], key: tuple) -> str:
-    """What tells a row apart beyond its concept and method, where it is not what most runs have."""
-    usual = {name: Counter(repr(run.get(name)) for run in runs).most_common(1)[0][0] for name in by[2:]}
+def _unusual(runs: list[FinishedRun], by: tuple[str, ...], key: tuple) -> str:
+    """The settings of a row, beyond its concept and method, that most runs do not have."""
+    usual = {name: Counter(repr(run[name]) for run in runs).most_common(1)[0][0] for name in by[2:]}
     told = zip(by[2:], key[2:], strict=True)
     return " ".join(f"{name.removeprefix('method.')}={value}" for name, value in told if repr(value) != usual[name])
 

@@ -125,7 +125,7 @@ def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequen
     place = Place(root / "whole", options)
     seconds = timed(lambda: place.sweep().wait())
     failed = [str(p.parent.relative_to(place.runs)) for p in place.runs.rglob("failed.json")]
-    shown = timed(lambda: (place.show("table"), place.show("page")))
+    shown = timed(lambda: (place.show("table"), place.show("runs_page")))
     again = timed(lambda: place.sweep().wait())
     print(f"sweep: {len(runs)} runs in {seconds:.0f} s; table and page {shown:.1f} s; the sweep again {again:.1f} s")
     print(f"sweep: their fits took {place.spent('fit', 'seconds'):.0f} s, added up over its processes")

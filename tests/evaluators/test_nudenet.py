@@ -15,8 +15,9 @@ from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN
 from unlearning.errors import UserError
 from unlearning.evaluators.nudenet import EXPOSED, FLOOR, RULES, Counting, NudeNet, main, recount
-from unlearning.run import alone_in
 from unlearning.store.images import Row
+from unlearning.store.locks import alone_in
+from unlearning.store.metrics import flat
 
 skimage_data = pytest.importorskip("skimage.data")
 FACES = ("FACE_FEMALE", "FACE_MALE")
@@ -124,7 +125,7 @@ def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(astronaut):
         ({"rule": "box"}, "Did you mean boxes"),
         ({"classes": ["FEMALE_FACE"]}, "FACE_FEMALE"),
         ({"threshold": 60}, "threshold 60"),
-        ({"threshold": 0.2}, r"no box that scores below 0\.25"),
+        ({"threshold": 0.2}, r"0\.25"),
         ({"model_path": "640m.onnx"}, r"releases.*evaluator\.nudenet\.model_path"),
     ],
 )
@@ -201,11 +202,12 @@ def test_every_box_is_kept_whatever_is_counted(detecting):
 def test_a_recount_is_a_fresh_evaluation_with_those_settings(tmp_path, detecting, rule, threshold, classes):
     run = stored(tmp_path / "run")
     detecting.clear()
-    numbers = recount(run, Counting(classes, threshold, rule))
+    numbers = flat(recount(run, Counting(classes, threshold, rule)))
     assert not detecting, "nothing is detected again"
     settings = {"rule": rule, "threshold": threshold, "classes": classes}
     fresh = labelled(evaluated([1, 0, 0, 4], **settings), "base/")
-    assert numbers == fresh | labelled(evaluated([0, 1, 2, 3, 9], **settings), "")
+    fresh |= labelled(evaluated([0, 1, 2, 3, 9], **settings), "")
+    assert {key: value for key, value in numbers.items() if not key.endswith("/better")} == fresh
     assert numbers["efficacy/nudenet_failed"] == 1
 
 
@@ -244,7 +246,7 @@ def test_a_recount_still_says_that_pictures_could_not_be_made(tmp_path, detectin
     command(monkeypatch, run, "--write")
     after = json.loads((run / "metrics.json").read_text())
     for key in ("base/efficacy/nudenet_total", "efficacy/nudenet_rate", "efficacy/suppression"):
-        assert after[f"{key}/protocol"].endswith("pictures that could not be made: 2"), key
+        assert after[f"{key}/protocol"].endswith(": 2"), key
 
 
 def test_rewritten_numbers_still_say_which_way_they_count(tmp_path, detecting, monkeypatch):
@@ -255,6 +257,19 @@ def test_rewritten_numbers_still_say_which_way_they_count(tmp_path, detecting, m
     counted = ("total", "rate", "failed", FACE.lower())
     expected = {f"efficacy/nudenet_{name}/better": "lower" for name in counted}
     assert stated == expected | {"retention/acc_s/better": "higher"}
+
+
+def test_images_of_attacks_are_counted_again_too(tmp_path, detecting, monkeypatch):
+    run = stored(tmp_path / "run")
+    (run / "details" / "nudenet-of-erased.jsonl").replace(run / "details" / "nudenet-of-attacked-cce.jsonl")
+    (run / "details" / "nudenet-of-erased.jsonl").write_bytes((run / "details" / "nudenet-of-base.jsonl").read_bytes())
+    told = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(told | {"robustness/nudenet_face_female_cce": 9}))
+    command(monkeypatch, run, "--rule", "images", "--write")
+    after = json.loads((run / "metrics.json").read_text())
+    assert after["robustness/nudenet_total_cce"] == 1
+    assert "counting images" in after["robustness/nudenet_rate_cce/protocol"]
+    assert "robustness/nudenet_face_female_cce" not in after
 
 
 def test_a_suppression_that_no_longer_can_be_told_is_gone(tmp_path, detecting, monkeypatch):

@@ -52,7 +52,7 @@ def test_rows_of_one_commit_are_sound(made):
 def test_seeds_of_two_commits_are_marked(made):
     rows, notes, sound = told(made("uce", [sitting()], [sitting(commit="b" * 40)], [sitting()]))
     assert rows["uce"] == (f"{'a' * 10} (seed 0, 2); {'b' * 10} (seed 1)†", "–")
-    assert "More than one commit" in notes and not sound
+    assert notes.startswith("†") and not sound
 
 
 def test_a_run_that_two_commits_made_is_marked(made):
@@ -62,12 +62,12 @@ def test_a_run_that_two_commits_made_is_marked(made):
 
 def test_a_changed_tree_is_marked(made):
     rows, notes, sound = told(made("uce", [sitting(dirty=True)]))
-    assert rows["uce"][0] == f"{'a' * 10}, changed‡" and "changes that the commit does not have" in notes and not sound
+    assert rows["uce"][0] == f"{'a' * 10}, changed‡" and notes.startswith("‡") and not sound
 
 
 def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
     rows, notes, sound = told(made("uce", []))
-    assert rows["uce"][0] == "not recorded§" and "nobody knows" in notes and not sound
+    assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
     assert told(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
 
 
@@ -92,7 +92,7 @@ def test_an_installed_package_is_told_by_its_version_and_marked_for_want_of_a_co
     installed = sitting(commit=None, dirty=None)
     folder = made("uce", [installed])
     rows, notes, sound = told(folder)
-    assert rows["uce"][0] == "unlearning 0.1.0¶" and "no known commit" in notes and not sound
+    assert rows["uce"][0] == "unlearning 0.1.0¶" and notes.startswith("¶") and not sound
     (folder / "uce0" / FILE).write_text(json.dumps({"sittings": [sitting()], "stored": {"pictures": [installed]}}))
     assert told(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
 

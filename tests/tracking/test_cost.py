@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from unlearning.reporting.comparison import compare
+from unlearning.reporting.comparison import Comparison
+from unlearning.reporting.runs import FinishedRun
+from unlearning.store.metrics import records
 from unlearning.tracking import cost
 
 MEGABYTE = 2**20
@@ -97,14 +99,13 @@ def test_costs_of_an_older_record_are_read_without_a_protocol(tmp_path):
     assert metrics["cost/seconds"] == 3.0 and "cost/seconds/protocol" not in metrics
 
 
-def test_a_table_marks_seconds_of_another_machine(fitted, threads):
+def test_a_table_marks_seconds_of_another_machine(fitted, threads, tmp_path):
     runs = []
     for method, count in (("uce", 1), ("esd_x", 1), ("esd_u", 2)):
         threads(count)
-        runs.append(
-            {"model": "m", "dataset": "d", "concept": "cat", "method": method, "seed": 0, **fitted(name=method)}
-        )
-    sheet = compare(runs, ["cost/seconds", "cost/denoiser_evaluations"], ["method"])
-    marks = {line[0].text: [cell.marks for cell in line[2:]] for line in sheet.lines}
+        settings = {"model": "m", "dataset": "d", "concept": "cat", "method": method, "seed": 0}
+        runs.append(FinishedRun(tmp_path, settings, records(fitted(name=method))))
+    table = Comparison(runs, ["method"], ["cost/seconds", "cost/denoiser_evaluations"]).table
+    marks = {line[0].text: [cell.marks for cell in line[2:]] for line in table.lines}
     assert marks == {"uce": [(), ()], "esd_x": [(), ()], "esd_u": [("†",), ()]}
-    assert any("cost/seconds of esd_u" in note.text and "2 torch threads" in note.text for note in sheet.notes)
+    assert any("cost/seconds of esd_u" in note.text and "2 torch threads" in note.text for note in table.notes)

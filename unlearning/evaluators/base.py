@@ -1,8 +1,8 @@
-"""What every evaluator is: a torchmetrics.Metric over pictures and their manifest rows, that states its protocol."""
+"""The base class of evaluators: a torchmetrics.Metric over images and their manifest rows that states its protocol."""
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
@@ -17,50 +17,50 @@ from unlearning.store.images import Row
 
 
 class Evaluator(Metric):
-    """Reads pictures, never the model. Subclasses write `update`, `compute`, `protocol` and `higher_is_better`.
+    """Measures images; it never sees the model. Subclasses define `update`, `compute`, `protocol`, `higher_is_better`.
 
-    States are sums, so that several processes may each see a part of the pictures (`merge_state`); of a distributed run
-    the first process sees them all, and waits for no other.
+    States are sums, so that several processes may each see a part of the images (`merge_state`). In a distributed run
+    the first process sees all of them and waits for no other.
 
     Args:
-        device: Where its networks and states live: "cpu", "cuda:1", ... or "auto", a GPU if there is one.
+        device: The device of its networks and states: "cpu", "cuda:1", ... or "auto", a GPU if there is one.
+
+    Attributes:
+        higher_is_better: The direction of each number that `compute` may give and that has one.
+        needs: What is missing if `compute` gives nothing; for the warning.
+        details: A JSON object for each image, to be kept beside the numbers.
+        failed: How many images it failed on since the last `reset`.
     """
 
     full_state_update = False
-    higher_is_better: ClassVar[dict[str, bool]] = {}  # for every key that `compute` may give
-    needs: ClassVar[str] = "other pictures"  # for the warning where it was asked for and `compute` gave nothing
-    details: Sequence[dict] = ()  # what was found in each picture, if that is kept beside the numbers; as JSON has it
-    failed: int = 0  # of the pictures since the last `reset`, those that it tripped over
+    higher_is_better: ClassVar[dict[str, bool]] = {}
+    needs: ClassVar[str] = "other images"
+    details: Sequence[dict] = ()
+    failed: int = 0
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)
         self.to(torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     def zeros(self, name: str, *shape: int) -> None:
-        """Adds a state of float64 zeros that processes sum."""
+        """Adds a float64 state that starts at zero and is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), "sum")
 
     @property
     @abstractmethod
     def protocol(self) -> str:
-        """All that its numbers depend on besides the pictures, in one line: detector, threshold, counting rule, ..."""
+        """All that its numbers depend on besides the images, in one line: detector, threshold, counting rule, ..."""
 
     def prepare(self, task: UnlearningTask) -> None:
-        """What the numbers are measured against: called once, before the first `update`."""
+        """Sets what the numbers are measured against. Called once, before the first `update`."""
 
     @abstractmethod
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
-        """Takes a batch of pictures (B, H, W, 3) uint8 and their manifest rows."""
+        """Takes a batch of images (B, H, W, 3) uint8 and their manifest rows."""
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """Numbers by `purpose/name`, the names being the field's: {"efficacy/acc_e": 3.5, ...}."""
-
-
-def lacking(metrics: Mapping[str, float | str], failed: int) -> dict[str, float | str]:
-    """The metrics of a run of whose pictures some could not be made: each protocol says so, and none compares."""
-    told = f", pictures that could not be made: {failed}" if failed else ""
-    return {key: f"{value}{told}" if key.endswith("/protocol") else value for key, value in metrics.items()}
+        """The numbers by `purpose/name`, with the names of the literature: {"efficacy/acc_e": 3.5, ...}."""
 
 
 def fingerprint(path: Path) -> str:

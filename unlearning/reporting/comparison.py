@@ -1,138 +1,438 @@
-"""Runs side by side: a row per setting, each metric's mean over the row's seeds and the standard error of that mean.
+"""What is compared: runs are averaged into rows, and rows compete, metric by metric.
 
-What may be compared is compared: in a column, the methods that differ in nothing else, are means over the same concepts
-and were measured by the protocol that is usual among them. The unedited model does not compete.
+The runs of a row agree in every setting that decides a result; they differ in the seed and in what `by` leaves out.
+Rows compete if they differ in nothing but the method, are means over the same concepts, and were measured by the same
+protocol. The unedited model does not compete.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import accumulate
+from statistics import mean, stdev
 
 from unlearning.errors import UserError
-from unlearning.reporting.column import ELSEWHERE, STRANGE, UNEVEN, Column, Mean, Place, ranks, uneven
-from unlearning.reporting.grouping import Key, concepts, grouped, shared, told_apart
-from unlearning.reporting.published import Number, beside
-from unlearning.reporting.rows import BY, UNEDITED, directions, measured
-from unlearning.reporting.sheet import Cell, Note, Sheet, in_short, kind, listed
+from unlearning.reporting.formats import Cell, Note, Table, listed
+from unlearning.reporting.published import Number, Published, published_number
+from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 
-REPEATED, APART = "‡", "§"
+BY = ("model", "dataset", "concept", "method")
+DECISIVE = ("model", "dataset", "sampler", "method", "trainer", "attack", "after")  # their settings decide a result
+METHOD = ("method", "trainer", "after")  # those of them in which competing rows may differ
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+PROTOCOL, REPEATED, SEPARATED, PUBLISHED, COVERAGE = "†‡§¶‖"  # marks of footnotes
+UNSTATED = "protocol not stated"
 
-
-def words(key: Key) -> list[Cell]:
-    """The cells that say which row it is."""
-    return [Cell("–" if value is None else str(value), values=(value,)) for value in key]
-
-
-def named(key: Key) -> str:
-    """A row in a note."""
-    return ", ".join(cell.text for cell in words(key))
+Key = tuple  # the values of a row's settings
+Place = tuple  # the values of the conditions, and the concept: runs of one place should share a protocol
 
 
-def chosen(runs: Sequence[Mapping], patterns: Sequence[str] | None) -> list[str]:
-    """The metrics that `patterns` name; all without any. Raises UserError for a pattern that names none."""
-    available = measured(dict.fromkeys(name for run in runs for name in run))
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def group_runs(runs: Iterable[FinishedRun], by: Sequence[str]) -> dict[Key, list[FinishedRun]]:
+    """The runs of each row, by their values of the settings `by`; rows are sorted, the unedited model first."""
+    groups: dict[Key, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in by), []).append(run)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: [_order(value) for value in key])}
+
+
+def _order(value: object) -> tuple:
+    return (0, value, "") if isinstance(value, int | float) else (value != UNEDITED, 0, str(value))
+
+
+def group_of(setting: str) -> str:
+    """The Hydra group of a setting: "method" for method.eta and for student@method.student."""
+    return setting.rpartition("@")[2].partition(".")[0]
+
+
+def conditions(by: Iterable[str]) -> list[str]:
+    """Those of the settings `by` that competing rows have in common: all but the method's own."""
+    return [name for name in by if group_of(name) not in METHOD]
+
+
+def competitors(keys: Iterable[Key], by: Sequence[str]) -> list[list[Key]]:
+    """The rows in groups that agree in all conditions."""
+    places = [i for i, name in enumerate(by) if group_of(name) not in METHOD]
+    groups: dict[tuple, list[Key]] = {}
+    for key in keys:
+        groups.setdefault(tuple(key[i] for i in places), []).append(key)
+    return list(groups.values())
+
+
+def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...]:
+    """`by`, and the settings without which runs would be averaged or compete that differ in what decides a result.
+
+    As few settings as possible. A setting that a run does not have differs from nothing.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
+    for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
+        if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
+            by = (*by, name)
+    return tuple(by)
+
+
+def _decides(name: str) -> bool:
+    """Whether images depend on a setting: not on how fast they are made, and not on what a trainer logs."""
+    from unlearning.config.naming import OUTWARD  # imports Hydra, for which --help should not wait
+
+    group, *rest = name.rpartition("@")[2].split(".")
+    faster = ("sampler.batch_size", "model.device", "model.offload", "model.attention_slicing", "model.compile")
+    return group in DECISIVE and name not in faster and not (group == "trainer" and rest and rest[0] in OUTWARD)
+
+
+def _differ(runs: Iterable[FinishedRun], name: str) -> bool:
+    return len({repr(run[name]) for run in runs if name in run.settings or _is_null(run, name)}) > 1
+
+
+def _is_null(run: FinishedRun, name: str) -> bool:
+    """Whether the run has null where other runs have a section with this setting, as a null scheduler has no rate."""
+    return any(run.settings.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
+
+
+def _precedence(name: str) -> tuple[bool, bool]:
+    """Conditions come first, because a method's settings may follow from them; the file chosen for a group comes before
+    the group's settings, because it says more.
+    """
+    return group_of(name) in METHOD, "." in name and "@" not in name
+
+
+def _held_equal(name: str, by: Sequence[str]) -> list[str]:
+    """The settings in which runs have to agree before a difference in `name` separates them.
+
+    A method's settings may depend on the model, the dataset and the concept. A dataset's settings may depend on the
+    concept, as its template or its neighbours do.
+    """
+    if group_of(name) in METHOD:
+        return list(dict.fromkeys((*by, *BY)))
+    if name.startswith("dataset.") and name != "dataset.images_per_prompt":
+        return list(dict.fromkeys((*conditions(by), "concept")))
+    return conditions(by)
+
+
+def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRun]:
+    """What runs measured of the base model, as runs of the method "none", for the concepts without a run of it.
+
+    Runs that differ in nothing but the method share one.
+    """
+    known = {run.concept for run in runs if run["method"] == UNEDITED}
+    found = {}
+    for run in runs:
+        metrics = {name: metric.of_base() for name, metric in run.metrics.items() if metric.base is not None}
+        if run.concept not in known and metrics:
+            settings = {name: value for name, value in run.settings.items() if group_of(name) not in METHOD}
+            same = (run.concept, run["seed"], *(settings.get(name) for name in by))
+            found.setdefault(same, FinishedRun(run.folder, {**settings, "method": UNEDITED}, metrics))
+    return list(found.values())
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def concepts(runs: Iterable[FinishedRun]) -> frozenset[str]:
+    return frozenset(run.concept for run in runs)
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Decimal places that show the largest of `values` with three or four significant digits."""
+    largest = max(map(abs, values), default=0)
+    return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 3
+
+
+def ranks(values: Mapping[Key, float], by: Sequence[str], higher_is_better: bool) -> dict[Key, int]:
+    """The rank of each row among its competitors, 1 for the best. Equal values share a rank.
+
+    Rows that are all equal have no rank, and the last of several has none.
+    """
+    found = {}
+    for keys in competitors(values, by):
+        own = [values[key] if higher_is_better else -values[key] for key in keys]
+        if min(own) < max(own):
+            places = {key: 1 + sum(other > value for other in own) for key, value in zip(keys, own, strict=True)}
+            found |= {key: place for key, place in places.items() if place < len(keys)}
+    return found
+
+
+def uneven_coverage(covered: Mapping[Key, frozenset[str]], by: Sequence[str]) -> dict[Key, str]:
+    """The rows that are means over other concepts than most of their competitors, and the difference: "without dog"."""
+    found = {}
+    for keys in competitors(covered, by):
+        counts = Counter(covered[key] for key in keys)
+        usual = max(counts, key=lambda own: (counts[own], len(own)))
+        for key in keys:
+            parts = {"without": usual - covered[key], "with": covered[key] - usual}
+            if any(parts.values()):
+                found[key] = " and ".join(f"{word} {listed(sorted(of))}" for word, of in parts.items() if of)
+    return found
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a metric over `n` runs of a row, its standard error (None for one run), and how it was measured."""
+
+    value: float
+    error: float | None
+    n: int
+    protocols: Mapping[Place, Sequence[str]]
+
+    @classmethod
+    def of(cls, runs: Sequence[FinishedRun], metric: str, by: Sequence[str]) -> "Mean":
+        """Of runs that all have the metric."""
+        values, names = [run.metrics[metric].value for run in runs], dict.fromkeys((*conditions(by), "concept"))
+        protocols: dict[Place, list[str]] = {}
+        for run in runs:
+            ways = protocols.setdefault(tuple(run[name] for name in names), [])
+            ways += [protocol] if (protocol := run.metrics[metric].protocol) not in ways else []
+        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return cls(mean(values), error, len(values), protocols)
+
+    @property
+    def all_protocols(self) -> list[str]:
+        return list(dict.fromkeys(protocol for ways in self.protocols.values() for protocol in ways))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of all rows that have it.
+
+    Attributes:
+        higher_is_better: None if neither direction is better.
+        means: The row's own numbers.
+        competing: The numbers of the rows that compete.
+        ranks: Of the rows that compete; none if the metric has no direction.
+        protocol: The protocol of most rows, for each place where they differ; "" if none is stated.
+        unusual: The rows that were measured by another protocol, or by several, with these protocols by place.
+        uneven: The rows that have the metric for other concepts than most of their competitors, and the difference.
+        published: A paper's numbers for the same rows.
+        incomparable: The rows whose published number is of another model, protocol or set of concepts, and why.
+    """
+
+    metric: str
+    higher_is_better: bool | None
+    means: Mapping[Key, Mean]
+    competing: Mapping[Key, float]
+    ranks: Mapping[Key, int]
+    protocol: str
+    unusual: Mapping[Key, Mapping[Place, str]]
+    uneven: Mapping[Key, str]
+    published: Mapping[Key, Number]
+    incomparable: Mapping[Key, str]
+
+    @cached_property
+    def places(self) -> int:
+        return decimals(row.value for row in self.means.values())
+
+    def header(self, mark: str, compared: bool) -> Cell:
+        """`compared` adds the CSV columns of published numbers."""
+        parts = ("", "/se", "/protocol", *(("/published", "/delta", "/unlike") if compared else ()))
+        values = tuple(self.metric + part for part in parts)
+        return Cell(self.metric + ARROWS[self.higher_is_better], marks=(mark,) if mark else (), values=values)
+
+    def cell(self, key: Key, n: int, compared: bool) -> Cell:
+        """The cell of the row `key` of `n` runs."""
+        ours, paper, places = self.means.get(key), self.published.get(key), self.places
+        delta = ours.value - paper.value if ours and paper else None
+        values = (ours.value, ours.error, " | ".join(ours.all_protocols)) if ours else (None, None, None)
+        values += (paper and paper.value, delta, self.incomparable.get(key)) if compared else ()
+        if ours is None:
+            return Cell("–", values=values)
+        numbers = [ours.value] if ours.error is None else [ours.value, ours.error]
+        text = " ± ".join(f"{number:,.{places}f}" for number in numbers) + (f" (n={ours.n})" if ours.n < n else "")
+        aside = f"({paper.value:,.{places}f}, {delta:+,.{places}f})" if paper else ""
+        aside += PUBLISHED if key in self.incomparable else ""
+        marks = tuple(mark for mark, keys in ((PROTOCOL, self.unusual), (COVERAGE, self.uneven)) if key in keys)
+        return Cell(text, self.ranks.get(key, 0), marks, aside, values)
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Runs side by side: a row for each combination of settings, a column for each metric.
+
+    Args:
+        runs: At least one.
+        by: The settings of a row. `separating` adds those that decide a result and differ.
+        metrics: Names or patterns ("retention/*"); None for all.
+        published: A paper's numbers, shown beside ours; None shows none.
+
+    Raises UserError for a pattern that matches no metric.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[FinishedRun],
+        by: Sequence[str] = BY,
+        metrics: Sequence[str] | None = None,
+        published: Published | None = None,
+    ):
+        self.by = separating(runs, by)
+        self.added = self.by[len(by) :]
+        self.rows = group_runs(runs, self.by)
+        self.published = published
+        self.unedited = {key for key, group in self.rows.items() if {run["method"] for run in group} == {UNEDITED}}
+        self.uneven = uneven_coverage({key: concepts(group) for key, group in self.rows.items()}, self.by)
+        self.columns = {metric: self._column(metric) for metric in _matching(metric_names(runs), metrics)}
+
+    def _column(self, metric: str) -> Column:
+        having = {key: [run for run in runs if run.value(metric) is not None] for key, runs in self.rows.items()}
+        having = {key: runs for key, runs in having.items() if runs}
+        means = {key: Mean.of(runs, metric, self.by) for key, runs in having.items()}
+        stated = (run.metrics[metric].higher_is_better for runs in having.values() for run in runs)
+        higher = next((direction for direction in stated if direction is not None), None)
+
+        counts: dict[Place, Counter] = {}  # how many rows have which protocol
+        for row in means.values():
+            for place, ways in row.protocols.items():
+                counts.setdefault(place, Counter()).update(ways)
+        usual = {place: ways.most_common(1)[0][0] for place, ways in counts.items()}
+        unusual: dict[Key, dict[Place, str]] = {}
+        for key, row in means.items():
+            for place, ways in row.protocols.items():
+                if ways != [usual[place]]:
+                    unusual.setdefault(key, {})[place] = " | ".join(way or UNSTATED for way in ways)
+        protocol = shortened({p: way or UNSTATED for p, way in usual.items()}) if any(usual.values()) else ""
+
+        covered = {key: concepts(runs) for key, runs in having.items() if key not in self.uneven and higher is not None}
+        uneven = uneven_coverage(covered, self.by)
+        aside = {*self.unedited, *self.uneven, *uneven, *unusual}
+        competing = {key: row.value for key, row in means.items() if key not in aside}
+
+        settings = {key: dict(zip(self.by, key, strict=True)) for key in self.rows}
+        published = {key: published_number(self.published or {}, settings[key], metric) for key in self.rows}
+        published = {key: number for key, number in published.items() if number}
+        incomparable = {}
+        for key in (key for key in means if key in published):
+            models = dict.fromkeys(str(run["model"]) for run in having[key])
+            why = published[key].difference([*models], means[key].all_protocols, concepts(having[key]))
+            incomparable |= {key: why} if why else {}
+        ranked = {} if higher is None else ranks(competing, self.by, higher)
+        return Column(metric, higher, means, competing, ranked, protocol, unusual, uneven, published, incomparable)
+
+    @cached_property
+    def table(self) -> Table:
+        compared, columns = self.published is not None, self.columns.values()
+        protocols = list(dict.fromkeys(column.protocol for column in columns if column.protocol))
+        header = [*(Cell(name, marks=(SEPARATED,) if name in self.added else ()) for name in self.by), Cell("n")]
+        for column in columns:
+            header.append(column.header(str(1 + protocols.index(column.protocol)) if column.protocol else "", compared))
+        repeated = {key for key, group in self.rows.items() if _repeats(group)}
+        lines = []
+        for key, group in self.rows.items():
+            marks = tuple(mark for mark, keys in ((REPEATED, repeated), (COVERAGE, self.uneven)) if key in keys)
+            cells = [column.cell(key, len(group), compared) for column in columns]
+            lines.append([*label_cells(key), Cell(str(len(group)), marks=marks), *cells])
+        notes = [Note(protocol, str(i)) for i, protocol in enumerate(protocols, 1)]
+        notes += [*_protocol_notes(columns), *self._coverage_note(), *self._separation_note()]
+        if repeated:
+            text = "Some of these runs have the same seed, so they differ in another setting. Name it after --by."
+            notes.append(Note(text, REPEATED))
+        notes += _published_notes(columns) if compared else []
+        return Table(len(self.by), header, lines, notes)
+
+    def _coverage_note(self) -> Iterator[Note]:
+        rows = [f"{label(key)} {of}" for key, of in self.uneven.items()]
+        rows += [f"{c.metric} of {label(key)} {of}" for c in self.columns.values() for key, of in c.uneven.items()]
+        if rows:
+            yield Note(f"Mean over other concepts than most rows, so it is not ranked: {listed(rows, '; ')}.", COVERAGE)
+
+    def _separation_note(self) -> Iterator[Note]:
+        shared = conditions(self.added)
+        own = [name for name in self.added if name not in shared]
+        parts = [f"These runs differ in {', '.join(shared)}: they are neither averaged nor compared."] if shared else []
+        parts += [f"Runs of one method differ in {', '.join(own)}: they are not averaged."] if own else []
+        if parts:
+            yield Note(" ".join(parts), SEPARATED)
+
+
+def _matching(available: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
     for pattern in patterns or ():
-        if not any(fnmatchcase(m, pattern) for m in available):
+        if not any(fnmatchcase(metric, pattern) for metric in available):
             raise UserError(f"No run has the metric {pattern}. There are: {', '.join(available)}.")
     return list(dict.fromkeys(m for p in patterns or ["*"] for m in available if fnmatchcase(m, p)))
 
 
-def compare(
-    runs: Sequence[Mapping],
-    metrics: Sequence[str] | None = None,
-    by: Sequence[str] = BY,
-    numbers: Mapping[tuple[str, str, str], Number] | None = None,
-) -> Sheet:
-    """The runs as a table, beside a paper's `numbers` where it has any for them.
+def _repeats(runs: Sequence[FinishedRun]) -> bool:
+    """Whether two runs of a row have the same seed, concept and method."""
+    return len({tuple(run[name] for name in ("seed", *BY)) for run in runs}) < len(runs)
 
-    Its rows are told apart by `by`, and by what `told_apart` adds to that.
+
+def _protocol_notes(columns: Iterable[Column]) -> Iterator[Note]:
+    """How the marked cells were measured: a note for each set of rows with the same protocols."""
+    notes: dict[tuple[str, str], list[str]] = {}
+    for column in columns:
+        ways = {(*key, *place): way for key, own in column.unusual.items() for place, way in own.items()}
+        if ways:
+            notes.setdefault((listed(map(label, column.unusual), "; "), shortened(ways)), []).append(column.metric)
+    for (rows, text), metrics in notes.items():
+        yield Note(f"{', '.join(metrics)} of {rows}: {text}", PROTOCOL)
+
+
+def _published_notes(columns: Iterable[Column]) -> Iterator[Note]:
+    """Where the published numbers are from, and for each reason the metrics and rows that do not compare."""
+    sources = dict.fromkeys(n.source for c in columns for key, n in c.published.items() if key in c.means)
+    text = f"In parentheses: the published number, and ours minus it. Published: {'; '.join(sources)}."
+    yield Note(text if sources else "The file of published numbers has none for these rows.")
+    where: dict[str, list[str]] = {}
+    for column in columns:
+        for reason in dict.fromkeys(column.incomparable.values()):
+            keys = [key for key, other in column.incomparable.items() if other == reason]
+            everywhere = len(keys) == len(column.published.keys() & column.means)
+            rows = "" if everywhere else f" of {listed(map(label, keys), '; ')}"
+            where.setdefault(reason, []).append(column.metric + rows)
+    for reason, metrics in where.items():
+        yield Note(f"{', '.join(metrics)}: {reason}.", PUBLISHED)
+
+
+# --- the words of footnotes -------------------------------------------------------------------------------------------
+
+_SPECIFIC = re.compile(r"\w*\d\w*(?:\.\w+)*")  # a number, a version, a digest
+
+
+def label_cells(key: Key) -> list[Cell]:
+    """The cells that name a row."""
+    return [Cell("–" if value is None else str(value), values=(value,)) for value in key]
+
+
+def label(key: Key) -> str:
+    """The name of a row in a footnote."""
+    return ", ".join(cell.text for cell in label_cells(key))
+
+
+def shortened(protocols: Mapping[Place, str]) -> str:
+    """Protocols by place in one line; all places are tuples of one length.
+
+    What protocols share that differ only in numbers and digests is written once, and of a place only what they depend
+    on: "1000 real (…). Of cat: f9bfbddf; of key: 3ab08c11".
     """
-    asked, by = by, told_apart(runs, by)
-    added = by[len(asked) :]
-    groups, better, columns = grouped(runs, by), directions(runs), []
-    unedited = {key for key, group in groups.items() if {run.get("method") for run in group} == {UNEDITED}}
-    partial = uneven({key: concepts(group) for key, group in groups.items()}, by)
-    for metric in chosen(runs, metrics):
-        means = {key: mean for key, group in groups.items() if (mean := Mean.of(group, metric, by))}
-        theirs = {key: n for key in groups if (n := beside(numbers or {}, by, key, metric))}
-        covered = {key: mean.concepts for key, mean in means.items() if metric in better and key not in partial}
-        columns.append(Column(metric, means, theirs, better.get(metric), uneven(covered, by)))
-
-    header = [*(Cell(name, marks=(APART,) if name in added else ()) for name in by), Cell("n")]
-    repeated = {key for key, group in groups.items() if _repeated(group)}
-    lines = {}
-    for key, group in groups.items():
-        marks = tuple(mark for mark, rows in ((REPEATED, repeated), (UNEVEN, partial)) if key in rows)
-        lines[key] = [*words(key), Cell(str(len(group)), marks=marks)]
-    protocols = list(dict.fromkeys(c.protocol for c in columns if c.protocol))
-    for c in columns:
-        header.append(c.header(str(1 + protocols.index(c.protocol)) if c.protocol else "", numbers is not None))
-        aside = {*unedited, *partial, *c.uneven, *c.strange}
-        competing = {key: mean.mean for key, mean in c.means.items() if key not in aside}
-        places = ranks(competing, by, c.higher) if c.higher is not None else {}
-        for key, group in groups.items():
-            lines[key].append(c.cell(key, len(group), places.get(key, 0), numbers is not None))
-
-    notes = [Note(protocol, str(i)) for i, protocol in enumerate(protocols, 1)]
-    notes += [*_strange(columns), *_uneven(partial, columns), *_apart(added)]
-    if repeated:
-        text = "Some of these runs share even the seed, so they differ in another setting; name it after --by."
-        notes.append(Note(text, REPEATED))
-    if numbers is not None:
-        sources = dict.fromkeys(n.source for c in columns for key, n in c.theirs.items() if key in c.means)
-        text = f"In brackets: the published number, and ours less it. Published: {'; '.join(sources)}."
-        notes.append(Note(text if sources else "Of these rows nothing is published in the file that was named."))
-        notes += _elsewhere(columns)
-    return Sheet(len(by), header, list(lines.values()), notes)
+    parts, kinds = _deciding_parts(protocols), {}
+    for place, protocol in protocols.items():
+        kinds.setdefault(_SPECIFIC.sub("…", protocol), {})[" ".join(str(place[i]) for i in parts)] = protocol
+    texts = []
+    for places in kinds.values():
+        values = {protocol: _SPECIFIC.findall(protocol) for protocol in places.values()}
+        differs = [len({*column}) > 1 for column in zip(*values.values(), strict=True)]
+        protocol, first = next(iter(values.items()))
+        shown = iter("…" if d else value for value, d in zip(first, differs, strict=True))
+        text = _SPECIFIC.sub(lambda _, shown=shown: next(shown), protocol)
+        for way, found in values.items() if any(differs) else ():
+            names = listed(place for place, other in places.items() if other == way)
+            own = ", ".join(value for value, d in zip(found, differs, strict=True) if d)
+            text += f"{'. Of' if way == protocol else '; of'} {names}: {own}"
+        texts.append(text if any(differs) or len(kinds) == 1 else f"of {listed(places)}: {text}")
+    return " | ".join(texts)
 
 
-def _strange(columns: Sequence[Column]) -> Iterator[Note]:
-    """How the marked were measured: a note a kind of protocol, of metrics and rows."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for column in columns:
-        kinds: dict[str, dict[Key, dict[Place, str]]] = {}
-        for key, ways in column.strange.items():
-            for place, way in ways.items():
-                kinds.setdefault(kind(way), {}).setdefault(key, {})[place] = way
-        for rows in kinds.values():
-            told = in_short({(*key, *place): way for key, ways in rows.items() for place, way in ways.items()})
-            found.setdefault((listed(map(named, rows), "; "), told), []).append(column.metric)
-    for (rows, told), metrics in found.items():
-        yield Note(f"{', '.join(metrics)} of {rows}: {told}", STRANGE)
-
-
-def _uneven(partial: Mapping[Key, str], columns: Sequence[Column]) -> Iterator[Note]:
-    """Which means are over other concepts than most."""
-    told = [f"{named(key)} {of}" for key, of in partial.items()]
-    told += [f"{c.metric} of {named(key)} {of}" for c in columns for key, of in c.uneven.items()]
-    if told:
-        yield Note(f"Means over other concepts than most, and not compared: {listed(told, '; ')}.", UNEVEN)
-
-
-def _apart(added: Sequence[str]) -> Iterator[Note]:
-    """Why there are columns that nobody asked for."""
-    conditions = shared(added)
-    own = [name for name in added if name not in conditions]
-    told = []
-    if conditions:
-        told.append(f"These runs differ in {', '.join(conditions)}: those that do are neither averaged nor compared.")
-    if own:
-        told.append(f"Runs of one method differ in {', '.join(own)}: those that do are not averaged.")
-    if told:
-        yield Note(" ".join(told), APART)
-
-
-def _elsewhere(columns: Sequence[Column]) -> list[Note]:
-    """Why published numbers are not known to compare with ours: a note a reason, of metrics or some of their rows."""
-    found: dict[str, list[str]] = {}
-    for column in columns:
-        reasons = column.elsewhere
-        everywhere = len({*reasons.values()}) == 1 and len(reasons) == len(column.means.keys() & column.theirs.keys())
-        for reason in dict.fromkeys(reasons.values()):
-            of = listed((named(key) for key, told in reasons.items() if told == reason), "; ")
-            found.setdefault(reason, []).append(column.metric if everywhere else f"{column.metric} of {of}")
-    return [Note(f"{', '.join(where)}: {reason}.", ELSEWHERE) for reason, where in found.items()]
-
-
-def _repeated(runs: Sequence[Mapping]) -> bool:
-    """Whether a row has the same seed of the same concept and method twice."""
-    return len({tuple(map(run.get, ("seed", *BY))) for run in runs}) < len(runs)
+def _deciding_parts(protocols: Mapping[Place, str]) -> list[int]:
+    """The indices of the parts of a place that decide its protocol. The first parts are the first to be left out."""
+    kept = list(range(len(next(iter(protocols), ()))))
+    for part in range(len(kept)):
+        fewer = [i for i in kept if i != part]
+        pairs = {(tuple(place[i] for i in fewer), protocol) for place, protocol in protocols.items()}
+        if len({place for place, _ in pairs}) == len(pairs):
+            kept = fewer
+    return kept

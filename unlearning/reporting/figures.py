@@ -1,20 +1,32 @@
-"""What every report shows in the same way: pictures in rows, masks laid over them, a figure as a picture."""
+"""Images for reports: grids, masks over images, matplotlib figures, thumbnails, and which images a page shows."""
 
-# N pictures, h w grid of a mask, H W height and width of a picture.
+# N images, h w grid of a mask, H W height and width of an image.
+import base64
+import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-TILE, COLUMNS = 96, 8  # pixels a side of a picture; pictures in a row
+from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
+from unlearning.reporting.runs import DRAWINGS, FinishedRun, drawings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TILE, COLUMNS = 96, 8  # pixels a side of an image in a grid; images in a row
 COLOURS = {"forget": "#d1495b", "retain": "#30638e"}
+SAMPLES = {ERASE: 2, SYNONYM: 1, RETAIN: 2}  # prompts of a concept that a page over many runs shows, by role
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
-    """Pictures (H, W, 3) uint8 in rows of `columns`."""
+    """Images (H, W, 3) uint8 in rows of `columns`."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (TILE + 4) - 4, rows * (TILE + 4) - 4), "white")
     for i, picture in enumerate(pictures):
@@ -23,26 +35,24 @@ def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
     return sheet
 
 
-def overlays(images: Sequence[np.ndarray], M: Tensor) -> Image.Image:
-    """Each picture, and below it the same with its mask (N, 1, h, w) laid over it in red."""
-    size = images[0].shape[:2]
-    covered = F.interpolate(M[:COLUMNS].float().cpu(), size, mode="bilinear", align_corners=False)[:, 0, :, :, None]
+def overlays(images: Sequence[np.ndarray], M: "Tensor") -> Image.Image:
+    """The first images (H, W, 3) uint8, and below each the same image with its mask, of M (N, 1, h, w), in red."""
     plain = [np.asarray(image) for image in images[:COLUMNS]]
-    red = np.array([230, 30, 30])
-    tinted = [
-        (image * (1 - 0.65 * m) + 0.65 * m * red).astype(np.uint8)
-        for image, m in zip(plain, covered.numpy(), strict=True)
-    ]
+    height, width = plain[0].shape[:2]
+    tinted = []
+    for image, mask in zip(plain, M[:COLUMNS, 0].float().cpu().numpy(), strict=True):
+        covered = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))[..., None]
+        tinted.append((image * (1 - 0.65 * covered) + 0.65 * covered * np.array([230, 30, 30])).astype(np.uint8))
     return grid(plain + tinted, len(plain))
 
 
-def pictures(images: Tensor) -> list[np.ndarray]:
+def pictures(images: "Tensor") -> list[np.ndarray]:
     """(N, 3, H, W) in [0, 1] to N of (H, W, 3) uint8."""
     return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
 
 
 def panels(count: int, size: tuple[float, float]):
-    """A figure of matplotlib's, `size` inches, and its `count` axes side by side."""
+    """A matplotlib figure of `size` inches, and its `count` axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")
@@ -50,7 +60,128 @@ def panels(count: int, size: tuple[float, float]):
 
 
 def drawn(figure) -> Image.Image:
-    """A figure of matplotlib's as a picture."""
+    """A matplotlib figure as an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return Image.open(buffer).convert("RGB")
+
+
+# --- images inside a page ---------------------------------------------------------------------------------------------
+
+
+def encode(image: Image.Image, kind: str = "png", **options: object) -> bytes:
+    """The file content of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail(path: Path, side: int, kind: str = "png", **options: object) -> str | None:
+    """The image as a data URI of at most `side` pixels a side; None if there is no readable image."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except OSError:
+        return None
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return data_uri(encode(image, kind, **options), kind)
+
+
+# --- which images a page over many runs shows -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and seed, drawn by the base model and after each method.
+
+    Attributes:
+        role: The role of the prompt, or the name of the drawing ("attacked-cce").
+        before: The base model's image; None if there is none.
+        after: By row of the comparison; None if there is none.
+    """
+
+    prompt: str
+    role: str
+    before: Path | None
+    after: Mapping[tuple, Path | None]
+
+
+def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sample]:
+    """At most `count` samples of one concept; `rows` are the runs of each row of the comparison.
+
+    All are of the run's seed that most rows have. For each role, prompts are taken at even distances, and of a prompt
+    the first image. Of each other drawing it is the first image: an attack may have found another prompt for each
+    method, and keeps the image's seed. Manifests are read no further than the rows that are shown.
+    """
+    seeds = [seed for runs in rows.values() for seed in dict.fromkeys(run["seed"] for run in runs)]
+    if not seeds or not count:
+        return []
+    seed = max(sorted(set(seeds), key=str), key=seeds.count)
+    runs = {key: run for key, group in rows.items() for run in reversed(group) if run["seed"] == seed}
+    manifests = {key: drawings(run.folder) for key, run in runs.items()}
+    first = next(iter(manifests.values()))
+    chosen = _chosen(first["base"], count) if "base" in first else []
+    after = {key: _find(of["erased"], chosen) for key, of in manifests.items() if "erased" in of}
+    found = []
+    for line in chosen:
+        images = {key: after.get(key, {}).get(_identity(line)) for key in rows}
+        found.append(Sample(line["prompt"], line["role"], line["path"], images))
+    others = dict.fromkeys(name for of in manifests.values() for name in of if name not in DRAWINGS)
+    for name in list(others)[: count - len(found)]:
+        shown = next((line for of in manifests.values() if name in of for line in _lines(of[name])), None)
+        if shown:
+            images = {key: _of_seed(manifests.get(key, {}).get(name), shown) for key in rows}
+            found.append(Sample(shown["prompt"], name, _of_seed(first.get("base"), shown, ERASE), images))
+    return found
+
+
+def _of_seed(manifest: Path | None, line: Mapping, role: str = ATTACK) -> Path | None:
+    """The first image of a role with the same seed as `line`."""
+    same = (
+        other["path"]
+        for other in (_lines(manifest) if manifest else ())
+        if (other["seed"], other["role"]) == (line["seed"], role)
+    )
+    return next(same, None)
+
+
+def _lines(manifest: Path) -> Iterator[dict]:
+    """The lines of a manifest; "path" is the path of the image."""
+    with manifest.open(newline="") as file:
+        for line in csv.DictReader(file):
+            yield {**line, "path": manifest.parent / line["path"]}
+
+
+def _identity(line: Mapping) -> tuple[str, str]:
+    return line["prompt"], line["seed"]
+
+
+def _chosen(manifest: Path, count: int) -> list[dict]:
+    """At most `count` lines, shared among the roles as in SAMPLES."""
+    prompts: dict[str, dict[str, list[dict]]] = {}
+    for line in _lines(manifest):
+        prompts.setdefault(line["role"], {}).setdefault(line["prompt"], []).append(line)
+    chosen = []
+    for role, wanted in SAMPLES.items():
+        images = list(prompts.get(role, {}).values())
+        spread = [images[i * len(images) // wanted] for i in range(min(wanted, len(images)))]
+        extra = spread[0][1 : 1 + wanted - len(spread)] if spread else []  # one prompt: its next images
+        chosen.append([*(lines[0] for lines in spread), *extra])
+    order = [line for i in range(max(map(len, chosen))) for lines in chosen for line in lines[i : i + 1]]
+    return sorted(order[:count], key=lambda line: list(SAMPLES).index(line["role"]))
+
+
+def _find(manifest: Path, chosen: Sequence[Mapping]) -> dict[tuple[str, str], Path]:
+    """The images of the chosen prompts and seeds; reads no further than the last of them."""
+    missing, found = {_identity(line) for line in chosen}, {}
+    for line in _lines(manifest) if missing else ():
+        if _identity(line) in missing:
+            found[_identity(line)] = line["path"]
+            missing.remove(_identity(line))
+        if not missing:
+            break
+    return found

@@ -1,4 +1,4 @@
-"""A paper's numbers, from a CSV: method, concept, metric, value, source; and of which model, by which protocol."""
+"""Numbers of papers, from a CSV file: method, concept, metric, value, source and optionally model and protocol."""
 
 import csv
 from collections.abc import Collection, Mapping, Sequence
@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from unlearning.errors import UserError
-from unlearning.reporting.sheet import listed
+from unlearning.reporting.formats import listed
 
 COLUMNS = ("method", "concept", "metric", "value", "source")
 OPTIONAL = ("model", "protocol")
@@ -16,13 +16,14 @@ AVERAGE = "average"  # the concept of a number that is a mean over a paper's con
 
 @dataclass(frozen=True)
 class Number:
-    """A published value in the unit of our metric, and where it stands: paper, table, how it was measured.
+    """A published value, in the unit of our metric.
 
-    Args:
-        model: What it was measured on, by the name that it has in conf/model; "" where nobody said.
-        protocol: What our metric's protocol has to say for the two to be comparable, in parts: "score >= 0.6; counting
-            boxes". "" where nobody said.
-        over: The concepts that it is a mean over, as far as its file names them; None of a single concept's.
+    Attributes:
+        source: Paper and table.
+        model: The model that it was measured on, by its name in conf/model; "" if the file does not say.
+        protocol: What our protocol has to contain for the two to be comparable, in parts: "score >= 0.6; counting
+            boxes". "" if the file does not say.
+        over: Of an average, the concepts that the file has the metric for; None if it is of a single concept.
     """
 
     value: float
@@ -31,18 +32,20 @@ class Number:
     protocol: str = ""
     over: tuple[str, ...] | None = None
 
-    def unlike(self, models: Sequence[str], protocols: Sequence[str], concepts: Collection[str] = ()) -> str:
-        """Why it is not known to be comparable to what was measured on `models` by `protocols`; "" where it is.
+    def difference(self, models: Sequence[str], protocols: Sequence[str], concepts: Collection[str] = ()) -> str:
+        """Why the number does not compare with ours, or may not; "" if it does.
 
-        A mean is held against one over the same `concepts`.
+        Args:
+            models, protocols: What ours was measured on, and how.
+            concepts: The concepts that ours is a mean over; an average has to be over the same.
         """
         why = []
         if not self.model:
             why.append("published without naming the model")
         elif {*models} != {self.model}:
-            why.append(f"published of {self.model}, measured on {', '.join(models)}")
+            why.append(f"published for {self.model}, measured on {', '.join(models)}")
         if not self.protocol:
-            why.append("published without a protocol to hold ours against")
+            why.append("published without a protocol to compare")
         elif not all(part.strip() in ours for part in self.protocol.split(";") for ours in protocols):
             why.append(f"published by another protocol ({self.protocol})")
         if self.over == ():
@@ -53,34 +56,35 @@ class Number:
         return "; ".join(why)
 
 
-def published(path: Path) -> dict[tuple[str, str, str], Number]:
-    """A paper's numbers by (method, concept, metric), of a CSV with the columns method, concept, metric, value, source.
+Published = Mapping[tuple[str, str, str], Number]  # by method, concept and metric
 
-    It may have the columns model and protocol, see `Number`. Raises UserError where there is no such file, it lacks a
-    column, a value is no number, or a number is there twice.
+
+def read_published(path: Path) -> Published:
+    """The numbers of a CSV file with the columns COLUMNS, and possibly OPTIONAL, see `Number`.
+
+    Raises UserError if there is no such file, a column is missing, a value is no finite number, or a number is there
+    twice.
     """
-    found: dict[tuple[str, str, str], Number] = {}
+    numbers: dict[tuple[str, str, str], Number] = {}
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             lines = csv.DictReader(file)
             for missing in (name for name in COLUMNS if name not in (lines.fieldnames or ())):
                 raise UserError(f"{path} has no column {missing!r}; it needs {', '.join(COLUMNS)}.")
             for line in lines:
-                key = (line["method"], line["concept"], line["metric"])
-                if key in found:
-                    raise UserError(f"{path}, line {lines.line_num}: {', '.join(key)} is there already.")
-                value = _number(line["value"], f"{path}, line {lines.line_num}")
-                found[key] = Number(value, line["source"] or "", *((line.get(name) or "").strip() for name in OPTIONAL))
+                key, place = (line["method"], line["concept"], line["metric"]), f"{path}, line {lines.line_num}"
+                if key in numbers:
+                    raise UserError(f"{place}: there is already a number for {', '.join(key)}.")
+                optional = ((line.get(name) or "").strip() for name in OPTIONAL)
+                numbers[key] = Number(_number(line["value"], place), line["source"] or "", *optional)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    return {key: replace(number, over=_over(found, key)) for key, number in found.items()}
-
-
-def _over(numbers: Mapping[tuple[str, str, str], Number], key: tuple[str, str, str]) -> tuple[str, ...] | None:
-    """What an average is over, for all that is known: every concept that has the metric too; None of what is none."""
-    _, concept, metric = key
-    named = dict.fromkeys(c for _, c, m in numbers if m == metric and c != AVERAGE)
-    return tuple(named) if concept == AVERAGE else None
+    concepts: dict[str, dict[str, None]] = {}
+    for _, concept, metric in numbers:
+        if concept != AVERAGE:
+            concepts.setdefault(metric, {})[concept] = None
+    averages = {key: tuple(concepts.get(key[2], ())) for key in numbers if key[1] == AVERAGE}
+    return {key: replace(number, over=averages.get(key)) for key, number in numbers.items()}
 
 
 def _number(text: str | None, place: str) -> float:
@@ -93,16 +97,13 @@ def _number(text: str | None, place: str) -> float:
     return value
 
 
-def beside(
-    numbers: Mapping[tuple[str, str, str], Number], by: Sequence[str], key: Sequence, metric: str
-) -> Number | None:
-    """The number to hold against the metric of the row `key`, whose values are those of the settings `by`.
+def published_number(numbers: Published, settings: Mapping[str, object], metric: str) -> Number | None:
+    """The number to compare with a row of these settings.
 
-    A row that does not tell concepts apart is held against the paper's average, or the only concept that it has.
+    Without a concept among the settings, it is the paper's average, or the number of its only concept.
     """
-    asked = dict(zip(by, key, strict=True))
-    method = asked.get("method")
-    if "concept" in asked:
-        return numbers.get((method, asked["concept"], metric))
-    concepts = {c: number for (m, c, name), number in numbers.items() if (m, name) == (method, metric)}
-    return concepts.get(AVERAGE) or (next(iter(concepts.values())) if len(concepts) == 1 else None)
+    if "concept" in settings:
+        return numbers.get((settings.get("method"), settings["concept"], metric))
+    method = settings.get("method")
+    by_concept = {c: number for (m, c, name), number in numbers.items() if (m, name) == (method, metric)}
+    return by_concept.get(AVERAGE) or (next(iter(by_concept.values())) if len(by_concept) == 1 else None)

@@ -1,4 +1,4 @@
-"""Runs on disk as one table: a row per setting, with the mean over its seeds and the standard error of that mean.
+"""Finished runs as one table: the mean of each metric over the seeds, and the standard error of that mean.
 
 unlearn-table outputs/runs --metrics 'efficacy/*' retention/acc_s --format latex
 unlearn-table outputs/runs --by method --published experiments/unguide/published.csv
@@ -7,17 +7,24 @@ unlearn-table outputs/runs --check
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from unlearning.errors import UserError
-from unlearning.reporting.attribution import attribution
-from unlearning.reporting.comparison import compare
-from unlearning.reporting.grouping import told_apart
-from unlearning.reporting.published import published as read_published
-from unlearning.reporting.renderings import FORMATS
-from unlearning.reporting.rows import BY, rows
+from unlearning.reporting.comparison import BY, Comparison, group_runs, label_cells, separating
+from unlearning.reporting.formats import FORMATS, Cell, Note, Table
+from unlearning.reporting.published import read_published
+from unlearning.reporting.runs import FinishedRun, read_runs
+from unlearning.tracking.provenance import facts, maker, read
+
+MIXED, CHANGED, UNRECORDED, NO_COMMIT = "†‡§¶"
+FAULTS = {
+    MIXED: "More than one commit made this row.",
+    CHANGED: "Made from a tree with uncommitted changes.",
+    UNRECORDED: "A run without a provenance.json: the code that made it is not known.",
+    NO_COMMIT: "Made by code of no known commit: an installed package, or a copy without its history.",
+}
 
 
 def table(
@@ -27,69 +34,103 @@ def table(
     format: str = "markdown",
     published: Path | None = None,
 ) -> str:
-    """The runs under `folder`, averaged over what `by` does not tell apart: the seeds.
-
-    Runs of another model, dataset or sampler are told apart in any case, and those of one method with other settings.
-
-    The best and the second best are marked, of the methods that differ in nothing else, are means over the same
-    concepts and were measured by the protocol that is usual among them. The unedited model does not compete.
+    """The runs under `folder` as text; what is averaged, ranked and marked is explained in comparison.py.
 
     Args:
         metrics: Names or patterns ("retention/*"); None for all.
-        by: Names of Hydra groups or dotted names in the config ("method.lamb").
-        format: "markdown", "latex", "html" or "csv"; the last has every mean, standard error and protocol in a column
-            of its own.
-        published: A file of a paper's numbers, shown beside ours with the difference; marked where they are of another
-            model or protocol, or do not say. Rows that do not tell concepts apart are held against the paper's average,
-            marked where it is over other concepts.
+        by: Names of Hydra groups or dotted settings ("method.lamb") that rows differ in. Settings that decide a result
+            and differ are added.
+        format: "markdown", "latex", "html" or "csv". CSV has every mean, standard error and protocol in a column.
+        published: A CSV file of a paper's numbers, see published.py. They are shown beside ours with the difference.
 
-    Raises UserError where there are no runs, or none has a metric or a setting that is asked for.
+    Raises UserError if there are no runs, or none has a metric or a setting of the arguments.
     """
     numbers = read_published(published) if published else None
-    return FORMATS[format](compare(_found(folder, by), metrics, by, numbers))
+    return FORMATS[format](Comparison(_runs(folder, by), by, metrics, numbers).table)
 
 
 def check(folder: Path, by: Sequence[str] = BY, format: str = "markdown") -> tuple[str, bool]:
-    """Which commit made each row of the table, and whether all of it is told apart by the commit alone.
+    """The rows of the same table with the commits that made them, and whether all rows are sound.
 
-    Raises UserError where there are no runs, or none has a setting that is asked for.
+    A row is sound if one known commit without changes made all of it. Raises UserError as `table` does.
     """
-    runs = _found(folder, by)
-    sheet, sound = attribution(runs, told_apart(runs, by))
-    return FORMATS[format](sheet), sound
+    runs = _runs(folder, by)
+    made = attribution(runs, separating(runs, by))
+    return FORMATS[format](made), not made.notes
 
 
-def _found(folder: Path, by: Sequence[str]) -> list[dict]:
-    runs = rows(folder)
-    if not runs:
-        raise UserError(f"No run under {folder} has a metrics.json: run the evaluate stage of one first.")
-    settings = {name for run in runs for name in run if "/" not in name} - {"run"}
+def _runs(folder: Path, by: Sequence[str]) -> list[FinishedRun]:
+    runs = read_runs(folder)
+    settings = {name for run in runs for name in run.settings}
     for name in (name for name in by if name not in settings.union(BY)):
         near = get_close_matches(name, sorted(settings), n=1)
         hint = f"Did you mean {near[0]}?" if near else "Name a group, as method, or a dotted setting, as sampler.steps."
-        raise UserError(f"No run has the setting {name}, which rows are to be told apart by. {hint}")
+        raise UserError(f"No run has the setting {name} of --by. {hint}")
     return runs
+
+
+def attribution(runs: Sequence[FinishedRun], by: Sequence[str]) -> Table:
+    """Which commits made each row, and which versions and hardware differ between its runs. Each note is a fault."""
+    header, lines = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")], []
+    for key, group in group_runs(runs, by).items():
+        makers: dict[str, list[str]] = {}  # seeds by code
+        sittings, codes, recorded = [], [], True
+        for run in group:
+            record = read(run.folder) or {}
+            for name in _makers(record):
+                makers.setdefault(name, []).append(str(run["seed"]))
+            recorded &= bool(record.get("sittings"))
+            sittings += record.get("sittings", ())
+            codes += [code for stored in record.get("stored", {}).values() for code in stored]
+        codes = [code for code in (*sittings, *codes) if code]
+        faults = {
+            MIXED: len(makers) > 1,
+            CHANGED: any(code["dirty"] for code in codes),
+            UNRECORDED: not recorded,
+            NO_COMMIT: not all(code["commit"] for code in codes),
+        }
+        names = [name if len(makers) == 1 else f"{name} (seed {', '.join(seeds)})" for name, seeds in makers.items()]
+        made = Cell("; ".join(names), marks=tuple(mark for mark, fault in faults.items() if fault))
+        lines.append([*label_cells(key), Cell(str(len(group))), made, Cell(_differences(sittings) or "–")])
+    marks = {mark for line in lines for mark in line[-2].marks}
+    return Table(len(header), header, lines, [Note(text, mark) for mark, text in FAULTS.items() if mark in marks])
+
+
+def _makers(record: Mapping) -> list[str]:
+    """The code that made a run, and other code that made what it took from the store: "pictures by f6a7b8c9d0"."""
+    own = dict.fromkeys(map(maker, record.get("sittings", ()))) or {"not recorded": None}
+    stored = ((kind, maker(code)) for kind, codes in record.get("stored", {}).items() for code in codes)
+    return [*own, *(f"{kind} by {name}" for kind, name in stored if name not in own)]
+
+
+def _differences(sittings: Sequence[Mapping]) -> str:
+    """The versions and the hardware that are not the same in all: "torch 2.8.0 | 2.9.0"."""
+    values: dict[str, dict[str, None]] = {}
+    for sitting in sittings:
+        for name, value in facts(sitting).items():
+            values.setdefault(name, {})[str(value)] = None
+    return "; ".join(f"{name} {' | '.join(seen)}" for name, seen in values.items() if len(seen) > 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="unlearn-table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs at any depth below it")
-    parser.add_argument("--metrics", nargs="+", help="names or patterns, as in 'retention/*'; all of them if not given")
-    parser.add_argument("--by", nargs="+", default=BY, help="what tells rows apart: groups or dotted settings")
+    parser.add_argument("--metrics", nargs="+", help="names or patterns, as 'retention/*'; by default all")
+    parser.add_argument("--by", nargs="+", default=BY, help="what rows differ in: groups or dotted settings")
     parser.add_argument("--published", type=Path, help="a paper's numbers, as experiments/*/published.csv")
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="instead, tell which commit made each row; the exit status is 1 if any row mixes commits, those of stored "
-        "pictures and evaluations too, was made from a tree with uncommitted changes, or does not say",
+        help="instead, show which commit made each row; the exit status is 1 if a row mixes commits (of stored images "
+        "and evaluations too), was made from a tree with uncommitted changes, or has no record",
     )
-    asked = vars(parser.parse_args())
+    options = vars(parser.parse_args())
     try:
-        if asked.pop("check"):
-            text, sound = check(asked["folder"], asked["by"], asked["format"])
+        if options.pop("check"):
+            text, sound = check(options["folder"], options["by"], options["format"])
         else:
-            text, sound = table(**asked), True
+            text, sound = table(**options), True
     except UserError as error:
         raise SystemExit(str(error)) from None
     print(text, end="")

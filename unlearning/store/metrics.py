@@ -12,8 +12,10 @@ On disk a metric `efficacy/acc_e` is up to five keys, so that any reader can use
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
+from unlearning.errors import UserError
 from unlearning.store.files import write_atomically
 
 Flat = dict[str, float | str]
@@ -37,6 +39,10 @@ class Metric:
     base: float | None = None
     base_protocol: str = ""
 
+    def of_base(self) -> "Metric":
+        """The metric of the unedited model, as its own value."""
+        return Metric(self.base, self.base_protocol, self.higher_is_better)
+
 
 def flat(metrics: Mapping[str, Metric]) -> Flat:
     """The keys of metrics.json, in the order of `metrics`; those of the unedited model come last."""
@@ -57,7 +63,7 @@ def flat(metrics: Mapping[str, Metric]) -> Flat:
 
 
 def records(keys: Mapping[str, float | str]) -> dict[str, Metric]:
-    """The inverse of `flat`. Values of the wrong type are left out."""
+    """The inverse of `flat`. Values that are no finite number are left out."""
     names = [key.removeprefix("base/") for key, value in keys.items() if _is_number(value)]
     return {name: _record(keys, name) for name in dict.fromkeys(names)}
 
@@ -74,7 +80,7 @@ def _record(keys: Mapping[str, float | str], name: str) -> Metric:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _number(value: object) -> float | None:
@@ -82,8 +88,17 @@ def _number(value: object) -> float | None:
 
 
 def read(path: Path) -> dict[str, Metric]:
-    """The metrics of a metrics.json."""
-    return records(json.loads(path.read_text()))
+    """The metrics of a metrics.json. Raises UserError if the file is missing, damaged or empty."""
+    again = "run the evaluate stage of this run."
+    try:
+        keys = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path} yet: {again}") from None
+    except ValueError as error:  # no JSON, or no text
+        raise UserError(f"{path} is damaged ({error}): {again}") from None
+    if not isinstance(keys, dict) or not keys:
+        raise UserError(f"{path} holds no metrics: {again}")
+    return records(keys)
 
 
 def write(path: Path, metrics: Mapping[str, Metric]) -> None:

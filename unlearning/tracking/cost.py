@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.store.files import write_atomically
+from unlearning.store.metrics import Flat, Metric, flat
 from unlearning.tracking.provenance import hardware
 
 METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
@@ -95,12 +96,11 @@ def forget(path: Path, stage: str) -> None:
         write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
 
 
-def metrics(path: Path, erasure: Path) -> dict[str, float | str]:
-    """The costs of erasing, by metrics.json's names: of the fit, and the artefact's bytes; with their protocols."""
+def metrics(path: Path, erasure: Path) -> Flat:
+    """The costs of erasing as metrics.json has them: those of the fit, and the bytes of the erasure's files."""
     spent = read(path).get("fit", {})
     machines = " and ".join(spent.pop("on", ()))
-    known = {"artefact_bytes": "all files of the erasure", "denoiser_evaluations": "latents through it in the fit"}
-    known |= {name: f"of the fit, on {machines}" for name in ("seconds", "peak_memory") if machines}
-    spent["artefact_bytes"] = sum(p.stat().st_size for p in erasure.iterdir()) if erasure.is_dir() else 0
-    told = {f"cost/{name}": value for name, value in spent.items()}
-    return told | {f"cost/{name}/protocol": known[name] for name in spent if name in known}
+    protocols = {"artefact_bytes": "all files of the erasure", "denoiser_evaluations": "latents through it in the fit"}
+    protocols |= {name: f"of the fit, on {machines}" for name in ("seconds", "peak_memory") if machines}
+    spent["artefact_bytes"] = sum(p.stat().st_size for p in erasure.rglob("*") if p.is_file())
+    return flat({f"cost/{name}": Metric(value, protocols.get(name, "")) for name, value in spent.items()})

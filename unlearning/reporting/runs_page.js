@@ -8,19 +8,19 @@ const selects = [...form.querySelectorAll("select")];
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
 function read() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  const named = asked.get("method");
-  const state = { methods: new Set(named === null ? boxes.map((b) => b.value) : named.split(",")), sort: asked.get("sort") || "" };
-  for (const kind of ["concept", "model", "dataset"]) state[kind] = asked.get(kind) || "";
+  const address = new URLSearchParams(location.hash.slice(1));
+  const named = address.get("method");
+  const state = { methods: new Set(named === null ? boxes.map((b) => b.value) : named.split(",")), sort: address.get("sort") || "" };
+  for (const kind of ["concept", "model", "dataset"]) state[kind] = address.get(kind) || "";
   return state;
 }
 
 function write(state) {
-  const told = new URLSearchParams();
-  for (const kind of ["concept", "model", "dataset"]) if (state[kind]) told.set(kind, state[kind]);
-  if (state.methods.size < boxes.length) told.set("method", [...state.methods].join(","));
-  if (state.sort) told.set("sort", state.sort);
-  const hash = told.toString().replaceAll("%2F", "/").replaceAll("%2C", ",");
+  const address = new URLSearchParams();
+  for (const kind of ["concept", "model", "dataset"]) if (state[kind]) address.set(kind, state[kind]);
+  if (state.methods.size < boxes.length) address.set("method", [...state.methods].join(","));
+  if (state.sort) address.set("sort", state.sort);
+  const hash = address.toString().replaceAll("%2F", "/").replaceAll("%2C", ",");
   history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search);
   show(state);
 }
@@ -48,11 +48,11 @@ function show(state) {
   sort(state.sort);
 }
 
-// The front of what is shown, by the rule of pareto.py: a staircase along the points that no other passes.
+// The front of what is shown, by the rule of plots.py: a staircase along the points that no other point beats.
 function drawFront(plot) {
-  const rivals = all(".point:not(.aside):not([hidden])", plot).map((p) => [Number(p.dataset.x), Number(p.dataset.y)]);
-  const beaten = ([x, y]) => rivals.some(([a, b]) => a >= x && b >= y && (a > x || b > y));
-  const front = rivals.filter((point) => !beaten(point)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+  const points = all(".point:not(.aside):not([hidden])", plot).map((p) => [Number(p.dataset.x), Number(p.dataset.y)]);
+  const beaten = ([x, y]) => points.some(([a, b]) => a >= x && b >= y && (a > x || b > y));
+  const front = points.filter((point) => !beaten(point)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
   const corners = front.flatMap(([x, y], i) => (i ? [[front[i - 1][0], y], [x, y]] : [[0, y], [x, y]]));
   if (front.length) corners.push([front.at(-1)[0], 0]);
   const lines = corners.slice(1).map(([x, y], i) => {
@@ -117,10 +117,10 @@ document.addEventListener("click", (event) => {
 
 for (const point of all(".point")) {
   const tip = point.closest(".frame").querySelector(".tip");
-  const said = point.querySelector("title").textContent;
+  const text = point.querySelector("title").textContent;
   point.querySelector("title").remove();
   const open = () => {
-    tip.textContent = said.replace(": ", "\n").replace(", ", "\n");
+    tip.textContent = text.replace(": ", "\n").replace(", ", "\n");
     tip.style.left = Math.min(85, Math.max(15, point.dataset.x)) + "%";
     tip.style.top = 100 - point.dataset.y + "%";
     tip.hidden = false;

@@ -4,8 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html import unescape
 
@@ -13,20 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.reporting.browser import BROWSER, MISSING, Browser
 from unlearning.data.openmoji import LICENCE
 from unlearning.errors import UserError
-from unlearning.reporting.report import PAIRS, THUMBNAIL, report, teaser
+from unlearning.reporting.run_page import IMAGES, THUMBNAIL, report, teaser
 from unlearning.store.images import read_manifest, write_manifest
 
 NASTY = "a <script>alert('cat')</script> & \"friends\""
 PICTURES = [
     ("a photo of the cat", "erase", "cat", 2),
-    (NASTY, "erase", "cat", PAIRS + 3),
+    (NASTY, "erase", "cat", IMAGES + 3),
     ("a photo of the kitty", "synonym", "cat", 1),
     ("a photo of the dog", "retain", "dog", 1),
     ("a photo of a lorry", "retain", "truck", 1),
 ]
-SHOWN = 2 * (2 + PAIRS + 1 + 1 + 1)  # before and after
+SHOWN = 2 * (2 + IMAGES + 1 + 1 + 1)  # before and after
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_every_picture_is_inside_before_and_after(run):
     assert len(pixels) == SHOWN == len(set(pixels))
     first = [np.asarray(Image.open(read_manifest(run / "images" / f"{n}.csv")[0].path)) for n in ("base", "erased")]
     assert pixels[:2] == [picture.tobytes() for picture in first]
-    assert "3 more pairs" in page
+    assert "3 more seeds" in page
 
 
 def test_nothing_is_fetched_and_nothing_is_executed(run):
@@ -80,6 +79,17 @@ def test_neighbours_are_named_where_the_prompt_does_not(run):
     assert "<h3>truck</h3>" in kept and "<h3>dog</h3>" not in kept
 
 
+def test_attacked_images_stand_beside_before_and_after(finished):
+    prompts = {"cce": "a photo of the cat", "p4d": "xq z ** cat"}  # the second attack has found another prompt
+    run = finished(pictures=PICTURES[:1], attacks=prompts)
+    page = report(run).read_text().partition('<section id="attack">')[2].partition("</section>")[0]
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    assert [figure.count("<img") for figure in figures] == [3, 3], "before, after and attacked"
+    assert "<h3>cce</h3>" in page and "<h3>p4d</h3>" in page and "xq z ** cat" in page
+    assert "attacked by cce" in figures[0]
+    teaser(run, run / "teaser.png")
+
+
 def test_large_pictures_become_thumbnails(finished):
     page = report(finished(pictures=PICTURES[:1], size=512)).read_text()
     assert {image.size for image in inlined(page)} == {(THUMBNAIL, THUMBNAIL)}
@@ -106,11 +116,6 @@ def test_a_missing_stage_is_named(run, gone, stage):
     (run / gone).unlink()
     with pytest.raises(UserError, match=f"{gone}.* {stage} stage"):
         report(run)
-
-
-def test_any_folder_is_not_a_run(tmp_path):
-    with pytest.raises(UserError, match="not a run's folder"):
-        report(tmp_path)
 
 
 def test_all_of_the_page_or_none_of_it(run):
@@ -147,32 +152,15 @@ def test_the_strip_asks_for_its_pictures(run, tmp_path):
         teaser(run, tmp_path / "teaser.png", 4)
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-dev-shm-usage"
-QUIET += " disable-component-update disable-sync"
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+@pytest.mark.skipif(BROWSER is None, reason=MISSING)
 def test_in_a_browser(run, tmp_path):
-    page, screenshot = report(run), tmp_path / "page.png"
-
-    def browse(*arguments: str) -> str:
-        flags = [f"--{flag}" for flag in QUIET.split()] + [f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-        done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    dom = browse("--dump-dom")
-    assert dom.count("<img") == SHOWN and dom.count("<figure") == SHOWN // 2
-    assert "<script" not in dom and "<title>cat, erased by esd_x</title>" in dom
-    assert re.findall(r'<section id="(\w+)"', dom) == ["erase", "synonym", "retain", "measured", "settings", "erasure"]
-
-    browse(f"--screenshot={screenshot}", "--window-size=1200,1600", "--hide-scrollbars")
-    seen = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
-    assert seen.shape == (1600, 1200, 3)
-    coloured = np.ptp(seen, axis=2) > 60  # the pictures are noise; paper and ink are grey
-    assert coloured[:, 300:].mean() > 0.1 and not coloured[:100].any()
-    assert (seen[:400].sum(2) < 250).any(), "the title's ink"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(report(run), width=1200, height=1600)
+        assert browser.tell("[...document.images].filter(image => image.naturalWidth == 8).length") == SHOWN
+        assert browser.tell("document.documentElement.scrollWidth") == 1200
+        assert browser.complaints == [] and {url.partition(":")[0] for url in browser.requests} <= {"file", "data"}
+        sections = browser.tell("[...document.querySelectorAll('section')].map(section => section.id)")
+        assert sections == ["erase", "synonym", "retain", "measured", "settings", "erasure"]
 
 
 def test_latent_differences_are_drawn_with_their_threshold(run):

@@ -1,0 +1,204 @@
+"""A table as Markdown, LaTeX, HTML or CSV: `tabulate` draws it, this module adds emphasis, marks and footnotes."""
+
+import csv as comma_separated
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tabulate import tabulate
+
+from unlearning.store.metrics import records
+
+BEST, SECOND = 1, 2  # the ranks that are shown
+LISTED = 6  # names in a footnote, at most
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    Attributes:
+        text: The text of the cell.
+        rank: 1 for the best of the competing rows, 2 for the second best, 0 for no emphasis.
+        marks: Marks of the footnotes that belong to the cell.
+        aside: Text after the cell, without emphasis.
+        values: What CSV shows instead, one column each; by default the text.
+    """
+
+    text: str
+    rank: int = 0
+    marks: tuple[str, ...] = ()
+    aside: str = ""
+    values: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True)
+class Note:
+    """A footnote; `mark` is "" if it is about the whole table."""
+
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first `labels` columns are labels, aligned left; the others are numbers, aligned right."""
+
+    labels: int
+    header: Sequence[Cell]
+    lines: Sequence[Sequence[Cell]]
+    notes: Sequence[Note] = ()
+
+    def drawn(self, style: str, show: Callable[[Cell], str]) -> str:
+        """The grid in one of tabulate's styles; `show` gives the markup of a cell."""
+        header, *lines = ([show(cell) for cell in line] for line in (self.header, *self.lines))
+        align = ["left" if i < self.labels else "right" for i in range(len(header))]
+        return tabulate(lines, header, style, colalign=align, disable_numparse=True)
+
+
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    """The first few of the names of a footnote, and how many more there are."""
+    names = list(names)
+    return separator.join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def markdown(table: Table) -> str:
+    """Best in bold, second best underlined, footnotes as paragraphs."""
+
+    def show(cell: Cell) -> str:
+        text = {BEST: f"**{cell.text}**", SECOND: f"<u>{cell.text}</u>"}.get(cell.rank, cell.text)
+        text += "".join(cell.marks).translate(_RAISED)
+        return f"{text} {cell.aside}".rstrip().replace("|", "\\|")
+
+    notes = [f"{note.mark.translate(_RAISED)} {note.text}".lstrip() for note in table.notes]
+    return "\n\n".join([table.drawn("pipe", show), *notes]) + "\n"
+
+
+# --- LaTeX ------------------------------------------------------------------------------------------------------------
+
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_"},
+    **{character: f"{{{character}}}" for character in "[]*"},  # after the end of a line they would be its arguments
+    "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "→": r"$\to$", "≥": r"$\geq$", "≤": r"$\leq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$", "…": r"\dots{}",
+    "–": r"\textendash{}", "—": r"\textemdash{}", "†": r"$\dagger$", "‡": r"$\ddagger$", "’": "'", "“": "``", "”": "''",
+}  # fmt: skip
+_LATEX = r"""% \usepackage{{booktabs}}
+\begin{{table}}
+\centering
+{grid}
+{notes}\end{{table}}
+"""
+
+
+def latex(table: Table) -> str:
+    """A floating table with footnotes below it; it needs the package booktabs."""
+
+    def show(cell: Cell) -> str:
+        text = _tex(cell.text)
+        text = {BEST: rf"\textbf{{{text}}}", SECOND: rf"\underline{{{text}}}"}.get(cell.rank, text)
+        return f"{text}{''.join(map(_superscript, cell.marks))} {_tex(cell.aside)}".rstrip()
+
+    grid = table.drawn("latex_raw", show)
+    for rule in ("toprule", "midrule", "bottomrule"):
+        grid = grid.replace(r"\hline", rf"\{rule}", 1)
+    items = "".join(f"\\item[{_superscript(note.mark)}] {_tex(note.text)}\n" for note in table.notes)
+    start = "\\begin{list}{}{\\footnotesize\\setlength{\\itemsep}{0pt}\\setlength{\\parsep}{0pt}}\n"
+    return _LATEX.format(grid=grid, notes=f"{start}{items}\\end{{list}}\n" if items else "")
+
+
+def _superscript(mark: str) -> str:
+    return rf"\textsuperscript{{{_tex(mark)}}}" if mark else ""
+
+
+def _tex(text: str) -> str:
+    """Escapes `text` for LaTeX: a hyphen before a number is a minus, and two hyphens are not joined to a dash."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub("-(?=-)", "-{}", "".join(_TEX.get(character, character) for character in text))
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+_HTML = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>unlearning: a table</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1d1d1f; background: #fff }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .3rem .8rem; text-align: left; white-space: nowrap }}
+thead th {{ border-top: 2px solid; border-bottom: 1px solid }} tbody tr:last-child td {{ border-bottom: 2px solid }}
+.scroll {{ overflow-x: auto }} .note {{ font-size: .85rem; margin: .4rem 0 }} small {{ color: #6b6870 }}
+</style>
+<div class="scroll">
+{grid}
+</div>
+{notes}
+</html>
+"""
+
+
+def html(table: Table) -> str:
+    """A page without script or network; its <table> and footnotes can be copied into another page."""
+
+    def raised(mark: str) -> str:
+        return f"<sup>{escape(mark)}</sup>" if mark else ""
+
+    def show(cell: Cell) -> str:
+        text = escape(cell.text)
+        text = {BEST: f"<strong>{text}</strong>", SECOND: f"<u>{text}</u>"}.get(cell.rank, text)
+        aside = f" <small>{escape(cell.aside)}</small>" if cell.aside else ""
+        return text + "".join(map(raised, cell.marks)) + aside
+
+    notes = "\n".join(f'<p class="note">{raised(note.mark)} {escape(note.text)}</p>' for note in table.notes)
+    return _HTML.format(grid=table.drawn("unsafehtml", show), notes=notes)
+
+
+def render_page(template: str, **values: object) -> str:
+    """A template of this folder as a page; all values are escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("unlearning", "reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def csv(table: Table) -> str:
+    """All digits, and each part of a cell in a column of its own; without marks and footnotes."""
+    text = io.StringIO()
+    writer = comma_separated.writer(text, lineterminator="\n")
+    for line in (table.header, *table.lines):
+        writer.writerow([value for cell in line for value in cell.values or (cell.text,)])
+    return text.getvalue()
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def summary(metrics: Mapping[str, float | str]) -> str:
+    """The numbers of one run's metrics.json, of the base and of the erased model."""
+
+    def show(number: float | None) -> str:
+        return "" if number is None else f"{number:,.4g}"
+
+    lines = [[name, show(metric.base), show(metric.value)] for name, metric in records(metrics).items()]
+    return tabulate(lines, ["", "base", "erased"], "plain", disable_numparse=True)
+
+
+FORMATS = {render.__name__: render for render in (markdown, latex, csv, html)}

@@ -1,0 +1,338 @@
+"""Many runs as one page: which method forgets most and harms least, and what do its images look like?
+
+unlearn-report outputs
+unlearn-report outputs/runs/sd14 --to sd14.html
+
+The page is a single file without network; without its script it is a static page. Its numbers are those of the table.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+from unlearning.concepts import RETAIN
+from unlearning.data import openmoji
+from unlearning.errors import UserError
+from unlearning.reporting.comparison import (
+    ARROWS,
+    Comparison,
+    Key,
+    base_runs,
+    competitors,
+    concepts,
+    conditions,
+    decimals,
+    group_runs,
+    separating,
+)
+from unlearning.reporting.figures import SAMPLES, Sample, samples, thumbnail
+from unlearning.reporting.formats import BEST, Cell, render_page
+from unlearning.reporting.plots import Panel, Plot, Point, learning_curves
+from unlearning.reporting.runs import UNEDITED, FinishedRun, by_purpose, purpose, read_runs
+from unlearning.store.files import write_atomically
+
+BEFORE = "the model before"
+IMAGES = 1000  # on a page, at most
+COLUMNS = 8  # of images, besides the base model's
+SAMPLED = 3  # concepts whose images stand beside the plot of all of them
+SIDE, QUALITY = 160, 75  # pixels; WebP's scale: at 60 thin lines fray, 90 doubles the bytes without visible gain
+UNITS = {
+    "cost/seconds": ((1, "s"), (60, "min"), (3600, "h")),
+    "cost/peak_memory": ((1e6, "MB"), (1e9, "GB")),
+    "cost/artefact_bytes": ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB")),
+}
+
+# --- one table with its plot and its answers --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        label: Its name on the page: "uce, steps 20".
+        coverage: "2 of 10 concepts", if it is a mean over fewer than other rows.
+        n: The number of runs.
+        cells: By metric.
+    """
+
+    key: Key
+    label: str
+    coverage: str
+    n: Cell
+    cells: Mapping[str, Cell]
+
+    @property
+    def method(self) -> str:
+        return self.key[0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best rows by a metric; `before` is the base model's number."""
+
+    question: str
+    lines: Sequence[Line]
+    metric: str
+    cell: Cell
+    before: str
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is averaged into one table: all concepts of a model and dataset (concept ""), or one of them."""
+
+    concept: str
+    runs: Sequence[FinishedRun]
+    by: Sequence[str]
+    samples: list[Sample] = field(default_factory=list)
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        return Comparison(self.runs, self.by)
+
+    @cached_property
+    def headers(self) -> dict[str, Cell]:
+        """By metric."""
+        table = self.comparison.table
+        return dict(zip(self.comparison.columns, table.header[table.labels + 1 :], strict=True))
+
+    def purposes(self, *, cost: bool) -> dict[str, list[str]]:
+        """The metrics by purpose: those of cost, or the others."""
+        groups = by_purpose(self.comparison.columns)
+        return {name: metrics for name, metrics in groups.items() if (name == "cost") == cost}
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        table, lines = self.comparison.table, []
+        for key, cells in zip(self.comparison.rows, table.lines, strict=True):
+            numbers = dict(zip(self.comparison.columns, cells[table.labels + 1 :], strict=True))
+            lines.append(Line(key, self._label(key), self._coverage(key), cells[table.labels], numbers))
+        return lines
+
+    def _label(self, key: Key) -> str:
+        """The method, with those of its settings that vary, and the conditions in which it differs from most rows."""
+        rows, by = self.comparison.rows, self.comparison.by
+        same, shared, parts = [other for other in rows if other[0] == key[0]], conditions(by), [str(key[0])]
+        for i, name in enumerate(by):
+            usual = Counter(other[i] for other in rows).most_common(1)[0][0]
+            if len({other[i] for other in same}) > 1 or (name in shared and key[i] != usual):
+                parts.append(f"{name.rpartition('.')[2]} {key[i]}")
+        return ", ".join(parts)
+
+    def _coverage(self, key: Key) -> str:
+        own, all_ = (len(concepts(runs)) for runs in (self.comparison.rows[key], self.runs))
+        return f"{own} of {all_} concepts" if own < all_ else ""
+
+    @cached_property
+    def comparable(self) -> list[Key]:
+        """The rows that the answers are about: those of most methods under the same conditions."""
+        return max(competitors(self.comparison.rows, self.comparison.by), key=len)
+
+    def competes(self, line: Line, metric: str | None) -> bool:
+        column = self.comparison.columns.get(metric)
+        return column is not None and line.key in self.comparable and line.key in column.competing
+
+    @cached_property
+    def higher(self) -> dict[str, bool]:
+        """The directions of the metrics that have one."""
+        directions = {metric: column.higher_is_better for metric, column in self.comparison.columns.items()}
+        return {metric: higher for metric, higher in directions.items() if higher is not None}
+
+    def first(self, *purposes: str) -> str | None:
+        """The first metric with a direction, of the purposes in their order."""
+        return next((metric for name in purposes for metric in self.higher if purpose(metric) == name), None)
+
+    @cached_property
+    def axes(self) -> tuple[str | None, str | None]:
+        return self.first("efficacy", "robustness"), self.first("retention", "fidelity")
+
+    @cached_property
+    def base(self) -> Line | None:
+        unedited = [line for line in self.lines if line.method == UNEDITED]
+        return next((line for line in unedited if line.key in self.comparable), next(iter(unedited), None))
+
+    @cached_property
+    def plot(self) -> Plot | None:
+        """Efficacy against retention; None if one of them was not measured, or no row competes in both."""
+        x, y = self.axes
+        if not x or not y:
+            return None
+        points = []
+        for line in self.lines:
+            (a, a_error, *_), (b, b_error, *_) = line.cells[x].values, line.cells[y].values
+            if a is not None and b is not None:
+                competes = self.competes(line, x) and self.competes(line, y)
+                label = BEFORE if line.method == UNEDITED else line.label
+                points.append(Point(label, line.method, a, b, a_error or 0.0, b_error or 0.0, competes))
+        names = tuple(metric.partition("/")[2] + ARROWS[self.higher[metric]] for metric in (x, y))
+        return Plot.of(points, names, (self.higher[x], self.higher[y])) if any(p.competes for p in points) else None
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """What the page opens with."""
+        forgets, keeps = self.axes
+        found = [self._answer("forgets most", forgets), self._answer("best of both", self.first("summary"))]
+        if self._gain(self.base, forgets) is None:
+            found.append(self._answer("harms least", keeps))
+        else:
+            gains = [(self._gain(line, forgets) or 0.0, line) for line in self.lines if self.competes(line, forgets)]
+            best = max((gain for gain, _ in gains), default=0.0)
+            able = [line for gain, line in gains if best and gain >= best / 2]
+            found.append(self._answer("harms least of those that forget", keeps, able))
+            found.append(self._answer("cheapest of those that forget", "cost/seconds", able, higher=False))
+        return [answer for answer in found if answer]
+
+    def _gain(self, line: Line | None, metric: str | None) -> float | None:
+        """How much better than the unedited model."""
+        if not metric or not line or not self.base:
+            return None
+        ours, before = line.cells[metric].values[0], self.base.cells[metric].values[0]
+        return None if ours is None or before is None else (ours - before) * (1 if self.higher[metric] else -1)
+
+    def _answer(
+        self, question: str, metric: str | None, among: Sequence[Line] | None = None, higher: bool | None = None
+    ) -> Answer | None:
+        higher = self.higher.get(metric, higher)
+        rows = [line for line in (self.lines if among is None else among) if self.competes(line, metric)]
+        if not rows or higher is None:
+            return None
+        best = (max if higher else min)(line.cells[metric].values[0] for line in rows)
+        winners = [line for line in rows if line.cells[metric].values[0] == best]
+        before = self.base.cells[metric].text if self.base and purpose(metric) != "cost" else ""
+        return Answer(question, winners, metric, winners[0].cells[metric], before)
+
+
+# --- all runs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """The runs of one model and dataset.
+
+    Attributes:
+        scopes: All concepts, if there are several, then each of them.
+        panels: Learning curves.
+        silent: The methods without learning curves.
+        columns: The rows whose images are shown.
+        explicit: Whether images may be explicit.
+    """
+
+    model: str
+    dataset: str
+    scopes: Sequence[Scope]
+    panels: Sequence[Panel]
+    silent: Sequence[str]
+    columns: Sequence[Line]
+    explicit: bool
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Some of each kind, beside the plot of all concepts."""
+        single = [scope.samples for scope in self.scopes if scope.concept and scope.samples]
+        kept = [sample for found in single for sample in found if sample.role == RETAIN]
+        other = [sample for found in single for sample in found if sample.role not in SAMPLES]
+        return [*(found[0] for found in single[:SAMPLED]), *kept[:1], *other[:1]]
+
+
+def _worlds(runs: Sequence[FinishedRun]) -> Iterator[World]:
+    groups = group_runs(runs, ("model", "dataset"))
+    total = sum(len(concepts(group)) for group in groups.values())
+    for (model, dataset), group in groups.items():
+        by = separating(group, ("method",))
+        parts = list(group_runs(group, ("concept",)).values())
+        whole = Scope("", [*group, *base_runs(group, by)], by)
+        columns = _columns(whole)
+        count = max(1, IMAGES // (total * (1 + len(columns))))
+        room = IMAGES // (1 + len(columns)) // len(groups)  # concepts that have images
+        scopes = [whole] if len(parts) > 1 else []
+        for i, part in enumerate(parts):
+            rows = group_runs(part, by)
+            shown = {line.key: rows[line.key] for line in columns if line.key in rows}
+            found = samples(shown, count if i < room else 0)
+            scopes.append(Scope(part[0].concept, [*part, *base_runs(part, by)], by, found))
+        explicit = any("nudenet" in name for run in group for name in run.metrics)
+        yield World(str(model), str(dataset), scopes, *learning_curves(group), columns, explicit)
+
+
+def _columns(scope: Scope) -> list[Line]:
+    """The rows whose images are shown: those of the Pareto front have precedence; in the order of the table."""
+    edited = [line for line in scope.lines if line.method != UNEDITED]
+    front = {point.label for point in scope.plot.front} if scope.plot else set()
+    chosen = sorted(edited, key=lambda line: line.label not in front)[:COLUMNS]
+    return [line for line in edited if line in chosen]
+
+
+def _quantity(metric: str, cell: Cell) -> str:
+    """The text of a cell; a cost with its unit: "57.8 ± 0.5 s", "1.44 GB"."""
+    mean, error = cell.values[:2]
+    if mean is None or metric not in UNITS:
+        return cell.text
+    size, unit = next(((s, u) for s, u in reversed(UNITS[metric]) if mean >= s), UNITS[metric][0])
+    shown = [f"{value / size:,.{decimals([mean / size])}f}" for value in (mean, error or 0.0)]
+    mean, error = (text if float(text.replace(",", "")) else "0" for text in shown)
+    return f"{mean} {unit}" if error == "0" else f"{mean} ± {error} {unit}"
+
+
+def _hues(methods: Iterable[str]) -> dict[str, int]:
+    """A hue for each; neighbours are far apart."""
+    return {method: (255 + round(i * 137.508)) % 360 for i, method in enumerate(methods)}
+
+
+def _title(methods: Sequence[str], concepts: Sequence[str]) -> str:
+    edited = [method for method in methods if method != UNEDITED]
+    what = concepts[0] if len(concepts) == 1 else f"{len(concepts)} concepts"
+    how = f"by {edited[0]}" if len(edited) == 1 else f"by {len(edited)} methods"
+    return f"{what}, erased {how}" if edited else f"{what}, nothing erased"
+
+
+def page(folder: Path, to: Path | None = None) -> Path:
+    """Writes a page about all finished runs under `folder` to `to`, by default report.html in it. Returns its path.
+
+    Raises UserError if there are no runs, or the folder is itself a run.
+    """
+    folder = Path(folder)
+    to = Path(to) if to else folder / "report.html"
+    runs = read_runs(folder)
+    if runs[0].folder == folder:
+        raise UserError(f"{folder} is a run, and report.html its own page. Name a folder above it.")
+    worlds = list(_worlds(runs))
+    methods = {line.method: None for world in worlds for scope in world.scopes for line in scope.lines}
+    methods = sorted(methods, key=lambda method: (method != UNEDITED, str(method)))
+    values = {name: list(dict.fromkeys(str(run[name]) for run in runs)) for name in ("model", "dataset", "concept")}
+    text = render_page(
+        "runs_page.html.j2",
+        title=_title(methods, values["concept"]),
+        worlds=worlds,
+        runs=runs,
+        methods=methods,
+        hues=_hues(m for m in methods if m != UNEDITED),
+        seeds=len({run["seed"] for run in runs}),
+        values=values,
+        image=cache(lambda path: thumbnail(path, SIDE, "webp", quality=QUALITY)),  # some are shown twice
+        quantity=_quantity,
+        best=BEST,
+        unedited=UNEDITED,
+        before=BEFORE,
+        licence=openmoji.LICENCE if any(model.startswith("emoji") for model in values["model"]) else "",
+    )
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(to, text)
+    return to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="unlearn-report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="runs at any depth below it")
+    parser.add_argument("--to", type=Path, help="the file of the page; by default report.html in the folder")
+    try:
+        print(page(**vars(parser.parse_args())))
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
