@@ -13,10 +13,8 @@ import yaml
 from diffusers import StableDiffusionPipeline
 
 from tests import tiny
-from tests.composed import config
 from tests.run.small import files
 from unlearning import run
-from unlearning.config.naming import fingerprint
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
@@ -266,16 +264,3 @@ def test_what_is_recorded_is_what_made_the_numbers(unlearn):
     unlearn("dataset=prompt", "evaluator=nudenet", "stages=[evaluate]")
     for name in ("config", "resolved"):
         assert {*yaml.safe_load((folder / ".hydra" / f"{name}.yaml").read_text())["evaluator"]} == {"nudenet"}
-
-
-def test_a_folders_name_depends_on_what_decides_its_results(tmp_path):
-    def name(*overrides: str) -> str:
-        return fingerprint(config(tmp_path, "method=uce", *overrides))
-
-    same = ["evaluator=nudenet", "stages=[fit]", "title=another", "trainer.log_every_n_steps=5",
-            "+trainer.default_root_dir=${paths.output_dir}", "trainer.callbacks=[{dirpath: '${paths.output_dir}'}]",
-            ]  # fmt: skip
-    assert {name(), *map(name, same)} == {name()}
-    other = ["method.lamb=0.1", "sampler.steps=3", "dataset.images_per_prompt=3", "model.dtype=bfloat16", "seed=1",
-             "trainer.precision=16-mixed", "+trainer.gradient_clip_val=1", "+trainer.not_known_yet=1"]  # fmt: skip
-    assert len({name(), *map(name, other)}) == 1 + len(other)

@@ -24,6 +24,7 @@ from yaml import YAMLError
 from unlearning.config import instances as sharing
 from unlearning.config import sweeps
 from unlearning.config import validation as checking
+from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
 from unlearning.errors import UserError
 from unlearning.store import finished
@@ -43,7 +44,8 @@ register_resolvers()
 def run(cfg: DictConfig) -> dict[str, float | str]:
     """What metrics.json holds when the run that the config describes is over; if it has been before, that at once."""
     settings = OmegaConf.to_container(cfg, resolve=True)
-    folder, key = Path(cfg.paths.output_dir), finished.key(settings)
+    folder = Path(cfg.paths.output_dir)
+    key = finished.key(decisive(settings, "folder"), files=decisive(settings, "numbers"))
     done = partial(finished.finished, folder, key, cfg.stages)
     if done():
         log.info("%s: nothing is left to do", cfg.title)

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.attacks.base import Attack, targets
 from unlearning.concepts import ERASE, UnlearningTask
-from unlearning.config.naming import inward
+from unlearning.config.decisive import decisive
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
@@ -191,8 +191,8 @@ class Run:
     def _fit_key(self) -> str:
         """A digest of all that the erasure depends on: model, method, trainer, seed, earlier erasures, known data."""
         known = (self.task.erase, self.task.retain, self.task.template)
-        trainer = self.settings.get("trainer", {})
-        settings = (self.settings.get("method"), {name: trainer[name] for name in inward(trainer)})
+        decided = decisive(self.settings, "erasure")
+        settings = (decided.get("method"), decided.get("trainer"))
         before = [erasure.digest for erasure in self._before]
         return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._images, before)
 

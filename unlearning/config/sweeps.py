@@ -32,7 +32,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from unlearning.config.naming import DECISIVE
+from unlearning.config.decisive import groups
 from unlearning.errors import UserError
 from unlearning.store.files import digest, write_atomically
 
@@ -120,7 +120,7 @@ def _clash(config: DictConfig) -> str:
                 if (other := folders.setdefault(folder, told)) != told:
                     return (
                         f"The jobs of `{other}` and `{told}` would have one folder, {os.path.relpath(folder)}, and the "
-                        f"second would overwrite the first: only concept, {', '.join(DECISIVE)} name a folder. "
+                        f"second would overwrite the first: only concept, {', '.join(groups())} name a folder. "
                         "Evaluators go together into one run: evaluator=[accuracy,fid]. NudeNet's boxes are counted by "
                         "another rule afterwards: python -m unlearning.evaluators.nudenet --help. For anything else "
                         "give one command each, with a paths.runs=... of its own."

@@ -6,11 +6,11 @@ Runs of another model, dataset or sampler have rows of their own, and so have th
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
+from unlearning.config.decisive import decides
 from unlearning.reporting.rows import BY, UNEDITED
 
 GROUPS = ("model", "dataset", "sampler", "method", "trainer")  # whose settings decide a result
 OWN = ("method", "trainer")  # of these, those in which rivals may differ
-IDLE = ("sampler.batch_size", "model.device", "model.offload", "model.attention_slicing", "model.compile")
 
 Key = tuple  # a row's values of the settings that rows are told apart by
 
@@ -57,7 +57,7 @@ def told_apart(runs: Sequence[Mapping], by: Sequence[str]) -> tuple[str, ...]:
     a result is made, or that goes with the concept.
     """
     names = [name for name in dict.fromkeys(n for run in runs for n in run) if group_of(name) in GROUPS]
-    found = [name for name in names if _differ(runs, name) and not _idle(name)]
+    found = [name for name in names if _differ(runs, name) and decides(name)]
     for name in sorted(found, key=_precedence):
         if name not in by and any(_differ(group, name) for group in grouped(runs, _alike(name, by)).values()):
             by = (*by, name)
@@ -71,15 +71,6 @@ def _differ(runs: Iterable[Mapping], name: str) -> bool:
 def _is_null(run: Mapping, name: str) -> bool:
     """Whether a run states that there is nothing of which this could be a setting, as a null scheduler has no rate."""
     return any(run.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
-
-
-def _idle(name: str) -> bool:
-    """Whether no result depends on a setting: it makes it faster or, a trainer's, is about what is told and where."""
-    if group_of(name) != "trainer":
-        return name in IDLE
-    from unlearning.config.naming import OUTWARD  # and Hydra with it, for which a command's --help is not to wait
-
-    return name.partition(".")[2].partition(".")[0] in OUTWARD
 
 
 def _precedence(name: str) -> tuple[bool, bool]:
