@@ -42,9 +42,9 @@ def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
     ("argument", "answer", "code"),
     [
         ("--help", "method: ", 0),
-        ("concpet=cat", "Did you mean `concept`?", 1),
-        ("method=esdx", "Did you mean `esd_x`?", 1),
-        ("method.etaa=2", "Did you mean `eta`?", 1),
+        ("concpet=cat", "Did you mean concept?", 1),
+        ("method=esdx", "Did you mean esd_x?", 1),
+        ("method.etaa=2", "Did you mean eta?", 1),
     ],
 )
 def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
