@@ -68,7 +68,7 @@ def _check_chosen_twice() -> None:
             kind = name.partition("/")[0]
             if first.setdefault(kind, name) != name:
                 raise UserError(
-                    f"`{first[kind]}` and `{name}` are variants of the {group} `{kind}`: a run has one of them. "
+                    f"`{first[kind]}` and `{name}` are one {group}, {kind}, with other settings; a run has it once. "
                     "NudeNet's boxes can be counted by another rule afterwards: "
                     "python -m unlearning.evaluators.nudenet --help."
                 )
@@ -202,4 +202,4 @@ def _explain(name: str, value: object, error: ValidationError) -> str:
         name, value = ".".join(map(str, (name, *inner))), errors[0]["input"]
     kinds = [e for e in errors if e["type"] != "is_instance_of"] or errors  # a config cannot hold a tensor
     wanted = dict.fromkeys("a list" if e["type"] in LISTS else e["msg"].removeprefix("Input should be ") for e in kinds)
-    return f"`{name}` should be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."
+    return f"`{name}` has to be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."
