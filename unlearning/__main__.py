@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from unlearning.config import instances as sharing
-from unlearning.config import sweeps
+from unlearning.config import studies, sweeps
 from unlearning.config import validation as checking
 from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
@@ -86,7 +86,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     if not issubclass(model, method.works_on):
         raise UserError(f"{method.__name__} works on a {method.works_on.__name__}; a {model.__name__} is none.")
     evaluators = {name: shared(f"evaluator {name}", node)() for name, node in cfg.get("evaluator", {}).items()}
-    sweeps.check_objective(settings["objective"], metrics_of(evaluators.values()))
+    studies.check_objective(settings["objective"], metrics_of(evaluators.values()))
     logger = loggers.build(cfg.get("logger"))
     trainer = instantiate(cfg.trainer, logger=logger)
     needs = {"trainer": trainer} if OmegaConf.is_missing(cfg.method, "trainer") else {}
@@ -146,12 +146,13 @@ def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
             if not _one_of_many():
                 raise UserError(said)
             log.warning("%s: %s", cfg.title, said)
-    return sweeps.objective(cfg.objective, metrics)
+    return studies.objective(cfg.objective, metrics)
 
 
 def main() -> None:
     """The console command. A mistake of the user's ends in one message and exit code 1, not in a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that the message can be ours
+    studies.register()
     try:
         compose_and_run()
     except (KeyboardInterrupt, SystemExit) as stop:

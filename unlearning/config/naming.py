@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from unlearning.config.decisive import decisive
+from unlearning.config.decisive import Result, decisive
 from unlearning.store.files import digest
 
 
@@ -15,14 +15,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", str(text)).strip("-")[:60] or "unnamed"
 
 
-def config_hash(config: DictConfig) -> str:
-    """Eight hexadecimal digits that stand for the settings that a run's images depend on.
+def config_hash(config: DictConfig, result: Result = "images") -> str:
+    """Eight hexadecimal digits that stand for the settings that a result depends on, by default a run's images.
 
     Two configs that differ in `model.gradient_checkpointing` alone have one hash.
     """
-    kept = OmegaConf.create(decisive(OmegaConf.to_container(config, resolve=False)))
+    kept = OmegaConf.create(decisive(OmegaConf.to_container(config, resolve=False), result))
     kept._set_parent(config)  # interpolations refer to the rest of the config
-    return digest(decisive(OmegaConf.to_container(kept, resolve=True)))[:8]
+    return digest(decisive(OmegaConf.to_container(kept, resolve=True), result))[:8]
 
 
 def chosen(group: str) -> str | None:
