@@ -100,7 +100,7 @@ def test_a_typo_in_what_a_file_sweeps_over_is_answered(message):
     ],
 )
 def test_a_mistake_about_a_launcher_or_a_sweeper_is_answered(message, overrides, words):
-    pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     answer = message("seed: 0", "-m", *overrides)
     assert all(word in answer for word in words)
 
