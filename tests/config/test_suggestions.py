@@ -58,6 +58,7 @@ def message(conf: Path, *argv: str) -> str:
         (["method.etaa=2"], "method has no setting `etaa`", "eta"),
         (["eta=2"], "eta", "method.eta"),
         (["evaluator=[fidd]"], "evaluator `fidd`", "fid"),
+        (["attack=[ccee]"], "attack `ccee`", "cce"),
         (["evaluator.fid.imags=3"], "evaluator.fid has no setting `imags`", "images"),
         (["evaluator.fidd.images=3"], "evaluator has no setting `fidd`", "fid"),
         (["uce"], "uce", "method=uce"),

@@ -1,6 +1,7 @@
 """How a run is named: by the choices that made it, and by a hash of every setting that its images depend on."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,9 +11,14 @@ from unlearning.config.decisive import Result, decisive
 from unlearning.store.files import digest
 
 
-def slug(text: str) -> str:
-    """Any text as a file name of at most 60 characters."""
-    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-")[:60] or "unnamed"
+def joined(texts: str | Sequence[str]) -> str:
+    """One or several texts in one: "cat+dog"."""
+    return str(texts) if isinstance(texts, str | int | float) else "+".join(map(str, texts))
+
+
+def slug(texts: str | Sequence[str]) -> str:
+    """One or several texts as a file name of at most 60 characters: "Van-Gogh", "cat+dog"."""
+    return re.sub(r"[^\w.+-]+", "-", joined(texts)).strip("-")[:60] or "unnamed"
 
 
 def config_hash(config: DictConfig, result: Result = "images") -> str:
@@ -30,15 +36,16 @@ def chosen(group: str) -> str | None:
     return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
-def dashboard_group(concept: str) -> str:
+def dashboard_group(concept: str | Sequence[str]) -> str:
     """The group of a run in a dashboard: its experiment if it has one, otherwise "model/dataset/concept"."""
     return chosen("experiment") or "/".join(filter(None, (chosen("model"), chosen("dataset"), slug(concept))))
 
 
 def register_resolvers() -> None:
-    """Registers ${package:folder}, ${slug:text}, ${config_hash:}, ${chosen:group} and ${dashboard_group:concept}."""
+    """Registers the resolvers that conf/ uses: ${package:folder}, ${slug:texts}, ${config_hash:}, and so on."""
     OmegaConf.register_new_resolver("package", lambda name: str(Path(__file__).parents[1] / name), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("joined", joined, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("dashboard_group", dashboard_group, replace=True)
     OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)

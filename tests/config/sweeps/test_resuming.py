@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.config.sweeps.commands import FEW, in_a_process, numbers
 from tests.run.small import files
-from unlearning.config import instances as sharing
+from unlearning.config import instances
 from unlearning.run import Run
 
 
@@ -31,7 +31,7 @@ def test_a_sweep_started_again_does_only_what_is_missing(sweep, tmp_path, monkey
     assert {p for p in changed if not p.endswith((".log", "multirun.yaml"))} == {
         p for p in changed if p.startswith(str(gone.parent.relative_to(runs)))
     } - {str((gone.parent / "__main__.log").relative_to(runs))}
-    sharing.forget()
+    instances.clear()
     loads()
     sweep(*command)
     assert loads() == 0 and len(executed) == 1
