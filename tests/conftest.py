@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore: tests send it
 
 from tests import tiny  # noqa: E402
-from unlearning.config import instances as sharing  # noqa: E402
+from unlearning.config import instances  # noqa: E402
 
 
 @pytest.fixture(scope="session", params=list(tiny.FAMILIES))
@@ -57,7 +57,7 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
     unlearn.arguments(*overrides) is what would have to be typed.
     """
-    sharing.forget()  # what an earlier test has loaded
+    instances.clear()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it
 

@@ -7,19 +7,21 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from typing import Annotated
 
 import pytest
 import yaml
+from annotated_types import Ge
 from diffusers import StableDiffusionPipeline
 
 from tests import tiny
-from tests.composed import config
 from tests.run.small import files
 from unlearning import run
-from unlearning.config.naming import fingerprint
+from unlearning.attacks.base import Attack, targets
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
+from unlearning.sampling.comeback import Comeback
 
 QUICK = "import hydra, numpy, PIL"
 WATCHED = """
@@ -44,9 +46,9 @@ def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
     ("argument", "answer", "code"),
     [
         ("--help", "method: ", 0),
-        ("concpet=cat", "Did you mean `concept`?", 1),
-        ("method=esdx", "Did you mean `esd_x`?", 1),
-        ("method.etaa=2", "Did you mean `eta`?", 1),
+        ("concpet=cat", "Did you mean concept?", 1),
+        ("method=esdx", "Did you mean esd_x?", 1),
+        ("method.etaa=2", "Did you mean eta?", 1),
     ],
 )
 def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
@@ -207,6 +209,71 @@ def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(told, t
     assert not loads and not (tmp_path / "run" / "erasure").exists()
 
 
+# --- attacks and earlier erasures -------------------------------------------------------------------------------------
+
+
+class Echo(Attack):
+    """An attack that prompts the same again."""
+
+    access = "black"
+
+    def __init__(self, *, times: Annotated[int, Ge(1)] = 1):
+        self.times = times
+
+    def find(self, model, task, observed):
+        prompts = tuple(prompt.text for prompt in targets(task))
+        return Comeback(prompts, tuple(" ".join([prompt] * self.times) for prompt in prompts))
+
+
+@pytest.fixture
+def echo(tmp_path):
+    """The overrides that choose the attack."""
+    (tmp_path / "conf" / "attack").mkdir(parents=True)
+    (tmp_path / "conf" / "attack" / "echo.yaml").write_text(
+        f"# @package attack.echo\n_target_: {__name__}.Echo\ntimes: 1\n"
+    )
+    return [f"hydra.searchpath=[file://{tmp_path}/conf]", "dataset=prompt", "dataset.others=[dog]", "attack=[echo]"]
+
+
+def test_an_attack_is_chosen_and_set_like_an_evaluator(unlearn, echo):
+    folder = unlearn(*echo, "attack.echo.times=2", "evaluator=clip_score")
+    assert "a photo of the cat a photo of the cat" in (folder / "images" / "attacked-echo.csv").read_text()
+    assert yaml.safe_load((folder / ".hydra" / "resolved.yaml").read_text())["attack"]["echo"]["times"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "suggestion"),
+    [
+        ("attack.echo.tims=2", "attack.echo has no setting `tims`", "times"),
+        ("attack.eco.times=2", "attack has no setting `eco`", "echo"),
+        ("objective=robustness/clip_score_e_ecoh", "robustness/clip_score_e_ecoh", "robustness/clip_score_e_echo"),
+    ],
+)
+def test_a_typo_about_an_attack_is_answered(told, echo, override, key, suggestion):
+    message = told(*(o for o in echo if not o.startswith(override.partition("=")[0])), override, "evaluator=clip_score")
+    assert key in message and f"Did you mean {suggestion}" in message
+
+
+def test_a_value_out_of_range_is_named(told, echo):
+    message = told(*echo, "attack.echo.times=0")
+    assert "`attack.echo.times`" in message and "1" in message
+
+
+def test_an_attack_of_another_family_is_refused(told, echo, monkeypatch):
+    monkeypatch.setattr(Echo, "works_on", StableDiffusionXL)
+    assert "Echo works on a StableDiffusionXL" in told(*echo)
+
+
+@pytest.mark.parametrize("after", ["{}", "[{}]", "[{0},{0}]"])
+def test_a_run_goes_on_from_earlier_erasures(unlearn, after):
+    first = unlearn("dataset=prompt", "method=uce", "stages=[fit]", run="first")
+    unlearn("dataset=prompt", "method=negative_prompt", f"after={after.format(first / 'erasure')}", "stages=[fit]")
+
+
+def test_an_earlier_erasure_that_is_not_there_is_named(told, tmp_path):
+    assert f"{tmp_path}/nowhere" in told("dataset=prompt", f"after={tmp_path}/nowhere", "stages=[fit]")
+
+
 # --- many runs --------------------------------------------------------------------------------------------------------
 
 
@@ -224,10 +291,10 @@ def test_a_sweep_has_a_folder_for_every_run(unlearn, tmp_path):
 def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(unlearn, told, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,7\na dog,none,7\n")
     listed = ["dataset=prompt_list", f"dataset.path={tmp_path}/list.csv", "evaluator=clip_score"]
-    assert "pictures or rows that were skipped: 1. Warnings above name them." in told(*listed)
+    assert "images or rows that were skipped: 1" in told(*listed)
     capsys.readouterr()
     unlearn("-m", *listed, f"paths.runs={tmp_path}/runs", "objective=efficacy/clip_score_e", "seed=0,1")
-    assert capsys.readouterr().out.count("pictures or rows that were skipped: 1") == 2
+    assert capsys.readouterr().out.count("images or rows that were skipped: 1") == 2
     assert len(list(tmp_path.rglob("failed.json"))) == 0 and len(list(tmp_path.glob("runs/**/.finished"))) == 2
 
 
@@ -266,16 +333,3 @@ def test_what_is_recorded_is_what_made_the_numbers(unlearn):
     unlearn("dataset=prompt", "evaluator=nudenet", "stages=[evaluate]")
     for name in ("config", "resolved"):
         assert {*yaml.safe_load((folder / ".hydra" / f"{name}.yaml").read_text())["evaluator"]} == {"nudenet"}
-
-
-def test_a_folders_name_depends_on_what_decides_its_results(tmp_path):
-    def name(*overrides: str) -> str:
-        return fingerprint(config(tmp_path, "method=uce", *overrides))
-
-    same = ["evaluator=nudenet", "stages=[fit]", "title=another", "trainer.log_every_n_steps=5",
-            "+trainer.default_root_dir=${paths.output_dir}", "trainer.callbacks=[{dirpath: '${paths.output_dir}'}]",
-            ]  # fmt: skip
-    assert {name(), *map(name, same)} == {name()}
-    other = ["method.lamb=0.1", "sampler.steps=3", "dataset.images_per_prompt=3", "model.dtype=bfloat16", "seed=1",
-             "trainer.precision=16-mixed", "+trainer.gradient_clip_val=1", "+trainer.not_known_yet=1"]  # fmt: skip
-    assert len({name(), *map(name, other)}) == 1 + len(other)

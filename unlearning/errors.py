@@ -1,14 +1,38 @@
-"""The error that a user can fix, and the suggestion that it makes."""
+"""The error that a user can fix, and the suggestions that its message makes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """An error that the user can fix; its message says how. The command line prints it without a traceback."""
+    """A mistake that the user can fix; the message says how. The command line prints it without a traceback."""
 
 
-def did_you_mean(word: str, known: Iterable[str], exact: Sequence[str] = ()) -> str:
-    """A sentence that suggests the nearest of the `known` names, or the `exact` ones if given; "" if none is near."""
-    near = list(exact[:3]) or get_close_matches(word.lower(), list(known), n=1)
-    return f" Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""
+def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Those of the `known` words that `word` may be a typo of, the nearest first.
+
+    Args:
+        word: What was given, in any case.
+        most: The number of suggestions at most.
+        cutoff: The least similarity of a suggestion, from 0 to 1 (equal).
+    """
+    by_lower = {name.lower(): name for name in known}
+    near = get_close_matches(str(word).lower(), by_lower, n=most, cutoff=cutoff)
+    return [by_lower[name] for name in near]
+
+
+def suggest(names: Iterable[str]) -> str:
+    """ " Did you mean a or b?" with a space before it, to end a message with; "" without names."""
+    text = " or ".join(names)
+    return f" Did you mean {text}?" if text else ""
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """ " Did you mean a or b?", of the `known` words `nearest` to `word`; "" where none is near."""
+    return suggest(nearest(word, known, most, cutoff))
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among the `known` ones, which suggests the nearest and lists all."""
+    known = list(known)
+    return UserError(f"Unknown {kind} {given!r}.{did_you_mean(given, known, 3, 0.4)} Known: {', '.join(known)}.")

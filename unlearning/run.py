@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.attacks.base import Attack, targets
 from unlearning.concepts import ERASE, UnlearningTask
-from unlearning.config.naming import inward
+from unlearning.config.decisive import decisive
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
@@ -191,8 +191,8 @@ class Run:
     def _fit_key(self) -> str:
         """A digest of all that the erasure depends on: model, method, trainer, seed, earlier erasures, known data."""
         known = (self.task.erase, self.task.retain, self.task.template)
-        trainer = self.settings.get("trainer", {})
-        settings = (self.settings.get("method"), {name: trainer[name] for name in inward(trainer)})
+        decided = decisive(self.settings, "erasure")
+        settings = (decided.get("method"), decided.get("trainer"))
         before = [erasure.digest for erasure in self._before]
         return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._images, before)
 
@@ -350,7 +350,8 @@ class Run:
                     write_atomically(self.folder / "details" / f"{about.replace(' ', '-')}.jsonl", lines(made.details))
                 unmeasured += evaluator.failed
                 makers.append(made.made_by)
-                protocol = made.protocol + (f", pictures that could not be made: {n}" if (n := self._failed()) else "")
+                protocol = made.protocol + self._attacked_by(drawing)
+                protocol += f", pictures that could not be made: {n}" if (n := self._failed()) else ""
                 for key, value in made.values.items():
                     _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
                 if made.values:
@@ -359,6 +360,13 @@ class Run:
         for label, evaluator in silent.items():
             log.warning("%s measured nothing: it needs %s.", label, evaluator.needs)
         return metrics | ({"cost/unmeasured": Metric(unmeasured)} if unmeasured else {})
+
+    def _attacked_by(self, drawing: str) -> str:
+        """What a protocol says of the attack that a drawing comes from: its name, version and settings."""
+        if drawing in (BASE, ERASED):
+            return ""
+        attack = self.attacks[drawing.removeprefix(ATTACKED)]
+        return f", by {type(attack).__name__} {attack.version} with settings {key_of(attack)[:8]}"
 
     def _manifest(self, drawing: str) -> list[Row]:
         path = self.folder / "images" / f"{drawing}.csv"

@@ -1,4 +1,4 @@
-"""Every mistake a user is likely to make at the command line is answered with what was probably meant."""
+"""Every mistake that a user is likely to make on the command line is answered with what was probably meant."""
 
 import subprocess
 import sys
@@ -6,22 +6,25 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 
 from unlearning.config.suggestions import explain
 
-REAL = Path(__file__).parents[1] / "conf"
+REAL = Path(__file__).parents[2] / "conf"
 
 TREE = {
     "config.yaml": """
-        defaults: [{method: esd_x}, {dataset: objects}, {evaluator: [fid, accuracy]}, _self_]
+        defaults: [{method: esd_x}, {dataset: objects}, {attack: []}, {evaluator: [fid, accuracy]}, _self_]
+        attack: {}
         concept: cat
         seed: 0""",
     "method/_base.yaml": "steps: 100",
     "method/esd_x.yaml": "{defaults: [_base], eta: 1.0}",
     "method/uce.yaml": "lamb: 1.0",
-    "method/broken.yaml": "defaults: [esd_y]",
+    "method/broken.yaml": "defaults: [zzzz]",
     "dataset/objects.yaml": "name: objects",
     "dataset/folder.yaml": "path: ???",
+    "attack/cce.yaml": "# @package attack.cce\niterations: 10",
     "evaluator/fid.yaml": "# @package evaluator.fid\nimages: 10",
     "evaluator/accuracy.yaml": "# @package evaluator.accuracy\nbatch_size: 8",
     "evaluator/nudenet.yaml": "# @package evaluator.nudenet\nthreshold: 0.6",
@@ -37,8 +40,8 @@ def conf(tmp_path):
     return tmp_path
 
 
-def said(conf: Path, *argv: str) -> str:
-    """What a user is told who types `unlearn argv`."""
+def message(conf: Path, *argv: str) -> str:
+    """The error message for a user who types `unlearn argv`."""
     with pytest.raises(Exception) as caught, initialize_config_dir(str(conf), version_base="1.3"):
         config = compose("config", overrides=list(argv))
         assert config.dataset.path
@@ -46,57 +49,66 @@ def said(conf: Path, *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("argv", "answer"),
+    ("argv", "key", "suggestion"),
     [
-        (["concpet=cat"], "There is no setting `concpet`. Did you mean `concept`?"),
-        (["methd=uce"], "There is no setting `methd`. Did you mean `method`?"),
-        (["method=esdx"], "There is no method `esdx`. Did you mean `esd_x`? Methods: broken, esd_x, uce."),
-        (["method=ESD-x"], "There is no method `ESD-x`. Did you mean `esd_x`? Methods: broken, esd_x, uce."),
-        (["method=zzzz"], "There is no method `zzzz`. Methods: broken, esd_x, uce."),
-        (["method.etaa=2"], "method has no setting `etaa`. Did you mean `eta`?"),
-        (["method=uce", "method.zzzz=2"], "method has no setting `zzzz`. Settings: lamb."),
-        (["eta=2"], "There is no setting `eta`. Did you mean `method.eta`?"),
-        (["evaluator=[fidd]"], "There is no evaluator `fidd`. Did you mean `fid`? Evaluators: accuracy, fid, nudenet."),
-        (["evaluator.fid.imags=3"], "evaluator.fid has no setting `imags`. Did you mean `images`?"),
-        (["evaluator.fidd.images=3"], "evaluator has no setting `fidd`. Did you mean `fid`?"),
-        (
-            ["evaluator.nudenet.threshold=1"],
-            "The evaluator `nudenet` is not part of this run. Choose it too: `evaluator=[accuracy,fid,nudenet]`.",
-        ),
-        (["experiment=table1"], "Could not override 'experiment'. No match in the defaults list.\nTo append"),
-        (["dataset=folder"], "`dataset.path` has no value. Give it one: `dataset.path=...`."),
-        (["uce"], "`uce` is not of the form setting=value. Did you mean `method=uce`?"),
-        (["seed=1", "concept=tabby", "cat"], "Cannot read `cat`. Did you mean 'concept=tabby cat', with the quotes?"),
-        (["concept=cat,", "dog"], "Cannot read `concept=cat,`. Did you mean 'concept=[cat, dog]', with the quotes?"),
-        (["+seed=3"], "Could not append to config. An item is already at 'seed'."),
-        (["~sed"], "Could not delete from config. 'sed' does not exist."),
+        (["concpet=cat"], "concpet", "concept"),
+        (["methd=uce"], "methd", "method"),
+        (["method=esdx"], "method `esdx`", "esd_x"),
+        (["method=ESD-x"], "method `ESD-x`", "esd_x"),
+        (["method.etaa=2"], "method has no setting `etaa`", "eta"),
+        (["eta=2"], "eta", "method.eta"),
+        (["evaluator=[fidd]"], "evaluator `fidd`", "fid"),
+        (["attack=[ccee]"], "attack `ccee`", "cce"),
+        (["evaluator.fid.imags=3"], "evaluator.fid has no setting `imags`", "images"),
+        (["evaluator.fidd.images=3"], "evaluator has no setting `fidd`", "fid"),
+        (["uce"], "uce", "method=uce"),
+        (["seed=1", "concept=tabby", "cat"], "cat", "'concept=tabby cat'"),
+        (["concept=cat,", "dog"], "concept=cat,", "'concept=[cat, dog]'"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(conf, argv, answer):
-    assert said(conf, *argv).startswith(answer)
+def test_a_mistake_is_answered_with_what_was_meant(conf, argv, key, suggestion):
+    answer = message(conf, *argv)
+    assert key in answer.partition("Did you mean")[0] and f"Did you mean {suggestion}" in answer
 
 
-def test_an_unreadable_override_is_named(conf):
-    assert "`method.eta=[1`" in said(conf, "method.eta=[1")
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["method=zzzz"], ["method `zzzz`", "broken, esd_x, uce"]),
+        (["method=uce", "method.zzzz=2"], ["method has no setting `zzzz`", "lamb"]),
+        (["evaluator.nudenet.threshold=1"], ["`nudenet`", "`evaluator=[accuracy,fid,nudenet]`"]),
+        (["attack.cce.iterations=1"], ["`cce`", "`attack=[cce]`"]),
+        (["dataset=folder"], ["`dataset.path=...`"]),
+        (["experiment=table1"], ["'experiment'"]),
+        (["method.eta=[1"], ["`method.eta=[1`"]),
+        (["method=broken"], ["zzzz", "`method/broken`"]),
+        (["+seed=3"], ["'seed'"]),
+        (["~sed"], ["'sed'"]),
+    ],
+)
+def test_a_mistake_without_a_near_name_is_explained(conf, argv, words):
+    answer = message(conf, *argv)
+    assert all(word in answer for word in words) and "Did you mean" not in answer
 
 
-def test_the_file_that_asks_for_a_missing_choice_is_named(conf):
-    assert said(conf, "method=broken").endswith("(`method/broken` asks for it.)")
+def test_a_missing_plugin_names_the_extra_that_installs_it(conf):
+    error = MissingConfigException("", missing_cfg_file="hydra/launcher/joblib", options=["basic"])
+    assert "pip install 'unlearning[sweeps]'" in explain(error, conf)
 
 
-def test_any_other_error_speaks_for_itself(conf):
+def test_any_other_error_keeps_its_own_words(conf):
     assert explain(ValueError("one\ntwo\n\nthree"), conf, []) == "one\ntwo"
     assert explain(ValueError(), conf, []) == "ValueError"
 
 
-@pytest.mark.parametrize(("argv", "answer"), [("concpet=cat", "`concept`"), ("method=esdx", "`esd_x`")])
-def test_the_real_configuration(argv, answer):
+@pytest.mark.parametrize(("argv", "suggestion"), [("concpet=cat", "concept"), ("method=esdx", "esd_x")])
+def test_the_real_configuration(argv, suggestion):
     with pytest.raises(Exception) as caught, initialize_config_dir(str(REAL), version_base="1.3"):
         compose("config", overrides=[argv])
-    assert f"Did you mean {answer}?" in explain(caught.value, REAL, [argv])
+    assert f"Did you mean {suggestion}?" in explain(caught.value, REAL, [argv])
 
 
 def test_nothing_heavy_is_imported_for_an_answer():
     heavy = "{'torch', 'pytorch_lightning', 'diffusers', 'transformers', 'wandb'} & set(sys.modules)"
-    program = f"import sys, unlearning.suggestions; assert not {heavy}, {heavy}"
+    program = f"import sys, unlearning.config.suggestions; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", program], check=True)

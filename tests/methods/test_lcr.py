@@ -130,7 +130,7 @@ def test_a_detector_that_trips_over_a_picture_is_a_failure_of_that_picture(unlea
     monkeypatch.setattr(NudeNet, "_boxes", trips)
     with pytest.raises(SystemExit) as stop:
         unlearn(*SMALL, *NUDENET, *photos)
-    assert "pictures that could not be made: 1" in str(stop.value.code)
+    assert "images that could not be made: 1" in str(stop.value.code)
 
 
 def test_a_failed_picture_is_in_no_manifest(unlearn, photos, tmp_path, monkeypatch):

@@ -1,58 +1,51 @@
-"""How a run is named: by what was chosen, and by a digest of every setting that its results depend on."""
+"""How a run is named: by the choices that made it, and by a hash of every setting that its images depend on."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from unlearning.config.decisive import Result, decisive
 from unlearning.store.files import digest
 
-DECISIVE = ("model", "dataset", "method", "sampler", "seed", "trainer")  # evaluators and loggers change no erasure
-OUTWARD = (  # of a trainer's settings: what it tells, and where it writes; any other decides what is learned
-    "logger",
-    "callbacks",
-    "default_root_dir",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "log_every_n_steps",
-    "profiler",
-)
+
+def joined(texts: str | Sequence[str]) -> str:
+    """One or several texts in one: "cat+dog"."""
+    return str(texts) if isinstance(texts, str | int | float) else "+".join(map(str, texts))
 
 
-def slug(text: str) -> str:
-    """Any text as a file name."""
-    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-")[:60] or "unnamed"
+def slug(texts: str | Sequence[str]) -> str:
+    """One or several texts as a file name of at most 60 characters: "Van-Gogh", "cat+dog"."""
+    return re.sub(r"[^\w.+-]+", "-", joined(texts)).strip("-")[:60] or "unnamed"
 
 
-def inward(trainer: Iterable[str]) -> list[str]:
-    """Those of a trainer's settings that may decide what is learned, by name."""
-    return [name for name in trainer if name not in OUTWARD]
+def config_hash(config: DictConfig, result: Result = "images") -> str:
+    """Eight hexadecimal digits that stand for the settings that a result depends on, by default a run's images.
 
-
-def fingerprint(config: DictConfig) -> str:
-    decisive = OmegaConf.masked_copy(config, DECISIVE)
-    decisive.trainer = OmegaConf.masked_copy(config.trainer, inward(config.trainer))  # callbacks know the run's folder
-    decisive._set_parent(config)  # interpolations reach the rest of the config
-    return digest(OmegaConf.to_container(decisive, resolve=True))[:8]
+    Two configs that differ in `model.gradient_checkpointing` alone have one hash.
+    """
+    kept = OmegaConf.create(decisive(OmegaConf.to_container(config, resolve=False), result))
+    kept._set_parent(config)  # interpolations refer to the rest of the config
+    return digest(decisive(OmegaConf.to_container(kept, resolve=True), result))[:8]
 
 
 def chosen(group: str) -> str | None:
-    """The file that a running Hydra chose of a group; None where none was chosen, and where no Hydra is running."""
+    """The name of the file that was chosen from a Hydra group; None without a choice or outside a Hydra run."""
     return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
-def together(concept: str) -> str:
-    """What a dashboard groups a run under: its experiment or, of none, the concept and where it is erased."""
+def dashboard_group(concept: str | Sequence[str]) -> str:
+    """The group of a run in a dashboard: its experiment if it has one, otherwise "model/dataset/concept"."""
     return chosen("experiment") or "/".join(filter(None, (chosen("model"), chosen("dataset"), slug(concept))))
 
 
 def register_resolvers() -> None:
-    """Makes ${package:folder}, ${slug:text}, ${fingerprint:}, ${chosen:group} and ${together:concept} known."""
+    """Registers the resolvers that conf/ uses: ${package:folder}, ${slug:texts}, ${config_hash:}, and so on."""
     OmegaConf.register_new_resolver("package", lambda name: str(Path(__file__).parents[1] / name), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("joined", joined, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
-    OmegaConf.register_new_resolver("together", together, replace=True)
-    OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)
+    OmegaConf.register_new_resolver("dashboard_group", dashboard_group, replace=True)
+    OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)

@@ -1,72 +1,75 @@
-"""Whether what a config says is known to what it configures, before any of it is built.
+"""Checks a config against the signatures of what it configures, before any of it is built.
 
-Hydra refuses an override of a setting that is not there. But a file may add any setting to a config, and a setting may
-be given a value of another kind: both are found here, by the signatures of what is built.
+Hydra refuses an override of a setting that does not exist. But a file may add any setting to a config, and any setting
+may get a value of the wrong type. Both are reported here, with the nearest name.
 """
 
-import ast
-import inspect
 import re
-import textwrap
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from difflib import get_close_matches
-from enum import Enum
-from functools import reduce
-from pathlib import Path, PurePath
+from inspect import Parameter
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import CoreConfig, SchemaValidator
 
-from unlearning.config.suggestions import did_you_mean
-from unlearning.errors import UserError
+from unlearning.config.signatures import parameters
+from unlearning.config.suggestions import no_such_setting, not_chosen
+from unlearning.errors import UserError, nearest
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-LATER = {"method.trainer"}  # given by the command line itself
+NAMED_LISTS = ("attack", "evaluator", "logger")  # groups of which a run has any number, each under its file's name
+UNCHECKED = ("paths", "judge")  # groups whose settings other groups refer to, and which build nothing themselves
+NUMBERS = ("int", "float", "bool")  # pydantic would make 3 of "3", and True of 1 or "yes"
+LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type", "sequence_str")
+Schema = Mapping[str, Any]
 
 
 def check_names(cfg: DictConfig, conf: Path) -> None:
-    """Raises UserError for a name that no file of `conf` has, at the top of the config or in a group without _target_.
+    """Checks the names that no signature knows: those at the top of a config, and those of groups that build nothing.
 
-    A name that another setting refers to (${name}) is the user's own.
+    A name that another setting refers to as ${name} is the user's own, and accepted.
+
+    Args:
+        cfg: The composed config.
+        conf: The folder of the configuration.
+
+    Raises:
+        UserError: For a name that no file in `conf` has.
     """
-    _check_evaluators()
+    _check_chosen_twice()
     raw = OmegaConf.to_container(cfg, resolve=False)
     known = {*_names(conf / "config.yaml"), *(p.name for p in conf.iterdir() if p.is_dir()), *_choices()}
     for group, choice in _choices().items():
         if (file := conf / group / f"{choice}.yaml").exists() and "@package _global_" in file.read_text():
             known |= {*_names(file)} if group != "experiment" else set()
     _check_names("", raw, known, raw)
-    for group in ("paths", "judge"):
-        _check_names(
-            group, raw.get(group) or {}, {n for file in (conf / group).glob("*.yaml") for n in _names(file)}, raw
-        )
-    for group in ("evaluator", "logger"):
+    for group in UNCHECKED:
+        files = (conf / group).glob("*.yaml")
+        _check_names(group, raw.get(group) or {}, {name for file in files for name in _names(file)}, raw)
+    for group in NAMED_LISTS:
         ours, nodes = {file.stem for file in (conf / group).glob("*.yaml")}, raw.get(group) or {}
         for name in (name for name, node in nodes.items() if "_target_" not in (node or {})):
             _check_names(group, [name], ours, raw)
             chosen = [other for other in nodes if other != name]
-            raise UserError(
-                f"The {group} `{name}` is not part of this run. Choose it too: `{group}=[{','.join([*chosen, name])}]`."
-            )
+            raise UserError(not_chosen(group, name, chosen))
 
 
-def _check_evaluators() -> None:
-    """Raises UserError where two papers' rules are chosen for one evaluator, of which Hydra lets the last one win."""
-    told = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    for override in OverridesParser.create().parse_overrides(list(told)):
-        chosen, first = override.value(), {}
-        for name in chosen if override.key_or_group == "evaluator" and isinstance(chosen, list) else ():
-            kind = str(name).partition("/")[0]
+def _check_chosen_twice() -> None:
+    """Raises UserError for two variants of one evaluator or attack, of which Hydra would keep only the last."""
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    for override in OverridesParser.create().parse_overrides(list(typed)):
+        group, chosen = override.key_or_group, override.value()
+        first: dict[str, str] = {}
+        for name in map(str, chosen) if group in NAMED_LISTS and isinstance(chosen, list) else ():
+            kind = name.partition("/")[0]
             if first.setdefault(kind, name) != name:
                 raise UserError(
-                    f"`{first[kind]}` and `{name}` are one evaluator, {kind}, by two protocols; a run has it once. "
-                    "NudeNet's boxes are counted by another rule afterwards: "
+                    f"`{first[kind]}` and `{name}` are one {group}, {kind}, with other settings; a run has it once. "
+                    "NudeNet's boxes can be counted by another rule afterwards: "
                     "python -m unlearning.evaluators.nudenet --help."
                 )
 
@@ -79,138 +82,124 @@ def _names(file: Path) -> Iterator[str]:
     return (str(name) for name in OmegaConf.load(file) if name != "defaults")
 
 
-def _check_names(path: str, names: Iterable[str], known: set[str], whole: object) -> None:
+def _check_names(path: str, names: Iterable[str], known: Iterable[str], whole: object) -> None:
     for name in names:
         if name not in known and not re.search(rf"\$\{{{re.escape(f'{path}.{name}'.strip('.'))}\b", str(whole)):
-            raise UserError(_no_such_setting(path, name, known))
-
-
-def _no_such_setting(path: str, name: str, known: Iterable[str]) -> str:
-    text = f"{path} has no setting `{name}`." if path else f"There is no setting `{name}`."
-    return text + (did_you_mean(name, known) or f" Settings: {', '.join(sorted(known))}.")
+            raise UserError(no_such_setting(path, name, known))
 
 
 def check(settings: object, path: str = "") -> None:
-    """Raises UserError for the first setting that what it configures does not know, needs, or takes in this kind.
+    """Compares every part of the settings that has a `_target_` with the signature of that target.
 
     Args:
-        settings: Resolved settings. Whatever has a _target_ is compared with that one's signature.
-        path: The dotted name of where they stand.
+        settings: Resolved settings.
+        path: The dotted name of `settings` in the config.
+
+    Raises:
+        UserError: For the first setting that its target does not know, needs, or takes with a value of another type.
     """
-    if isinstance(settings, Mapping) and isinstance(settings.get("_target_"), str):
-        _check_against(_located(settings["_target_"], path), settings, path)
-    children = (
-        settings.items() if isinstance(settings, Mapping) else enumerate(settings) if isinstance(settings, list) else ()
-    )
+    if _is_built(settings) and (target := _target(settings["_target_"], path)):
+        _check_against(target, settings, path)
+    children: Iterable[tuple[object, object]] = ()
+    if isinstance(settings, Mapping):
+        children = settings.items()
+    elif isinstance(settings, list):
+        children = enumerate(settings)
     for name, child in children:
         check(child, f"{path}.{name}" if path else str(name))
 
 
-def _located(target: str, path: str) -> Callable | None:
+def _is_built(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("_target_"), str)
+
+
+def _target(name: str, path: str) -> Callable | None:
     try:
-        return get_object(target)
+        return get_object(name)
     except (ImportError, ValueError) as error:
         if path.startswith("logger."):
-            return None  # one that cannot be built is left out
+            return None  # the run warns, and goes on without it
         why = (str(error).splitlines() or [type(error).__name__])[-1]
-        raise UserError(f"`{path}._target_` is {target}, which cannot be found. {why}") from None
+        raise UserError(f"`{path}._target_` is {name}, which cannot be imported. {why}") from None
 
 
-def _check_against(target: Callable | None, settings: Mapping, path: str) -> None:
+def _check_against(target: Callable, settings: Mapping, path: str) -> None:
     known, complete = parameters(target)
     given = {name: value for name, value in settings.items() if not name.startswith("_")}
     for name, value in given.items():
         full = f"{path}.{name}"
         if name not in known:
-            if complete or get_close_matches(name, known, cutoff=0.8):  # a near miss is meant for nobody else
-                raise UserError(_no_such_setting(path, name, known))
+            if complete or nearest(name, known, cutoff=0.8):  # otherwise it may be meant for what **keywords go to
+                raise UserError(no_such_setting(path, name, known))
         elif value == "???":
-            if full not in LATER:
+            if not is_trainer_of_method(full):
                 raise UserError(f"`{full}` has no value. Give it one: `{full}=...`.")
-        elif not (value is None or isinstance(value, Mapping) or accepts(known[name].annotation, value)):
-            raise UserError(f"`{full}` has to be {_wanted(known[name].annotation)}, and is {value!r}.")
-    needed = [name for name, p in known.items() if p.default is p.empty and name not in given]
-    if needed and complete and not settings.get("_partial_") and "_args_" not in settings:
-        raise UserError(f"{path} needs the setting `{needed[0]}`, which has no value.")
+        else:
+            check_value(full, value, known[name].annotation)
+    missing = [name for name, p in known.items() if p.default is Parameter.empty and name not in given]
+    if missing and complete and not settings.get("_partial_") and "_args_" not in settings:
+        raise UserError(f"{path} needs the setting `{missing[0]}`, which has no value.")
 
 
-def parameters(target: Callable | None) -> tuple[dict[str, inspect.Parameter], bool]:
-    """What a function or a class may be given by name, and whether that is all.
+def is_trainer_of_method(path: str) -> bool:
+    """Whether a dotted name is that of a method's trainer, or of a stage's: the command line fills these in."""
+    first, *_, last = path.split(".")
+    return (first, last) == ("method", "trainer")
 
-    A class passes the rest on to its parents, a function to what it calls with it. Annotations are types, or Any where
-    they cannot be told.
+
+def check_value(name: str, value: object, hint: Any) -> None:
+    """Compares the value of a setting with a type hint, as pydantic reads it, ranges such as Annotated[int, Ge(1)] too.
+
+    A number may stand for text (a concept may be called 1984), text for a path or an enum, a list for any sequence;
+    text is no number, and a number is no boolean. What Hydra builds is not compared, nor is anything with a hint that
+    pydantic does not understand.
+
+    Args:
+        name: The dotted name of the setting.
+
+    Raises:
+        UserError: If the value does not fit.
     """
-    is_class, known = inspect.isclass(target), {}
-    layers = [c.__init__ for c in target.__mro__[:-1] if "__init__" in vars(c)] if is_class else [target]
-    for layer in layers:
-        try:
-            signature = list(inspect.signature(layer).parameters.values())[is_class:]
-        except (TypeError, ValueError):
-            return known, False
-        hints: dict[str, Any] = {}
-        with suppress(Exception):  # a hint may name anything
-            hints = typing.get_type_hints(layer)
-        named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        known = {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named} | known
-        rest = next((p.name for p in signature if p.kind is p.VAR_KEYWORD), None)
-        if rest is None:
-            return known, True
-    receiver = None if is_class else _receiver(target, rest)
-    if receiver is None:
-        return known, not layers  # a class without an __init__ takes nothing
-    passed, complete = parameters(receiver)  # and what that needs the function may give it
-    return {name: p.replace(default=None) for name, p in passed.items()} | known, complete
-
-
-def _receiver(function: Callable, rest: str) -> Callable | None:
-    """What the source of a function calls with `**rest`: f(**rest), module.f(**rest) or super().f(**rest).
-
-    None where that is not one thing that can be told.
-    """
+    if _is_built(value) or (validator := _validator(hint)) is None:
+        return
     try:
-        source = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        [called] = {
-            ast.unparse(call.func)
-            for call in ast.walk(source)
-            if isinstance(call, ast.Call) and any(k.arg is None and ast.unparse(k.value) == rest for k in call.keywords)
-        }
-        names = inspect.getclosurevars(function)
-        start, *attributes = called.split(".")
-        if start == "super()":
-            return getattr(super(names.nonlocals["__class__"], function.__self__), *attributes)
-        return reduce(getattr, attributes, {**names.builtins, **names.globals, **names.nonlocals}[start])
-    except (OSError, SyntaxError, TypeError, ValueError, LookupError, AttributeError):
+        validator.validate_python(_without_built(value))
+    except ValidationError as error:
+        raise UserError(_explain(name, value, error)) from None
+
+
+def _validator(hint: Any) -> SchemaValidator | None:
+    """What compares values with `hint`; None if pydantic does not understand it."""
+    try:
+        adapter: TypeAdapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (PydanticUserError, NameError, TypeError):
         return None
+    if not adapter.pydantic_complete:  # the hint names a type that only a type checker can resolve
+        return None
+    return SchemaValidator(_with_strict_numbers(adapter.core_schema), CoreConfig(coerce_numbers_to_str=True))
 
 
-def accepts(hint: Any, value: object) -> bool:
-    """Whether a value of a config may be given where `hint` is asked for; yes, wherever that cannot be told."""
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(accepts(one, value) for one in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (int, float):
-        return isinstance(value, int if origin is int else int | float) and not isinstance(value, bool)
-    if origin in (Any, Callable) or not inspect.isclass(origin):
-        return True
+def _with_strict_numbers(schema: Any) -> Any:
+    if isinstance(schema, Mapping):
+        inner = {key: _with_strict_numbers(value) for key, value in schema.items()}
+        return inner | {"strict": True} if schema.get("type") in NUMBERS else inner
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_with_strict_numbers, schema))
+    return schema
+
+
+def _without_built(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_built(inner) for key, inner in value.items() if not _is_built(inner)}
     if isinstance(value, list):
-        each = inner[0] if len(inner) == 1 or (len(inner) == 2 and inner[1] is ...) else Any
-        takes = issubclass(list, origin) or issubclass(origin, tuple | set)
-        return takes and all(isinstance(v, Mapping) or accepts(each, v) for v in value)
-    if origin is str:
-        return isinstance(value, str | int | float)  # a concept may be called 1984
-    return (isinstance(value, str) and issubclass(origin, PurePath | Enum)) or isinstance(value, origin)
+        return [_without_built(inner) for inner in value if not _is_built(inner)]
+    return value
 
 
-def _wanted(hint: Any) -> str:
-    """The hint in words."""
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        words = dict.fromkeys(map(_wanted, inner))
-        return " or ".join(word for word in words if "tensor" not in word.lower())
-    if origin is typing.Literal:
-        return " or ".join(map(repr, inner))
-    if inspect.isclass(origin) and issubclass(origin, list | tuple | set):
-        return "a list"
-    return KINDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
+def _explain(name: str, value: object, error: ValidationError) -> str:
+    errors = error.errors()
+    if len(errors) == 1 and (inner := errors[0]["loc"]):  # an entry of a list or a mapping
+        name, value = ".".join(map(str, (name, *inner))), errors[0]["input"]
+    kinds = [e for e in errors if e["type"] != "is_instance_of"] or errors  # a config cannot hold a tensor
+    wanted = dict.fromkeys("a list" if e["type"] in LISTS else e["msg"].removeprefix("Input should be ") for e in kinds)
+    return f"`{name}` has to be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."

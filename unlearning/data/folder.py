@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask
 from unlearning.config.naming import slug
+from unlearning.config.signatures import forwards_to
 from unlearning.data import prompt
 from unlearning.errors import UserError
 
@@ -123,8 +124,15 @@ def _inputs(pictures: Pictures, root: Path) -> tuple[Input, ...]:
     return tuple(Input(str(p.relative_to(root)), ERASE, partial(pictures.load, p)) for p in pictures.paths)
 
 
+@forwards_to(prompt.task)
 def folder(
-    concept: str, forget: str, retain: str | None = None, input: str | None = None, *, size: int = 512, **settings
+    concept: str,
+    forget: str | None,
+    retain: str | None = None,
+    input: str | None = None,
+    *,
+    size: int = 512,
+    **settings,
 ) -> UnlearningTask:
     """Erases what the images of `forget` show and `concept` names.
 

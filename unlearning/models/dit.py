@@ -67,9 +67,7 @@ class DiT(StableDiffusion):
         if len(classes) == 1:
             return classes.pop()
         if classes:
-            raise UserError(
-                f"{prompt!r} names several classes ({', '.join(named)}); {self.name} takes one an image."
-            )
+            raise UserError(f"{prompt!r} names several classes ({', '.join(named)}); {self.name} takes one an image.")
         words = re.findall(r"\w{3,}", prompt.lower())
         near = [label for label in self._labels if set(words) & set(label.split())]
         near += [label for word in words for label in get_close_matches(word, self._labels, 2, 0.7)]

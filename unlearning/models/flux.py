@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from unlearning.config.signatures import forwards_to
 from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -24,6 +25,7 @@ class Flux(StableDiffusion):
     embedded_guidance = 3.5
 
     @classmethod
+    @forwards_to(StableDiffusion.load)
     def load(cls, path: str, *, embedded_guidance: float = 3.5, **settings) -> "Flux":
         """StableDiffusion.load.
 

@@ -14,13 +14,13 @@ from functools import cached_property
 from itertools import accumulate
 from statistics import mean, stdev
 
+from unlearning.config.decisive import decides
 from unlearning.errors import UserError
 from unlearning.reporting.formats import Cell, Note, Table, listed
 from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 
 BY = ("model", "dataset", "concept", "method")
-DECISIVE = ("model", "dataset", "sampler", "method", "trainer", "attack", "after")  # their settings decide a result
 METHOD = ("method", "trainer", "after")  # those of them in which competing rows may differ
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 PROTOCOL, REPEATED, SEPARATED, PUBLISHED, COVERAGE = "†‡§¶‖"  # marks of footnotes
@@ -69,20 +69,11 @@ def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...
 
     As few settings as possible. A setting that a run does not have differs from nothing.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
+    names = dict.fromkeys(name for run in runs for name in run.settings if decides(name))
     for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
         if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
             by = (*by, name)
     return tuple(by)
-
-
-def _decides(name: str) -> bool:
-    """Whether images depend on a setting: not on how fast they are made, and not on what a trainer logs."""
-    from unlearning.config.naming import OUTWARD  # imports Hydra, for which --help should not wait
-
-    group, *rest = name.rpartition("@")[2].split(".")
-    faster = ("sampler.batch_size", "model.device", "model.offload", "model.attention_slicing", "model.compile")
-    return group in DECISIVE and name not in faster and not (group == "trainer" and rest and rest[0] in OUTWARD)
 
 
 def _differ(runs: Iterable[FinishedRun], name: str) -> bool:

@@ -1,7 +1,7 @@
-"""Whether a run has nothing left to do, told in milliseconds: nothing heavy is imported, no model is loaded.
+"""Whether a run has nothing left to do, checked in milliseconds: nothing heavy is imported and no model is loaded.
 
-A run that has ended leaves a digest of its settings and of the state of every file they name. The same settings over
-the same files are the same run; after any change the stages look for themselves what is left to do.
+A finished run leaves a hash of its settings and of the state of every file that they name. The same settings over the
+same files are the same run. After any change, each stage finds out itself what is left to do.
 """
 
 import json
@@ -13,9 +13,7 @@ from pathlib import Path
 from unlearning.store.files import digest, write_atomically
 
 MARK = ".finished"
-CHANGE_NOTHING = ("stages", "objective")  # of what a run leaves on disk
-NAME_FILES = ("model", "dataset", "method", "evaluator")  # groups whose settings may be a user's files
-LEFT = {
+LEFT = {  # by stage, a file or folder that it writes
     "fit": "erasure",
     "attack": "erasure",
     "generate": "images/erased.csv",
@@ -24,8 +22,12 @@ LEFT = {
 }
 
 
-def state(settings: object) -> list[tuple]:
-    """(path, size, time of the last change) of every file that a setting names, or that lies below what it names."""
+def state(settings: object) -> list[tuple[str, int, int]]:
+    """(path, size in bytes, time of the last change in ns) of every file that a setting names.
+
+    Of a folder, every file below it; of a repository on the Hugging Face hub, the files that say which version of it is
+    in the local cache.
+    """
     return sorted((str(path), (s := path.stat()).st_size, s.st_mtime_ns) for path in set(_files(settings)))
 
 
@@ -34,29 +36,32 @@ def _files(settings: object) -> Iterator[Path]:
         for value in settings.values() if isinstance(settings, Mapping) else settings:
             yield from _files(value)
     elif isinstance(settings, str) and settings.strip("./"):
-        if os.path.exists(settings):  # which, unlike Path.exists, takes any text
+        if os.path.exists(settings):  # unlike Path.exists, it accepts any text
             path = Path(settings)
             yield from (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", settings):
-            yield from _downloaded(settings)
+            yield from _hub_versions(settings)
 
 
-def _downloaded(repository: str) -> Iterator[Path]:
-    """The files that say which version of a repository of the Hugging Face hub is in the local cache."""
+def _hub_versions(repository: str) -> Iterator[Path]:
     from huggingface_hub import constants
 
     refs = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs"
     yield from (p for p in refs.rglob("*") if p.is_file())
 
 
-def key(settings: Mapping) -> str:
-    """A digest of all that a run is told, and of the files that it is told of."""
-    told = {name: value for name, value in settings.items() if name not in CHANGE_NOTHING}
-    return digest(told, state([told.get(name) for name in NAME_FILES]))
+def key(settings: Mapping, files: object) -> str:
+    """A hash of all that a run leaves on disk depends on.
+
+    Args:
+        settings: All settings that decide what the run leaves.
+        files: Those of the settings that may name files which the run reads.
+    """
+    return digest(settings, state(files))
 
 
 def finished(folder: Path, key: str, stages: Sequence[str]) -> bool:
-    """Whether these stages have been through in `folder` with the settings of `key`, and what they left is there."""
+    """Whether `stages` have ended in `folder` with the settings of `key`, and their files are still there."""
     done = _read(folder / MARK)
     return done.get("key") == key and all(
         stage in done["stages"] and (folder / LEFT[stage]).exists() for stage in stages
@@ -64,7 +69,7 @@ def finished(folder: Path, key: str, stages: Sequence[str]) -> bool:
 
 
 def finish(folder: Path, key: str, stages: Sequence[str]) -> None:
-    """Notes that these stages have been through."""
+    """Records in `folder` that `stages` have ended with the settings of `key`."""
     done = _read(folder / MARK)
     before = done["stages"] if done.get("key") == key else []
     write_atomically(folder / MARK, json.dumps({"key": key, "stages": sorted({*before, *stages})}))

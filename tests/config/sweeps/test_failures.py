@@ -32,7 +32,6 @@ def test_jobs_that_would_overwrite_each_other_are_refused_before_any_is_run(told
 
 
 def test_a_study_whose_trials_would_overwrite_each_other_is_refused(told_by):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     search = ["evaluator=nudenet", "evaluator.nudenet.threshold=interval(0.3,0.9)", "objective=efficacy/nudenet_rate"]
     assert "`evaluator.nudenet.threshold=0.3` and `ev" in told_by("hydra/sweeper=study", *search)
 

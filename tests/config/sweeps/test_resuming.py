@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.config.sweeps.commands import FEW, in_a_process, numbers
 from tests.run.small import files
-from unlearning.config import instances as sharing
+from unlearning.config import instances
 from unlearning.run import Run
 
 
@@ -31,7 +31,7 @@ def test_a_sweep_started_again_does_only_what_is_missing(sweep, tmp_path, monkey
     assert {p for p in changed if not p.endswith((".log", "multirun.yaml"))} == {
         p for p in changed if p.startswith(str(gone.parent.relative_to(runs)))
     } - {str((gone.parent / "__main__.log").relative_to(runs))}
-    sharing.forget()
+    instances.clear()
     loads()
     sweep(*command)
     assert loads() == 0 and len(executed) == 1
@@ -50,12 +50,12 @@ def test_other_evaluators_stages_or_files_are_not_taken_for_done(unlearn, tmp_pa
     assert [times("stages=[fit]"), times("stages=[fit]")] == [1, 0]
     assert [times(), times(), times("stages=[fit]"), times("stages=[report]")] == [1, 0, 0, 0]
     assert [times("evaluator=nudenet"), times("evaluator=nudenet"), times()] == [1, 0, 1]
-    assert [times("objective=null"), times("sampler.batch_size=3")] == [0, 1]
-    assert times("sampler.batch_size=3") == 0
+    assert [times("objective=null"), times("sampler.batch_size=3"), times("sampler.steps=3")] == [0, 0, 1]
+    assert times("sampler.steps=3") == 0
     os.utime(next(sd1.rglob("*.safetensors")))
-    assert times("sampler.batch_size=3") == 1, "a file that a setting names has changed"
+    assert times("sampler.steps=3") == 1, "a file that a setting names has changed"
     (tmp_path / "run" / "report.html").unlink()
-    assert [times("sampler.batch_size=3"), times("sampler.batch_size=3")] == [1, 0]
+    assert [times("sampler.steps=3"), times("sampler.steps=3")] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import weakref
 
 from tests.run.small import at_call
-from unlearning.config import instances as sharing
+from unlearning.config import instances
 from unlearning.methods.uce import UCE
 
 
@@ -13,7 +13,7 @@ def test_jobs_share_the_model_and_leave_what_single_runs_leave(sweep, unlearn, t
     sweep("method=uce", "seed=0,1", "stages=[fit]")
     assert loads() == 1
     for method, settings in {"esd_x": train, "uce": []}.items():
-        sharing.forget()
+        instances.clear()
         alone = unlearn("dataset=prompt", f"method={method}", *settings, "seed=1", "stages=[fit]", run=method)
         [together] = (tmp_path / "runs").rglob(f"{method}/seed1*/erasure/weights.safetensors")
         assert together.read_bytes() == (alone / "erasure" / "weights.safetensors").read_bytes()
@@ -24,17 +24,17 @@ def test_memory_never_holds_two_models(monkeypatch):
         def __init__(self):
             self.itself = self  # as networks do
 
-    first = weakref.ref(sharing.shared("model", {"path": "one"}, Network))
-    assert sharing.shared("model", {"path": "one"}, lambda: 1 / 0) is first()
+    first = weakref.ref(instances.reuse("model", {"path": "one"}, Network))
+    assert instances.reuse("model", {"path": "one"}, lambda: 1 / 0) is first()
 
     def second():
         assert first() is None
         return Network()
 
-    sharing.shared("model", {"path": "two"}, second)
-    assert sharing.shared("other", {}, dict) == {}
-    sharing.forget()
-    assert sharing.shared("model", {"path": "two"}, lambda: "anew") == "anew"
+    instances.reuse("model", {"path": "two"}, second)
+    assert instances.reuse("other", {}, dict) == {}
+    instances.clear()
+    assert instances.reuse("model", {"path": "two"}, lambda: "anew") == "anew"
 
 
 def test_a_job_that_fails_leaves_nothing_to_share(sweep, told_by, monkeypatch, loads):

@@ -1,12 +1,15 @@
-"""Sweeps that learn: objectives, and studies that are kept."""
+"""Sweeps that learn: objectives, search spaces, and studies that are stored and continued."""
 
 import math
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 
 from tests.config.sweeps.commands import metrics
 from tests.run.small import at_call, ctrl_c
-from unlearning.config.sweeps import objective
+from unlearning.config.studies import distribution, objective
 from unlearning.errors import UserError
 from unlearning.methods.uce import UCE
 
@@ -17,76 +20,136 @@ def test_an_objective_is_what_was_measured():
     measured = {"efficacy/acc_e": 5.0, "retention/acc_s": 90.0, "efficacy/acc_e/protocol": "argmax", "cost/x": math.nan}
     assert objective(None, measured) is None and objective("efficacy/acc_e", measured) == 5.0
     assert objective(["retention/acc_s", "efficacy/acc_e"], measured) == [90.0, 5.0]
-    with pytest.raises(UserError, match="Did you mean efficacy/acc_e"):
+    with pytest.raises(UserError, match=r"ace_e.* Did you mean efficacy/acc_e"):
         objective(["efficacy/ace_e"], measured)
-    with pytest.raises(UserError, match="no sweeper can learn"):
+    with pytest.raises(UserError, match="nan"):
         objective("cost/x", measured)
 
 
-def test_a_mistyped_objective_is_told_before_a_model_is_loaded(told, loads):
-    said = told("evaluator=accuracy", "objective=[efficacy/acc_e,retention/ac_s]")
-    assert "'retention/ac_s' is no metric of this run. Did you mean retention/acc_s" in said and loads() == 0
+def test_a_mistyped_objective_is_reported_before_a_model_is_loaded(told, loads):
+    message = told("evaluator=accuracy", "objective=[efficacy/acc_e,retention/ac_s]")
+    assert "'retention/ac_s'" in message and "Did you mean retention/acc_s" in message and loads() == 0
+
+
+# --- search spaces ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "expected"),
+    [
+        ("x=interval(0.1,1)", "FloatDistribution", {"low": 0.1, "high": 1.0, "log": False, "step": None}),
+        ("x=int(interval(1,8))", "IntDistribution", {"low": 1, "high": 8, "log": False, "step": 1}),
+        ("x=tag(log, interval(1e-5,1e-3))", "FloatDistribution", {"low": 1e-5, "high": 1e-3, "log": True}),
+        ("x=int(tag(log, interval(1,64)))", "IntDistribution", {"low": 1, "high": 64, "log": True}),
+        ("x=range(2,9,3)", "IntDistribution", {"low": 2, "high": 8, "step": 3}),
+        ("x=range(0,1,0.25)", "FloatDistribution", {"low": 0.0, "high": 0.75, "step": 0.25}),
+        ("x=choice(a,b)", "CategoricalDistribution", {"choices": ("a", "b")}),
+        ("x=1,2", "CategoricalDistribution", {"choices": ("1", "2")}),
+        ("x=[a,b],[c]", "CategoricalDistribution", {"choices": ("[a,b]", "[c]")}),
+    ],
+)
+def test_an_override_is_a_distribution(override, kind, expected):
+    pytest.importorskip("optuna")
+    drawn = distribution(OverridesParser.create().parse_override(override))
+    assert type(drawn).__name__ == kind
+    assert {name: getattr(drawn, name) for name in expected} == expected
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def study(sweep, tmp_path):
-    """study() -> the stored study, after the command that searches for UCE's lamb has ended, or was interrupted."""
+def stored(tmp_path):
+    """stored() -> {study's name: its trials}, of all studies in the folder of runs."""
     optuna = pytest.importorskip("optuna")
 
-    def call(*overrides: str, trials: int = 4) -> "optuna.Study":
+    def read() -> dict[str, list]:
+        place = f"sqlite:///{tmp_path}/runs/studies.db"
+        names = optuna.get_all_study_names(place)
+        return {name: optuna.load_study(study_name=name, storage=place).trials for name in names}
+
+    return read
+
+
+@pytest.fixture
+def study(sweep, stored):
+    """study() -> the trials of the stored study, after the command that searches for UCE's lamb has ended."""
+
+    def call(trials: int = 4) -> list:
         search = ["hydra/sweeper=study", "method=uce", "method.lamb=interval(0.1,1)", "evaluator=clip_score"]
         search += ["objective=[efficacy/clip_score_e,fidelity/clip_score]"]
-        sweep(*search, "hydra.sweeper.direction=[minimize,maximize]", f"hydra.sweeper.n_trials={trials}", *overrides)
-        return stored()
+        sweep(*search, "hydra.sweeper.direction=[minimize,maximize]", f"hydra.sweeper.n_trials={trials}")
+        [trials_of_it] = stored().values()
+        return trials_of_it
 
-    def stored() -> "optuna.Study":
-        [summary] = optuna.get_all_study_summaries(f"sqlite:///{tmp_path}/runs/studies.db")
-        return optuna.load_study(summary.study_name, f"sqlite:///{tmp_path}/runs/studies.db")
-
-    call.stored = stored
     return call
 
 
-def test_a_study_that_was_interrupted_goes_on_to_its_number_of_trials(study, tmp_path, monkeypatch):
+def test_a_study_that_was_interrupted_goes_on_to_its_number_of_trials(study, stored, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, UCE, "fit", 3, ctrl_c)
         with pytest.raises(SystemExit, match="Interrupted"):
             study()
-    interrupted = study.stored().trials
+    [interrupted] = stored().values()
     assert [trial.state.name for trial in interrupted] == ["COMPLETE", "COMPLETE", "RUNNING"]
-    trials = study().trials
+    trials = study()
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE", "COMPLETE"]
-    assert trials[3].params == interrupted[2].params, "what was interrupted is made first"
+    assert trials[3].params == interrupted[2].params, "the interrupted trial runs first"
     assert all(len(trial.values) == 2 for trial in trials if trial.state.name == "COMPLETE")
-    assert len(study().trials) == 5, "and is not made again"
+    assert len(study()) == 5, "and does not run again"
     assert len(metrics(tmp_path / "runs")) == 1 and len(list(tmp_path.rglob("metrics.json"))) == 4
 
 
-def test_a_search_for_something_else_is_another_study(sweep, tmp_path):
-    optuna = pytest.importorskip("optuna")
-
-    def trials(*overrides: str, lamb: str = "interval(0.1,1)", objective: str = "efficacy/clip_score_e") -> list[int]:
-        search = ["method=uce", f"method.lamb={lamb}", f"objective={objective}", "evaluator=clip_score"]
-        sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=1", *search, *overrides)
-        studies = optuna.get_all_study_summaries(f"sqlite:///{tmp_path}/runs/studies.db")
-        assert all(study.study_name.startswith("uce of cat on emoji_unet ") for study in studies)
-        return sorted(study.n_trials for study in studies)
-
-    assert [trials(), trials("logger=csv")] == [[1], [1]]
-    assert trials(objective="fidelity/clip_score") == [1, 1]
-    assert trials(lamb="interval(0.1,2)") == [1, 1, 1]
-    assert trials("seed=1") == [1, 1, 1, 1]
-    assert trials("hydra.sweeper.n_trials=2") == [1, 1, 1, 2]
-
-
-def test_a_job_that_fails_fails_its_trial(study, tmp_path, monkeypatch):
+def test_a_job_that_fails_fails_its_trial(study, stored, monkeypatch):
     at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         study(trials=2)
     assert "1 job failed" in caught.value.code and "division by zero" in caught.value.code
-    assert [(trial.state.name, trial.values is None) for trial in study.stored().trials] == [
-        ("FAIL", True), ("COMPLETE", False)
-    ]  # fmt: skip
+    [trials] = stored().values()
+    assert [(trial.state.name, trial.values is None) for trial in trials] == [("FAIL", True), ("COMPLETE", False)]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches of jobs that are launched; a job does nothing, and its result is its `seed`."""
+    launched = []
+
+    def launch(self, job_overrides, initial_job_idx):
+        jobs = [dict(override.split("=", 1) for override in job) for job in job_overrides]
+        launched.append(jobs)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=float(job.get("seed", 0))) for job in jobs]
+
+    launchers = Plugins.instance().class_name_to_class
+    monkeypatch.setattr(launchers["hydra._internal.core_plugins.basic_launcher.BasicLauncher"], "launch", launch)
+    return launched
+
+
+def test_a_study_launches_as_many_trials_at_once_as_it_has_jobs(sweep, stored, batches):
+    sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=2", "objective=efficacy/acc_e",
+          "seed=range(0,9)", "method=uce,none", "concept=cat")  # fmt: skip
+    assert [len(jobs) for jobs in batches] == [2, 2, 1]
+    [(name, trials)] = stored().items()
+    assert name.startswith("esd_x of cat on emoji_unet ")
+    assert [trial.value for trial in trials] == [trial.params["seed"] for trial in trials]
+    assert {job["method"] for jobs in batches for job in jobs} <= {"uce", "none"}
+    assert all(job["concept"] == "cat" for jobs in batches for job in jobs)
+
+
+def test_a_search_for_something_else_is_another_study(sweep, stored, batches):
+    def counts(*overrides: str, lamb: str = "interval(0.1,1)", objective: str = "efficacy/acc_e") -> list[int]:
+        search = ["method=uce", f"method.lamb={lamb}", f"objective={objective}"]
+        sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=1", *search, *overrides)
+        return sorted(map(len, stored().values()))
+
+    assert [counts(), counts("logger=csv", "model.gradient_checkpointing=true")] == [[1], [1]]
+    assert counts(objective="retention/acc_s") == [1, 1]
+    assert counts(lamb="interval(0.1,2)") == [1, 1, 1]
+    assert counts("seed=1") == [1, 1, 1, 1]
+    assert counts("hydra.sweeper.n_trials=2") == [1, 1, 1, 2]
+
+
+def test_settings_of_a_file_are_searched_too_and_the_command_line_replaces_them(sweep, stored, batches):
+    sweep("experiment=tune", "method=esd_x", "hydra.sweeper.n_trials=1", "method.eta=2.0", "objective=efficacy/acc_e",
+          "hydra.sweeper.direction=minimize")  # fmt: skip
+    [[job]] = batches
+    assert job["method.eta"] == "2.0" and 1e-5 <= float(job["method.optimizer.lr"]) <= 1e-3

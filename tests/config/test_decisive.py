@@ -1,0 +1,74 @@
+"""Which settings decide a result: the names of folders, the tables and what is already done all depend on this."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.composed import config
+from unlearning.config.decisive import decides, decisive
+from unlearning.config.naming import config_hash
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("model.path", ["erasure", "images", "numbers", "folder"]),
+        ("model.autocast", ["erasure", "images", "numbers", "folder"]),
+        ("method.batch_size", ["erasure", "images", "numbers", "folder"]),
+        ("student@method.student", ["erasure", "images", "numbers", "folder"]),
+        ("trainer.devices", ["erasure", "images", "numbers", "folder"]),
+        ("sampler.steps", ["images", "numbers", "folder"]),
+        ("attack.cce.iterations", ["numbers", "folder"]),
+        ("evaluator.fid.count", ["numbers", "folder"]),
+        ("logger", ["folder"]),
+        ("evaluator.accuracy.classifier.device", []),
+        ("model.gradient_checkpointing", []),
+        ("sampler.batch_size", []),
+        ("trainer.callbacks.0.every_n_train_steps", []),
+        ("trainer.accelerator", []),
+        ("stages", []),
+        ("objective", []),
+    ],
+)
+def test_a_setting_decides_from_one_result_on(name, results):
+    assert [r for r in ("erasure", "images", "numbers", "folder") if decides(name, r)] == results
+
+
+def test_what_decides_nothing_is_left_out_at_any_depth():
+    settings = {
+        "model": {"path": "here", "device": "cpu", "compile": True},
+        "evaluator": {"fid": {"count": 3, "features": {"mode": "clean", "device": "cuda"}}},
+        "trainer": {"precision": "32-true", "callbacks": [{"dirpath": "there"}]},
+        "stages": ["fit"],
+    }
+    images = {"model": {"path": "here"}, "trainer": {"precision": "32-true"}}
+    assert decisive(settings) == images
+    assert decisive(settings, "numbers") == images | {"evaluator": {"fid": {"count": 3, "features": {"mode": "clean"}}}}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.gradient_checkpointing=true", "model.attention_slicing=true", "model.compile=true", "model.device=auto",
+        "sampler.batch_size=1", "evaluator=nudenet", "stages=[fit]", "title=another", "trainer.log_every_n_steps=5",
+        "trainer.accelerator=auto", "+trainer.default_root_dir=${paths.output_dir}",
+        "trainer.callbacks=[{dirpath: '${paths.output_dir}'}]",
+    ],
+)  # fmt: skip
+def test_runs_with_the_same_images_have_one_name(tmp_path, override):
+    assert config_hash(config(tmp_path, "method=uce", override)) == config_hash(config(tmp_path, "method=uce"))
+
+
+def test_runs_with_other_images_have_other_names(tmp_path):
+    overrides = ["method.lamb=0.1", "sampler.steps=3", "dataset.images_per_prompt=3", "model.dtype=bfloat16", "seed=1",
+                 "trainer.precision=16-mixed", "+trainer.gradient_clip_val=1", "+trainer.not_known_yet=1",
+                 "concept=dog"]  # fmt: skip
+    hashes = {config_hash(config(tmp_path, "method=uce", override)) for override in ["seed=0", *overrides]}
+    assert len(hashes) == 1 + len(overrides)
+
+
+def test_nothing_is_imported_to_know_it():
+    heavy = "{'hydra', 'omegaconf', 'torch'} & set(sys.modules)"
+    program = f"import sys, unlearning.config.decisive; assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,19 @@
+"""The job that Hydra is running in this process."""
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+
+def is_of_sweep() -> bool:
+    """Whether it is one of the jobs of a sweep or a study, which go on after it."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def records(cfg: DictConfig) -> dict[str, str]:
+    """Texts by file name: what Hydra would write into .hydra, and the config with all references resolved."""
+    if not HydraConfig.initialized():
+        return {}
+    nodes = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    texts = {f".hydra/{name}.yaml": OmegaConf.to_yaml(node) for name, node in nodes.items()}
+    return {**texts, ".hydra/resolved.yaml": OmegaConf.to_yaml(cfg, resolve=True)}
