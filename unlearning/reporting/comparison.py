@@ -69,7 +69,7 @@ def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...
 
     As few settings as possible. A setting that a run does not have differs from nothing.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings if decides(name))
+    names = dict.fromkeys(name for run in runs for name in run.settings if name != "seed" and decides(name))
     for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
         if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
             by = (*by, name)
