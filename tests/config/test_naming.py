@@ -1,0 +1,33 @@
+"""Names of runs: of one concept and of several, and of what a dashboard groups."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from unlearning.config.naming import dashboard_group, joined, register_resolvers, slug
+
+
+@pytest.mark.parametrize(
+    ("concept", "name", "text"),
+    [
+        ("cat", "cat", "cat"),
+        ("Van Gogh", "Van-Gogh", "Van Gogh"),
+        (["cat", "Van Gogh"], "cat+Van-Gogh", "cat+Van Gogh"),
+        (1984, "1984", "1984"),
+        ("///", "unnamed", "///"),
+        ("a" * 100, "a" * 60, "a" * 100),
+    ],
+)
+def test_concepts_as_file_names_and_as_text(concept, name, text):
+    assert (slug(concept), joined(concept)) == (name, text)
+
+
+def test_the_resolvers_take_a_list_of_a_config():
+    register_resolvers()
+    cfg = OmegaConf.create(
+        {"concept": ["cat", "Van Gogh"], "title": "${joined:${concept}}", "name": "${slug:${concept}}"}
+    )
+    assert (cfg.title, cfg.name) == ("cat+Van Gogh", "cat+Van-Gogh")
+
+
+def test_a_dashboard_groups_runs_by_concept_where_hydra_does_not_run():
+    assert dashboard_group(["cat", "dog"]) == "cat+dog"
