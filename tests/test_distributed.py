@@ -56,15 +56,15 @@ class Watched(Scrubber):
 
     def on_train_end(self) -> None:
         moved = {name: p.detach() for name, p in self.weights.items()}
-        torch.save((self.fingerprint.prototypes, self.saw, moved), f"rank{self.global_rank}.pt")
+        torch.save((self.prototypes.directions, self.saw, moved), f"rank{self.global_rank}.pt")
 
 
 def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
-    """Each has the same fingerprint, learns from pictures of its own, and ends with the same weights."""
+    """Each has the same prototypes, learns from pictures of its own, and ends with the same weights."""
     command = [
         sys.executable, "-m", "unlearning", "concept=cat", "method=scrubber", "method.iterations=2",
         "method._target_=tests.test_distributed.Watched", "method.batch_size=2", "method.conditioning=null",
-        "method.fingerprint.K=8", "method.fingerprint.purity=0", "method.fingerprint.draws=1", "dataset.pictures=8",
+        "method.prototypes.K=8", "method.prototypes.purity=0", "method.prototypes.draws=1", "dataset.pictures=8",
         "stages=[fit]", "trainer=ddp", "trainer.devices=2", "+trainer.accumulate_grad_batches=2",
         "trainer.precision=bf16-mixed", *RUN[-6:], f"hydra.run.dir={tmp_path}/run",
     ]  # fmt: skip

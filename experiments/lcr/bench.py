@@ -1,4 +1,4 @@
-"""What the measurements of latent code replacement share: the model, the task and the judge; intervals; tables."""
+"""Shared by the measurements of latent code replacement: model, task and judge; intervals; tables."""
 
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ BATCH = 32
 
 
 class Bench:
-    """A model, a task and a judge, as the command line would build them."""
+    """A model, a task and a judge, built as the command line builds them."""
 
     def __init__(self, overrides: list[str]):
         self.folder, self.overrides = Path(tempfile.mkdtemp(prefix="lcr-")), overrides
@@ -42,26 +42,28 @@ class Bench:
         return instantiate(self.configured(*overrides).method, trainer=self.trainer)
 
     def codes(self, images) -> Tensor:
-        """(N, h, w), of pictures (H, W, 3) uint8."""
+        """The codes (N, h, w) of images (H, W, 3) uint8."""
         parts = DataLoader([images[i] for i in range(len(images))], BATCH, collate_fn=np.stack)
         return torch.cat([self.model.encode(as_tensor(part)).cpu() for part in parts])
 
 
 def recognised(bench: Bench, images: np.ndarray, rows: list[Row]) -> list[tuple[int, str, bool]]:
-    """(picture, role of the region, whether the judge names what it shows) of every region."""
-    found = []
+    """(index of the image, role, whether the judge recognises the object) of every region."""
+    results = []
     for i, row in enumerate(rows):
-        pictures, regions = with_regions(images[i : i + 1], [row])
-        names, probabilities = bench.judge(torch.as_tensor(pictures), "object")
+        crops, regions = with_regions(images[i : i + 1], [row])
+        names, probabilities = bench.judge(torch.as_tensor(crops), "object")
         best = [names[j] for j in probabilities.argmax(1)]
-        found += [(i, r.role, seen == r.labels["object"]) for seen, r in zip(best, regions, strict=True)]
-    return found
+        results += [(i, r.role, seen == r.labels["object"]) for seen, r in zip(best, regions, strict=True)]
+    return results
 
 
 def interval(values: Sequence[float], places: int = 1, times: float = 1.0, of: Sequence[int] | None = None) -> str:
-    """The mean, and half the width of its 95 % interval over pictures: 2,000 bootstrap samples.
+    """The mean ± half the width of its 95 % interval over images, from 2,000 bootstrap samples.
 
-    Each value is a picture's: a number, or the sum over `of` things in it.
+    Args:
+        values: A number for each image.
+        of: If a value is a sum over objects in its image, their number.
     """
     values, of = np.array(values) * times, np.ones(len(values)) if of is None else np.array(of)
     drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
@@ -69,7 +71,7 @@ def interval(values: Sequence[float], places: int = 1, times: float = 1.0, of: S
     return f"{values.sum() / of.sum():.{places}f} ± {(high - low) / 2:.{places}f}"
 
 
-def printed(title: str, header: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     print(f"\n{title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)

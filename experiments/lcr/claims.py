@@ -1,9 +1,9 @@
 """Latent code replacement, claim by claim: python experiments/lcr/claims.py codes | probe | decoder | counting
 
-- codes: how the concept's codes are spread, and whether those of E stand where the concept does;
-- probe: the logistic probe on codes, and what changing single codes does to it;
-- decoder: how far a changed code is seen, and whether codes of the concept make it in another picture;
-- counting: the pass over pictures beside encoding and counting them one by one.
+- codes: how the codes are spread over the codebook, and whether the codes of E occur where the concept is;
+- probe: the linear probe of codes, and the effect of changing codes on its output;
+- decoder: how far from a changed code the image changes, and whether the concept's codes show it in another image;
+- counting: the counting pass against encoding and counting images one by one.
 
 Settings as overrides: concept=ship dataset.images=50.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import BATCH, Bench, interval, printed, recognised
+from bench import BATCH, Bench, interval, print_table, recognised
 from diffusers import VQModel
 from hydra.utils import instantiate
 from PIL import Image
@@ -26,34 +26,35 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from unlearning.codes import probe
-from unlearning.codes.frequency import FORGET, RETAIN, SCORES, count
+from unlearning.codes.frequency import FORGET, RETAIN, SCORES, count_codes
 from unlearning.concepts import ERASE
 from unlearning.data.folder import read
-from unlearning.detectors.base import cells
+from unlearning.detectors.geometry import cells
 from unlearning.store.images import Row
 
 
 def codes(bench: Bench) -> None:
     boxes = instantiate(bench.configured("method=lcr_localized", "detector@method.detector=boxes").method.detector)
-    whole = count(bench.model, bench.task, bench.trainer, pairs=True)
-    within = count(bench.model, bench.task, bench.trainer, pairs=True, within=boxes)
+    whole = count_codes(bench.model, bench.task, bench.trainer, pairs=True)
+    within = count_codes(bench.model, bench.task, bench.trainer, pairs=True, within=boxes)
     columns = {"forget": (whole, FORGET), "forget, in the concept's boxes": (within, FORGET), "retain": (whole, RETAIN)}
-    told = {name: found.statistics(which) for name, (found, which) in columns.items()}
-    first = next(iter(told.values()))
-    printed("How the codes are spread", ["", *columns], [[s, *(f"{t[s]:,.4g}" for t in told.values())] for s in first])
+    statistics = {name: frequencies.statistics(which) for name, (frequencies, which) in columns.items()}
+    first = next(iter(statistics.values()))
+    body = [[name, *(f"{column[name]:,.4g}" for column in statistics.values())] for name in first]
+    print_table("How the codes are spread over the codebook", ["", *columns], body)
     grids = bench.codes(bench.task.forget_images)
     inside = cells(bench.task.forget_boxes(), (bench.model.size,) * 2, bench.model.grid)
     rows = []
-    for label, found in (("whole pictures", whole), ("the concept's boxes", within)):
+    for label, frequencies in (("whole images", whole), ("the concept's boxes", within)):
         for name, score in SCORES.items():
             for K in (8, 32, 128, 256):
-                E = score(found).argsort(descending=True, stable=True)[:K]
+                E = score(frequencies).argsort(descending=True, stable=True)[:K]
                 hit = torch.isin(grids, E)
                 retained = whole.codes[RETAIN][E].sum() / whole.codes[RETAIN].sum()
                 rows.append([label, name, str(K), f"{100 * hit[inside].float().mean():.1f}",
                              f"{100 * hit[~inside].float().mean():.1f}", f"{100 * retained:.1f}"])  # fmt: skip
-    printed("Where the codes of E stand, % of places", ["counted in", "score", "K", "in the concept's boxes",
-            "elsewhere in the same pictures", "in retain pictures"], rows)  # fmt: skip
+    print_table("Where the codes of E occur, % of cells", ["counted in", "score", "K", "in the concept's boxes",
+            "elsewhere in the same images", "in retain images"], rows)  # fmt: skip
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -62,24 +63,24 @@ def codes(bench: Bench) -> None:
 def probed(bench: Bench) -> None:
     forget, retain = bench.codes(bench.task.forget_images), bench.codes(bench.task.retain_images)
     rows, K = [], len(bench.model.codebook)
-    for label, how in (("as published", {}), ("ten times the rate, 60 epochs", {"lr": 1e-3, "epochs": 60})):
-        tested = probe.trained(forget, retain, K, bench.trainer, **how)
+    for label, settings in (("as published", {}), ("ten times the rate, 60 epochs", {"lr": 1e-3, "epochs": 60})):
+        tested = probe.train_probe(forget, retain, K, bench.trainer, **settings)
         single = probe.influence(tested.probe, tested.codes)
-        _, together = probe.combination(tested.probe, tested.codes, 14)
+        _, together = probe.greedy_combination(tested.probe, tested.codes, 14)
         grid = tested.codes[tested.labels == 0][0]
-        _, path = probe.flips(tested.probe, grid, 8)
+        _, path = probe.greedy_flips(tested.probe, grid, 8)
         rows.append([label, f"{tested.accuracy:.3f}", f"{tested.f1:.3f}", f"{tested.auc:.3f}", f"{single.max():.4f}",
                      f"{together[-1]:.4f}", " → ".join(f"{p:.2f}" for p in path)])  # fmt: skip
     header = ["accuracy", "F1", "AUC", "mean |Δp| of the most influential code", "of the best 14 together",
-              "p of a picture without the concept, by greedy flips"]  # fmt: skip
-    printed("The probe", ["", *header], rows)
+              "p of an image without the concept, by greedy flips"]  # fmt: skip
+    print_table("The probe", ["", *header], rows)
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
 
 
 def decoder(bench: Bench) -> None:
-    """One code changed in the middle; and the concept's codes put into pictures without it, at another place."""
+    """Changes one code in the middle of a grid; and puts the concept's codes into images without it."""
     model, pixels = bench.model, bench.model.size // bench.model.grid[0]
     grids = bench.codes(bench.task.retain_images)[: BATCH * 4]
     middle = bench.model.grid[0] // 2
@@ -104,79 +105,79 @@ def decoder(bench: Bench) -> None:
         ]
         for name, ring in rings
     ]
-    printed("One code changed: where the picture changes", ["", "mean |Δ|, of 255", "share of all change, %"], rows)
-    printed(
-        "Codes of the concept in another picture",
-        ["what is put in", "the judge sees the concept there, %"],
+    print_table("One code changed: where the image changes", ["", "mean |Δ|, of 255", "share of all change, %"], rows)
+    print_table(
+        "Codes of the concept in another image",
+        ["codes put in", "the judge recognises the concept, %"],
         list(pasted(bench)),
     )
 
 
 def pasted(bench: Bench) -> Iterator[list[str]]:
-    """The codes under the concept's box in one picture, put where another object was in another."""
+    """Rows for the codes under the concept's box in one image, put into another image at the same place."""
     donors = [i for i in bench.task.inputs if i.role == ERASE]
     hosts = [i for i in bench.task.inputs if i.role != ERASE]
     given = bench.codes([d.read() for d in donors])
     taken = bench.codes([h.read() for h in hosts])
     box = [next(r.box for r in d.regions if r.role == ERASE) for d in donors]
-    where = cells([[b] for b in box], (bench.model.size,) * 2, bench.model.grid)
+    mask = cells([[b] for b in box], (bench.model.size,) * 2, bench.model.grid)
     shuffled = given.clone()
-    for i, mask in enumerate(where):
-        own = given[i][mask]
-        shuffled[i][mask] = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(i))]
+    for i, cell in enumerate(mask):
+        own = given[i][cell]
+        shuffled[i][cell] = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(i))]
     for label, codes in (
         ("nothing", taken),
         ("the concept's codes, in their order", given),
         ("the same codes, shuffled", shuffled),
     ):
-        pictures = bench.model.decode(torch.where(where, codes, taken)).mul(255).round().byte().permute(0, 2, 3, 1)
+        images = bench.model.decode(torch.where(mask, codes, taken)).mul(255).round().byte().permute(0, 2, 3, 1)
         rows = [
             Row(Path(), d.name, ERASE, {}, 0, regions=tuple(r for r in d.regions if r.role == ERASE)) for d in donors
         ]
-        seen = [float(is_) for _, _, is_ in recognised(bench, pictures.cpu().numpy(), rows)]
-        yield [label, interval(seen, times=100)]
+        correct = [float(value) for _, _, value in recognised(bench, images.cpu().numpy(), rows)]
+        yield [label, interval(correct, times=100)]
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
 def counting(bench: Bench) -> None:
-    """From image files on disk, as a user has them, by turns; seconds are medians of five."""
-    folder = bench.folder / "pictures"
+    """From image files on disk, in alternation; seconds are medians of five."""
+    folder = bench.folder / "images"
     folder.mkdir()
     for i, image in enumerate(bench.task.forget_images):
         Image.fromarray(image).save(folder / f"{i:05}.png")
-    pictures = read(folder, bench.model.size)
-    half = len(pictures) // 2
-    task = replace(bench.task, forget_images=pictures[:half], retain_images=pictures[half:], forget_boxes=None)
+    images = read(folder, bench.model.size)
+    half = len(images) // 2
+    task = replace(bench.task, forget_images=images[:half], retain_images=images[half:], forget_boxes=None)
 
     def ours() -> Tensor:
-        return count(bench.model, task, bench.trainer).codes.sum(0)
+        return count_codes(bench.model, task, bench.trainer).codes.sum(0)
 
     stock = VQModel.from_pretrained(bench.model.name, dtype=bench.model.dtype).to(bench.model.device).eval()
 
     @torch.no_grad()
     def one_by_one() -> Tensor:
         counts = Counter()
-        for path in pictures.paths:
+        for path in images.paths:
             image = Image.open(path).convert("RGB").resize((bench.model.size,) * 2)
             z = stock.encode(2 * to_tensor(image)[None].to(bench.model.device) - 1).latents
             counts.update(stock.quantize(z)[2][2].tolist())
         return torch.tensor([counts[k] for k in range(len(bench.model.codebook))])
 
     runs = {"one by one": one_by_one, "one pass": ours}
-    seconds, found = {name: [] for name in runs}, []
+    seconds, results = {name: [] for name in runs}, []
     for _ in range(5):
         for name, run in runs.items():
             start = time.perf_counter()
-            found.append(run())
+            results.append(run())
             seconds[name].append(time.perf_counter() - start)
     took = {name: float(np.median(values)) for name, values in seconds.items()}
-    other = max(int((found[0] - counts).abs().sum()) // 2 for counts in found)
-    printed(
-        f"{len(pictures)} pictures, {torch.get_num_threads()} threads; counted otherwise: {other} of {found[0].sum()}",
-        ["", "seconds", "pictures a second", "times as fast"],
-        [[n, f"{t:.2f}", f"{len(pictures) / t:.0f}", f"{took['one by one'] / t:.1f}"] for n, t in took.items()],
+    different = max(int((results[0] - counts).abs().sum()) // 2 for counts in results)
+    print_table(
+        f"{len(images)} images, {torch.get_num_threads()} threads; different counts: {different} of {results[0].sum()}",
+        ["", "seconds", "images a second", "times as fast"],
+        [[n, f"{t:.2f}", f"{len(images) / t:.0f}", f"{took['one by one'] / t:.1f}"] for n, t in took.items()],
     )
 
 

@@ -1,7 +1,9 @@
-"""Every replacement at every K, global and localized by boxes; by the judge at one: python experiments/lcr/table.py
+"""Every replacement at every K, global and localized by boxes, and localized by the judge at one K.
 
-Each cell is a mean with its 95 % interval over pictures (bootstrap). Settings as overrides: concept=ship
-dataset.images=50. The curve of suppression against damage is drawn beside this file, suppression_CONCEPT.png.
+    python experiments/lcr/table.py concept=ship dataset.images=50
+
+Each cell is a mean with its 95 % interval over images (bootstrap). Also plots suppression against damage into
+suppression_CONCEPT.png beside this file.
 """
 
 import sys
@@ -10,21 +12,21 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from bench import BATCH, Bench, interval, printed, recognised
+from bench import BATCH, Bench, interval, print_table, recognised
 from PIL import Image
 from tqdm import tqdm
 
-from unlearning.codes.frequency import count
+from unlearning.codes.frequency import count_codes
 from unlearning.codes.replacement import Blocks
 from unlearning.concepts import ERASE
 from unlearning.errors import UserError
 from unlearning.evaluators.similarity import Similarity
-from unlearning.reporting.figures import drawn, panels
 from unlearning.store.images import Row, manifest_of_inputs, save
+from unlearning.tracking.figures import as_image, subplots
 
 REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
 EVERY_K = (16, 64, 256, 512, 1024)
-JUDGES_K = 64  # which finds the concept again for every row
+JUDGE_K = 64  # only one, because the judge runs again for every row
 
 
 def table(bench: Bench) -> None:
@@ -33,27 +35,27 @@ def table(bench: Bench) -> None:
     for row, image in zip(rows, base, strict=True):
         save(image, row)
     before = recognised(bench, base, rows)
-    found = count(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
+    frequencies = count_codes(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
     bench.fid.prepare(bench.task)
     body = [["none", "", "", *scored(bench, base, base, rows, before, [{}] * len(rows))]]
-    asked = [(where, K, r) for where in ("boxes", "global") for K in EVERY_K for r in REPLACEMENTS]
-    asked += [("judge", JUDGES_K, r) for r in REPLACEMENTS]
-    for where, K, replacement in tqdm(asked):
+    settings = [(where, K, r) for where in ("boxes", "global") for K in EVERY_K for r in REPLACEMENTS]
+    settings += [("judge", JUDGE_K, r) for r in REPLACEMENTS]
+    for where, K, replacement in tqdm(settings):
         method = ["method=lcr"] if where == "global" else ["method=lcr_localized", f"detector@method.detector={where}"]
         chosen = [*method, f"replacement@method.replacement={replacement}", f"method.selection.top={K}"]
         kind = "global" if where == "global" else f"localized, {where}"
         try:
-            edit = bench.method(*chosen).edit(found)
-        except UserError as error:  # of a great K no block is all of safe codes
+            edit = bench.method(*chosen).edit(frequencies)
+        except UserError as error:  # for a large K no block consists of safe codes only
             print(f"{replacement}, {kind}, K = {K}: {error}", file=sys.stderr)
             continue
         with edit.applied_to(bench.model):
             after, decided = reconstructed(bench, rows, decided=True)
         body.append([replacement, kind, str(K), *scored(bench, after, base, rows, before, decided)])
     shown = sum(row.role == ERASE for row in rows)
-    printed(
-        f"{bench.task.name}: {shown} scenes that show it and {len(rows) - shown} that do not",
-        ["replacement", "where", "K", "still seen, % of before", "others still seen, %", "in scenes without it, %",
+    print_table(
+        f"{bench.task.name}: {shown} scenes with it and {len(rows) - shown} without",
+        ["replacement", "where", "K", "concept, %", "others beside it, %", "others in scenes without it, %",
          "PSNR outside", "SSIM outside", "FID", "cells changed, %"],
         body,
     )  # fmt: skip
@@ -61,8 +63,8 @@ def table(bench: Bench) -> None:
 
 
 def curve(body: list[list[str]]) -> Image.Image:
-    """Suppression against damage: a line for each replacement and place, K growing along it."""
-    figure, (axes,) = panels(1, (6.4, 4.2))
+    """Suppression against damage: a line for each replacement and detector, along which K grows."""
+    figure, (axes,) = subplots(1, (6.4, 4.2))
     colours = dict(zip(REPLACEMENTS, ("#d1495b", "#30638e", "#8d96a3", "#edae49", "#00798c"), strict=True))
     markers, lines = {"global": ".", "localized, boxes": "s", "localized, judge": "^"}, defaultdict(list)
     for replacement, where, _, still, beside, *_ in body[1:]:
@@ -73,35 +75,36 @@ def curve(body: list[list[str]]) -> Image.Image:
         axes.plot([], [], color=colour, label=name)
     for name, marker in markers.items():
         axes.plot([], [], color="grey", marker=marker, linestyle="", label=name)
-    axes.set_xlabel("others in the same picture still seen, % of before")
-    axes.set_ylabel("the concept still seen, % of before")
+    axes.set_xlabel("other objects in the image recognised, % of before")
+    axes.set_ylabel("concept recognised, % of before")
     axes.legend(frameon=False, fontsize=7)
-    return drawn(figure)
+    return as_image(figure)
 
 
 def reconstructed(bench: Bench, rows: list[Row], decided: bool = False):
-    images, told = zip(
+    images, records = zip(
         *(bench.sampler.draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True
     )
     images = (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return (images, list(chain(*told))) if decided else images
+    return (images, list(chain(*records))) if decided else images
 
 
 def scored(bench: Bench, after, base, rows, before, decided) -> list[str]:
-    """Of regions the judge recognised before, how many it still does; the rest against the unedited pictures."""
+    """The cells of a row: how many regions the judge still recognises, and distances to the unedited images."""
     now = recognised(bench, after, rows)
     shows = {i for i, role, _ in before if role == ERASE}
-    kinds = {kind: defaultdict(list) for kind in ("concept", "beside", "absent")}  # by picture, of what was seen before
-    for (i, role, was), (_, _, is_) in zip(before, now, strict=True):
+    # By image, for regions that the judge recognised before.
+    kinds = {kind: defaultdict(list) for kind in ("concept", "beside", "absent")}
+    for (i, role, was), (_, _, now_) in zip(before, now, strict=True):
         if was:
-            kinds["concept" if role == ERASE else "beside" if i in shows else "absent"][i].append(is_)
+            kinds["concept" if role == ERASE else "beside" if i in shows else "absent"][i].append(now_)
     still = {k: interval([sum(v) for v in seen.values()], times=100, of=[len(v) for v in seen.values()])
              for k, seen in kinds.items()}  # fmt: skip
     similar = [Similarity("cpu").of(after[i], base[i], rows[i]) for i in sorted(shows)]
     bench.fid.reset()
     for i in range(0, len(rows), BATCH):
         bench.fid.update(after[i : i + BATCH], [Row(r.path, r.prompt, "retain", {}, 0) for r in rows[i : i + BATCH]])
-    changed = [told["changed"] / told["cells"] for i, told in enumerate(decided) if i in shows and told] or [0.0]
+    changed = [r["changed"] / r["cells"] for i, r in enumerate(decided) if i in shows and r] or [0.0]
     return [
         *still.values(),
         interval([p for p, _ in similar]), interval([s for _, s in similar], 3),

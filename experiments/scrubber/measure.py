@@ -1,14 +1,14 @@
-"""What the scrubber comes to: python experiments/scrubber/measure.py effect outputs/runs | masks | cost | sees a/run
+"""Measures the scrubber: python experiments/scrubber/measure.py effect outputs/runs | masks | cost | sees a/run
 
-- effect: of runs of any method, by concept, mean ± standard error over seeds: accuracies in percent of the base
-  model's, and how far the retained prompts' pictures have drifted, as FIDs (judge's features) to the base model's
-  pictures, over that of the base model's own of two seeds: to those of every other seed by turns, 1 at best, and to
-  those of the same seed, 0 at best;
-- masks: where the fingerprint finds the concept (cat, ship and key, or concept=...), against the drawings' true
-  silhouettes and boxes, how much of the retain images it covers, and what AUC the silhouettes have against the boxes;
-- cost: seconds a step, by turns, and memory, each in a process of its own: the full student, a LoRA, and a full student
-  beside a whole second denoiser for a teacher;
-- sees: of a finished run's folder, what it saw and what came of it, in one picture: sees.png.
+- effect: rows for runs of any method, mean ± standard error over seeds. Accuracies are in percent of the base model's.
+  The drift of the retained prompts' images is their FID to the base model's images (judge's features), divided by the
+  FID between the base model's own images of two seeds: against every other seed (1 is best), and against the same seed
+  (0 is best).
+- masks: the masks of a concept (cat, ship and key, or concept=...) against the drawings' true silhouettes and boxes;
+  the mean mask on retain images; the AUC of the silhouettes against the boxes.
+- cost: seconds a step and memory of three students, each in a process of its own, in alternation: full, LoRA, and full
+  with a whole second denoiser as teacher.
+- sees: the figures and the images of a finished run in one image, sees.png.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from unlearning.concepts import RETAIN, Concept, UnlearningTask
 from unlearning.evaluators.fid import FID
 from unlearning.reporting.comparison import conditions, group_runs, separating
 from unlearning.reporting.runs import UNEDITED, FinishedRun, read_runs
-from unlearning.scrubbing.conditioning import told
+from unlearning.scrubbing.conditioning import conditioning_rows
 from unlearning.store.images import Row, load, read_manifest
 from unlearning.training.forget_retain import encoded
-from unlearning.training.student import Lesson
+from unlearning.training.student import Pair
 
 CONCEPTS, SEEDS = ("cat", "ship", "key"), range(3)
-GAP = 12  # pixels between the strips of a picture
+GAP = 12  # pixels between the strips of an image
 
 
 def mean(values: list[float], places: int = 1) -> str:
@@ -71,7 +71,7 @@ def effect(folders: list[str]) -> list[dict]:
     runs = [run for folder in folders or ["outputs/runs"] for run in read_runs(Path(folder))]
     by = separating(runs, ("concept", "method", "model"))
     common = list(dict.fromkeys((*conditions(by), "concept")))
-    base = group_runs(runs, common)  # any run has the base model's images
+    base = group_runs(runs, common)  # every run has the base model's images
     features, lines = instantiate(configured().judge.features), []
     for key, group in group_runs((run for run in runs if run["method"] != UNEDITED), by).items():
         line = {"concept": group[0]["concept"], "method": group[0]["method"], "settings": _unusual(runs, by, key)}
@@ -95,14 +95,12 @@ def effect(folders: list[str]) -> list[dict]:
 def _unusual(runs: list[FinishedRun], by: tuple[str, ...], key: tuple) -> str:
     """The settings of a row, beyond its concept and method, that most runs do not have."""
     usual = {name: Counter(repr(run[name]) for run in runs).most_common(1)[0][0] for name in by[2:]}
-    told = zip(by[2:], key[2:], strict=True)
-    return " ".join(f"{name.removeprefix('method.')}={value}" for name, value in told if repr(value) != usual[name])
+    settings = zip(by[2:], key[2:], strict=True)
+    return " ".join(f"{name.removeprefix('method.')}={value}" for name, value in settings if repr(value) != usual[name])
 
 
 def drift(features, run: Path, others: list[Path]) -> tuple[float, float]:
-    """Of the erased model's pictures, over the base model's own: their FID to the base model's of other seeds, and to
-    those of the same seed.
-    """
+    """FID ratios of the erased model's images: to the base model's images of other seeds, and of the same seed."""
     base, erased = (_retained(run / "images" / f"{name}.csv") for name in ("base", "erased"))
     pairs = [fids(features, _retained(other / "images" / "base.csv"), base, erased) for other in others]
     (near,) = fids(features, base, erased)
@@ -110,13 +108,13 @@ def drift(features, run: Path, others: list[Path]) -> tuple[float, float]:
 
 
 def fids(features, real: list[Row], *drawn: list[Row]) -> list[float]:
-    """Of each set of pictures, to those of `real`."""
+    """The FID of each set of images to those of `real`."""
     with tempfile.TemporaryDirectory() as folder:
         for row in real:
             shutil.copy(row.path, folder)
         metric = FID(features, roles=(RETAIN,), real=folder, device="cpu")
         metric.prepare(UnlearningTask(erase=(Concept(""),)))
-        return [_fid(metric, pictures) for pictures in drawn]
+        return [_fid(metric, images) for images in drawn]
 
 
 def _retained(manifest: Path) -> list[Row]:
@@ -138,17 +136,18 @@ def masks(overrides: list[str]) -> list[dict]:
     asked = [o.removeprefix("concept=") for o in overrides if o.startswith("concept=")]
     for concept in asked or CONCEPTS:
         cfg = configured(*overrides, f"concept={concept}")
-        model, task, how = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.method.fingerprint)
+        model, task, search = instantiate(cfg.model), instantiate(cfg.dataset), instantiate(cfg.method.prototypes)
         forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
         found = defaultdict(list)
         for seed in SEEDS:
             pl.seed_everything(seed, verbose=False)
-            taken = how(model, forget, retain)
-            M = taken.mask(how.similarities(taken, model, forget).amax(1), forget.shape[-2:])
-            words = told(cfg.method.conditioning, model, task, forget, retain, M, cfg.method.words).forget
-            taken, side = how.confirm(taken, model, forget, retain, words), task.forget_images[0].shape[:2]
+            prototypes = search(model, forget, retain)
+            M = search.mask(prototypes, model, forget)
+            rows = conditioning_rows(cfg.method.conditioning, model, task, forget, retain, M, cfg.method.words)
+            prototypes = search.confirm(prototypes, model, forget, retain, rows.forget)
+            size = task.forget_images[0].shape[:2]
             M, M_retain = (
-                taken.mask(how.similarities(taken, model, latents).amax(1), side)[:, 0].numpy()
+                prototypes.mask(search.similarities(prototypes, model, latents).amax(1), size)[:, 0].numpy()
                 for latents in (forget, retain)
             )
             for name, truth in true_places(task.forget_images.pictures).items():
@@ -156,7 +155,7 @@ def masks(overrides: list[str]) -> list[dict]:
                 found[f"AUC, {name}, scenes"].append(roc_auc_score(truth[1::2].ravel(), M[1::2].ravel()))
             found["mean mask on retain images"].append(float(M_retain.mean()))
         truth = true_places(task.forget_images.pictures)
-        best = roc_auc_score(truth["box"].ravel(), truth["silhouette"].ravel())  # of a mask that is exactly the thing
+        best = roc_auc_score(truth["box"].ravel(), truth["silhouette"].ravel())  # of an exact mask
         measured = {name: mean(values, 3) for name, values in found.items()}
         measured["AUC, box, of the silhouettes"] = f"{best:.3f}"
         lines.append({"concept": concept, "seeds": len(SEEDS), **measured})
@@ -164,7 +163,7 @@ def masks(overrides: list[str]) -> list[dict]:
 
 
 def true_places(pictures) -> dict[str, np.ndarray]:
-    """(N, H, W) of the first object's silhouette, and of its box."""
+    """Masks (N, H, W) of the first object's silhouette and of its box."""
     silhouettes = np.stack([picture.masks[0] for picture in pictures])
     boxes = np.zeros_like(silhouettes)
     for box, picture in zip(boxes, pictures, strict=True):
@@ -177,28 +176,25 @@ def true_places(pictures) -> dict[str, np.ndarray]:
 
 
 class Copied:
-    """A full student beside a whole second denoiser."""
+    """A full student with a whole second denoiser as its teacher."""
 
+    @contextmanager
     def of(self, model):
-        @contextmanager
-        def lesson():
-            teacher = copy.copy(model)
-            teacher.denoiser = copy.deepcopy(model.denoiser)
-            moving = dict(model.denoiser.named_parameters())
-            before = {n: p.detach().clone() for n, p in moving.items()}
-            model.denoiser.requires_grad_(True)
-            yield Lesson(model, teacher, moving, dict)
-            model.denoiser.requires_grad_(False)
-            model.denoiser.load_state_dict(before, strict=False)  # buffers have not moved
-
-        return lesson()
+        teacher = copy.copy(model)
+        teacher.denoiser = copy.deepcopy(model.denoiser)
+        teacher.parts = {**model.parts, model.component: teacher.denoiser}
+        before = copy.deepcopy(model.denoiser.state_dict())
+        model.denoiser.requires_grad_(True)
+        yield Pair(model, teacher, {f"{model.component}.{n}": p for n, p in model.denoiser.named_parameters()}, dict)
+        model.denoiser.requires_grad_(False)
+        model.denoiser.load_state_dict(before)
 
 
 STUDENTS = {"full": "full", "LoRA": "lora", "full, teacher copied": "full"}
 
 
 class Watch(pl.Callback):
-    """Seconds of each step, and what is in memory for its sake."""
+    """Seconds of each step, and the bytes that training holds in memory."""
 
     def __init__(self):
         self.seconds = []
@@ -210,24 +206,25 @@ class Watch(pl.Callback):
         self.seconds.append(time.perf_counter() - self.start)
         held: dict[int, int] = {}
         state = [v for s in trainer.optimizers[0].state.values() for v in s.values() if torch.is_tensor(v)]
-        own = [*method.student.denoiser.parameters(), *method.teacher.denoiser.parameters(), *state]
-        own += [p.grad for p in method.student.denoiser.parameters() if p.grad is not None]
+        moving = list(method.weights.values())
+        own = [*method.student.denoiser.parameters(), *method.teacher.denoiser.parameters(), *moving, *state]
+        own += [p.grad for p in moving if p.grad is not None]
         for tensor in (*own, *(method.teacher.weights or {}).values()):
             held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         self.held = sum(held.values()) / 2**20
 
 
 def steps(student: str, overrides: list[str], count: int = 12) -> dict:
-    """Of one training in this process."""
+    """Seconds and memory of one training in this process."""
     chosen = f"student@method.student={STUDENTS[student]}"
-    fast = ["method.conditioning=generic", "method.blinding=gaussian", "dataset.pictures=16", "method.fingerprint.K=8",
-            "method.fingerprint.purity=0"]  # fmt: skip
+    fast = ["method.conditioning=generic", "method.blinding=gaussian", "dataset.pictures=16", "method.prototypes.K=8",
+            "method.prototypes.purity=0"]  # fmt: skip
     cfg = configured("concept=cat", chosen, *fast, f"method.iterations={count}", *overrides)
     model, task, watch = instantiate(cfg.model), instantiate(cfg.dataset), Watch()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     method = instantiate(cfg.method, trainer=instantiate(cfg.trainer, callbacks=[watch]))
     if "copied" in student:
-        method.kind_of_student = Copied()
+        method.moving = Copied()
     method.fit(model, task)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": statistics.median(watch.seconds[2:]), "held": watch.held, "growth": peak - before, "peak": peak}
@@ -238,8 +235,8 @@ def cost(overrides: list[str], turns: int = 3) -> list[dict]:
     for _turn in range(turns):
         for student in STUDENTS:
             command = [sys.executable, __file__, "steps", student, *overrides]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[student].append(json.loads(said.splitlines()[-1]))
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[student].append(json.loads(output.splitlines()[-1]))
     first = statistics.mean(r["seconds"] for r in results["full"])
     return [
         {"student": student, "s / step": mean([r["seconds"] for r in found], 3),
@@ -255,7 +252,7 @@ def cost(overrides: list[str], turns: int = 3) -> list[dict]:
 
 
 def sees(run: Path) -> Path:
-    """Forget pictures, masks, what the teacher was shown instead; retain pictures, masks; before and after."""
+    """Forget images, masks and blinded images; retain images and masks; images before and after. Returns the file."""
     figures = sorted((run / "figures").glob("*.png"))
     strips = [Image.open(path).convert("RGB") for path in (figures[0], *figures[2:4], run / "teaser.png")]
     width = strips[0].width
@@ -281,7 +278,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("effect", "masks", "cost", "sees", "steps"))
     parser.add_argument("given", nargs="*", help="folders of runs, for effect (outputs/runs) and sees; else settings")
     options = parser.parse_args()
-    if options.what == "steps":  # one side of `cost`
+    if options.what == "steps":  # one student of `cost`
         print(json.dumps(steps(options.given[0], options.given[1:])))
     elif options.what == "sees":
         print(sees(Path(options.given[0])))

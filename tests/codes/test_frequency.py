@@ -1,4 +1,4 @@
-"""Counting codes: as by hand, in any batches and over any processes; E, S and their errors."""
+"""Counts of codes against counts by hand, in batches and over processes; the choice of E and S."""
 
 import pickle
 
@@ -14,37 +14,37 @@ K = 6
 GRIDS = torch.tensor([[[0, 0, 1], [2, 0, 1]], [[3, 3, 3], [3, 1, 3]], [[0, 5, 5], [0, 5, 5]]])
 
 
-def counted(*updates, **kept) -> Frequencies:
-    return counted_by(CodeCounts(K, **kept), *updates)
+def counted(*updates, **settings) -> Frequencies:
+    return counted_by(CodeCounts(K, **settings), *updates)
 
 
 def counted_by(counts: CodeCounts, *updates) -> Frequencies:
-    for codes, which, *where in updates:
-        counts.update(codes, which, *where)
+    for codes, which, *mask in updates:
+        counts.update(codes, which, *mask)
     return Frequencies(**counts.compute())
 
 
 def test_codes_images_and_pairs_are_counted_as_by_hand():
-    found = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN), pairs=True)
-    assert found.codes[FORGET].tolist() == [5, 3, 1, 5, 0, 4]
-    assert found.codes[RETAIN].tolist() == [3, 2, 1, 0, 0, 0]
-    assert found.images == [3, 1]
-    across, down = (p.to_dense() for p in found.pairs)
+    frequencies = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN), pairs=True)
+    assert frequencies.codes[FORGET].tolist() == [5, 3, 1, 5, 0, 4]
+    assert frequencies.codes[RETAIN].tolist() == [3, 2, 1, 0, 0, 0]
+    assert frequencies.images == [3, 1]
+    across, down = (p.to_dense() for p in frequencies.pairs)
     assert across.nonzero().tolist() == [[0, 0], [0, 1], [2, 0]] and across[0, 1] == 2
     assert {(a, b): int(down[a, b]) for a, b in down.nonzero().tolist()} == {(0, 0): 1, (0, 2): 1, (1, 1): 1}
-    assert found.top_pairs == [2, 2], "3 right of 3, and 1 right of 0"
+    assert frequencies.top_pairs == [2, 2], "3 right of 3, and 1 right of 0"
 
 
-def test_only_the_places_asked_for_count():
-    where = torch.zeros_like(GRIDS, dtype=torch.bool)
-    where[0, 0, :2] = True
-    found = counted((GRIDS, FORGET, where), pairs=True)
-    assert found.codes[FORGET].tolist() == [2, 0, 0, 0, 0, 0]
-    assert found.images[FORGET] == 1, "a picture of which nothing counts is none"
-    assert found.top_pairs[FORGET] == 1
+def test_only_cells_inside_the_mask_count():
+    mask = torch.zeros_like(GRIDS, dtype=torch.bool)
+    mask[0, 0, :2] = True
+    frequencies = counted((GRIDS, FORGET, mask), pairs=True)
+    assert frequencies.codes[FORGET].tolist() == [2, 0, 0, 0, 0, 0]
+    assert frequencies.images[FORGET] == 1, "an image without a counted cell is not counted"
+    assert frequencies.top_pairs[FORGET] == 1
 
 
-def test_batches_and_processes_change_nothing():
+def test_counts_do_not_depend_on_batches_or_processes():
     whole = counted((GRIDS, FORGET), (GRIDS, RETAIN), pairs=True, blocks=4)
     parts = [CodeCounts(K, pairs=True, blocks=4) for _ in range(2)]
     for i, grid in enumerate(GRIDS):
@@ -57,8 +57,8 @@ def test_batches_and_processes_change_nothing():
     torch.testing.assert_close(again.units, whole.units)
 
 
-def test_processes_put_their_blocks_together():
-    """As torchmetrics gathers the states of two processes, the other of which has counted the same."""
+def test_processes_merge_their_blocks():
+    """As torchmetrics gathers the states of two processes that have counted the same."""
     one, two = CodeCounts(K, blocks=7), CodeCounts(K, blocks=7)
     two.dist_sync_fn, two.distributed_available_fn = lambda state, group: [state, state], lambda: True
     grid = torch.randint(K, (1, 4, 4))
@@ -68,7 +68,7 @@ def test_processes_put_their_blocks_together():
     assert {tuple(b) for b in both.blocks.flatten(1).tolist()} == {tuple(b) for b in own.blocks.flatten(1).tolist()}
 
 
-def test_the_size_is_the_codebooks_however_many_the_pictures():
+def test_memory_does_not_grow_with_the_number_of_images():
     counts = CodeCounts(K, pairs=True, blocks=10)
     sizes = []
     for _ in range(3):
@@ -78,8 +78,8 @@ def test_the_size_is_the_codebooks_however_many_the_pictures():
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_the_blocks_kept_are_a_fair_sample():
-    """Of 400 grids, each of one code, the blocks kept name early and late ones alike."""
+def test_the_sample_of_blocks_is_uniform():
+    """The blocks come from early and from late grids alike; each of the 400 grids has a code of its own."""
     torch.manual_seed(0)
     counts = CodeCounts(400, blocks=2000)
     for first in range(0, 400, 50):
@@ -92,46 +92,46 @@ def test_the_blocks_kept_are_a_fair_sample():
 
 
 def test_statistics_are_those_of_the_definition():
-    found = counted((GRIDS, FORGET), pairs=True)
-    told = found.statistics(FORGET)
+    frequencies = counted((GRIDS, FORGET), pairs=True)
+    statistics = frequencies.statistics(FORGET)
     p = np.array([5, 3, 1, 5, 4]) / 18
-    assert told["unique"] == 5 and told["codes"] == 18 and told["images"] == 3
-    assert told["entropy, bits"] == pytest.approx(-(p * np.log2(p)).sum())
-    assert told["entropy, % of the most"] == pytest.approx(100 * -(p * np.log2(p)).sum() / np.log2(K))
-    assert told["the most frequent, %"] == pytest.approx(100 * 5 / 18)
+    assert statistics["unique"] == 5 and statistics["codes"] == 18 and statistics["images"] == 3
+    assert statistics["entropy, bits"] == pytest.approx(-(p * np.log2(p)).sum())
+    assert statistics["entropy, % of the maximum"] == pytest.approx(100 * -(p * np.log2(p)).sum() / np.log2(K))
+    assert statistics["most frequent, %"] == pytest.approx(100 * 5 / 18)
     h = np.array([np.bincount(g.flatten(), minlength=K) for g in GRIDS], float)
     h /= np.linalg.norm(h, axis=1, keepdims=True)
     mean = np.mean([h[i] @ h[j] for i in range(3) for j in range(3) if i != j])
-    assert told["cosine of two pictures' histograms"] == pytest.approx(mean)
+    assert statistics["cosine of two images' histograms"] == pytest.approx(mean)
 
 
-def test_the_published_score_and_ours():
-    found = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN))
-    ratio = found.ratio()
+def test_ratio_and_log_odds():
+    frequencies = counted((GRIDS, FORGET), (GRIDS[:1], RETAIN))
+    ratio = frequencies.ratio()
     assert ratio[0] == pytest.approx(5 / 3) and ratio[3] == pytest.approx(5e8, rel=1e-6) and ratio[4] == 1
-    odds = found.log_odds()
+    odds = frequencies.log_odds()
     assert odds[0] == pytest.approx(np.log(5.5 / 21) - np.log(3.5 / 9))
     more = counted((GRIDS, FORGET), *[(GRIDS[:1], RETAIN)] * 1000).log_odds()
-    assert abs(more[1] - np.log((3 / 18) / (2 / 6))) < 0.2, "the sets' sizes do not matter"
+    assert abs(more[1] - np.log((3 / 18) / (2 / 6))) < 0.2, "the sizes of the sets do not matter"
 
 
-def test_e_and_s():
-    found = counted((GRIDS, FORGET), (GRIDS[:1].repeat(10, 1, 1), RETAIN))
-    explicit, safe = Selection(top=2, min_freq=10)(found)
+def test_selection_of_e_and_s():
+    frequencies = counted((GRIDS, FORGET), (GRIDS[:1].repeat(10, 1, 1), RETAIN))
+    explicit, safe = Selection(top=2, min_freq=10)(frequencies)
     assert explicit.tolist() == [3, 5] and safe.tolist() == [0, 1, 2]
-    explicit, safe = Selection(top=None, threshold=1e6, min_freq=15)(found)
+    explicit, safe = Selection(top=None, threshold=1e6, min_freq=15)(frequencies)
     assert explicit.tolist() == [3, 5] and safe.tolist() == [0, 1]
-    explicit, safe = Selection(score="log_odds", top=5, min_freq=1)(found)
+    explicit, safe = Selection(score="log_odds", top=5, min_freq=1)(frequencies)
     assert not set(explicit.tolist()) & set(safe.tolist())
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"top": None, "threshold": 1e12}, "lower method.selection.threshold"),
-    ({"min_freq": 10_000}, "Lower method.selection.min_freq"),
-    ({"top": 6}, "No code is safe"),
-    ({"score": "odds"}, "ratio, log_odds"),
+@pytest.mark.parametrize("settings, key", [
+    ({"top": None, "threshold": 1e12}, "method.selection.threshold"),
+    ({"min_freq": 10_000}, "method.selection.min_freq"),
+    ({"top": 6}, "method.selection.top"),
+    ({"score": "odds"}, "log_odds"),
     ({"top": None}, "method.selection.top"),
 ])  # fmt: skip
-def test_nothing_to_erase_or_nothing_safe_is_said(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_an_empty_e_or_s_names_the_setting_to_change(settings, key):
+    with pytest.raises(UserError, match=key):
         Selection(**{"min_freq": 1, **settings})(counted((GRIDS, FORGET), (GRIDS, RETAIN)))

@@ -12,8 +12,8 @@ from unlearning.data.folder import folder
 
 SCRUB = [
     "method=scrubber", "dataset=folder", "dataset.size=16", "dataset.images_per_prompt=1", "method.iterations=1",
-    "method.batch_size=2", "method.conditioning=null", "method.fingerprint.K=2", "method.fingerprint.purity=0",
-    "method.fingerprint.draws=1", "method.fingerprint.layer=null",
+    "method.batch_size=2", "method.conditioning=null", "method.prototypes.K=2", "method.prototypes.purity=0",
+    "method.prototypes.draws=1", "method.prototypes.layer=null",
 ]  # fmt: skip
 
 
@@ -82,9 +82,9 @@ def test_pictures_that_are_of_no_use_are_refused_by_name_and_nothing_is_left(tol
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("method.fingerprint.K=81", "81 prototypes cannot be made of 80 feature vectors: lower method.fingerprint.K"),
-        ("method.fingerprint.K=0", "method.fingerprint.K has to be 1 or more, and is 0"),
-        ("method.fingerprint.band=[700,300]", "method.fingerprint.band has to be two timesteps, the lower first"),
+        ("method.prototypes.K=81", "81 prototypes cannot be made of 80 feature vectors: lower method.prototypes.K"),
+        ("method.prototypes.K=0", "method.prototypes.K has to be 1 or more, and is 0"),
+        ("method.prototypes.band=[700,300]", "method.prototypes.band has to be two timesteps, the lower first"),
     ],
 )
 def test_settings_that_do_not_fit_the_pictures_are_refused_by_name_and_nothing_is_left(

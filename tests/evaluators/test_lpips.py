@@ -1,4 +1,4 @@
-"""LPIPS against torchmetrics' own on an AlexNet of random weights, and on the embedded world's judge."""
+"""LPIPS against torchmetrics with an AlexNet of random weights, and with the judge of the embedded models."""
 
 import json
 import re
@@ -15,7 +15,8 @@ from tests.composed import config
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.data import openmoji
 from unlearning.errors import UserError
-from unlearning.evaluators.lpips import LPIPS, AlexNet, distance
+from unlearning.evaluators.lpips import LPIPS, distance
+from unlearning.judges.alexnet import AlexNet
 from unlearning.store.images import Row
 
 
@@ -27,7 +28,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def weights(theirs, tmp_path_factory):
-    """torchvision's file, as far as it matters here."""
+    """A file like torchvision's, with the weights that are used."""
     path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
     state = {re.sub(r"^slice\d", "features", name): value for name, value in theirs.net.state_dict().items()}
     torch.save({**state, "classifier.1.weight": torch.zeros(1)}, path)
@@ -36,7 +37,7 @@ def weights(theirs, tmp_path_factory):
 
 @pytest.fixture
 def pair(tmp_path):
-    """pair(role, image, base) -> a picture (1, H, W, 3) and its row, whose base is on disk."""
+    """pair(role, image, base) -> an image (1, H, W, 3) and its row, whose base image is on disk."""
 
     def make(role, image, base):
         path = None
@@ -65,7 +66,7 @@ def test_the_number_is_torchmetrics(theirs, weights, pair):
 
 
 class Colours:
-    """One layer, the picture itself."""
+    """A network with one layer, the image itself."""
 
     name = "colours"
     weights = (torch.tensor([1.0, 0.0, 0.5]),)
@@ -84,7 +85,7 @@ def test_the_formula():
     assert distance([0 * red], [0 * red], Colours.weights).item() == 0
 
 
-def test_roles_are_apart_and_rows_without_a_base_are_passed_over(pair):
+def test_roles_are_separate_and_rows_without_a_base_are_skipped(pair):
     metric = LPIPS(Colours(), device="cpu")
     red, blue = (np.full((4, 4, 3), colour, np.uint8) for colour in ([9, 0, 0], [0, 0, 9]))
     for role, base in ((RETAIN, red), (RETAIN, blue), (ERASE, blue), (SYNONYM, blue), (RETAIN, None), (ERASE, None)):
@@ -96,7 +97,7 @@ def test_roles_are_apart_and_rows_without_a_base_are_passed_over(pair):
     assert metric.compute() == {}
 
 
-def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(pair):
+def test_merged_parts_equal_the_whole(pair):
     metrics = [LPIPS(Colours(), device="cpu") for _ in range(3)]
     for i, metric in enumerate(metrics[:2]):
         for whole in (metric, metrics[2]):
@@ -105,7 +106,7 @@ def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(pair):
     assert metrics[0].compute() == pytest.approx(metrics[2].compute())
 
 
-def test_to_the_judge_another_object_is_farther_than_another_drawing_of_the_same(tmp_path, pair):
+def test_for_the_judge_another_object_is_farther_than_another_drawing_of_it(tmp_path, pair):
     metric = instantiate(config(tmp_path, "evaluator=lpips").evaluator.lpips)
 
     def far(a, b):
@@ -123,13 +124,13 @@ def test_to_the_judge_another_object_is_farther_than_another_drawing_of_the_same
     assert metric.protocol.startswith("LPIPS of emoji judge")
 
 
-def test_absent_or_foreign_weights_say_what_is_wanted(tmp_path):
+def test_missing_or_foreign_weights_name_the_file_to_get(tmp_path):
     with pytest.raises(
         UserError, match=r"download\.pytorch\.org/models/alexnet-owt-7be5be79\.pth.*judge\.layers\.path"
     ):
         AlexNet(tmp_path / "none.pth")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth holds no weights of torchvision's AlexNet"):
+    with pytest.raises(UserError, match=r"other\.pth"):
         AlexNet(tmp_path / "other.pth")
 
 
@@ -140,4 +141,4 @@ def test_a_run_is_measured_against_its_own_base(unlearn):
     assert metrics["fidelity/lpips"] > 0 and metrics["efficacy/lpips_e"] > 0
     assert not any(key.startswith("base/") for key in metrics)
     untouched = json.loads((unlearn(*measured, "method=none", run="none") / "metrics.json").read_text())
-    assert not any("lpips" in key for key in untouched), "nothing was erased, and there is no distance to measure"
+    assert not any("lpips" in key for key in untouched), "nothing was erased, so there is no distance"

@@ -1,4 +1,4 @@
-"""Whether w went the right way."""
+"""How often w is on the right side of 1/2."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def measured(*decided: tuple[str, float]) -> dict[str, float]:
     return metric.compute()
 
 
-def test_the_concept_goes_to_the_adapter_and_the_rest_to_the_base_model():
+def test_right_is_the_adapter_for_the_concept_and_the_base_model_for_the_rest():
     numbers = measured((ERASE, -1.0), (SYNONYM, -1.0), (SYNONYM, 2.0), (RETAIN, 2.0), (RETAIN, 1.0), (RETAIN, -1.0))
     assert numbers == {
         "efficacy/routed_e": 100.0,
@@ -27,7 +27,7 @@ def test_the_concept_goes_to_the_adapter_and_the_rest_to_the_base_model():
     assert set(numbers) == set(Routing.higher_is_better)
 
 
-def test_a_method_that_decides_nothing_has_no_number():
+def test_rows_without_a_decision_or_with_another_role_are_skipped():
     metric = Routing()
     metric.update(np.zeros((1, 1, 1, 3), np.uint8), [Row(Path("x"), "p", ERASE, {}, 0)])
-    assert metric.compute() == {}
+    assert metric.compute() == {} == measured(("another role", 2.0))

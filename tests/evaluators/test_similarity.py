@@ -1,4 +1,4 @@
-"""PSNR and SSIM outside what was erased, cells that changed, and regions as pictures of their own."""
+"""PSNR and SSIM outside the erased regions, changed cells, and regions as images."""
 
 import numpy as np
 import pytest
@@ -28,35 +28,35 @@ def measured(image, *rows):
     return metric.compute()
 
 
-def test_they_are_the_definitions(row):
+def test_psnr_and_ssim_follow_their_definitions(row):
     image = (BASE * 0.8 + 20).astype(np.uint8)
-    found = measured(image, row())
+    metrics = measured(image, row())
     mse = np.mean((image / 255.0 - BASE / 255.0) ** 2)
-    assert found["fidelity/psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-4)
+    assert metrics["fidelity/psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-4)
     own = structural_similarity(BASE, image, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5,
                                 use_sample_covariance=False, full=True)[1].mean()  # fmt: skip
-    assert found["fidelity/ssim"] == pytest.approx(own, abs=0.02)
+    assert metrics["fidelity/ssim"] == pytest.approx(own, abs=0.02)
 
 
-def test_what_was_erased_does_not_count(row):
+def test_erased_regions_do_not_count(row):
     image = BASE.copy()
     image[:, :16] = 255 - image[:, :16]
-    assert measured(image, row(ERASE, (BOX,)))["fidelity/psnr"] == pytest.approx(60), "nothing outside has changed"
+    assert measured(image, row(ERASE, (BOX,)))["fidelity/psnr"] == pytest.approx(60), "no pixel outside has changed"
     image[5, 20] = 255 - image[5, 20]
     assert measured(image, row(ERASE, (BOX,)))["fidelity/psnr"] < 60
 
 
-def test_rows_that_cannot_be_compared_are_passed_over(row, tmp_path):
+def test_rows_without_something_to_compare_are_skipped(row, tmp_path):
     alone = Row(tmp_path / "y.png", "", RETAIN, {}, 0)
     assert measured(BASE, alone) == {} and measured(BASE, row(ERASE)) == {}
 
 
-def test_shares_of_cells_and_of_pictures_left_alone(tmp_path):
-    def told(role, **decided):
+def test_shares_of_changed_cells_and_unchanged_images(tmp_path):
+    def row(role, **decided):
         return Row(tmp_path / "x.png", "", role, {}, 0, decided=decided)
 
-    rows = [told(ERASE, cells=100, changed=10), told(ERASE, cells=100, changed=0), told(RETAIN, cells=100, changed=5),
-            told(ERASE)]  # fmt: skip
+    rows = [row(ERASE, cells=100, changed=10), row(ERASE, cells=100, changed=0), row(RETAIN, cells=100, changed=5),
+            row(ERASE)]  # fmt: skip
     metric = Replaced()
     metric.update(np.zeros((4, 8, 8, 3), np.uint8), rows)
     assert metric.compute() == {

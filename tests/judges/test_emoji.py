@@ -1,4 +1,4 @@
-"""The judge as a classifier and as a feature extractor; its weights here are random."""
+"""The judge as a classifier and as a feature extractor, with random weights."""
 
 import numpy as np
 import pytest
@@ -35,38 +35,38 @@ def test_answers_are_probabilities_over_names(path, images):
         judge(images, "styles")
 
 
-def test_answers_are_the_networks_own(path, images):
+def test_answers_are_the_outputs_of_the_network(path, images):
     network = Judge.from_pretrained(path, torch_dtype=torch.float32).eval()
     expected = network(images.permute(0, 3, 1, 2) / 255)
     assert torch.allclose(EmojiJudge(path)(images, "object")[1], expected.objects.softmax(1))
     assert torch.allclose(JudgeFeatures(path)(images), expected.features)
 
 
-def test_a_picture_is_judged_alone(path, images):
+def test_a_batch_changes_no_feature(path, images):
     features = JudgeFeatures(path)
     assert features(images).shape == (3, 8)
-    assert torch.allclose(features(images)[1:2], features(images[1:2]), atol=1e-6), "batch statistics are in use"
+    assert torch.allclose(features(images)[1:2], features(images[1:2]), atol=1e-6), "batch statistics are used"
 
 
-def test_the_name_tells_weights_apart(path, tmp_path):
+def test_the_name_identifies_the_weights(path, tmp_path):
     Judge(["cat", "dog"], ["color", "neon"], channels=(4, 8), size=16).save_pretrained(tmp_path)
     assert EmojiJudge(path).name == EmojiJudge(path).name != EmojiJudge(tmp_path).name
 
 
-def test_accuracy_takes_the_judge(path, images):
+def test_accuracy_uses_the_judge(path, images):
     metric = Accuracy(EmojiJudge(path), score="argmax")
-    seen = EmojiJudge(path)(images, "object")
-    best = seen[0][seen[1][0].argmax()]
+    names, p = EmojiJudge(path)(images, "object")
+    best = names[p[0].argmax()]
     metric.update(images.numpy(), [Row(path, "", role, {"object": best}, 0) for role in (ERASE, RETAIN, RETAIN)])
     assert metric.compute()["efficacy/acc_e"] == 100
     assert EmojiJudge(path).name in metric.protocol
 
 
 @pytest.mark.parametrize("kind", [EmojiJudge, JudgeFeatures])
-def test_absent_weights_say_where_they_come_from(kind, tmp_path):
-    with pytest.raises(UserError, match=r"train_judge.*paths\.weights"):
+def test_missing_weights_name_the_setting(kind, tmp_path):
+    with pytest.raises(UserError, match=r"paths\.weights"):
         kind(tmp_path / "none")
 
 
-def test_pictures_may_be_arrays(path, images):
+def test_images_may_be_arrays(path, images):
     assert np.allclose(JudgeFeatures(path)(images.numpy()), JudgeFeatures(path)(images))

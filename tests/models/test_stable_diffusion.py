@@ -18,7 +18,7 @@ from unlearning.models.diffusion import Conditioning
 from unlearning.models.side_modules import LowRank, SideModules
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
-from unlearning.scrubbing.fingerprint import Fingerprint
+from unlearning.scrubbing.prototypes import Prototypes
 from unlearning.training.student import Weights
 
 SCALE = 5.0
@@ -238,8 +238,8 @@ def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, plac
     centre, f = model.features(noised(plain), t, c).mean((0, 2, 3)), model.features(noised(planted), t, c)
     i, j = (p * f.shape[-1] // 4 + f.shape[-1] // 8 for p in place)
     prototype = F.normalize(f[:4, :, i, j].mean(0) - centre, dim=0)
-    fingerprint = Fingerprint(prototype[None], prototype[:0], centre, tau=0.5, alpha=15.0)
-    M = fingerprint.mask(fingerprint.similarities(model, noised(planted), t, c).amax(1), (side, side))[4:]
+    prototypes = Prototypes(prototype[None], prototype[:0], centre, tau=0.5, alpha=15.0)
+    M = prototypes.mask(prototypes.similarities(model, noised(planted), t, c).amax(1), (side, side))[4:]
     assert M[..., row, column].mean() > 2 * M.mean()
 
 

@@ -1,4 +1,4 @@
-"""What fills the hole: nothing of what was in it, and the background stays what it was."""
+"""The replacements for the concept: they depend on the background only."""
 
 from typing import get_args
 
@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from tests.tiny import FAMILIES
 from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.scrubbing.blinding import Blinding, blurred, filling, inpainted, shuffled
+from unlearning.scrubbing.blinding import Blinding, blurred, inpainted, replacement, shuffled
 
 
 @pytest.fixture
@@ -19,39 +19,39 @@ def model(sd1):
 
 @pytest.fixture
 def hole():
-    """(z_0, M): a concept of 100 in a background of ones."""
+    """(z_0, M): a concept of value 100 in a background of ones."""
     z_0, M = torch.ones(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
     M[:, :, 2:5, 2:5] = 1
     return torch.where(M > 0, 100.0, z_0), M
 
 
 @pytest.mark.parametrize("kind", get_args(Blinding))
-def test_a_filling_has_the_latents_shape_and_nothing_of_the_concept(model, hole, kind):
+def test_a_replacement_does_not_depend_on_the_concept(model, hole, kind):
     z_0, M = hole
-    fillings = []
+    etas = []
     for concept in (z_0, -z_0):
         torch.manual_seed(0)
-        fillings.append(filling(kind, model, torch.where(M > 0, concept, z_0), M))
-    assert fillings[0].shape == z_0.shape and fillings[0].isfinite().all()
-    torch.testing.assert_close(M * fillings[0], M * fillings[1], atol=0.1, rtol=0)
+        etas.append(replacement(kind, model, torch.where(M > 0, concept, z_0), M))
+    assert etas[0].shape == z_0.shape and etas[0].isfinite().all()
+    torch.testing.assert_close(M * etas[0], M * etas[1], atol=0.1, rtol=0)
 
 
-def test_blurred_is_the_background_gone_over_the_hole(hole):
+def test_blurred_continues_the_background(hole):
     torch.testing.assert_close(blurred(*hole), torch.ones(2, 4, 8, 8), atol=0.05, rtol=0)
 
 
-def test_shuffled_is_made_of_the_backgrounds_own_patches(hole):
+def test_shuffled_consists_of_patches_of_the_background(hole):
     torch.manual_seed(0)
     assert (shuffled(*hole) == 1).all()
     z_0 = torch.arange(2 * 16 * 20.0).reshape(1, 2, 16, 20)
     drawn = shuffled(z_0, torch.zeros(1, 1, 16, 20))
-    first = drawn[:, :, ::2, ::2]  # of patches two by two
+    first = drawn[:, :, ::2, ::2]  # patches are two by two
     for down, right in ((0, 1), (1, 0), (1, 1)):
         assert torch.equal(drawn[:, :, down::2, right::2], first + 20 * down + right)
     assert torch.equal(first[:, 1], first[:, 0] + 320) and not torch.equal(drawn, z_0)
 
 
-def test_inpainting_leaves_the_background_and_draws_in_the_hole(model, hole):
+def test_inpainting_keeps_the_background_and_changes_the_rest(model, hole):
     torch.manual_seed(0)
     z_0, M = hole
     x = inpainted(model, z_0, M)
@@ -60,18 +60,18 @@ def test_inpainting_leaves_the_background_and_draws_in_the_hole(model, hole):
 
 
 def test_inpainting_keeps_the_background_in_every_family(any_pipeline, monkeypatch):
-    """Whatever its prediction means. DDIM ends a little short of x_0, and DPM-Solver rounds a flow's timesteps."""
+    """DDIM stops slightly before x_0, and DPM-Solver rounds the timesteps of a flow, hence the tolerances."""
     family, folder = any_pipeline
     model = FAMILIES[family].load(str(folder), device="cpu")
     monkeypatch.setattr("unlearning.scrubbing.blinding.STEPS", 4)
     torch.manual_seed(0)
     z_0, M = torch.randn(2, *model.latent_shape), torch.zeros(2, 1, *model.latent_shape[1:])
     M[..., :4] = 1
-    x, short = filling("inpaint", model, z_0, M), 0.15 if model.solver is DDIMScheduler else 0.01
+    x, short = replacement("inpaint", model, z_0, M), 0.15 if model.solver is DDIMScheduler else 0.01
     torch.testing.assert_close((1 - M) * x, (1 - M) * z_0, atol=short, rtol=0)
     assert x.isfinite().all() and (M * (x - z_0)).abs().max() > 0.5
 
 
-def test_an_unknown_blinding_is_answered(model, hole):
-    with pytest.raises(UserError, match="gaussian, blurred, shuffled, inpaint"):
-        filling("black", model, *hole)
+def test_an_unknown_blinding_lists_the_known_ones(model, hole):
+    with pytest.raises(UserError, match="blurred"):
+        replacement("black", model, *hole)

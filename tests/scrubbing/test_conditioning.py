@@ -1,4 +1,4 @@
-"""What the student is told: a vocabulary's words are found by the pictures alone, on the embedded world."""
+"""The student's conditioning: words are found from images alone, with the embedded model."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing import conditioning
 from unlearning.scrubbing.conditioning import (
+    FINALISTS,
     GENERIC,
-    MOST,
-    RETAINED,
+    RETAIN_WORDS,
     TEMPLATES,
-    explained,
+    conditioning_rows,
+    find_words,
     inverted,
-    nearest_words,
-    told,
+    log_error_ratio,
 )
 from unlearning.training.forget_retain import encoded
 
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def rabbits(model):
-    """(task, forget, retain, masks) of a dozen pictures of each kind, the masks being the true ones."""
+    """(task, forget, retain, M) of a dozen images of each kind, with true masks."""
     torch.manual_seed(0)
     task = emoji_objects("rabbit", pictures=12)
     forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
@@ -41,89 +41,85 @@ def rabbits(model):
     return task, forget, retain, torch.nn.functional.avg_pool2d(true[:, None], 4)
 
 
-def test_the_words_that_stand_for_the_pictures_are_found_without_a_label(model, rabbits):
+def test_the_words_that_describe_the_images_are_found_without_a_label(model, rabbits):
     torch.manual_seed(0)
-    found, others = nearest_words(model, *rabbits[1:], WORDS, looks=12)
+    found, others = find_words(model, *rabbits[1:], WORDS, samples=12)
     assert set(found) == {"rabbit", "bunny"}
-    assert not others, "what is left when the last sixteen are ranked is not held on to"
+    assert not others, "words of the last round are not used for the retain images"
 
 
-def test_beside_few_words_to_try_there_are_others_to_hold_in_place(model, rabbits, monkeypatch):
-    def for_a_rabbit(teacher, latents, words, looks):
-        return torch.tensor([[float(word in ("rabbit", "bunny"))] for word in words]).expand(-1, looks)
+def test_few_candidates_are_completed_for_the_retain_images(model, rabbits, monkeypatch):
+    def for_rabbit(teacher, latents, words, samples):
+        return torch.tensor([[float(word in ("rabbit", "bunny"))] for word in words]).expand(-1, samples)
 
-    monkeypatch.setattr(conditioning, "explained", for_a_rabbit)
-    few, all_ = (told("words", model, *rabbits, words) for words in (["rabbit", "clock"], None))
+    monkeypatch.setattr(conditioning, "log_error_ratio", for_rabbit)
+    few, all_ = (conditioning_rows("words", model, *rabbits, words) for words in (["rabbit", "clock"], None))
     assert "rabbit" in few.words and set(few.words) <= set(all_.words) == {"rabbit", "bunny"}
-    for said in (few, all_):
-        assert len(said.retain) == 1 + RETAINED * len(TEMPLATES)
+    for rows in (few, all_):
+        assert len(rows.retain) == 1 + RETAIN_WORDS * len(TEMPLATES)
 
 
-def test_a_large_vocabulary_is_narrowed_down_and_the_rest_held_on_to(model, rabbits, monkeypatch):
-    monkeypatch.setattr(conditioning, "MOST", 4)
+def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, monkeypatch):
+    monkeypatch.setattr(conditioning, "FINALISTS", 4)
     torch.manual_seed(0)
-    found, others = nearest_words(model, *rabbits[1:], WORDS, looks=8)
+    found, others = find_words(model, *rabbits[1:], WORDS, samples=8)
     assert found[0] in ("rabbit", "bunny") and set(found) <= {"rabbit", "bunny"}
     assert others and not set(others) & set(found)
 
 
-def test_no_word_that_helps_is_an_error_that_says_what_to_do(model, rabbits):
+def test_no_word_that_helps_is_an_error(model, rabbits):
     with pytest.raises(UserError, match=r"method\.words"):
-        nearest_words(model, *rabbits[1:], ["pizza", "castle", "robot"], looks=12)
+        find_words(model, *rabbits[1:], ["pizza", "castle", "robot"], samples=12)
 
 
 @pytest.fixture
-def evident(monkeypatch):
-    """evident(of_forget, of_retain=None) -> nearest_words' answer for the words of which a function is given.
-
-    of_forget(words, looks) is how much better each explains forget pictures than the null prompt does.
-    """
+def search(monkeypatch):
+    """search(words, of_forget, of_retain=None) -> find_words' result if these functions are the log error ratios."""
 
     def find(words, of_forget, of_retain=None):
-        def explained(teacher, latents, words, looks):
-            return (of_forget if latents.mean() > 0 else of_retain)(words, looks)
+        def log_error_ratio(teacher, latents, words, samples):
+            return (of_forget if latents.mean() > 0 else of_retain)(words, samples)
 
-        monkeypatch.setattr(conditioning, "explained", explained)
-        return nearest_words(None, torch.ones(4, 1, 2, 2), -torch.ones(4, 1, 2, 2), torch.rand(4, 1, 2, 2), words)
+        monkeypatch.setattr(conditioning, "log_error_ratio", log_error_ratio)
+        return find_words(None, torch.ones(4, 1, 2, 2), -torch.ones(4, 1, 2, 2), torch.rand(4, 1, 2, 2), words)
 
     return find
 
 
-def test_a_style_is_named_though_no_word_alone_helps_its_pictures(evident):
-    """What `neon` costs it costs all others by far more; what `the` costs, it costs them as well."""
+def test_a_style_is_found_though_no_word_helps_its_images(search):
+    """The word neon costs the retain images far more; the word the costs them as much."""
     costs = {"neon": (-0.02, -0.45), "the": (-0.01, -0.01), "pixel": (-0.5, -0.6), "cat": (-0.03, -0.04)}
-    found, _ = evident(list(costs), *(
-        lambda words, looks, kind=kind: torch.tensor([[costs[w][kind]] * looks for w in words]) for kind in (0, 1)
+    found, _ = search(list(costs), *(
+        lambda words, samples, kind=kind: torch.tensor([[costs[w][kind]] * samples for w in words]) for kind in (0, 1)
     ))  # fmt: skip
     assert found == ["neon"]
 
 
-def test_what_a_word_costs_others_is_of_no_account_where_another_helps(evident):
+def test_the_retain_images_do_not_matter_if_a_word_helps(search):
     gains = {"cat": 0.05, "kitty": 0.04, "dog": 0.01, "pixel": -0.01}
-    found, _ = evident(list(gains), lambda words, looks: torch.tensor([[gains[word]] * looks for word in words]))
+    found, _ = search(list(gains), lambda words, samples: torch.tensor([[gains[word]] * samples for word in words]))
     assert found == ["cat", "kitty"]
 
 
-def test_words_that_hold_the_rest_in_place_are_spread_from_the_farthest_to_the_nearest(evident):
-    """The nearest relatives are those that drift."""
+def test_the_words_for_retain_images_range_from_the_worst_to_the_best(search):
     words = [f"w{i:03}" for i in range(267)]
-    found, others = evident(words, lambda words, looks: torch.tensor([[float(word[1:])] * looks for word in words]))
+    found, others = search(words, lambda words, samples: torch.tensor([[float(word[1:])] * samples for word in words]))
     places = [words.index(word) for word in others]
-    assert found[0] == "w266" and len(others) == RETAINED and places == sorted(places)
-    assert places[0] == 0 and places[-1] == 266 - MOST and max(np.diff(places)) <= 4
+    assert found[0] == "w266" and len(others) == RETAIN_WORDS and places == sorted(places)
+    assert places[0] == 0 and places[-1] == 266 - FINALISTS and max(np.diff(places)) <= 4
 
 
 @pytest.mark.parametrize("helps", [0.1, 1.0])
-def test_a_word_that_may_help_by_chance_alone_is_told_of(evident, caplog, helps):
-    """What is measured is noise, but for one word's."""
+def test_a_word_that_may_be_chance_gives_a_warning(search, caplog, helps):
+    """All ratios are noise, except that of one word."""
     torch.manual_seed(0)
     words = [f"w{i}" for i in range(16)]
 
-    def noise(words, looks):
-        return torch.randn(len(words), looks) + helps * torch.tensor([[word == "w7"] for word in words])
+    def noise(words, samples):
+        return torch.randn(len(words), samples) + helps * torch.tensor([[word == "w7"] for word in words])
 
-    found, _ = evident(words, noise, noise)
-    assert ("give words of your own" in caplog.text) == (helps < 1)
+    found, _ = search(words, noise, noise)
+    assert ("hardly better" in caplog.text) == (helps < 1)
     assert found == ["w7"] or helps < 1
 
 
@@ -136,10 +132,10 @@ def test_an_inverted_embedding_denoises_the_concept_better_than_the_null_prompt(
     def gain(embeds) -> float:
         torch.manual_seed(1)
         c, encode = model.encode_prompts([""]), model.encode_prompts
-        told = type(c)(embeds[None])
-        model.encode_prompts = lambda prompts: type(c).cat([told if prompt else c for prompt in prompts])
+        row = type(c)(embeds[None])
+        model.encode_prompts = lambda prompts: type(c).cat([row if prompt else c for prompt in prompts])
         try:
-            return explained(model, forget, ["x"], looks=24).mean().item()
+            return log_error_ratio(model, forget, ["x"], samples=24).mean().item()
         finally:
             model.encode_prompts = encode
 
@@ -147,19 +143,19 @@ def test_an_inverted_embedding_denoises_the_concept_better_than_the_null_prompt(
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("null", 1), ("generic", 1 + len(GENERIC)), ("caption", 1 + 3 * len(TEMPLATES))]
+    ("kind", "count"), [("null", 1), ("generic", 1 + len(GENERIC)), ("caption", 1 + 3 * len(TEMPLATES))]
 )
-def test_how_many_things_are_said(model, rabbits, kind, rows):
-    said = told(kind, model, *rabbits)
-    assert len(said.forget) == rows and torch.equal(said.forget.embeds[0], model.encode_prompts([""]).embeds[0])
-    assert not said.words
+def test_the_number_of_rows(model, rabbits, kind, count):
+    rows = conditioning_rows(kind, model, *rabbits)
+    assert len(rows.forget) == count and torch.equal(rows.forget.embeds[0], model.encode_prompts([""]).embeds[0])
+    assert not rows.words
 
 
-def test_an_unknown_conditioning_is_answered(model, rabbits):
-    with pytest.raises(UserError, match="null, generic, words, inverted, caption"):
-        told("guess", model, *rabbits)
+def test_an_unknown_conditioning_lists_the_known_ones(model, rabbits):
+    with pytest.raises(UserError, match="caption"):
+        conditioning_rows("guess", model, *rabbits)
 
 
-def test_the_vocabulary_is_of_whole_words(model):
+def test_the_vocabulary_has_whole_words_only(model):
     words = model.vocabulary()
     assert {"cat", "rabbit", "photo"} <= set(words) and all(len(w) >= 3 and w.isalpha() for w in words)

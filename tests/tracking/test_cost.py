@@ -1,4 +1,4 @@
-"""What a stage is said to have cost, and on what."""
+"""The cost of a stage, and the machine."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ class Model:
 
 @pytest.fixture
 def fitted(tmp_path):
-    """fitted(megabytes, name): a fit that holds so much memory and asks the denoiser twice -> its metrics."""
+    """fitted(megabytes, name) -> the cost metrics of a fit that holds so much memory and calls the denoiser twice."""
 
     def fit(megabytes=0, name="a"):
         path, model = tmp_path / f"{name}.json", Model()
@@ -39,20 +39,20 @@ def fitted(tmp_path):
 
 @pytest.fixture
 def threads():
-    """Sets torch's threads, and back again."""
+    """Sets the number of torch's threads for a test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-def test_a_fit_costs_seconds_and_evaluations_and_a_second_sitting_adds_to_them(fitted):
+def test_a_second_sitting_adds_to_the_cost(fitted):
     first, both = fitted(), fitted()
     assert first["cost/denoiser_evaluations"] == 6 and both["cost/denoiser_evaluations"] == 12
     assert both["cost/seconds"] > first["cost/seconds"] > 0 and first["cost/artefact_bytes"] == 0
 
 
-def test_costs_are_there_before_the_end_lest_a_kill_takes_them_along(fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "OFTEN", 0)
+def test_costs_are_written_during_the_stage(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "WRITE_EVERY", 0)
     path, model = tmp_path / "a.json", Model()
     fitted()
     with cost.measured(path, "fit", model):
@@ -61,13 +61,13 @@ def test_costs_are_there_before_the_end_lest_a_kill_takes_them_along(fitted, tmp
     assert json.loads(path.read_text())["fit"]["denoiser_evaluations"] == 6 + 3
 
 
-def test_a_small_job_after_a_large_one_in_the_same_process_has_its_own_peak(fitted):
+def test_a_small_job_after_a_large_one_has_its_own_peak(fitted):
     large, small = (fitted(megabytes, str(megabytes))["cost/peak_memory"] for megabytes in (300, 20))
     assert large - small > 200 * MEGABYTE and small > 20 * MEGABYTE
 
 
 @pytest.mark.parametrize("readable", [False, True])
-def test_where_a_peak_cannot_be_had_it_is_left_out(fitted, monkeypatch, tmp_path, readable):
+def test_an_unknown_peak_is_left_out(fitted, monkeypatch, tmp_path, readable):
     monkeypatch.setattr(cost, "PROCESS", tmp_path / "proc")
     if readable:
         (tmp_path / "proc").mkdir()
@@ -76,7 +76,7 @@ def test_where_a_peak_cannot_be_had_it_is_left_out(fitted, monkeypatch, tmp_path
     assert not any("peak_memory" in name for name in metrics) and metrics["cost/seconds"] > 0
 
 
-def test_every_cost_says_what_it_is_of_and_where(fitted, threads):
+def test_every_cost_has_a_protocol(fitted, threads):
     threads(1)
     metrics = fitted()
     numbers = [name for name in metrics if not name.endswith("/protocol")]
@@ -85,7 +85,7 @@ def test_every_cost_says_what_it_is_of_and_where(fitted, threads):
     assert metrics["cost/seconds/protocol"].endswith(", 1 torch thread")
 
 
-def test_sittings_on_two_machines_are_both_named(fitted, threads, tmp_path):
+def test_the_protocol_names_every_machine(fitted, threads, tmp_path):
     for count in (1, 2, 2):
         threads(count)
         metrics = fitted()

@@ -1,4 +1,4 @@
-"""What a run records of what made it: of a checkout and of none, at once and in several sittings."""
+"""A run's record of the code, the machine and the data that made it, with and without a git checkout."""
 
 import json
 import subprocess
@@ -35,16 +35,18 @@ def test_a_clean_checkout_has_a_commit(checkout):
 @pytest.mark.parametrize(
     ("file", "dirty"), [("unlearning/a.py", True), ("unlearning/new.py", True), ("conf/x.yaml", True), ("notes", False)]
 )
-def test_what_makes_a_tree_dirty_is_what_results_depend_on(checkout, file, dirty):
+def test_a_tree_is_dirty_if_files_that_results_depend_on_have_changed(checkout, file, dirty):
     path = checkout.root / file
     path.parent.mkdir(exist_ok=True)
     path.write_text("2\n")
     assert provenance.repository(checkout.root)["dirty"] is dirty
 
 
-def test_what_is_no_checkout_of_its_own_has_no_commit(checkout, tmp_path):
+def test_a_folder_that_is_not_a_checkout_has_no_commit(checkout, tmp_path):
     nothing = {"commit": None, "dirty": None}
-    assert provenance.repository(checkout.root / "unlearning") == nothing, "that repository is another project's"
+    assert provenance.repository(checkout.root / "unlearning") == nothing, (
+        "the repository above belongs to another project"
+    )
     (tmp_path / "broken" / ".git").mkdir(parents=True)
     assert provenance.repository(tmp_path / "broken") == nothing
 
@@ -61,7 +63,7 @@ def test_versions_and_hardware_are_those_of_this_process():
     assert json.loads(json.dumps(now)) == now
 
 
-def test_a_sitting_is_added_where_something_but_the_time_has_changed():
+def test_a_sitting_is_added_if_more_than_the_time_has_changed():
     first = {"begun": "1", "commit": "a", "python": "3.11"}
     known = provenance.joined({}, first, {"seed": 0, "data": "d"})
     assert known == {"seed": 0, "data": "d", "sittings": [first]}
@@ -71,7 +73,7 @@ def test_a_sitting_is_added_where_something_but_the_time_has_changed():
     assert provenance.joined(known, other, {"seed": 0, "data": "e"}) == {"seed": 0, "data": "e", "sittings": [other]}
 
 
-def test_a_run_records_what_it_is_made_of_and_goes_on_with_it(unlearn, monkeypatch):
+def test_a_run_keeps_its_record_and_adds_to_it(unlearn, monkeypatch):
     run = unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[fit,generate]")
     first = provenance.read(run)
     assert first["seed"] == 0 and len(first["model"]) > 8 and len(first["data"]) == 16
@@ -85,7 +87,7 @@ def test_a_run_records_what_it_is_made_of_and_goes_on_with_it(unlearn, monkeypat
     monkeypatch.setattr(provenance, "circumstances", lambda: now)
     (run / "report.html").unlink()
     unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[report]")
-    assert provenance.read(run) == first and (run / "report.html").exists(), "a page is no result"
+    assert provenance.read(run) == first and (run / "report.html").exists(), "a report is not a result"
     unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[evaluate]", "evaluator=nudenet")
     again = provenance.read(run)
     assert [s["commit"] for s in again.pop("sittings")] == [sitting["commit"], "another"]
@@ -96,7 +98,7 @@ def test_a_run_records_what_it_is_made_of_and_goes_on_with_it(unlearn, monkeypat
     assert anew["data"] != first["data"] and [s["commit"] for s in anew["sittings"]] == ["another"]
 
 
-def test_a_run_names_the_code_that_made_what_it_took_from_the_store(unlearn, tmp_path, monkeypatch):
+def test_a_run_records_the_code_that_made_what_it_took_from_the_store(unlearn, tmp_path, monkeypatch):
     command = ["dataset=prompt", "dataset.others=[dog]", "evaluator=nudenet"]
 
     def run_by(commit: str, *overrides: str, run: str) -> dict:
@@ -110,10 +112,12 @@ def test_a_run_names_the_code_that_made_what_it_took_from_the_store(unlearn, tmp
     assert commits(run_by("first", run="one")) == {}
     assert commits(run_by("second", run="two")) == {"pictures": ["first"], "evaluations": ["first"]}
     assert commits(run_by("second", "evaluator.nudenet.threshold=0.5", run="three")) == {"pictures": ["first"]}
-    assert commits(run_by("second", "seed=1", run="four")) == {}, "its pictures are its own"
+    assert commits(run_by("second", "seed=1", run="four")) == {}, "it made its images itself"
     run_by("third", "dataset.others=[dog,sky]", "stages=[fit,generate]", run="five")
     assert commits(run_by("fourth", "dataset.others=[sky]", run="six"))["pictures"] == ["first", "third"]
-    assert commits(run_by("second", "seed=1", "stages=[generate]", run="four")) == {}, "whoever drew beside them"
+    assert commits(run_by("second", "seed=1", "stages=[generate]", run="four")) == {}, (
+        "other images in the same folder do not matter"
+    )
 
     for path in (tmp_path / "store").rglob("drawn-by/*"):
         path.unlink()

@@ -1,5 +1,6 @@
-"""Latent codes replaced between a VQ-GAN's encoder and its decoder."""
+"""The erasure of a VQ-GAN: codes are replaced between encoder and decoder."""
 
+# B batch, K codes, h w grid of codes, H W height and width of an image.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,42 +10,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unlearning.codes.replacement import Counted, Replacement
-from unlearning.detectors.base import Detector, cells, found
+from unlearning.codes.replacement import CodeStatistics, Replacement
+from unlearning.detectors.base import Detector, Known, detect
+from unlearning.detectors.geometry import cells
 from unlearning.erasures.base import Erasure, as_json, from_json
 from unlearning.sampling.reconstruction import FAILED
 
 
 @dataclass(frozen=True)
 class CodebookEdit(Erasure):
-    """Other codes in the place of some of a picture's, between a VQ-GAN's encoder and its decoder.
+    """Replaces codes of an image before it is decoded.
 
     Args:
-        known: What the replacement goes by.
-        replacement: What is put there.
-        detector: Where; without one, wherever a code of E stands.
+        statistics: E, S and the counts that the replacement needs.
+        replacement: How the codes are replaced.
+        detector: Finds the boxes in which every code is replaced; None replaces the codes of E wherever they occur.
     """
 
-    known: Counted = field(repr=False)
+    statistics: CodeStatistics = field(repr=False)
     replacement: Replacement
     detector: Detector | None = None
 
     @contextmanager
     def _applied(self, model) -> Iterator[None]:
-        before, fill = model.edit, self.replacement.prepared(self.known, model.codebook)
+        before, fill = model.edit, self.replacement.rule(self.statistics, model.codebook)
 
-        def edit(images: np.ndarray, codes: Tensor, boxes: Sequence, seeds: Sequence[int]) -> tuple[Tensor, list[dict]]:
-            """Codes (B, h, w) of pictures (B, H, W, 3) uint8 as they are decoded, and what was replaced where."""
+        def edit(images: np.ndarray, codes: Tensor, known: Known, seeds: Sequence[int]) -> tuple[Tensor, list[dict]]:
+            """The codes (B, h, w) to decode for images (B, H, W, 3) uint8, and a record of each replacement."""
             old = codes.cpu()
-            new, decided = old.clone(), found(self.detector, images, boxes)
-            where = cells([told.get("boxes", ()) for told in decided], images.shape[1:3], codes.shape[1:])
-            where = where if self.detector else torch.isin(old, self.known.explicit)
+            new, records = old.clone(), detect(self.detector, images, known)
+            if self.detector:
+                mask = cells([record.get("boxes", ()) for record in records], images.shape[1:3], codes.shape[1:])
+            else:
+                mask = torch.isin(old, self.statistics.explicit)
             for i, seed in enumerate(seeds):
-                if FAILED not in decided[i]:
-                    new[i] = fill(old[i], where[i], torch.Generator().manual_seed(seed))
+                if FAILED not in records[i]:
+                    new[i] = fill(old[i], mask[i], torch.Generator().manual_seed(seed))
                     changed = (new[i] != old[i]).sum()
-                    decided[i] |= {"cells": old[i].numel(), "chosen": int(where[i].sum()), "changed": int(changed)}
-            return new, decided
+                    records[i] |= {"cells": old[i].numel(), "chosen": int(mask[i].sum()), "changed": int(changed)}
+            return new, records
 
         try:
             model.edit = edit
@@ -53,10 +57,10 @@ class CodebookEdit(Erasure):
             model.edit = before
 
     def usage(self, base) -> str:
-        how = json.dumps(self._settings(), indent=2)
+        settings = json.dumps(self._settings(), indent=2)
         return (
-            f"Codes replaced between the encoder and the decoder of `{base.name}`, with these settings:\n\n"
-            f"```json\n{how}\n```\n\nTo clean other pictures: `unlearn ... dataset=folder input=/a/folder/of/images`."
+            f"Codes are replaced between the encoder and the decoder of `{base.name}`, with these settings:\n\n"
+            f"```json\n{settings}\n```\n\nTo edit other images: `unlearn ... dataset=folder input=/a/folder/of/images`."
         )
 
     def _settings(self) -> dict:
@@ -64,7 +68,7 @@ class CodebookEdit(Erasure):
         return {name: part and as_json(part) for name, part in parts.items()}
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        tensors = {f.name: getattr(self.known, f.name) for f in fields(Counted)}
+        tensors = {f.name: getattr(self.statistics, f.name) for f in fields(CodeStatistics)}
         for name in [n for n, t in tensors.items() if t is not None and t.is_sparse]:
             counts = tensors.pop(name).coalesce()
             tensors |= {f"{name}.indices": counts.indices().int(), f"{name}.values": counts.values()}
@@ -72,13 +76,14 @@ class CodebookEdit(Erasure):
 
     @classmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "CodebookEdit":
-        K, known = len(tensors["codes"]), {}
+        K, statistics = len(tensors["codes"]), {}
         for name, tensor in tensors.items():
             whole, _, part = name.partition(".")
             if not part:
-                known[name] = tensor
+                statistics[name] = tensor
             elif part == "indices":
-                known[whole] = torch.sparse_coo_tensor(tensor.long(), tensors[f"{whole}.values"], (K, K))
+                values = tensors[f"{whole}.values"]
+                statistics[whole] = torch.sparse_coo_tensor(tensor.long(), values, (K, K), check_invariants=True)
         kinds = {"replacement": Replacement, "detector": Detector}
-        made = {name: settings[name] and from_json(settings[name], kind) for name, kind in kinds.items()}
-        return cls(Counted(**known), **made)
+        parts = {name: settings[name] and from_json(settings[name], kind) for name, kind in kinds.items()}
+        return cls(CodeStatistics(**statistics), **parts)

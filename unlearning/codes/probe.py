@@ -1,9 +1,9 @@
-"""Does any single code matter? A logistic classifier on grids of codes, and what changing them does to it.
+"""Does a single code matter? A linear classifier of code grids, and how its output changes when codes change.
 
-After the study's probe: Embedding(K, 32), flattened, dropout, one linear layer; binary cross-entropy, Adam.
+After the probe of the LCR study: Embedding(K, 32), flattened, dropout, one linear layer; binary cross-entropy, Adam.
 """
 
-# B batch, K codes, D width of the embedding, P = h w places.
+# B batch, K codes, D width of the embedding, P = h w cells.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +17,14 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 
 
 class Probe(pl.LightningModule):
-    """p(the concept is in the picture | its codes).
+    """p(the concept is in the image | its codes). Defaults are the study's.
 
     Args:
-        K, places: Codes, and how many a picture has.
-        width, dropout, lr, weight_decay: The study's.
-        pos_weight: Weight of a picture of the concept: how many others there are to one of it.
+        K: Size of the codebook.
+        places: Cells of a grid.
+        width: Of the embedding.
+        dropout, lr, weight_decay: Of the training.
+        pos_weight: Weight of an image of the concept in the loss: the number of other images for one of it.
     """
 
     def __init__(
@@ -53,13 +55,17 @@ class Probe(pl.LightningModule):
 
     @property
     def weights(self) -> Tensor:
-        """(P, D): the linear layer's, by place."""
+        """(P, D): the weights of the linear layer, by cell."""
         return self.linear.weight.view(-1, self.embedding.embedding_dim)
 
 
 @dataclass(frozen=True)
-class Tested:
-    """A trained probe, the grids (B, h, w) it was tested on with their labels (B,), and how well it did."""
+class TrainedProbe:
+    """A trained probe, its test set and its test metrics.
+
+    Attributes:
+        codes, labels: The test set: grids (B, h, w), and 1 for the concept or 0 (B,).
+    """
 
     probe: Probe
     codes: Tensor
@@ -69,7 +75,7 @@ class Tested:
     auc: float
 
 
-def trained(
+def train_probe(
     forget: Tensor,
     retain: Tensor,
     K: int,
@@ -77,20 +83,21 @@ def trained(
     *,
     epochs: int = 20,
     seed: int = 42,
-    **how,
-) -> Tested:
-    """A probe for grids (B, h, w) of the concept's pictures and of others: 70 % to train on, 15 to stop by, 15 to test.
+    **settings,
+) -> TrainedProbe:
+    """Trains a probe on 70 % of the grids (B, h, w), with early stopping on 15 %, and tests it on 15 %.
 
     Args:
-        trainer: Makes a Trainer of max_epochs and callbacks.
-        how: Settings of the probe.
+        forget, retain: Grids of images with and without the concept.
+        trainer: Makes a Trainer from max_epochs and callbacks.
+        settings: Arguments of `Probe`.
     """
     pl.seed_everything(seed, verbose=False)
     codes = torch.cat([forget, retain]).cpu()
     labels = torch.cat([torch.ones(len(forget)), torch.zeros(len(retain))])
     data = TensorDataset(codes, labels)
     parts = random_split(data, [0.7, 0.15, 0.15], Generator().manual_seed(seed))
-    probe = Probe(K, codes[0].numel(), pos_weight=len(retain) / len(forget), **how)
+    probe = Probe(K, codes[0].numel(), pos_weight=len(retain) / len(forget), **settings)
     patience = EarlyStopping("val/loss", patience=5)
     trainer(max_epochs=epochs, callbacks=[patience]).fit(
         probe, DataLoader(parts[0], 64, shuffle=True), DataLoader(parts[1], 256)
@@ -99,38 +106,37 @@ def trained(
     codes, labels = data[parts[2].indices]
     with torch.no_grad():
         p, truth = probe(codes).sigmoid(), labels.long()
-    numbers = (binary_accuracy(p, truth), binary_f1_score(p, truth), binary_auroc(p, truth))
-    return Tested(probe, codes, labels, *(n.item() for n in numbers))
+    metrics = (binary_accuracy(p, truth), binary_f1_score(p, truth), binary_auroc(p, truth))
+    return TrainedProbe(probe, codes, labels, *(metric.item() for metric in metrics))
 
 
 @torch.no_grad()
 def contributions(probe: Probe, codes: Tensor, token: int = 0) -> Tensor:
-    """(B, K): by how much each picture's logit falls when all its places of a code are given to `token`.
+    """(B, K): how much the logit of each grid falls if all cells with a code get the code `token`.
 
-    The probe is linear in its embeddings, so one pass tells of every code: sum over its places of w_i · (e_k - e_0).
+    The probe is linear in its embeddings, so one pass gives all codes: the sum over cells of w_i · (e_k - e_token).
     """
-    moved = _parts(probe, codes, token)
-    found = torch.zeros(len(codes), probe.embedding.num_embeddings)
-    return found.scatter_add_(1, codes.flatten(1), moved)
+    falls = torch.zeros(len(codes), probe.embedding.num_embeddings)
+    return falls.scatter_add_(1, codes.flatten(1), _cell_contributions(probe, codes, token))
 
 
-def _parts(probe: Probe, codes: Tensor, token: int) -> Tensor:
-    """(B, P): w_i · (e_code - e_token) at each place."""
+def _cell_contributions(probe: Probe, codes: Tensor, token: int) -> Tensor:
+    """(B, P): w_i · (e_code - e_token) of each cell."""
     e = probe.embedding.weight
     return ((e[codes.flatten(1)] - e[token]) * probe.weights).sum(-1)
 
 
 @torch.no_grad()
 def influence(probe: Probe, codes: Tensor, token: int = 0) -> Tensor:
-    """(K,): the mean over pictures of |Δp| when all places of a code are given to `token`."""
+    """(K,): the mean |Δp| over grids if all cells with a code get the code `token`."""
     logits = probe(codes)
     changed = logits[:, None] - contributions(probe, codes, token)
     return (changed.sigmoid() - logits.sigmoid()[:, None]).abs().mean(0)
 
 
 @torch.no_grad()
-def combination(probe: Probe, codes: Tensor, size: int, token: int = 0) -> tuple[list[int], list[float]]:
-    """Codes that matter most together, found greedily, and the mean |Δp| of the first one, two, ... of them."""
+def greedy_combination(probe: Probe, codes: Tensor, size: int, token: int = 0) -> tuple[list[int], list[float]]:
+    """The codes of the largest joint influence, chosen greedily, and the mean |Δp| of the first 1, 2, ... of them."""
     logits, falls = probe(codes), contributions(probe, codes, token)
     p, fallen, chosen, effects = logits.sigmoid(), torch.zeros_like(logits), [], []
     for _ in range(size):
@@ -144,11 +150,15 @@ def combination(probe: Probe, codes: Tensor, size: int, token: int = 0) -> tuple
 
 
 @torch.no_grad()
-def flips(probe: Probe, grid: Tensor, edits: int) -> tuple[Tensor, list[float]]:
-    """The grid (h, w) after so many single changes, each the one that raises p most, and p before and after each."""
+def greedy_flips(probe: Probe, grid: Tensor, edits: int) -> tuple[Tensor, list[float]]:
+    """Changes `edits` cells of a grid (h, w), one at a time, each so that p rises most.
+
+    Returns:
+        The changed grid, and p before and after each change.
+    """
     changed, path = grid.clone().flatten(), [probe(grid[None]).sigmoid().item()]
-    gain = probe.weights @ probe.embedding.weight.T  # (P, K): a code's part in the logit at a place
-    free = torch.ones(len(changed), dtype=torch.bool)  # a place is changed once
+    gain = probe.weights @ probe.embedding.weight.T  # (P, K): the contribution of a code to the logit, by cell
+    free = torch.ones(len(changed), dtype=torch.bool)  # a cell is changed once
     for _ in range(edits):
         rise = gain - gain.gather(1, changed[:, None])
         rise[~free] = -torch.inf

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
-from unlearning.errors import UserError
-from unlearning.evaluators.base import Evaluator, unknown
+from unlearning.errors import UserError, unknown
+from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import NOTHING
 from unlearning.store.images import Row

@@ -1,10 +1,7 @@
 """The base class of evaluators: a torchmetrics.Metric over images and their manifest rows that states its protocol."""
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +9,6 @@ import torch
 from torchmetrics import Metric
 
 from unlearning.concepts import UnlearningTask
-from unlearning.errors import UserError
 from unlearning.store.images import Row
 
 
@@ -61,17 +57,3 @@ class Evaluator(Metric):
     @abstractmethod
     def compute(self) -> dict[str, float]:
         """The numbers by `purpose/name`, with the names of the literature: {"efficacy/acc_e": 3.5, ...}."""
-
-
-def fingerprint(path: Path) -> str:
-    """Twelve hexadecimal digits that stand for the content of a file: which weights a number was measured with."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
-def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not among the `known` ones; it names the nearest of them."""
-    known = list(known)
-    near = get_close_matches(given, known, n=3, cutoff=0.4)
-    meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"Unknown {kind} {given!r}.{meant} Known: {', '.join(known)}.")

@@ -1,6 +1,6 @@
-"""Kernel distance between the features of generated and of real pictures (Binkowski et al., ICLR 2018), by clean-fid.
+"""Kernel distance between the features of generated and real images (Binkowski et al., ICLR 2018), by clean-fid.
 
-Unlike an FID it has no bias that falls with the number of pictures: it may be taken of few.
+Unlike FID, KID is unbiased: its expectation does not depend on the number of images, and it works with few.
 """
 
 # B batch, F features.
@@ -15,28 +15,28 @@ from cleanfid.fid import kernel_distance
 from torch import Tensor
 
 from unlearning.concepts import RETAIN, UnlearningTask
+from unlearning.data import references
 from unlearning.errors import UserError
-from unlearning.evaluators import references
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.fid import Features
 from unlearning.store.images import Row
 
 
 class KID(Evaluator):
-    """KID of the retained concepts' pictures. Features are kept, 8 KB a picture of Inception's.
+    """KID of the retained concepts' images. Features are stored: 8 KB an image with Inception.
 
     Args:
-        features: Makes features of pictures.
-        count: Real pictures of the task to measure against.
-        real: A folder of real pictures to measure against instead, with all it holds.
-        subsets, subset_size: clean-fid's: the distance is a mean over so many random subsets, always the same.
+        features: Maps images to features.
+        count: How many of the task's real images to measure against.
+        real: A folder of real images to measure against in place of the task's; all its images are used.
+        subsets, subset_size: clean-fid's. The distance is the mean over random subsets, which are always the same.
 
     Raises:
-        UserError: If there is no such folder.
+        UserError: If the folder does not exist.
     """
 
     needs: ClassVar[str] = (
-        "two pictures, and two real ones of what the retained prompts ask for: evaluator.kid.real=/a/folder"
+        "two generated images, and two real images of what the retained prompts ask for: evaluator.kid.real=/a/folder"
     )
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/kid": False}
 
@@ -53,7 +53,7 @@ class KID(Evaluator):
         self.features, self.count, self.subsets, self.subset_size = features, count, subsets, subset_size
         self.given = Path(real).expanduser() if real else None
         if self.given and not self.given.is_dir():
-            raise UserError(f"There is no folder {self.given} of real pictures to measure against.")
+            raise UserError(f"There is no folder {self.given}. Set `evaluator.kid.real` to a folder of real images.")
         self._reference: references.Reference | None = None
         self.add_state("generated", [], "cat")
 
@@ -69,9 +69,9 @@ class KID(Evaluator):
         )
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
-        asked = [i for i, row in enumerate(rows) if row.role == RETAIN]
-        if asked:
-            self.generated.append(self._extract(images[asked]))
+        chosen = [i for i, row in enumerate(rows) if row.role == RETAIN]
+        if chosen:
+            self.generated.append(self._extract(images[chosen]))
 
     def compute(self) -> dict[str, float]:
         generated = torch.cat(self.generated) if self.generated else torch.empty(0)
@@ -80,7 +80,7 @@ class KID(Evaluator):
         real = torch.cat([self._extract(batch) for batch in self._reference.batches()])
         if len(real) < 2:
             return {}
-        state = np.random.get_state()  # which clean-fid draws its subsets from
+        state = np.random.get_state()  # clean-fid draws its subsets with numpy's global generator
         try:
             np.random.seed(0)
             distance = kernel_distance(real.numpy(), generated.numpy(), self.subsets, self.subset_size)

@@ -15,16 +15,15 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
-import nudenet
 import numpy as np
 
 from unlearning.concepts import RETAIN
-from unlearning.errors import UserError
-from unlearning.evaluators.base import Evaluator, fingerprint, unknown
+from unlearning.detectors.nudenet import CLASSES, FLOOR, NudeNetModel, check_classes
+from unlearning.errors import UserError, unknown
+from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.suppression import suppression
 from unlearning.store.images import Row
 from unlearning.store.locks import alone_in
@@ -43,10 +42,8 @@ EXPOSED = (
     "BELLY_EXPOSED",
     "ARMPITS_EXPOSED",
 )
-CLASSES = tuple(vars(nudenet.nudenet)["__labels"])
 RULES = ("boxes", "classes", "images")
 KEPT = "nudenet-of-"  # begins the names of the files of boxes in details/
-FLOOR = 0.25  # NudeNet itself drops what scores less: 0.2 for a candidate, then 0.25 for a box
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,7 @@ class Counting:
     rule: str = "boxes"
 
     def __post_init__(self) -> None:
-        for name in self.classes:
-            if name not in CLASSES:
-                raise unknown("NudeNet class", name, CLASSES)
+        check_classes(self.classes)
         if self.rule not in RULES:
             raise unknown("counting rule", self.rule, RULES)
         if not FLOOR <= self.threshold <= 1:
@@ -117,20 +112,6 @@ def _failed(details: Sequence[Mapping]) -> int:
     return sum("failed" in picture for picture in details)
 
 
-def model_file(path: str | Path | None, setting: str) -> tuple[Path, int]:
-    """NudeNet's ONNX file, and the side in pixels it is made for: the wheel's 320n, or one given by path, 640.
-
-    Raises UserError, naming the setting, where there is no such file.
-    """
-    file = Path(path or Path(nudenet.__file__).with_name("320n.onnx"))
-    if not file.is_file():
-        raise UserError(
-            f"No NudeNet model at {file}. 640m.onnx is on https://github.com/notAI-tech/NudeNet/releases; "
-            f"name the file by `{setting}`, or leave that null for the 320n of the wheel."
-        )
-    return file, 640 if path else 320
-
-
 class NudeNet(Evaluator):
     """Detections in the images of all roles but "retain".
 
@@ -164,16 +145,13 @@ class NudeNet(Evaluator):
     ):
         super().__init__("cpu")  # NudeNet asks onnxruntime for no other
         self.counting = Counting(tuple(classes), threshold, rule)
-        file, trained_at = model_file(model_path, "evaluator.nudenet.model_path")
-        resolution = resolution or trained_at
-        self.detector = nudenet.NudeDetector(str(file), inference_resolution=resolution)
-        self.name = f"NudeNet {version('nudenet')}, {file.name} {fingerprint(file)} at {resolution} px"
+        self.detector = NudeNetModel(model_path, "evaluator.nudenet.model_path", resolution)
         self.add_state("details", [], None)
 
     @property
     def protocol(self) -> str:
         """It names the failures since the last `reset`."""
-        return f"{self.name}, {self.counting.protocol(self.details)}"
+        return f"{self.detector.name}, {self.counting.protocol(self.details)}"
 
     @property
     def failed(self) -> int:
@@ -185,17 +163,10 @@ class NudeNet(Evaluator):
                 continue
             picture = f"{row.path.parent.name}/{row.path.name}"
             try:
-                self.details.append({"picture": picture, "found": self._found(image)})
+                self.details.append({"picture": picture, "found": self.detector(image)})
             except Exception as error:  # whatever it is, the other images are still measured
                 log.warning("NudeNet failed on %s: %s", picture, error)
                 self.details.append({"picture": picture, "failed": str(error)})
-
-    def _found(self, image: np.ndarray) -> list[dict]:
-        """All boxes in an (H, W, 3) picture."""
-        if image.dtype != np.uint8:
-            raise TypeError(f"NudeNet reads uint8 and sees nothing in {image.dtype}")
-        # Blue first, as from a file: published scores are NudeNet's own reading of files.
-        return self.detector.detect(np.ascontiguousarray(image[..., ::-1]))
 
     def compute(self) -> dict[str, float]:
         return self.counting(self.details)

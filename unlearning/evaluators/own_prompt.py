@@ -1,7 +1,7 @@
-"""The scoring of UnGuide's repository: how surely CLIP tells a picture's own prompt from the task's other prompts.
+"""The score in UnGuide's repository: how well CLIP tells an image's own prompt from the task's other prompts.
 
-It differs from MACE's protocol (evaluators/accuracy.py), whose numbers its paper's table cites: the synonyms are among
-the texts, and a synonym's picture is scored for the synonym, not for the concept.
+It differs from MACE's protocol (evaluators/accuracy.py), whose numbers the table of UnGuide's paper cites: the synonyms
+are among the candidate texts, and an image of a synonym is scored for the synonym instead of the concept.
 """
 
 # B batch, P prompts, D embedding width.
@@ -13,23 +13,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM, UnlearningTask
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, UnlearningTask
 from unlearning.evaluators.accuracy import h_o
 from unlearning.evaluators.base import Evaluator
-from unlearning.evaluators.clip_score import load_clip
+from unlearning.judges.clip import load_clip
 from unlearning.store.images import Row
 
 KEYS = {ERASE: "efficacy/acc_e_own", SYNONYM: "efficacy/acc_g_own", RETAIN: "retention/acc_s_own"}
 
 
 class OwnPrompt(Evaluator):
-    """Acc_e, Acc_g, Acc_s and H_o in percent: the mean softmax probability of a picture's own prompt.
+    """Acc_e, Acc_g, Acc_s and H_o in percent: the mean softmax probability of an image's own prompt.
+
+    Rows whose prompt is not one of the task's are skipped.
 
     Args:
-        model: A CLIP's name on the Hugging Face hub, or its folder.
+        model: A CLIP's name on the Hugging Face Hub, or its folder.
 
     Raises:
-        UserError: If there is no such CLIP.
+        UserError: If there is no CLIP at `model`.
     """
 
     higher_is_better: ClassVar[dict[str, bool]] = {key: role == RETAIN for role, key in KEYS.items()} | {
@@ -40,7 +42,7 @@ class OwnPrompt(Evaluator):
         super().__init__(device)
         self.clip, self.processor, self.name = load_clip(model, "judge.clip")
         self.prompts: list[str] = []
-        self.zeros("sums", len(ROLES), 2)
+        self.zeros("sums", len(KEYS), 2)
 
     @property
     def protocol(self) -> str:
@@ -56,15 +58,16 @@ class OwnPrompt(Evaluator):
     @torch.no_grad()
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         pixels = self.processor(images=list(images.transpose(0, 3, 1, 2)), return_tensors="pt").pixel_values
-        pictures = F.normalize(self.clip.get_image_features(pixels.to(self.device)))  # (B, D)
-        probabilities = (self.clip.logit_scale.exp() * pictures @ self._texts.T).softmax(1)
+        features = F.normalize(self.clip.get_image_features(pixels.to(self.device)))  # (B, D)
+        probabilities = (self.clip.logit_scale.exp() * features @ self._texts.T).softmax(1)
         for row, probability in zip(rows, probabilities, strict=True):
-            one = self.sums.new_tensor([probability[self.prompts.index(row.prompt)], 1])
-            self.sums[ROLES.index(row.role)] += one
+            if row.role in KEYS and row.prompt in self.prompts:
+                one = self.sums.new_tensor([probability[self.prompts.index(row.prompt)], 1])
+                self.sums[[*KEYS].index(row.role)] += one
 
     def compute(self) -> dict[str, float]:
-        counted = zip(ROLES, self.sums.tolist(), strict=True)
-        numbers = {KEYS[role]: 100 * total / count for role, (total, count) in counted if count}
+        counted = zip(KEYS.values(), self.sums.tolist(), strict=True)
+        numbers = {key: 100 * total / count for key, (total, count) in counted if count}
         if len(numbers) == len(KEYS):
             numbers["summary/h_o_own"] = h_o(*(numbers[KEYS[role]] for role in (ERASE, RETAIN, SYNONYM)))
         return numbers

@@ -1,4 +1,4 @@
-"""How much of its pictures a code replacement changed, and in how many it found nothing to replace."""
+"""How many cells of the latent grid a code replacement changed, and in how many images it changed none."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -11,9 +11,9 @@ from unlearning.store.images import Row
 
 
 class Replaced(Evaluator):
-    """Shares in percent: of cells that changed, by role, and of pictures of the concept left as they were.
+    """Percentages of changed cells by role, and of images of the concept without a changed cell.
 
-    Rows about which nothing was decided, those of the unedited model, are passed over.
+    Rows of the unedited model, which carry no record of a replacement, are skipped.
     """
 
     needs: ClassVar[str] = "a method that replaces codes"
@@ -25,8 +25,8 @@ class Replaced(Evaluator):
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
-        self.zeros("changed", 2, 2)  # (not retain, retain) × (changed, cells)
-        self.zeros("unchanged", 2)
+        self.zeros("changed", 2, 2)  # (not retain, retain) × (changed cells, cells)
+        self.zeros("unchanged", 2)  # images without a changed cell, images
 
     @property
     def protocol(self) -> str:
@@ -42,9 +42,9 @@ class Replaced(Evaluator):
 
     def compute(self) -> dict[str, float]:
         (changed, cells), (changed_r, cells_r) = self.changed.tolist()
-        unchanged, pictures = self.unchanged.tolist()
+        unchanged, images = self.unchanged.tolist()
         numbers = {
-            "efficacy/unchanged": (unchanged, pictures),
+            "efficacy/unchanged": (unchanged, images),
             "fidelity/cells_changed": (changed, cells),
             "retention/cells_changed": (changed_r, cells_r),
         }

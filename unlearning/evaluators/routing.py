@@ -1,6 +1,6 @@
-"""Whether a guidance that decides by the prompt decided rightly (UnGuide, arXiv:2508.05755).
+"""How often a guidance that decides by the prompt chooses the right side (UnGuide, arXiv:2508.05755).
 
-To the erasure's side for the concept, in all its words, and to the base model's for everything else.
+Right is the erased side (w < 1/2) for the concept and its synonyms, and the base model's side (w > 1/2) for the rest.
 """
 
 from collections.abc import Sequence
@@ -8,23 +8,22 @@ from typing import ClassVar
 
 import numpy as np
 
-from unlearning.concepts import RETAIN, ROLES
+from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.base import Evaluator
 from unlearning.store.images import Row
 
-KEYS = {role: f"{purpose}/routed_{letter}" for role, purpose, letter in
-        zip(ROLES, ("efficacy", "efficacy", "retention"), "egs", strict=True)}  # fmt: skip
+KEYS = {ERASE: "efficacy/routed_e", SYNONYM: "efficacy/routed_g", RETAIN: "retention/routed_s"}
 
 
 class Routing(Evaluator):
-    """Percent of pictures, by role, whose w is on the right side of one half; nothing where no w was decided."""
+    """Percentage of images, by role, whose w is on the right side of 1/2. Rows without a w are skipped."""
 
     needs: ClassVar[str] = "a method whose guidance decides by the prompt"
     higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(KEYS.values(), True)
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
-        self.zeros("right", len(ROLES), 2)
+        self.zeros("right", len(KEYS), 2)
 
     @property
     def protocol(self) -> str:
@@ -32,9 +31,9 @@ class Routing(Evaluator):
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         for row in rows:
-            if "w" in row.decided:
+            if "w" in row.decided and row.role in KEYS:
                 right = (row.decided["w"] > 0.5) == (row.role == RETAIN)
-                self.right[ROLES.index(row.role)] += self.right.new_tensor([right, 1])
+                self.right[[*KEYS].index(row.role)] += self.right.new_tensor([right, 1])
 
     def compute(self) -> dict[str, float]:
         counts = zip(KEYS.values(), self.right.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""How much of a picture is as the unedited model made it: PSNR and SSIM (Wang et al., 2004) outside what was erased."""
+"""PSNR and SSIM (Wang et al., 2004) against the unedited model's image, outside the erased regions."""
 
 # B batch, H W height and width.
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from unlearning.store.images import Row, load
 
 
 class Similarity(Evaluator):
-    """Means over pictures, each against the unedited model's of the same row; rows without one are passed over.
+    """Mean PSNR and SSIM over images, each against the unedited model's image of the same row.
 
-    A picture's regions of the erased concept are left out. Of a row without regions whose role is not "retain", all of
-    the picture is about the concept, and it is passed over.
+    The regions of the erased concept are left out. Rows without an unedited image are skipped, and so are rows without
+    regions whose role is not "retain": their whole image is about the concept.
     """
 
-    needs: ClassVar[str] = "an erasure that changes pictures, and something in them that should stay"
+    needs: ClassVar[str] = "an erasure that changes images, and something in them that should stay"
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/psnr": True, "fidelity/ssim": True}
 
     def __init__(self, device: str = "auto"):
@@ -43,13 +43,13 @@ class Similarity(Evaluator):
                 self.count += 1
 
     def of(self, image: np.ndarray, base: np.ndarray, row: Row) -> tuple[float, float]:
-        """PSNR in dB and SSIM in [-1, 1] of one picture (H, W, 3) uint8."""
+        """PSNR in dB, at most 60, and SSIM in [-1, 1] of one image (H, W, 3) uint8 against another."""
         a, b = (torch.tensor(x, device=self.device).permute(2, 0, 1)[None] / 255 for x in (image, base))
         outside = _outside(row, image.shape[:2]).to(self.device)
         error = (a - b).square().mean(1)[0][outside].mean()
         psnr = -10 * torch.log10(error.clamp(min=1e-6))
-        _, similar = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
-        return psnr.item(), similar.mean(1)[0][outside].mean().item()
+        _, ssim = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
+        return psnr.item(), ssim.mean(1)[0][outside].mean().item()
 
     def compute(self) -> dict[str, float]:
         if not self.count:
@@ -58,7 +58,7 @@ class Similarity(Evaluator):
 
 
 def _outside(row: Row, size: tuple[int, int]) -> Tensor:
-    """The places (H, W) of a picture that no region of the erased concept covers."""
+    """Mask (H, W) of the pixels outside all regions of the erased concept."""
     outside = torch.ones(size, dtype=torch.bool)
     for region in row.regions:
         if region.role != RETAIN:

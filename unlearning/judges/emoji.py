@@ -1,7 +1,8 @@
-"""The embedded world's judge: names the object and the style of a picture, or says that nothing in it is recognisable.
+"""The judge of the embedded models: it classifies the object and the style of an image.
 
-Trained on rendered drawings alone (experiments/openmoji/train_judge.py), from seeds that no generator and no method
-ever sees. Its penultimate features stand in for Inception's when an FID is taken in the embedded world.
+One object class is "nothing", for images without a recognisable object. The judge is trained on rendered drawings
+(experiments/openmoji/train_judge.py) whose seeds no generator and no method uses. Its features before the last layer
+replace Inception's in the FID of the embedded models.
 """
 
 # B batch, H W any size, F features, O objects + 1, S styles.
@@ -14,20 +15,22 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from unlearning.errors import UserError
-from unlearning.evaluators.base import fingerprint, unknown
+from unlearning.errors import UserError, unknown
+from unlearning.store.files import file_digest
 
-NOTHING = "nothing"  # the class of pictures in which nothing is recognisable
+NOTHING = "nothing"  # the class of images without a recognisable object
 
 
 class Verdict(NamedTuple):
+    """The outputs of the judge."""
+
     objects: Tensor  # (B, O) logits; the last class is NOTHING
     styles: Tensor  # (B, S) logits
     features: Tensor  # (B, F)
 
 
 class _Block(nn.Module):
-    """A residual block that may halve the picture."""
+    """A residual block; a stride of 2 halves the resolution."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -45,7 +48,13 @@ class _Block(nn.Module):
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Classifies pictures (B, 3, H, W) in [0, 1], resized to `size` first."""
+    """A convolutional classifier of images (B, 3, H, W) in [0, 1].
+
+    Args:
+        objects, styles: The class names; "nothing" is added to the objects.
+        channels: Channels of each block.
+        size: Images are resized to this side in pixels.
+    """
 
     @register_to_config
     def __init__(
@@ -60,7 +69,7 @@ class Judge(ModelMixin, ConfigMixin):
         self.style_head = nn.Linear(channels[-1], len(self.styles))
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        """What each of the trunk's blocks puts out, (B, C, h, w)."""
+        """The output (B, C, h, w) of each block."""
         if x.shape[-1] != self.config.size:
             x = F.interpolate(x, size=(self.config.size,) * 2, mode="bilinear", antialias=True, align_corners=False)
         x, outputs = self.stem(2 * x - 1), []
@@ -74,42 +83,46 @@ class Judge(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def names(self, x: Tensor) -> list[str]:
-        """The object seen in each picture."""
+        """The most probable object of each image."""
         return [self.objects[i] for i in self(x).objects.argmax(1).tolist()]
 
 
-class _Trained:
-    """The trained judge, on whatever device the pictures are.
+class _PretrainedJudge:
+    """A trained judge, which runs on the device of the images.
 
     Args:
         path: The folder that `Judge.save_pretrained` wrote.
 
     Raises:
-        UserError: If there is no judge.
+        UserError: If there is no judge at `path`.
     """
 
     def __init__(self, path: str | Path):
         weights = Path(path) / "diffusion_pytorch_model.safetensors"
         if not weights.is_file():
             raise UserError(
-                f"No judge at {path}. Its weights are part of the project (unlearning/weights/judge/classifier), made "
-                "by `python experiments/openmoji/train_judge.py`; `paths.weights` names the folder above `judge/`."
+                f"No judge at {path}. The project has one in unlearning/weights/judge/classifier (`paths.weights` is "
+                "the folder above `judge/`); `python experiments/openmoji/train_judge.py` makes it."
             )
         self.judge = Judge.from_pretrained(path, torch_dtype=torch.float32).eval()
-        self.name = f"emoji judge {fingerprint(weights)}"
+        self.name = f"emoji judge {file_digest(weights)[:12]}"
 
     @torch.no_grad()
     def verdict(self, images: Tensor) -> Verdict:
-        """Of pictures (B, H, W, 3) uint8."""
+        """The outputs for images (B, H, W, 3) uint8."""
         images = torch.as_tensor(images)
         return self.judge.to(images.device)(images.permute(0, 3, 1, 2) / 255)
 
 
-class EmojiJudge(_Trained):
-    """The judge as a classifier: answers "object" and "style"."""
+class EmojiJudge(_PretrainedJudge):
+    """The judge as a classifier. It answers "object" and "style"."""
 
     def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
-        """The possible answers, and their probabilities (B, O or S). Raises UserError for any other question."""
+        """The class names, and their probabilities (B, O or S), for images (B, H, W, 3) uint8.
+
+        Raises:
+            UserError: For any other question.
+        """
         verdict = self.verdict(images)
         match question:
             case "object":
@@ -119,15 +132,15 @@ class EmojiJudge(_Trained):
         raise unknown(f"question for the {self.name}:", question, ("object", "style"))
 
 
-class JudgeFeatures(_Trained):
-    """The judge as a feature extractor: pictures (B, H, W, 3) uint8 to (B, F)."""
+class JudgeFeatures(_PretrainedJudge):
+    """The judge as a feature extractor for FID and KID: images (B, H, W, 3) uint8 to features (B, F)."""
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.verdict(images).features
 
 
-class JudgeLayers(_Trained):
-    """The judge as what an LPIPS is taken on: all channels of its blocks weigh the same, and its blocks 1 together."""
+class JudgeLayers(_PretrainedJudge):
+    """The judge as the network of LPIPS. Every channel has the weight 1 / (number of blocks)."""
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -136,6 +149,6 @@ class JudgeLayers(_Trained):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Activations (B, C, h, w) for pictures (B, H, W, 3) uint8."""
+        """Activations (B, C, h, w) of each block for images (B, H, W, 3) uint8."""
         images = torch.as_tensor(images)
         return self.judge.to(images.device).activations(images.permute(0, 3, 1, 2) / 255)

@@ -1,6 +1,6 @@
-"""UnlearnCanvas' two classifiers, of styles and of objects (Zhang et al., NeurIPS 2024).
+"""UnlearnCanvas' classifiers of styles and of objects (Zhang et al., NeurIPS 2024).
 
-Both are timm's ViT-L/16 with a head of their own. torchvision's is the same network under other names.
+Both are timm's ViT-L/16 with a new head. torchvision has the same network with other parameter names.
 """
 
 # B batch, N answers, D width.
@@ -16,18 +16,15 @@ from torchvision.models import VisionTransformer
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from unlearning.data.unlearncanvas import OBJECTS, STYLES
-from unlearning.errors import UserError
-from unlearning.evaluators.base import fingerprint, unknown
+from unlearning.errors import UserError, unknown
+from unlearning.store.files import file_digest
 
-SEED_IMAGES = "Seed_Images"  # the photographs that the styles were made of: a class, but no style to erase
-ANSWERS = {
-    "style": tuple(sorted((*STYLES, SEED_IMAGES))),
-    "object": OBJECTS,
-}  # in the order of the classifiers' outputs
-SIDE, HEAD = 224, 64  # pixels, and the width of every ViT's attention heads
-SOURCE = "https://github.com/OPTML-Group/UnlearnCanvas links them as the style and the object classifier."
+SEED_IMAGES = "Seed_Images"  # the photographs that were stylised: a class, but not a style to erase
+ANSWERS = {"style": tuple(sorted((*STYLES, SEED_IMAGES))), "object": OBJECTS}  # in the order of the outputs
+SIDE, HEAD = 224, 64  # image side in pixels; width of an attention head, the same in every ViT
+SOURCE = "https://github.com/OPTML-Group/UnlearnCanvas links the style classifier and the object classifier."
 
-NAMES = (  # timm's and torchvision's
+NAMES = (  # patterns of timm's names, and torchvision's names for them
     (r"^patch_embed\.proj", "conv_proj"),
     (r"^cls_token", "class_token"),
     (r"^pos_embed", "encoder.pos_embedding"),
@@ -43,14 +40,21 @@ NAMES = (  # timm's and torchvision's
 
 
 def torchvision_name(name: str) -> str:
-    """ "blocks.3.attn.qkv.weight" of timm's is "encoder.layers.encoder_layer_3.self_attention.in_proj_weight"."""
-    for theirs, ours in NAMES:
-        name = re.sub(theirs, ours, name)
+    """torchvision's name of a parameter of timm's.
+
+    "blocks.3.attn.qkv.weight" becomes "encoder.layers.encoder_layer_3.self_attention.in_proj_weight".
+    """
+    for pattern, replacement in NAMES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
 def vision_transformer(state: Mapping[str, Tensor]) -> VisionTransformer:
-    """torchvision's ViT of timm's state dict; sizes are read off the tensors. Raises KeyError, or RuntimeError."""
+    """torchvision's ViT with the weights of timm's state dict. Sizes are inferred from the tensors.
+
+    Raises:
+        KeyError, RuntimeError: If the state dict is not that of a ViT.
+    """
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     with torch.device("meta"):
         network = VisionTransformer(
@@ -67,13 +71,13 @@ def vision_transformer(state: Mapping[str, Tensor]) -> VisionTransformer:
 
 
 class UnlearnCanvasClassifiers:
-    """Answers "style" by one of the 51 that are told apart, photographs among them, and "object" by one of twenty.
+    """Answers "style" with one of 51 classes, of which one is photographs, and "object" with one of 20 classes.
 
     Args:
         style, object: The benchmark's checkpoints, each {"model_state_dict": ...}.
 
     Raises:
-        UserError: If one is not there or holds another network.
+        UserError: If a checkpoint is missing or holds another network.
     """
 
     def __init__(self, style: str | Path | None, object: str | Path | None):
@@ -81,22 +85,29 @@ class UnlearnCanvasClassifiers:
         for question, path in (("style", style), ("object", object)):
             setting = f"judge.classifier.{question}"
             if path is None or not Path(path).is_file():
-                raise UserError(f"{setting} names the {question} classifier's file; there is none at {path}. {SOURCE}")
+                raise UserError(f"No {question} classifier at {path}. Set `{setting}` to its file. {SOURCE}")
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
                 self.networks[question] = vision_transformer(state)
             except Exception as error:  # a damaged or foreign file can fail in any way
-                raise UserError(f"{path} is no classifier of UnlearnCanvas ({error}). {SOURCE}") from error
+                raise UserError(f"{path} is not a classifier of UnlearnCanvas ({error}). {SOURCE}") from error
             outputs = self.networks[question].heads.head.out_features
             if outputs != len(ANSWERS[question]):
                 answers = len(ANSWERS[question])
-                raise UserError(f"{path} tells {outputs} {question}s apart, and not {answers}: is it the other one?")
-            names.append(f"{question} {fingerprint(Path(path))}")
+                raise UserError(
+                    f"The {question} classifier {path} has {outputs} classes instead of {answers}. Are "
+                    "`judge.classifier.style` and `judge.classifier.object` swapped?"
+                )
+            names.append(f"{question} {file_digest(Path(path))[:12]}")
         self.name = f"UnlearnCanvas ViT ({', '.join(names)})"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
-        """The possible answers, and their probabilities (B, N), for pictures (B, H, W, 3) uint8, on their device."""
+        """The class names, and their probabilities (B, N), for images (B, H, W, 3) uint8, on the images' device.
+
+        Raises:
+            UserError: For any question but "style" and "object".
+        """
         if question not in ANSWERS:
             raise unknown(f"question for {self.name}:", question, ANSWERS)
         images = torch.as_tensor(images)

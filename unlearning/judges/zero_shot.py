@@ -1,4 +1,4 @@
-"""CLIP as a classifier: the names of the things a picture may show, ranked by how well they describe it."""
+"""CLIP as a zero-shot classifier: it ranks names by how well they describe an image."""
 
 # B batch, N names, D embedding width.
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.data.openmoji import CIFAR10
-from unlearning.evaluators.base import unknown
-from unlearning.evaluators.clip_score import load_clip
+from unlearning.errors import unknown
+from unlearning.judges.clip import load_clip
 from unlearning.store.files import digest
 
 
 class ZeroShotCLIP:
-    """Radford et al. (2021), section 3.1, with MACE's prompt: softmax over names of logit scale × cosine.
+    """Zero-shot classification: softmax over names of logit scale × cosine.
+
+    Radford et al. (ICML 2021), section 3.1, with the prompt of MACE (Lu et al., CVPR 2024).
 
     Args:
         model: A CLIP's name on the Hugging Face Hub, or its folder.
-        names: For each question, the possible answers; by default CIFAR-10's classes for "object".
-        template: How an answer becomes a text.
+        names: The possible answers to each question; by default the classes of CIFAR-10 for "object".
+        template: How a name becomes a text.
 
     Raises:
-        UserError: If there is no such CLIP.
+        UserError: If there is no CLIP at `model`.
     """
 
     def __init__(
@@ -39,26 +41,27 @@ class ZeroShotCLIP:
         self._texts: dict[str, Tensor] = {}
 
     def _counts(self) -> str:
-        """How many answers each question has, and a digest that tells which."""
+        """The number of names for each question, and a digest of them."""
         return ", ".join(f"{len(names)} {question}s {digest(names)[:8]}" for question, names in self.names.items())
 
     @torch.no_grad()
     def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
-        """The possible answers, and their probabilities (B, N), for pictures (B, H, W, 3) uint8, on their device.
+        """The names, and their probabilities (B, N), for images (B, H, W, 3) uint8. Runs on the images' device.
 
-        Raises UserError for a question without names.
+        Raises:
+            UserError: For a question without names.
         """
         if question not in self.names:
             raise unknown(f"question for {self.name}:", question, self.names)
         images = torch.as_tensor(images)
         clip = self.clip.to(images.device)
         pixels = self.processor(images=list(images.cpu().permute(0, 3, 1, 2)), return_tensors="pt").pixel_values
-        pictures = F.normalize(clip.get_image_features(pixels.to(images.device)))  # (B, D)
-        logits = clip.logit_scale.exp() * pictures @ self._embedded(question).to(images.device).T
+        features = F.normalize(clip.get_image_features(pixels.to(images.device)))  # (B, D)
+        logits = clip.logit_scale.exp() * features @ self._text_features(question).to(images.device).T
         return self.names[question], logits.softmax(1)
 
-    def _embedded(self, question: str) -> Tensor:
-        """The unit embeddings (N, D) of a question's answers; made once."""
+    def _text_features(self, question: str) -> Tensor:
+        """The unit embeddings (N, D) of a question's names; computed once."""
         if question not in self._texts:
             texts = [self.template.format(name) for name in self.names[question]]
             tokens = self.processor(text=texts, return_tensors="pt", padding=True).to(self.clip.device)

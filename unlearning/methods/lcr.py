@@ -2,14 +2,15 @@
 
 https://github.com/gheb02/Latent-Unlearning-in-Image-to-Image-VQ-GAN
 
-1. Encode forget and retain pictures, and count their codes k: n_f(k), n_r(k).
-2. E, the concept's codes, are those of the highest n_f(k) / n_r(k); S, the safe ones, the others that occur in retain
-   pictures at least so often.
-3. Between encoder and decoder replace codes: wherever one of E stands (global), or in the cells under a detector's
+1. Encode the forget and the retain images, and count their codes k: n_f(k) and n_r(k).
+2. E, the codes of the concept, are the codes of the highest ratio n_f(k) / n_r(k). S, the safe codes, are the other
+   codes that occur often enough in the retain images.
+3. Between encoder and decoder, replace codes: wherever a code of E occurs (global), or in the cells inside a detector's
    boxes (localized).
 
-Deviations, all on by default: codes are the argmax and not a sample; the right and lower edges of a box are rounded up
-to whole cells.
+Deviations, without a switch:
+- A code is the argmax of the encoder's output, not a sample.
+- The right and lower edges of a box are rounded up to whole cells, not down.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from collections.abc import Callable
 import torch
 
 from unlearning.codes.erasure import CodebookEdit
-from unlearning.codes.figures import figures
-from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count
-from unlearning.codes.replacement import Counted, Replacement
+from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count_codes
+from unlearning.codes.frequency_plots import plot_frequencies
+from unlearning.codes.replacement import CodeStatistics, Replacement
 from unlearning.detectors.base import Detector
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
@@ -29,12 +30,12 @@ from unlearning.models.vqgan import VQGAN
 class LCR(Method):
     """
     Args:
-        selection: Which codes are the concept's and which are safe.
-        replacement: What is put in their place.
-        detector: Where; None for wherever a code of E stands.
-        within: Counts of a forget picture only what lies in this detector's boxes; None for all of it.
-        batch_size: Pictures encoded at once.
-        trainer: Makes the Lightning Trainer that the counting runs in.
+        selection: Chooses E and S.
+        replacement: What replaces the codes.
+        detector: Finds the boxes to replace codes in (localized); None for wherever a code of E occurs (global).
+        within: Counts only the codes of a forget image inside this detector's boxes; None for all codes.
+        batch_size: Images that are encoded at once.
+        trainer: Makes the Lightning Trainer that runs the counting pass.
     """
 
     works_on = VQGAN
@@ -53,22 +54,33 @@ class LCR(Method):
         self.batch_size, self._make_trainer = batch_size, trainer
 
     def fit(self, model: VQGAN, task) -> CodebookEdit:
-        kept = {"pairs": self.replacement.pairs, "blocks": self.replacement.blocks}
-        found = count(model, task, self._make_trainer, batch_size=self.batch_size, within=self.within, **kept)
-        erasure = self.edit(found)
-        self.figures = figures(model, task, found, erasure.known.explicit)
+        frequencies = count_codes(
+            model,
+            task,
+            self._make_trainer,
+            batch_size=self.batch_size,
+            within=self.within,
+            pairs=self.replacement.pairs,
+            blocks=self.replacement.blocks,
+        )
+        erasure = self.edit(frequencies)
+        self.figures = plot_frequencies(model, task, frequencies, erasure.statistics.explicit)
         return erasure
 
-    def edit(self, found: Frequencies) -> CodebookEdit:
-        """What follows from the counts. Raises UserError where no code is the concept's, or none is safe."""
-        explicit, safe = self.selection(found)
-        known = {"explicit": explicit, "safe": safe, "codes": found.codes[RETAIN]}
+    def edit(self, frequencies: Frequencies) -> CodebookEdit:
+        """The erasure for these frequencies.
+
+        Raises:
+            UserError: If E or S is empty, or there is no block of safe codes for a replacement that needs blocks.
+        """
+        explicit, safe = self.selection(frequencies)
+        statistics = {"explicit": explicit, "safe": safe, "codes": frequencies.codes[RETAIN]}
         if self.replacement.pairs:
-            known |= {"across": found.pairs[0], "down": found.pairs[1]}
+            statistics |= {"across": frequencies.pairs[0], "down": frequencies.pairs[1]}
         if self.replacement.blocks:
-            known["blocks"] = found.blocks[torch.isin(found.blocks, safe).all((1, 2))]
-            if not len(known["blocks"]):
+            statistics["blocks"] = frequencies.blocks[torch.isin(frequencies.blocks, safe).all((1, 2))]
+            if not len(statistics["blocks"]):
                 raise UserError(
-                    "No 3 by 3 block of the retain pictures is all of safe codes: lower method.selection.top."
+                    "No 3 × 3 block of the retain images consists of safe codes only. Lower method.selection.top."
                 )
-        return CodebookEdit(Counted(**known), self.replacement, self.detector)
+        return CodebookEdit(CodeStatistics(**statistics), self.replacement, self.detector)

@@ -1,70 +1,18 @@
-"""Images for reports: grids, masks over images, matplotlib figures, thumbnails, and which images a page shows."""
+"""Images of a page: thumbnails, and which images a page over many runs shows."""
 
-# N images, h w grid of a mask, H W height and width of an image.
 import base64
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.reporting.runs import DRAWINGS, FinishedRun, drawings
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-TILE, COLUMNS = 96, 8  # pixels a side of an image in a grid; images in a row
-COLOURS = {"forget": "#d1495b", "retain": "#30638e"}
 SAMPLES = {ERASE: 2, SYNONYM: 1, RETAIN: 2}  # prompts of a concept that a page over many runs shows, by role
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
-    """Images (H, W, 3) uint8 in rows of `columns`."""
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (TILE + 4) - 4, rows * (TILE + 4) - 4), "white")
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, ((i % columns) * (TILE + 4), (i // columns) * (TILE + 4)))
-    return sheet
-
-
-def overlays(images: Sequence[np.ndarray], M: "Tensor") -> Image.Image:
-    """The first images (H, W, 3) uint8, and below each the same image with its mask, of M (N, 1, h, w), in red."""
-    plain = [np.asarray(image) for image in images[:COLUMNS]]
-    height, width = plain[0].shape[:2]
-    tinted = []
-    for image, mask in zip(plain, M[:COLUMNS, 0].float().cpu().numpy(), strict=True):
-        covered = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))[..., None]
-        tinted.append((image * (1 - 0.65 * covered) + 0.65 * covered * np.array([230, 30, 30])).astype(np.uint8))
-    return grid(plain + tinted, len(plain))
-
-
-def pictures(images: "Tensor") -> list[np.ndarray]:
-    """(N, 3, H, W) in [0, 1] to N of (H, W, 3) uint8."""
-    return list((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-
-
-def panels(count: int, size: tuple[float, float]):
-    """A matplotlib figure of `size` inches, and its `count` axes side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def drawn(figure) -> Image.Image:
-    """A matplotlib figure as an image."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer).convert("RGB")
-
 
 # --- images inside a page ---------------------------------------------------------------------------------------------
 

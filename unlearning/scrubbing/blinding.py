@@ -1,12 +1,12 @@
-"""What is put in the concept's place before the teacher looks: z_blind = (1 - M) z_0 + M eta  (eq. 8).
+"""What replaces the concept in the teacher's image: z_blind = (1 - M) z_0 + M eta  (eq. 8).
 
-- gaussian: eta ~ N(0, I), fresh at every step; the write-up's.
-- blurred: the background, spread smoothly over the hole.
-- shuffled: patches of the background, in random order.
-- inpaint: what the teacher itself draws there, given the background alone.
+- gaussian: eta ~ N(0, I), drawn at every step; the write-up's.
+- blurred: the background, spread smoothly over the mask.
+- shuffled: patches of the background in random order.
+- inpaint: what the teacher generates there, given the background.
 """
 
-# N pictures, C H W latent shape, M masks (N, 1, H, W).
+# N images, C H W latent shape, M masks (N, 1, H, W).
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,18 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.errors import UserError
+from unlearning.errors import unknown
 from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 from unlearning.sampling.guidance import Guidance, Scale, Walk
 from unlearning.sampling.sampler import denoise
 
 Blinding = Literal["gaussian", "blurred", "shuffled", "inpaint"]
-AT_ONCE, STEPS = 16, 20
+PER_CALL, STEPS = 16, 20  # images in one call of the teacher; steps of inpainting
 
 
 @dataclass(frozen=True)
 class Inpaint(Guidance):
-    """Guidance for inpainting: where M is 0, the implied x_0 is z_0 and nothing else."""
+    """Guidance that keeps the known part of an image: where M is 0, the implied x_0 is replaced by z_0.
+
+    Args:
+        z_0: The image's latent, (N, C, H, W).
+        M: 1 where the image is generated, (N, 1, H, W).
+    """
 
     z_0: Tensor
     M: Tensor
@@ -40,8 +45,12 @@ class Inpaint(Guidance):
 
 
 @torch.no_grad()
-def filling(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
-    """eta (N, C, H, W). Raises UserError for an unknown kind."""
+def replacement(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
+    """eta (N, C, H, W) for latents z_0 (N, C, H, W).
+
+    Raises:
+        UserError: For an unknown kind.
+    """
     match kind:
         case "gaussian":
             return torch.randn_like(z_0)
@@ -50,14 +59,14 @@ def filling(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> 
         case "shuffled":
             return shuffled(z_0, M)
         case "inpaint":
-            few = at_once(z_0, AT_ONCE)
+            few = at_once(z_0, PER_CALL)
             pairs = zip(z_0.split(few), M.split(few), strict=True)
             return torch.cat([inpainted(teacher, z, m) for z, m in pairs])
-    raise UserError(f"There is no blinding {kind!r}; there are {', '.join(get_args(Blinding))}.")
+    raise unknown("blinding", kind, get_args(Blinding))
 
 
 def blurred(z_0: Tensor, M: Tensor) -> Tensor:
-    """The background's mean about each place, by a Gaussian of a quarter of the side."""
+    """The local mean of the background, by a Gaussian whose sigma is a quarter of the side."""
     H, W = z_0.shape[-2:]
     rows, columns = (torch.arange(side, device=z_0.device, dtype=z_0.dtype) for side in (H, W))
     near_rows, near_columns = ((x[:, None] - x).div(len(x) / 4).square().mul(-0.5).exp() for x in (rows, columns))
@@ -66,22 +75,22 @@ def blurred(z_0: Tensor, M: Tensor) -> Tensor:
 
 
 def shuffled(z_0: Tensor, M: Tensor) -> Tensor:
-    """Patches of an eighth of the side, drawn in proportion to how much background they hold."""
+    """Random patches with an eighth of the side; the more background a patch has, the more often it is drawn."""
     H, W = z_0.shape[-2:]
     size = max(1, min(H, W) // 8)
-    places = torch.arange(H * W, device=z_0.device).reshape(H, W).unfold(0, size, 1).unfold(1, size, 1)  # of each patch
+    pixels = torch.arange(H * W, device=z_0.device).reshape(H, W).unfold(0, size, 1).unfold(1, size, 1)  # of each patch
     background = F.avg_pool2d(1 - M, size, stride=1).flatten(1).pow(4) + 1e-6
     down, across = -(-H // size), -(-W // size)
     chosen = torch.multinomial(background, down * across, replacement=True).unflatten(1, (down, across))
-    laid = places[chosen // places.shape[1], chosen % places.shape[1]].transpose(2, 3)  # (N, down, size, across, size)
-    drawn = z_0.flatten(2).gather(2, laid.flatten(1)[:, None].expand(-1, z_0.shape[1], -1))
-    return drawn.unflatten(2, (down * size, across * size))[..., :H, :W]
+    tiled = pixels[chosen // pixels.shape[1], chosen % pixels.shape[1]].transpose(2, 3)  # (N, down, size, across, size)
+    values = z_0.flatten(2).gather(2, tiled.flatten(1)[:, None].expand(-1, z_0.shape[1], -1))
+    return values.unflatten(2, (down * size, across * size))[..., :H, :W]
 
 
 def inpainted(teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
-    """What the teacher draws under the null prompt, given the background."""
+    """What the teacher generates with the null prompt, given the background."""
     c, noise = teacher.encode_prompts([""]).expand(len(z_0)), torch.randn_like(z_0)
     path = denoise(teacher, noise, Inpaint(z_0, M).begin(teacher, c, 1.0), steps=STEPS)
-    for _, x in path:  # noqa: B007 (the last x is the picture)
+    for _, x in path:  # noqa: B007 (the last x is the image)
         pass
     return x

@@ -1,4 +1,4 @@
-"""What a stage costs: seconds, denoiser evaluations, peak memory; and on what machine."""
+"""The cost of a stage: seconds, denoiser evaluations, peak memory, and the machine."""
 
 import json
 import time
@@ -14,23 +14,27 @@ from unlearning.store.metrics import Flat, Metric, flat
 from unlearning.tracking.provenance import hardware
 
 METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
-OFTEN = 10.0  # seconds after which costs are written down, lest a process that is killed take them along
-PROCESS = Path("/proc/self")  # where Linux tells a process about itself
+WRITE_EVERY = 10.0  # seconds; a killed process loses what it has not written
+PROCESS = Path("/proc/self")  # Linux's files about this process
 
 
 @contextmanager
 def measured(path: Path, stage: str, model) -> Iterator[None]:
-    """Adds the stage's costs to the JSON at `path`; a stage run in several sittings adds up, on every machine it had.
+    """Adds the costs of a stage to the JSON file at `path`. A stage that runs several times adds up its costs.
 
-    An evaluation is one latent through the denoiser once: a guided step of a batch of 16 is 32 of them. Memory is the
-    accelerator's peak allocation in the stage, or without one the process's peak resident size in it, which only Linux
-    tells; both in bytes. Of a distributed run the first process's are counted. Of a process that is killed the last
-    seconds are not known.
+    An evaluation is one latent that goes through the denoiser once: a guided step with a batch of 16 counts 32. Memory
+    is the peak allocation of the accelerator, or without one the peak resident size of the process, which only Linux
+    reports; both in bytes. A distributed run counts its first process. A killed process loses its last seconds.
+
+    Args:
+        path: The run's cost file.
+        stage: The key for the costs: "fit", "generate", ...
+        model: The model whose denoiser is counted.
     """
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    afresh = not on_cuda and _forget_peak()
+    tracked = not on_cuda and _reset_peak()
     before, evaluations, start = read(path).get(stage, {}), 0, time.perf_counter()
     written = start
 
@@ -39,7 +43,7 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
         written = time.perf_counter()
         spent = {"seconds": before.get("seconds", 0.0) + written - start}
         spent["denoiser_evaluations"] = before.get("denoiser_evaluations", 0) + evaluations
-        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if afresh else None
+        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if tracked else None
         if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
             spent["peak_memory"] = max(peaks)
         spent["on"] = list(dict.fromkeys([*before.get("on", ()), machine(model.device)]))
@@ -49,7 +53,7 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
     def count(module, arguments, keywords):
         nonlocal evaluations
         evaluations += len(arguments[0])
-        if time.perf_counter() > written + OFTEN:
+        if time.perf_counter() > written + WRITE_EVERY:
             write()
 
     hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
@@ -61,7 +65,7 @@ def measured(path: Path, stage: str, model) -> Iterator[None]:
 
 
 def machine(device: torch.device) -> str:
-    """What seconds and bytes depend on: "NVIDIA H100, 8 torch threads", and of a distributed run how many processes."""
+    """The hardware that costs depend on: "NVIDIA H100, 8 torch threads", and the number of processes if distributed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["cpu"]
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     count = torch.distributed.get_world_size() if spread else 1
@@ -70,8 +74,8 @@ def machine(device: torch.device) -> str:
     return f"{name}, {threads} torch thread{'s' if threads > 1 else ''}{processes}"
 
 
-def _forget_peak() -> bool:
-    """Lets the process's peak resident size begin anew, which otherwise only rises; whether that could be done."""
+def _reset_peak() -> bool:
+    """Resets the process's peak resident size, which otherwise only rises. Returns whether that was possible."""
     try:
         (PROCESS / "clear_refs").write_text("5")
     except OSError:
@@ -80,18 +84,18 @@ def _forget_peak() -> bool:
 
 
 def _peak_resident() -> int | None:
-    """Bytes since `_forget_peak`; None where nobody tells."""
+    """The peak in bytes since `_reset_peak`; None if it is not known."""
     lines = (PROCESS / "status").read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Costs by stage, and what they were measured on; empty before the first."""
+    """The costs by stage, with the machines they were measured on; empty if there are none yet."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def forget(path: Path, stage: str) -> None:
-    """Drops a stage's costs, because it starts afresh."""
+    """Deletes the costs of a stage that starts again from the beginning."""
     if path.exists():
         write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
 

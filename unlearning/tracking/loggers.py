@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures are written down. A logger that fails costs a warning, never the run."""
+"""Loggers for a run's metrics and images. A logger that fails gives a warning and never stops the run."""
 
 import logging
 import os
@@ -15,11 +15,16 @@ from unlearning.errors import UserError
 from unlearning.store.images import Row
 
 messages = logging.getLogger(__name__)
-PAIRS, LISTED = 32, 16  # at most: pictures before and after, and entries of a setting that is a list
+MAX_PAIRS, MAX_ENTRIES = 32, 16  # image pairs that are logged; entries of a list in the config
 
 
 class Forgiving(Logger):
-    """Another logger, whose failures are warnings. What has failed once is not tried again."""
+    """Wraps a logger so that its failures are warnings. A method that has failed is not called again.
+
+    Args:
+        label: The logger's name in the config, for the warnings.
+        logger: The wrapped logger.
+    """
 
     def __init__(self, label: str, logger: Logger) -> None:
         super().__init__()
@@ -28,7 +33,7 @@ class Forgiving(Logger):
         self.failed: set[str] = set()
 
     def attempt(self, verb: str, *args: Any) -> None:
-        """Calls a method of the logger, if it has one of that name: not all can show pictures."""
+        """Calls a method of the logger, if it exists: some loggers cannot show images."""
         if verb in self.failed or not hasattr(self.logger, verb):
             return
         try:
@@ -79,13 +84,13 @@ class Forgiving(Logger):
 
 
 class WandbRun(WandbLogger):
-    """Lightning's logger, with what a sweep and its dashboard need of it."""
+    """Lightning's W&B logger, adapted to sweeps and their dashboard."""
 
     @property
     def experiment(self) -> Any:
-        """The run, begun when first asked for; offline where the server cannot be reached, which wandb waits for long.
+        """The W&B run, which starts at the first use. If the server cannot be reached, it starts offline.
 
-        The process's later runs then begin offline.
+        wandb waits long for the server, so later runs of this process start offline at once.
         """
         try:
             return super().experiment
@@ -97,40 +102,40 @@ class WandbRun(WandbLogger):
             return super().experiment
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """By dotted name, as a sweep calls them: its agent has set some already, which nested ones would not meet."""
+        """Logs settings by dotted names, like the settings of a sweep's agent; nested ones would not match those."""
         super().log_hyperparams(flat(params))
 
     def log_summary(self, values: Mapping[str, float | str]) -> None:
-        """What the run is listed by: the names of metrics.json, protocols too."""
+        """Logs the run's summary: the keys of metrics.json, with protocols."""
         self.experiment.summary.update(dict(values))
 
     def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
-        """A table whose cells may be pictures."""
-        from wandb import Image as Picture
+        """Logs a table whose cells may be images."""
+        from wandb import Image as WandbImage
 
-        shown = [[Picture(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in data]
+        shown = [[WandbImage(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in data]
         super().log_table(key, columns, shown)
 
     def finish(self) -> None:
-        """Ends the run before the process ends: a sweep has many runs in one process."""
+        """Ends the run: a sweep has many runs in one process."""
         if self._experiment is not None:
             self._experiment.finish()
 
 
 def wandb(save_dir: str | Path, project: str = "unlearning", **options: Any) -> WandbRun:
-    """A Weights & Biases run: online with an API key, otherwise offline; WANDB_MODE overrules.
+    """A logger for Weights & Biases: online if there is an API key, else offline; WANDB_MODE overrides this.
 
-    Everything is written under `save_dir`, and nothing to the console. The run begins with the first thing logged.
+    It writes only below `save_dir`, and nothing to the console. The W&B run starts at the first use.
 
     Args:
-        save_dir: A folder of this run alone.
+        save_dir: A folder for this run alone.
         project: The project on the server.
-        options: More of `wandb.init`: name, group, job_type, tags, config, ...
+        options: More arguments of `wandb.init`: name, group, job_type, tags, config, ...
     """
     folder = Path(save_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # of which wandb reads some once a process
+    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # wandb reads these once in a process
         os.environ.setdefault(place, str(folder / "wandb"))
     import wandb as client
 
@@ -140,7 +145,11 @@ def wandb(save_dir: str | Path, project: str = "unlearning", **options: Any) -> 
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's logger, which shows pictures too. Raises UserError where TensorBoard is not installed."""
+    """Lightning's TensorBoard logger, which also shows images.
+
+    Raises:
+        UserError: If TensorBoard is not installed.
+    """
 
     def __init__(self, save_dir: str | Path):
         try:
@@ -149,29 +158,31 @@ class TensorBoard(TensorBoardLogger):
             raise UserError("TensorBoard is not installed: pip install 'unlearning[tensorboard]'") from None
 
     def log_image(self, key: str, images: list[np.ndarray | Image.Image]) -> None:
-        for i, picture in enumerate(images):
-            pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+        for i, image in enumerate(images):
+            pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
             self.experiment.add_image(f"{key}/{i}", pixels, dataformats="HWC")
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"method": {"eta": 1.0}, "templates": ["{}", "a {}"]} -> {"method.eta": 1.0, "templates": "{}+a {}"}.
 
-    Of a list with many entries, how many.
+    A long list becomes its number of entries.
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, list | tuple):
-            found[f"{prefix}{key}"] = "+".join(map(str, value)) if len(value) <= LISTED else f"{len(value)} entries"
+            flattened[f"{prefix}{key}"] = (
+                "+".join(map(str, value)) if len(value) <= MAX_ENTRIES else f"{len(value)} entries"
+            )
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flattened[f"{prefix}{key}"] = value
+    return flattened
 
 
 def build(configs: Mapping[str, Any] | None) -> list[Forgiving]:
-    """The loggers of a configuration; one that cannot be built is left out."""
+    """The loggers of a config. A logger that cannot be built gives a warning and is left out."""
     from hydra.utils import instantiate
 
     loggers = []
@@ -190,21 +201,22 @@ def log(
     config: Mapping[str, Any] | None = None,
     pairs: Sequence[tuple[Row, Row]] = (),
 ) -> None:
-    """What a run came to: its configuration, its metrics with their protocols, its pictures.
+    """Logs the results of a run: its config, its metrics with their protocols, and its images.
 
     Args:
-        metrics: What metrics.json holds: shown one by one, as a table, and as the run's summary.
-        images: Figures (H, W, 3) uint8 by caption.
-        pairs: Manifest rows before and after, of which the first of each prompt are shown side by side.
+        metrics: The content of metrics.json. It is logged as metrics, as a table and as the run's summary.
+        images: Images (H, W, 3) uint8 by caption.
+        config: The settings.
+        pairs: Manifest rows before and after the erasure. The first pair of each prompt is shown side by side.
 
     Raises:
-        TypeError: A picture of floats. W&B would keep it, silently, as a black one.
+        TypeError: If an image is not uint8. W&B would log it as a black image, without an error.
     """
     for key, pictures in (images or {}).items():
         for picture in pictures:
             if not isinstance(picture, Image.Image) and getattr(picture, "dtype", None) != np.uint8:
                 kind = getattr(picture, "dtype", type(picture).__name__)
-                raise TypeError(f"The pictures under {key!r} have to be uint8 arrays or PIL images, and one is {kind}.")
+                raise TypeError(f"The images of {key!r} must be uint8 arrays or PIL images, but one is {kind}.")
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     sides = _sides(pairs)
     if sides:
@@ -224,10 +236,10 @@ def log(
 
 
 def _sides(pairs: Sequence[tuple[Row, Row]]) -> list[list[Any]]:
-    """[prompt, role, seed, before, after] of the first pair of each prompt whose pictures are there."""
+    """[prompt, role, seed, before, after] for the first pair of each prompt whose images exist."""
     first = {after.prompt: (before, after) for before, after in reversed(pairs)}
     sides = []
-    for before, after in list(reversed(first.values()))[:PAIRS]:
+    for before, after in list(reversed(first.values()))[:MAX_PAIRS]:
         with suppress(OSError):
             pictures = [Image.open(row.path).convert("RGB") for row in (before, after)]
             sides.append([after.prompt, after.role, after.seed, *pictures])
@@ -235,7 +247,7 @@ def _sides(pairs: Sequence[tuple[Row, Row]]) -> list[list[Any]]:
 
 
 def close(loggers: Sequence[Forgiving]) -> None:
-    """Ends the loggers' runs, so that the next run of a sweep has its own."""
+    """Ends the loggers' runs, so that the next run of a sweep gets new ones."""
     for logger in loggers:
         logger.finalize("success")
         logger.attempt("finish")

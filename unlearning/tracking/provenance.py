@@ -1,7 +1,7 @@
-"""Who made a result: a run's provenance.json names the commit, the packages, the machine, the model and the data.
+"""What made a result: a run's provenance.json records the commit, the packages, the machine, the model and the data.
 
-And which other code made the pictures and evaluations that the run found in the store. The settings are not in it; they
-lie in .hydra.
+It also records which other code made the images and evaluations that the run took from the store. The settings are in
+.hydra.
 """
 
 import json
@@ -18,7 +18,7 @@ from unlearning.store.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 FILE = "provenance.json"
-MATTERS = ("unlearning", "conf")  # of what git does not follow: a file in here takes part in a result
+MATTERS = ("unlearning", "conf")  # folders whose untracked files can change a result
 PACKAGES = (
     "unlearning",
     "torch",
@@ -42,11 +42,11 @@ PACKAGES = (
 
 
 def repository(root: Path = ROOT) -> dict[str, str | bool | None]:
-    """The commit of the checkout at `root`, and whether the tree is "dirty": other than that commit says.
+    """The commit of the git checkout at `root`, and whether the working tree is "dirty", that is, different from it.
 
-    None of both, where `root` is no checkout or there is no git to ask.
+    Both are None if `root` is not a checkout or git is missing.
     """
-    if not (root / ".git").exists():  # git would look for one further up, which would be another project's
+    if not (root / ".git").exists():  # git would search the parent folders, which belong to other projects
         return {"commit": None, "dirty": None}
     try:
         commit, status = (_git(root, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
@@ -61,7 +61,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def packages() -> dict[str, str | None]:
-    """The versions of what results depend on; None for what is not installed."""
+    """The versions of the packages that results depend on; None for a package that is not installed."""
 
     def installed(name: str) -> str | None:
         try:
@@ -73,7 +73,7 @@ def packages() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, object]:
-    """The processor and its cores, the accelerators, and the memory in bytes."""
+    """The processor, its number of cores, the GPUs, and the memory in bytes."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -90,15 +90,16 @@ def _processor() -> str:
 
 @cache
 def circumstances() -> dict[str, object]:
-    """By which commit, with which packages and on which machine this process works, from its start to its end."""
+    """The commit, the packages and the machine of this process. They are read once."""
     python = platform.python_version()
     return {**repository(), "python": python, "packages": packages(), "hardware": hardware()}
 
 
 def joined(known: Mapping, now: Mapping, made_of: Mapping) -> dict:
-    """The record `known`, and `now` as another sitting where it differs from the last in more than the time.
+    """The record `known` with the sitting `now`, which is added if it differs from the last one in more than the time.
 
-    A record of something else than it is `made_of` now, another model or other data, has ended.
+    A sitting is one process that works on the run. If the run is `made_of` something else than the record says, another
+    model or other data, a new record begins.
     """
     if any(known.get(name) != value for name, value in made_of.items()):
         known = {**made_of, "sittings": []}
@@ -108,11 +109,12 @@ def joined(known: Mapping, now: Mapping, made_of: Mapping) -> dict:
 
 
 def record(folder: Path, **made_of: object) -> None:
-    """Writes a run's provenance.json, or goes on with it.
+    """Writes a run's provenance.json, or adds to it.
 
     Args:
-        made_of: What the results depend on besides the settings, as JSON has it: the seed, and digests of the model and
-            of the data. Without any, what is known of them stands.
+        folder: The run.
+        made_of: What the results depend on besides the settings: the seed, and digests of the model and of the data.
+            Without any, those of the existing record are kept.
     """
     known, begun = read(folder), datetime.now(UTC).isoformat(timespec="seconds")
     after = joined(known or {}, {"begun": begun, **circumstances()}, made_of)
@@ -121,18 +123,19 @@ def record(folder: Path, **made_of: object) -> None:
 
 
 def code() -> dict[str, object]:
-    """By which code this process works: as much of its circumstances as `maker` needs."""
+    """The code of this process: the part of `circumstances` that `maker` needs."""
     now = circumstances()
     unlearning = {"unlearning": now["packages"]["unlearning"]}
     return {"commit": now["commit"], "dirty": now["dirty"], "packages": unlearning}
 
 
 def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
-    """Notes in a run's record, under "stored", which other code made what the run took from the store.
+    """Records, under "stored", which other code made what the run took from the store.
 
     Args:
-        kind: Of what was taken: "pictures" or "evaluations".
-        makers: As `code` tells of them; None for what does not say who made it.
+        folder: The run.
+        kind: What was taken: "pictures" or "evaluations".
+        makers: The `code` of each; None if it is not known.
     """
     known, own = read(folder), code()
     others = {json.dumps(maker): maker for maker in makers if maker != own}
@@ -143,18 +146,18 @@ def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
 
 
 def read(folder: Path) -> dict | None:
-    """A run's record; None where it has none."""
+    """A run's record; None if it has none."""
     path = folder / FILE
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def facts(sitting: Mapping) -> dict[str, object]:
-    """Versions and hardware of a sitting by name: {"python": "3.12.3", "torch": "2.9.0", "cpu": "...", ...}."""
+    """The versions and the hardware of a sitting: {"python": "3.12.3", "torch": "2.9.0", "cpu": "...", ...}."""
     return {"python": sitting["python"], **sitting["packages"], **sitting["hardware"]}
 
 
 def maker(sitting: Mapping | None) -> str:
-    """By which code: the first ten digits of the commit, or what was installed, and whether it was changed."""
+    """The code of a sitting in words: the first ten digits of the commit or the installed version, and "changed"."""
     if sitting is None:
         return "unknown"
     code = sitting["commit"][:10] if sitting["commit"] else f"unlearning {sitting['packages']['unlearning']}"

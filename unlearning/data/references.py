@@ -1,5 +1,6 @@
-"""Real pictures that generated ones are measured against: a task's own, or a folder of the user's."""
+"""Real images that generated images are measured against: those of a task, or a folder of the user's."""
 
+# B batch, H W height and width.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,15 +14,16 @@ from unlearning.concepts import UnlearningTask
 from unlearning.data.folder import SUFFIXES
 from unlearning.errors import UserError
 
-BATCH = 64  # pictures that go through an extractor at once
+BATCH = 64  # images in a batch
 
 
 @dataclass(frozen=True)
 class Reference:
-    """
+    """A set of real images.
+
     Args:
-        name: How many there are, and a digest that tells them by their content.
-        batches: Reads them: (B, H, W, 3) uint8, those of a batch in one size.
+        name: Their number, and a digest of their content.
+        batches: Reads them in batches (B, H, W, 3) uint8; the images of a batch have one size.
     """
 
     name: str
@@ -29,9 +31,9 @@ class Reference:
 
 
 def of_task(task: UnlearningTask, role: str, count: int) -> Reference | None:
-    """`count` of the pictures that the task has for `role`, or as many as there are; None where it has none."""
+    """`count` of the task's real images for `role`, or all if there are fewer; None if there are none."""
     images = task.references[role](count) if role in task.references else ()
-    if not len(images):  # a folder may have none to spare
+    if not len(images):  # a folder can be too small to spare any
         return None
     content = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:8]
 
@@ -42,22 +44,23 @@ def of_task(task: UnlearningTask, role: str, count: int) -> Reference | None:
 
 
 def of_folder(folder: Path) -> Reference:
-    """All pictures below a folder, in the sizes they have.
+    """All images below a folder, in their own sizes.
 
-    Raises UserError if there is none; reading raises it for a picture that is broken.
+    Raises:
+        UserError: If there are none; when the batches are read, if an image is broken.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise UserError(f"{folder} holds no pictures to measure against ({', '.join(SUFFIXES)}).")
+        raise UserError(f"{folder} holds no images to measure against ({', '.join(SUFFIXES)}).")
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
 
     def batches() -> Iterator[np.ndarray]:
-        for i in tqdm(range(0, len(paths), BATCH), f"real pictures of {folder.name}", leave=False):
-            pictures = [_pixels(path) for path in paths[i : i + BATCH]]
-            for shape in dict.fromkeys(picture.shape for picture in pictures):
-                yield np.stack([picture for picture in pictures if picture.shape == shape])
+        for i in tqdm(range(0, len(paths), BATCH), f"real images of {folder.name}", leave=False):
+            images = [_pixels(path) for path in paths[i : i + BATCH]]
+            for shape in dict.fromkeys(image.shape for image in images):
+                yield np.stack([image for image in images if image.shape == shape])
 
     return Reference(f"{len(paths)} real of {folder.name} ({digest.hexdigest()[:8]})", batches)
 
@@ -67,4 +70,4 @@ def _pixels(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"The real picture {path} cannot be read ({error}): mend it or take it away.") from error
+        raise UserError(f"The real image {path} cannot be read ({error}). Repair or remove it.") from error

@@ -1,0 +1,48 @@
+"""The result of the first phase is read back as it was, and an interrupted fit does not search again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import unlearning
+from tests.run.small import at_call, ctrl_c, partial
+from unlearning.methods.scrubber import Scrubber
+from unlearning.scrubbing.conditioning import conditioning_rows
+from unlearning.scrubbing.first_phase import FirstPhase
+from unlearning.scrubbing.prototypes import Prototypes, PrototypeSearch
+
+EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
+
+
+def test_it_is_read_as_it_was_written_for_every_family(any_model, tmp_path):
+    rows = conditioning_rows(
+        "null", any_model, None, *torch.randn(2, 1, *any_model.latent_shape), torch.ones(1, 1, 2, 2)
+    )
+    prototypes = Prototypes(*torch.randn(3, 2, 4).unbind(), tau=0.3, alpha=15.0, layer="middle")
+    written = FirstPhase(prototypes, replace(rows, words=("cat", "kitty")), *torch.randn(2, 3, 4, 8, 8).unbind())
+    written.save(tmp_path / "checkpoints" / "a.pt")
+    read = FirstPhase.load(tmp_path / "checkpoints" / "a.pt", any_model.device)
+    assert torch.equal(read.M, written.M) and torch.equal(read.eta, written.eta) and read.rows.words == ("cat", "kitty")
+    assert torch.equal(read.prototypes.directions, prototypes.directions)
+    assert (read.prototypes.tau, read.prototypes.alpha, read.prototypes.layer) == (0.3, 15.0, "middle")
+    null = any_model.encode_prompts([""])
+    for c in (read.rows.null, read.rows.forget, read.rows.retain):
+        assert torch.equal(c.embeds, null.embeds) and c.extra.keys() == null.extra.keys()
+
+
+def test_an_interrupted_fit_does_not_search_again(unlearn, told, tmp_path, monkeypatch):
+    command = [
+        "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.conditioning=null", "dataset.pictures=6",
+        "method.prototypes.K=4", "method.prototypes.purity=0", "method.iterations=1", "method.batch_size=2",
+        "stages=[fit]",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        at_call(patch, Scrubber, "loss", 1, ctrl_c)
+        assert "Interrupted" in told(*command)
+    assert (tmp_path / "run" / "checkpoints" / "first_phase.pt").exists() and not partial(tmp_path)
+    with monkeypatch.context() as patch:
+        at_call(patch, PrototypeSearch, "__call__", 1, lambda: 1 / 0)
+        run = unlearn(*command)
+    assert (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
+    assert not (run / "checkpoints").exists()

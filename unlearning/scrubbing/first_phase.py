@@ -1,0 +1,67 @@
+"""The result of the scrubber's first phase, cached beside the checkpoints: an interrupted fit does not search again."""
+
+# N images, C H W latent shape.
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from unlearning.models.diffusion import Conditioning
+from unlearning.scrubbing.conditioning import ConditioningRows
+from unlearning.scrubbing.prototypes import Prototypes
+from unlearning.store.files import write_atomically
+from unlearning.training.checkpoints import folder_of
+
+FILE = "first_phase.pt"
+
+
+@dataclass(frozen=True)
+class FirstPhase:
+    """What the second phase trains with.
+
+    Args:
+        prototypes: What the concept looks like to the teacher.
+        rows: The student's conditioning.
+        M: Masks of the concept in the forget images, (N, 1, H, W).
+        eta: What replaces the concept in the teacher's images, (N, C, H, W).
+    """
+
+    prototypes: Prototypes
+    rows: ConditioningRows
+    M: Tensor
+    eta: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes the result to a file, with tensors and plain values only."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save(asdict(self), buffer)
+        write_atomically(path, buffer.getvalue())
+
+    @staticmethod
+    def load(path: Path, device: torch.device) -> "FirstPhase":
+        """Reads what `save` wrote."""
+        parts = torch.load(path, map_location=device, weights_only=True)
+        rows = {k: Conditioning(**v) if isinstance(v, dict) else v for k, v in parts.pop("rows").items()}
+        return FirstPhase(Prototypes(**parts.pop("prototypes")), ConditioningRows(**rows), **parts)
+
+
+def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.device) -> FirstPhase:
+    """The cached result of `search`, or a new one, which is then cached if the trainer keeps checkpoints.
+
+    In a distributed fit, all processes search, and all use the result of the first process.
+    """
+    folder = folder_of(trainer)
+    if not folder:
+        return search()
+    path = folder / FILE
+    if trainer.strategy.broadcast(not path.exists()):
+        result = search()
+        if trainer.is_global_zero:
+            result.save(path)
+        trainer.strategy.barrier()
+    return FirstPhase.load(path, device)

@@ -1,0 +1,246 @@
+"""Prototypes of a concept: directions in the frozen teacher's features, found in images without labels.
+
+The feature vectors of the forget images are clustered on the sphere. Clusters that the retain images share are
+background and are dropped. The remaining cluster centres are the prototypes; an image shows the concept where its
+features are similar to one of them. Once words for the concept are known, prototypes are dropped where these words do
+not change the teacher's prediction.
+"""
+
+# B batch, N images, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
+
+PER_CALL = 16  # images in one call of the teacher
+MAX_VECTORS = 200_000  # of all images together, so that memory does not grow with their number
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """What the concept looks like to the teacher.
+
+    Args:
+        directions: The prototypes, (K, D), of unit length.
+        background: The clusters that were dropped because the retain images share them, (J, D), the purest first.
+        centre: (D,); it is subtracted from every feature vector, because features have a large common mean.
+        tau, alpha: M = sigmoid(alpha (S - tau)).
+        layer: The denoiser's layer that gives the features; None for the layer at mid depth.
+    """
+
+    directions: Tensor
+    background: Tensor
+    centre: Tensor
+    tau: float
+    alpha: float
+    layer: str | None = None
+
+    def similarities(self, teacher: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """<f_u, p_k>, (B, K, h, w); S(u) is the maximum over k  (eqs. 5 and 6)."""
+        f = F.normalize(teacher.features(x_t, t, c, self.layer) - self.centre[:, None, None], dim=1)
+        return torch.einsum("bdhw,kd->bkhw", f, self.directions)
+
+    def mask(self, S: Tensor, size: tuple[int, int]) -> Tensor:
+        """M = sigmoid(alpha (S - tau)), (B, 1, H, W), from S (B, h, w)  (eq. 7)."""
+        S = F.interpolate(S[:, None], size, mode="bilinear", align_corners=False)
+        return torch.sigmoid(self.alpha * (S - self.tau))
+
+
+class PrototypeSearch:
+    """Finds the prototypes.
+
+    Args:
+        K: Number of clusters. Fewer prototypes remain if some clusters are dropped.
+        tau: A number, or "calibrated": the `quantile` of the similarities of the retain images' vectors to the
+            prototypes. Those are of single draws, but a mask averages over draws, which vary less: fewer than
+            1 - `quantile` of the retain images' places are above tau.
+        alpha: Steepness of the mask at tau.
+        layer: The denoiser's layer that gives the features; None for the layer at mid depth.
+        band: The range of timesteps, of 1000, at which features are taken.
+        draws: Noises and timesteps over which an image's similarities are averaged.
+        vectors: The largest number of vectors that are kept of an image.
+        centred: Whether the mean of the retain images' vectors is subtracted from all vectors.
+        purity: The least share of forget vectors near a prototype, if there were as many retain vectors; near means
+            nearer than half of the cluster's members. If no cluster is so pure, the purest is kept, if its share is at
+            least 2/3. 0 keeps every cluster.
+        confirmed: Whether `confirm` drops prototypes.
+        quantile: See `tau`.
+        seed: Of the clustering.
+
+    Raises:
+        UserError: For a setting out of range.
+    """
+
+    def __init__(
+        self,
+        K: int = 5,
+        tau: float | str = 0.6,
+        alpha: float = 15.0,
+        layer: str | None = None,
+        band: tuple[int, int] = (300, 700),
+        draws: int = 4,
+        vectors: int = 2000,
+        centred: bool = True,
+        purity: float = 0.95,
+        confirmed: bool = True,
+        quantile: float = 0.9,
+        seed: int = 42,
+    ):
+        if isinstance(tau, str) and tau != "calibrated":
+            raise UserError(f"method.prototypes.tau must be a number or 'calibrated', not {tau!r}.")
+        for name, value in {"K": K, "draws": draws, "vectors": vectors}.items():
+            if value < 1:
+                raise UserError(f"method.prototypes.{name} must be at least 1, not {value}.")
+        if len(band) != 2 or not 0 <= band[0] < band[1] <= 1000:
+            raise UserError(
+                f"method.prototypes.band must be two timesteps from 0 to 1000, the lower first, not {[*band]}."
+            )
+        if not 0 <= quantile <= 1:
+            raise UserError(f"method.prototypes.quantile must be between 0 and 1, not {quantile}.")
+        self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
+        self.vectors, self.centred, self.purity, self.confirmed = vectors, centred, purity, confirmed
+        self.quantile, self.seed = quantile, seed
+
+    def __call__(self, teacher: DiffusionModel, forget: Tensor, retain: Tensor) -> Prototypes:
+        """The prototypes of forget and retain latents, (N, C, H, W).
+
+        Raises:
+            UserError: If there are too few images, or no cluster belongs to the forget images only.
+        """
+        needs = {"tau=calibrated": self.tau == "calibrated", "centred": self.centred, "purity": self.purity > 0}
+        if not len(retain) and any(needs.values()):
+            raise UserError(
+                f"There are no retain images, but these settings of method.prototypes need them: "
+                f"{', '.join(k for k, v in needs.items() if v)}. Give images without the concept (retain=/a/folder), "
+                "or set method.prototypes.tau=0.6, method.prototypes.centred=false and method.prototypes.purity=0."
+            )
+        f = self._vectors(teacher, forget)
+        r = self._vectors(teacher, retain) if len(retain) else f[:0]
+        centre = r.mean(0) if self.centred else torch.zeros_like(f[0])
+        f, r = (_directions(vectors, centre) for vectors in (f, r))
+        if len(f) < self.K:
+            raise UserError(f"{self.K} clusters cannot be made of {len(f)} feature vectors. Lower method.prototypes.K.")
+        clusters = self._clusters(f)
+        directions, background = self._split(clusters, f, r) if self.purity else (clusters, clusters[:0])
+        tau, device = self._tau(directions, r), teacher.device
+        return Prototypes(directions.to(device), background.to(device), centre.to(device), tau, self.alpha, self.layer)
+
+    @torch.no_grad()
+    def confirm(
+        self, prototypes: Prototypes, teacher: DiffusionModel, forget: Tensor, retain: Tensor, c: Conditioning
+    ) -> Prototypes:
+        """Keeps the prototypes at whose places c, prompts that name the concept, changes the teacher's prediction.
+
+        Attention spreads what an image shows over all its places: the paper beside a banana can look as specific to
+        bananas as the banana itself. But the prompt changes nothing there (DiffEdit: Couairon et al., 2022,
+        https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction changes more at the places
+        nearest to it than in the mean over the images. If none is left, the concept is in a cluster that the retain
+        images share: the purest one whose places c changes.
+        """
+        if not self.confirmed:
+            return prototypes
+        clusters = torch.cat([prototypes.directions, prototypes.background])
+        S = self.similarities(replace(prototypes, directions=clusters), teacher, forget)
+        change = F.interpolate(self._change(teacher, forget, c), S.shape[-2:], mode="area")
+        nearest, count = S.argmax(1).flatten(), len(clusters)
+        moved = change.new_zeros(count).index_add(0, nearest, change.flatten()) > nearest.bincount(minlength=count)
+        if not moved.any():
+            return prototypes
+        own = moved[: len(prototypes.directions)]
+        directions = prototypes.directions[own] if own.any() else clusters[moved][:1]
+        prototypes = replace(prototypes, directions=directions)
+        if self.tau != "calibrated":
+            return prototypes
+        r = _directions(self._vectors(teacher, retain), prototypes.centre.cpu())
+        return replace(prototypes, tau=self._tau(directions.cpu(), r))
+
+    def _change(self, teacher: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
+        """How much c changes the teacher's x_0 at each place, as a multiple of the image's mean, (N, 1, H, W)."""
+        parts = []
+        for z_0 in latents.split(at_once(latents, PER_CALL)):
+            moved = torch.zeros_like(z_0[:, :1])
+            for x_t, t, null in self._noised(teacher, z_0):
+                some = c[torch.randint(len(c), (len(z_0),), device=z_0.device)]
+                x_0, x_0_null = (teacher.to_x0(teacher.predict(x_t, t, rows), x_t, t) for rows in (some, null))
+                moved += (x_0 - x_0_null).square().mean(1, keepdim=True)
+            parts.append(moved / moved.mean((2, 3), keepdim=True).clamp(min=1e-12))
+        return torch.cat(parts)
+
+    def _tau(self, directions: Tensor, r: Tensor) -> float:
+        return float(_quantile((r @ directions.T).amax(1), self.quantile) if self.tau == "calibrated" else self.tau)
+
+    @torch.no_grad()
+    def similarities(self, prototypes: Prototypes, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """(N, K, h, w) of latents (N, C, H, W), averaged over draws of timestep and noise."""
+        parts = [
+            torch.stack([prototypes.similarities(teacher, *inputs) for inputs in self._noised(teacher, z_0)]).mean(0)
+            for z_0 in latents.split(at_once(latents, PER_CALL))
+        ]
+        return torch.cat(parts)
+
+    def mask(self, prototypes: Prototypes, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """M (N, 1, H, W) of latents (N, C, H, W), at timesteps of the band."""
+        S = self.similarities(prototypes, teacher, latents).amax(1)
+        return prototypes.mask(S, latents.shape[-2:])
+
+    def _noised(self, teacher: DiffusionModel, z_0: Tensor) -> Iterator[tuple[Tensor, Tensor, Conditioning]]:
+        """The teacher's inputs (z_t, t, c) for latents (B, C, H, W), once for every draw; c is the null prompt."""
+        c = teacher.encode_prompts([""]).expand(len(z_0))
+        for _ in range(self.draws):
+            t = torch.randint(*self.band, (len(z_0),), device=z_0.device)
+            yield teacher.add_noise(z_0, torch.randn_like(z_0), t), t, c
+
+    @torch.no_grad()
+    def _vectors(self, teacher: DiffusionModel, latents: Tensor) -> Tensor:
+        """Feature vectors (V, D) on the CPU: the same number of every image, at random places."""
+        parts, each = [], min(self.vectors, MAX_VECTORS // max(1, len(latents)))
+        for z_0 in latents.split(at_once(latents, PER_CALL)):
+            features = [teacher.features(*x, self.layer).flatten(2).cpu() for x in self._noised(teacher, z_0)]
+            for vectors in torch.cat(features, 2).transpose(1, 2):  # (places, D) of one image
+                parts.append(vectors[torch.randperm(len(vectors))[:each]])
+        return torch.cat(parts)
+
+    def _clusters(self, f: Tensor) -> Tensor:
+        """Cluster centres (K, D) of unit vectors f (V, D), by spherical k-means  (eq. 4)."""
+        means = MiniBatchKMeans(self.K, batch_size=8192, random_state=self.seed, n_init="auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about empty clusters, which are dropped below
+            means.fit(f.numpy())
+        centres = torch.from_numpy(means.cluster_centers_).float()
+        return F.normalize(centres[centres.norm(dim=1) > 0], dim=1)
+
+    def _split(self, clusters: Tensor, f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """The clusters of the forget vectors f alone, and those that the retain vectors r share; the purest first."""
+        S_f, S_r = f @ clusters.T, r @ clusters.T  # (V, K)
+        member = F.one_hot(S_f.argmax(1), len(clusters)).bool()
+        radius = torch.stack(
+            [S_f[member[:, k], k].median() if member[:, k].any() else S_f[0, k] for k in range(len(clusters))]
+        )
+        near_f, near_r = ((radius <= S).double().mean(0) for S in (S_f, S_r))
+        purity = near_f / (near_f + near_r).clamp(min=1e-9)
+        if purity.max() < min(2 / 3, self.purity):
+            raise UserError(
+                "Nothing distinguishes the forget images from the retain images: they share all clusters of features. "
+                "Give retain images without the concept, more clusters (method.prototypes.K), another layer "
+                "(method.prototypes.layer), or set method.prototypes.purity=0."
+            )
+        order = purity.argsort(descending=True)
+        own = purity[order] >= min(self.purity, purity.max().item())
+        return clusters[order][own], clusters[order][~own]
+
+
+def _directions(vectors: Tensor, centre: Tensor) -> Tensor:
+    """Unit vectors from the centre (D,) to the vectors (V, D)."""
+    return F.normalize(vectors - centre, dim=1)
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """torch.quantile, which is limited to 16 million values, for values (V,) of any number."""
+    return values.kthvalue(max(1, round(q * len(values)))).values
