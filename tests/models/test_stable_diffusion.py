@@ -131,6 +131,28 @@ def test_the_last_token_is_the_last_word_piece(model):
     assert model.last_token([""]).tolist() == [0]
 
 
+def test_a_long_prompt_has_as_many_word_pieces_as_are_read(sd1):
+    model = tiny.FAMILIES["sd1"].load(str(sd1), device="cpu")
+    pieces = model.word_pieces(["x " * 60, "a cat", ""])
+    assert [list(p) for p in pieces] == [list(range(1, 31)), [1, 2, 3, 4], []]
+
+
+def test_the_states_of_each_text_encoder_follow_its_own_word_pieces(any_pipeline, model):
+    """A token embedding changed in one encoder changes that one's states, at that place and nowhere before it."""
+    prompts = ["a cat"]
+    states = model.text_states(model.encode_prompts(prompts))
+    assert bool(states) == (any_pipeline[0] != "dit")
+    for name, own in states.items():
+        embedded, last = model.embed(prompts), model.word_pieces(prompts, name)[0][-1]
+        embedded.embeds[name][:, last + embedded.embeds[name].shape[1] - own.shape[1]] += 1
+        after = model.text_states(model.encode_prompts(embedded))
+        assert {n for n in states if not torch.equal(after[n], states[n])} == {name}
+        changed = (after[name] != own).any(-1)[0]
+        assert changed[last]
+        bidirectional = "T5" in type(model.parts[name]).__name__
+        assert changed[:last].any() == bidirectional
+
+
 def test_images_survive_the_autoencoder_in_shape(any_pipeline, model):
     pictures = torch.rand(2, 3, *(32, 32) if any_pipeline[0] == "sana" else (16, 16))
     latents = model.encode_images(pictures)

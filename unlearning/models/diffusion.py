@@ -91,13 +91,13 @@ class Conditioning:
         """What holds at a sampling step, counted from 0."""
         if self.steps is None or self.later is None:
             return self
-        over = self.steps <= step
+        over, after = self.steps <= step, self.later.at(step)
 
         def choose(now: Tensor, later: Tensor) -> Tensor:
             return torch.where(over.reshape(-1, *[1] * (now.ndim - 1)), later, now)
 
-        extra = {k: choose(v, self.later.extra[k]) for k, v in self.extra.items()}
-        return Conditioning(choose(self.embeds, self.later.embeds), extra, self.prompts, self.gains)
+        extra = {k: choose(v, after.extra[k]) for k, v in self.extra.items()}
+        return Conditioning(choose(self.embeds, after.embeds), extra, self.prompts, self.gains)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -227,17 +227,27 @@ class DiffusionModel(Model):
         """The whole words that the tokenizer knows, of three letters or more."""
 
     @abstractmethod
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The ids of each prompt's own word pieces, without special tokens."""
+    def text_states(self, c: Conditioning) -> dict[str, Tensor]:
+        """The states in `c.embeds` by the text encoder that they come from, (B, L, D of that encoder): views of it.
+
+        Encoders that give a pooled output only are not among them; a model that reads no text has none.
+        """
+
+    # The three below take the name of one of these encoders; positions are then in its states. By default it is the
+    # one whose states begin `Conditioning.embeds`.
 
     @abstractmethod
-    def last_token(self, prompts: Sequence[str]) -> Tensor:
+    def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:
+        """The ids of each prompt's own word pieces that the encoder reads, without special tokens."""
+
+    @abstractmethod
+    def last_token(self, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
         """The position (B,) of each prompt's last word piece in `Conditioning.embeds`."""
 
-    def word_pieces(self, prompts: Sequence[str]) -> list[range]:
+    def word_pieces(self, prompts: Sequence[str], encoder: str | None = None) -> list[range]:
         """The positions of each prompt's own word pieces in `Conditioning.embeds`; empty for the null prompt."""
-        lasts = self.last_token(prompts).tolist()
-        counts = [len(ids) for ids in self.token_ids(prompts)]
+        lasts = self.last_token(prompts, encoder).tolist()
+        counts = [len(ids) for ids in self.token_ids(prompts, encoder)]
         return [range(max(0, last + 1 - count), last + 1) for last, count in zip(lasts, counts, strict=True)]
 
     # Images.

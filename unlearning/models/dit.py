@@ -32,10 +32,13 @@ class DiT(StableDiffusion):
     def vocabulary(self) -> list[str]:
         return list(self._labels)
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def text_states(self, c: Conditioning) -> dict[str, Tensor]:
+        return {}
+
+    def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:
         return [[self._class(prompt)] if prompt else [] for prompt in prompts]
 
-    def last_token(self, prompts: Sequence[str]) -> Tensor:
+    def last_token(self, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
         return torch.zeros(len(prompts), dtype=torch.long, device=self.device)
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:

@@ -30,8 +30,8 @@ class Sana(StableDiffusion):
         )
         return Conditioning(embeds, {"mask": mask})
 
-    def last_token(self, prompts: Sequence[str]) -> Tensor:
-        return self.encode_prompts(prompts).extra["mask"].sum(1).long() - 1  # Gemma marks no end of text
+    def last_token(self, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
+        return self.encode(prompts, edits=()).extra["mask"].sum(1).long() - 1  # Gemma marks no end of text
 
     @staticmethod
     def _mean(encoded: EncoderOutput) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from unlearning.errors import UserError
 from unlearning.models.base import DType, chosen_device, fingerprint
@@ -109,13 +110,19 @@ class StableDiffusion(DiffusionModel):
         words = words or [p.removeprefix("▁") for p in pieces if p.startswith("▁")]  # T5 and Gemma its beginning
         return sorted({word for word in words if len(word) >= 3 and word.isascii() and word.isalpha()})
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        return getattr(self.pipeline, self.tokenizer)(list(prompts), add_special_tokens=False).input_ids
+    def text_states(self, c: Conditioning) -> dict[str, Tensor]:
+        return {self.tokenizer.replace("tokenizer", "text_encoder"): c.embeds}
 
-    def last_token(self, prompts: Sequence[str]) -> Tensor:
-        tokens = getattr(self.pipeline, self.tokenizer)(
-            list(prompts), padding=True, truncation=True, return_tensors="pt"
-        )
+    def _tokenizer(self, encoder: str | None) -> PreTrainedTokenizerBase:
+        return getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer") if encoder else self.tokenizer)
+
+    def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:
+        tokens = self._tokenizer(encoder)(list(prompts), truncation=True, return_special_tokens_mask=True)
+        rows = zip(tokens.input_ids, tokens.special_tokens_mask, strict=True)
+        return [[i for i, special in zip(*row, strict=True) if not special] for row in rows]
+
+    def last_token(self, prompts: Sequence[str], encoder: str | None = None) -> Tensor:
+        tokens = self._tokenizer(encoder)(list(prompts), padding=True, truncation=True, return_tensors="pt")
         return (tokens.attention_mask.sum(1).to(self.device) - 2).clamp(min=0)  # an empty prompt has its first only
 
     @torch.no_grad()

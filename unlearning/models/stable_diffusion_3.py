@@ -25,6 +25,14 @@ class StableDiffusion3(StableDiffusion):
         )
         return Conditioning(embeds, {"pooled": pooled})
 
+    def text_states(self, c: Conditioning) -> dict[str, Tensor]:
+        """CLIP's two encoders side by side, padded with zeros, and then the tokens of T5."""
+        first, second = (self.parts[name].config.hidden_size for name in ("text_encoder", "text_encoder_2"))
+        tokens = self.pipeline.tokenizer_max_length
+        clip, t5 = c.embeds[:, :tokens], c.embeds[:, tokens:]
+        states = {"text_encoder": clip[..., :first], "text_encoder_2": clip[..., first : first + second]}
+        return states | ({"text_encoder_3": t5} if "text_encoder_3" in self.parts else {})
+
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         yield "transformer.context_embedder", self.denoiser.context_embedder
 

@@ -36,5 +36,9 @@ class StableDiffusionXL(StableDiffusion):
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
         return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
 
+    def text_states(self, c: Conditioning) -> dict[str, Tensor]:
+        first = self.parts["text_encoder"].config.hidden_size
+        return {"text_encoder": c.embeds[..., :first], "text_encoder_2": c.embeds[..., first:]}
+
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         return (x_t, t, c.embeds), {"added_cond_kwargs": dict(c.extra)}
