@@ -1,13 +1,16 @@
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test everything install
+.PHONY: demo test types everything install
 
 demo: install
 	.venv/bin/unlearn concept=cat method=esd_x
 
 test: install
 	.venv/bin/python -m pytest
+
+types: install
+	.venv/bin/mypy
 
 # What fails does not keep the rest from being shown, but is the result; Ctrl-C ends all of it.
 everything: install

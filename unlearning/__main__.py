@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig
 
 from unlearning.config import instances, job, messages, studies, sweeps, validation
+from unlearning.config.containers import resolved
 from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
 from unlearning.errors import UserError
@@ -29,14 +31,14 @@ register_resolvers()
 
 def run(cfg: DictConfig) -> dict[str, float | str]:
     """Executes the run that `cfg` describes, unless it is finished. Returns what metrics.json holds."""
-    settings: dict = OmegaConf.to_container(cfg, resolve=True)
+    settings = resolved(cfg)
     folder = Path(cfg.paths.output_dir)
     key = finished.key(decisive(settings, "folder"), files=decisive(settings, "numbers"))
     done = partial(finished.finished, folder, key, cfg.stages)
     if done():
         log.info("%s: nothing is left to do", cfg.title)
-        metrics = folder / "metrics.json"
-        return json.loads(metrics.read_text()) if metrics.exists() else {}
+        path = folder / "metrics.json"
+        return json.loads(path.read_text()) if path.exists() else {}
     try:
         metrics = _execute(cfg, settings, done)
     except BaseException:
@@ -51,8 +53,6 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
 
 def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[str, float | str]:
     """Builds what the config names and executes its stages. This is the only place where settings become objects."""
-    from hydra.utils import get_class, get_method, instantiate
-
     validation.check_names(cfg, CONF)
     validation.check(settings["dataset"], "dataset")
     task = instances.builder("dataset", cfg.dataset)()  # before any heavy import: its names are mistyped most
@@ -62,10 +62,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     from unlearning.tracking import loggers
 
     _quieten_lightning()
-    model = get_method(cfg.model._target_).__self__
-    for kind in (get_class(node._target_) for node in (cfg.method, *cfg.attack.values())):
-        if not issubclass(model, kind.works_on):
-            raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {model.__name__} is none.")
+    _check_family(cfg)
     evaluators = {name: instances.builder(f"evaluator {name}", node)() for name, node in cfg.evaluator.items()}
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
     logger = loggers.build(cfg.get("logger"))
@@ -94,6 +91,15 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
         return work.execute(cfg.stages)
     finally:
         loggers.close(logger)
+
+
+def _check_family(cfg: DictConfig) -> None:
+    """Raises UserError for a method or an attack that does not work on models of this class; none is loaded yet."""
+    load: Any = get_object(cfg.model._target_)
+    for node in (cfg.method, *cfg.attack.values()):
+        kind: Any = get_object(node._target_)
+        if not issubclass(load.__self__, kind.works_on):
+            raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {load.__self__.__name__} is none.")
 
 
 def _as_list(value: Any) -> list:

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
+from unlearning.config.containers import resolved
 from unlearning.store.files import digest
 from unlearning.store.finished import state
 
@@ -15,14 +17,8 @@ _instances: dict[str, tuple[str, Any]] = {}
 
 def builder(name: str, node: DictConfig) -> Callable[[], Any]:
     """A function that builds what a config's node describes, or takes it from an earlier run as `reuse` does."""
-    settings: dict = OmegaConf.to_container(node, resolve=True)
-
-    def build() -> Any:
-        from hydra.utils import instantiate
-
-        return instantiate(node)
-
-    return lambda: reuse(name, settings, build)
+    settings = resolved(node)
+    return lambda: reuse(name, settings, lambda: instantiate(node))
 
 
 def trainers(method: Mapping, trainer: Callable) -> dict[str, Any]:

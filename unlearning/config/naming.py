@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from unlearning.config.containers import as_written, resolved
 from unlearning.config.decisive import Result, decisive
 from unlearning.store.files import digest
 
@@ -26,9 +27,9 @@ def config_hash(config: DictConfig, result: Result = "images") -> str:
 
     Two configs that differ in `model.gradient_checkpointing` alone have one hash.
     """
-    kept = OmegaConf.create(decisive(OmegaConf.to_container(config, resolve=False), result))
+    kept = OmegaConf.create(decisive(as_written(config), result))
     kept._set_parent(config)  # interpolations refer to the rest of the config
-    return digest(decisive(OmegaConf.to_container(kept, resolve=True), result))[:8]
+    return digest(decisive(resolved(kept), result))[:8]
 
 
 def chosen(group: str) -> str | None:

@@ -37,8 +37,10 @@ def parameters(target: Callable) -> tuple[dict[str, Parameter], bool]:
     Returns:
         The parameters by name, with types for annotations (Any where they are unknown), and whether these are all.
     """
-    is_class, known = inspect.isclass(target), {}
-    layers = [c.__init__ for c in target.__mro__[:-1] if "__init__" in vars(c)] if is_class else [target]
+    known: dict[str, Parameter] = {}
+    is_class, layers = False, [target]
+    if inspect.isclass(target):
+        is_class, layers = True, [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)]
     for layer in layers:
         try:
             own = list(_signature(layer).parameters.values())[is_class:]

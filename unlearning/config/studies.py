@@ -65,11 +65,11 @@ class Study(Sweeper):
     ) -> None:
         self.name, self.storage, self.n_trials, self.n_jobs = study_name, storage, n_trials, n_jobs
         self.directions = [direction] if isinstance(direction, str) else list(direction)
-        self.sampler = sampler  # `params` are read from the config, together with the command line's
+        self.sampler = sampler  # `params` are read from the config, together with the overrides of the command line
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._config = config
+        self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -79,9 +79,9 @@ class Study(Sweeper):
         Raises:
             UserError: Without an objective, without Optuna, or if the storage cannot be used.
         """
-        if self.config.get("objective") is None:
+        if self._config.get("objective") is None:
             raise UserError("A study needs an objective: objective=efficacy/acc_e, or several in a list.")
-        overrides = sweep_overrides(self.config)
+        overrides = sweep_overrides(self._config)
         searched = {key: override for key, override in overrides.items() if override.is_sweep_override()}
         fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in overrides.items() if key not in searched]
         study = self._study({key: override.input_line for key, override in searched.items()})
@@ -91,7 +91,7 @@ class Study(Sweeper):
         while (left := self.n_trials - _finished(study)) > 0:
             trials = [study.ask(space) for _ in range(min(left, self.n_jobs))]
             jobs = [[*(f"{key}={value}" for key, value in trial.params.items()), *fixed] for trial in trials]
-            results = self.launcher.launch(jobs, initial_job_idx=launched)
+            results = self._launcher.launch(jobs, initial_job_idx=launched)
             launched += len(jobs)
             for trial, result in zip(trials, results, strict=True):
                 _tell(study, trial, result)
@@ -103,9 +103,9 @@ class Study(Sweeper):
         except ImportError:
             raise UserError("A study needs Optuna: pip install 'unlearning[sweeps]'") from None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it would log each of its plugins
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        fixed = config_hash(self.config, "numbers")
-        name = f"{self.name} {digest(fixed, _as_list(self.config.objective), searched, self.directions)[:8]}"
+        Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        fixed = config_hash(self._config, "numbers")
+        name = f"{self.name} {digest(fixed, _as_list(self._config.objective), searched, self.directions)[:8]}"
         try:
             return optuna.create_study(
                 storage=self.storage,
@@ -123,7 +123,7 @@ class Study(Sweeper):
         for trial in best:
             log.info("    %s: %s", trial["values"], ", ".join(f"{k}={v}" for k, v in trial["params"].items()))
         results = OmegaConf.create({"study": study.study_name, "best": best})
-        OmegaConf.save(results, Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
+        OmegaConf.save(results, Path(self._config.hydra.sweep.dir) / "optimization_results.yaml")
 
 
 def distribution(override: Override) -> "BaseDistribution":
@@ -153,7 +153,7 @@ def _finished(study: "optuna.Study") -> int:
 def _enqueue_interrupted(study: "optuna.Study") -> None:
     """Enqueues trials that were running when the study was stopped, unless they have run or been enqueued since."""
     trials = study.get_trials(deepcopy=False)
-    later = [trial.params for trial in trials if trial.state.is_finished()]
+    later: list[dict | None] = [trial.params for trial in trials if trial.state.is_finished()]
     later += [trial.system_attrs.get("fixed_params") for trial in trials if trial.state.name == "WAITING"]
     for trial in trials:
         if trial.state.name == "RUNNING" and trial.params and trial.params not in later:

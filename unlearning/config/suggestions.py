@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -15,6 +15,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from unlearning.config.containers import as_written
 from unlearning.errors import did_you_mean, suggest
 
 NO_GROUP = re.compile(r"Could not override '([^'@]+)'\. No match in the defaults list")
@@ -84,19 +85,19 @@ def _no_such_choice(error: MissingConfigException, conf: Path, argv: Sequence[st
 def _no_such_reference(error: InterpolationKeyError, key: str) -> str:
     missing = re.search(r"'(.+)' not found", str(error))
     name = missing[1] if missing else ""
-    names = [setting for setting in leaves(as_written(_root(error))) if setting != key]
+    names = [setting for setting in leaves(_settings(_root(error))) if setting != key]
     return f"`{key}` refers to `{name}`, which is no setting.{did_you_mean(name, names)}"
 
 
 def _no_such_key(error: ConfigKeyError | ConfigAttributeError, conf: Path) -> str:
-    path, _, key = error.full_key.rpartition(".")
-    known = sorted(name for name in as_written(error.parent_node) if not name.startswith("_"))
+    path, _, key = (error.full_key or "").rpartition(".")
+    known = sorted(name for name in _settings(error.parent_node) if not name.startswith("_"))
     possible = choices(conf, path)
     if path and key in possible and set(known) <= set(possible):
         return not_chosen(path, key, known)
     if path:
         return no_such_setting(path, key, known)
-    deeper = [name for name in leaves(as_written(_root(error))) if name.endswith(f".{key}")]
+    deeper = [name for name in leaves(_settings(_root(error))) if name.endswith(f".{key}")]
     if deeper:
         return f"There is no setting `{key}`.{suggest(deeper[:3])}"
     return no_such_setting("", key, [name for name in known if name != "hydra"])
@@ -143,11 +144,11 @@ def choices(conf: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (conf / group).glob("[!_.]*.yaml"))
 
 
-def as_written(node: object) -> dict:
+def _settings(node: object) -> dict:
     """The settings of a node, nothing resolved; none where the node is no mapping."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
         return {}
-    return OmegaConf.to_container(node, resolve=False)
+    return as_written(node)
 
 
 def leaves(settings: dict, path: str = "") -> Iterator[str]:

@@ -139,7 +139,7 @@ def _values(config: DictConfig) -> list[list[str]]:
     for key, override in sweep_overrides(config).items():
         value = override.value()
         if isinstance(value, IntervalSweep):
-            values = [value.start, value.end]
+            values = [str(value.start), str(value.end)]
         elif override.is_sweep_override():
             values = list(override.sweep_string_iterator())
             values = [values[0], values[-1]] if is_study else values

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreConfig, SchemaValidator
 
+from unlearning.config.containers import as_written
 from unlearning.config.signatures import parameters
 from unlearning.config.suggestions import no_such_setting, not_chosen
 from unlearning.errors import UserError, nearest
@@ -41,7 +42,7 @@ def check_names(cfg: DictConfig, conf: Path) -> None:
         UserError: For a name that no file in `conf` has.
     """
     _check_chosen_twice()
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw = as_written(cfg)
     known = {*_names(conf / "config.yaml"), *(p.name for p in conf.iterdir() if p.is_dir()), *_choices()}
     for group, choice in _choices().items():
         if (file := conf / group / f"{choice}.yaml").exists() and "@package _global_" in file.read_text():
@@ -109,7 +110,7 @@ def check(settings: object, path: str = "") -> None:
         check(child, f"{path}.{name}" if path else str(name))
 
 
-def _is_built(value: object) -> bool:
+def _is_built(value: object) -> TypeGuard[Mapping]:
     return isinstance(value, Mapping) and isinstance(value.get("_target_"), str)
 
 
