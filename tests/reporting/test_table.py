@@ -77,7 +77,7 @@ def test_how_a_run_was_attacked_keeps_it_apart_but_not_whether_it_was(finished, 
     for seed, steps in enumerate((None, 10, 10)):
         chosen, attack = ({"attack": ["cce"]}, {"cce": {"steps": steps}}) if steps else ({"attack": []}, {})
         finished(f"runs/{seed}", measured(2.0), seed=seed, chosen=chosen, config={"attack": attack})
-    head, row = cells(table(tmp_path / "runs", [E], by=["method"]))
+    _, row = cells(table(tmp_path / "runs", [E], by=["method"]))
     assert row[:2] == ["esd_x", "3"]
     finished("runs/3", measured(2.0), seed=3, chosen={"attack": ["cce"]}, config={"attack": {"cce": {"steps": 99}}})
     assert cells(table(tmp_path / "runs", [E], by=["method"]))[0][1] == "attack.cce.steps§"
