@@ -27,6 +27,7 @@ from unlearning.__main__ import CONF
 from unlearning.data.objects import emoji_objects
 from unlearning.data.openmoji import CIFAR10, picture, rng_of
 from unlearning.store.images import Row, manifest, missing, write_manifest
+from unlearning.store.metrics import Metric, write
 from unlearning.tracking import provenance
 
 METHODS = ("none", "negative_prompt", "uce", "esd_x", "esd_u", "unguide", "scrubber")
@@ -63,14 +64,13 @@ def pictures(count: int = 500) -> list[bytes]:
     return files
 
 
-def numbers(method: str, rng: np.random.Generator) -> dict[str, float | str]:
-    """A run's metrics.json."""
-    metrics = {}
-    for name, (protocol, higher) in METRICS.items():
-        for prefix in ("base/", ""):
-            metrics |= {prefix + name: 100 * rng.random(), f"{prefix}{name}/protocol": protocol}
-        metrics[f"{name}/better"] = "higher" if higher else "lower"
-    return metrics | {"cost/seconds": 60 * rng.random(), "cost/artefact_bytes": 2_270_200}
+def numbers(rng: np.random.Generator) -> dict[str, Metric]:
+    """The metrics of a run."""
+    metrics = {
+        name: Metric(100 * rng.random(), protocol, higher_is_better, 100 * rng.random(), protocol)
+        for name, (protocol, higher_is_better) in METRICS.items()
+    }
+    return metrics | {"cost/seconds": Metric(60 * rng.random()), "cost/artefact_bytes": Metric(2_270_200)}
 
 
 def losses(run: Path, rng: np.random.Generator) -> None:
@@ -108,7 +108,7 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
             config = config.replace("concept: cat\n", f"concept: {concept}\n")
             (run / ".hydra" / "resolved.yaml").write_text(config.replace("seed: 0\n", f"seed: {seed}\n", 1))
             (run / ".hydra" / "hydra.yaml").write_text(hydra)
-            (run / "metrics.json").write_text(json.dumps(numbers(method, rng), indent=2))
+            write(run / "metrics.json", numbers(rng))
             (run / provenance.FILE).write_text(json.dumps({"seed": seed, "sittings": [record]}))
             if method in TRAINED:
                 losses(run, rng)

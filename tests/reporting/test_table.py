@@ -73,11 +73,14 @@ def test_another_protocol_is_marked_and_does_not_compete(finished, runs):
     assert all(words in note(text, "†") for words in ("uce", "threshold 0.5"))
 
 
-def test_attacks_do_not_keep_runs_of_one_erasure_apart(finished, tmp_path):
-    for seed, attacks in enumerate(([], ["cce"], ["cce"])):
-        finished(f"runs/{seed}", measured(2.0), seed=seed, chosen={"attack": attacks})
-    head, *body = cells(table(tmp_path / "runs", [E], by=["method"]))
-    assert "attack§" not in head and len(body) == 1
+def test_how_a_run_was_attacked_keeps_it_apart_but_not_whether_it_was(finished, tmp_path):
+    for seed, steps in enumerate((None, 10, 10)):
+        chosen, attack = ({"attack": ["cce"]}, {"cce": {"steps": steps}}) if steps else ({"attack": []}, {})
+        finished(f"runs/{seed}", measured(2.0), seed=seed, chosen=chosen, config={"attack": attack})
+    _, row = cells(table(tmp_path / "runs", [E], by=["method"]))
+    assert row[:2] == ["esd_x", "3"]
+    finished("runs/3", measured(2.0), seed=3, chosen={"attack": ["cce"]}, config={"attack": {"cce": {"steps": 99}}})
+    assert cells(table(tmp_path / "runs", [E], by=["method"]))[0][1] == "attack.cce.steps§"
 
 
 def test_requests_one_after_the_other_are_rows_that_compete(finished, runs):

@@ -29,6 +29,16 @@ def test_what_is_no_finite_number_is_no_metric():
     assert records({"a/b": None, "a/c": True, "a/d": float("nan"), "a/e": "text", "a/f": 1}) == {"a/f": Metric(1)}
 
 
+@pytest.mark.parametrize(
+    ("value", "base", "higher_is_better", "change", "improved"),
+    [(5.0, 100.0, False, -95.0, True), (5.0, 100.0, True, -95.0, False), (5.0, 5.0, True, 0.0, None),
+     (5.0, 4.0, None, 1.0, None), (5.0, None, True, None, None), (None, 5.0, True, None, None)],
+)  # fmt: skip
+def test_a_change_is_an_improvement_in_the_metrics_direction(value, base, higher_is_better, change, improved):
+    metric = Metric(value, higher_is_better=higher_is_better, base=base)
+    assert (metric.change, metric.improved) == (change, improved)
+
+
 def test_the_base_models_metric_as_its_own():
     assert METRICS["efficacy/acc_e"].of_base() == Metric(100.0, "argmax of base", False)
 

@@ -69,11 +69,18 @@ def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...
 
     As few settings as possible. A setting that a run does not have differs from nothing.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings if name != "seed" and decides(name))
+    names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
     for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
         if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
             by = (*by, name)
     return tuple(by)
+
+
+def _decides(name: str) -> bool:
+    """Whether runs that differ in a setting are not averaged. Rows are means over seeds, and a metric's protocol states
+    the evaluator's settings. Whether a run was attacked changes no other number, but how it was attacked does.
+    """
+    return name not in ("seed", "attack") and group_of(name) != "evaluator" and decides(name, "numbers")
 
 
 def _differ(runs: Iterable[FinishedRun], name: str) -> bool:

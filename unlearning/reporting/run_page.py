@@ -120,30 +120,12 @@ def latent_differences(run: Path, rows: Iterable[Row]) -> dict | None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A metric as the page shows it."""
-
-    name: str
-    metric: Metric
-
-    @property
-    def change(self) -> float | None:
-        value, base = self.metric.value, self.metric.base
-        return None if value is None or base is None else value - base
-
-    @property
-    def verdict(self) -> str:
-        """Whether the change is "better" or "worse"; "" if there is no change or no direction."""
-        if not self.change or self.metric.higher_is_better is None:
-            return ""
-        return "better" if (self.change > 0) == self.metric.higher_is_better else "worse"
-
-    def show(self, number: float | None, sign: str = "") -> str:
-        if number is None:
-            return "–"
-        places = decimals(v for v in (self.metric.value, self.metric.base) if v is not None)
-        return f"{number:{sign},.{places}f}".replace("-", "−")
+def _show(metric: Metric, number: float | None, sign: str = "") -> str:
+    """A number of the metric, with as many decimals as its values need; `sign` is "+" for a change."""
+    if number is None:
+        return "–"
+    places = decimals(value for value in (metric.value, metric.base) if value is not None)
+    return f"{number:{sign},.{places}f}".replace("-", "−")
 
 
 def _markdown(text: str) -> str:
@@ -173,16 +155,15 @@ def report(run: Path) -> Path:
     differences = latent_differences(run, (frame.row for frame in frames if not frame.attack))
     if differences:
         write_atomically(run / "latent_differences.json", json.dumps(differences, indent=2))
-    measures = {
-        purpose: [Measure(name.partition("/")[2], finished.metrics[name]) for name in names]
-        for purpose, names in by_purpose(metric_names([finished])).items()
-    }
-    protocols = dict.fromkeys(m.metric.protocol for group in measures.values() for m in group if m.metric.protocol)
+    names = metric_names([finished])
+    protocols = dict.fromkeys(protocol for name in names if (protocol := finished.metrics[name].protocol))
     page = render_page(
         "run_page.html.j2",
         title=_title(finished.settings),
         settings=finished.settings,
-        measures=measures,
+        metrics=finished.metrics,
+        purposes=by_purpose(names),
+        show=_show,
         protocols=[*protocols],
         sections=sections(frames),
         differences=differences,

@@ -8,10 +8,9 @@ unlearn-table outputs/runs --check
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from unlearning.errors import UserError
+from unlearning.errors import UserError, did_you_mean
 from unlearning.reporting.comparison import BY, Comparison, group_runs, label_cells, separating
 from unlearning.reporting.formats import FORMATS, Cell, Note, Table
 from unlearning.reporting.published import read_published
@@ -63,9 +62,8 @@ def _runs(folder: Path, by: Sequence[str]) -> list[FinishedRun]:
     runs = read_runs(folder)
     settings = {name for run in runs for name in run.settings}
     for name in (name for name in by if name not in settings.union(BY)):
-        near = get_close_matches(name, sorted(settings), n=1)
-        hint = f"Did you mean {near[0]}?" if near else "Name a group, as method, or a dotted setting, as sampler.steps."
-        raise UserError(f"No run has the setting {name} of --by. {hint}")
+        hint = did_you_mean(name, settings) or " Name a group, as method, or a dotted setting, as sampler.steps."
+        raise UserError(f"No run has the setting {name} of --by.{hint}")
     return runs
 
 

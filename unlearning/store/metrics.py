@@ -39,6 +39,16 @@ class Metric:
     base: float | None = None
     base_protocol: str = ""
 
+    @property
+    def change(self) -> float | None:
+        """The erased model's number minus the unedited model's; None if one of them was not measured."""
+        return None if self.value is None or self.base is None else self.value - self.base
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether the change is for the better; None if there is no change or no direction."""
+        return (self.change > 0) == self.higher_is_better if self.change and self.higher_is_better is not None else None
+
     def of_base(self) -> "Metric":
         """The metric of the unedited model, as its own value."""
         return Metric(self.base, self.base_protocol, self.higher_is_better)
