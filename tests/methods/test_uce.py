@@ -1,59 +1,101 @@
-"""UCE's theorems (Gandikota et al., 2024, eq. 7)."""
+"""UCE (Gandikota et al., 2024): what is edited, and what is preserved, by default and as in the authors' scripts."""
 
 import pytest
 import torch
 
+from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.objects import emoji_objects
-from unlearning.methods.uce import UCE, closed_form
+from unlearning.errors import UserError
+from unlearning.methods.uce import TEMPLATES, UCE
 from unlearning.models.stable_diffusion import StableDiffusion
+
+CAT = UnlearningTask(erase=(Concept("cat", anchor="forest"),), retain=(Concept("dog"), Concept("sea")))
+EXACT = {"lamb": 1e-6, "preserve_scale": 1e-9}  # the concept acts like its anchor, whatever else changes
 
 
 @pytest.fixture
-def problem():
-    torch.manual_seed(0)
-    return torch.randn(6, 8), torch.randn(3, 8), torch.randn(3, 8), torch.tensor([1.0, 2.0, 0.5])  # W, c, c*, scale
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
 
 
-def objective(W_new, W, c, c_star, scale, lamb):
-    mapped = (scale * (c @ W_new.T - c_star @ W.T).pow(2).sum(1)).sum()
-    return mapped + lamb * (W_new - W).pow(2).sum()
+def mapped(model, prompt: str) -> torch.Tensor:
+    """What each projection makes of a prompt's states, (L, sum of O)."""
+    states = model.encode_prompts([prompt]).embeds[0]
+    return torch.cat([projection(states) for _, projection in model.text_projections()], 1)
 
 
-def test_it_is_the_minimiser(problem):
-    W, c, c_star, scale = (v.double() for v in problem)
-    best = closed_form(W, c, c_star, scale, 0.5).requires_grad_()
-    objective(best, W, c, c_star, scale, 0.5).backward()
-    torch.testing.assert_close(best.grad, torch.zeros_like(best), atol=1e-9, rtol=0)
+def moved(model, prompt: str, **settings) -> float:
+    """How far UCE moves what the projections make of a prompt, relative to it."""
+    before = mapped(model, prompt)
+    with UCE(**settings).fit(model, CAT).applied_to(model):
+        return ((mapped(model, prompt) - before).norm() / before.norm()).item()
 
 
-def test_a_large_lambda_changes_nothing(problem):
-    W, c, c_star, scale = problem
-    torch.testing.assert_close(closed_form(W, c, c_star, scale, 1e9), W.double(), atol=1e-6, rtol=0)
-
-
-def test_a_small_lambda_makes_the_concept_act_like_its_anchor(problem):
-    W, c, c_star, scale = (v.double() for v in problem)
-    edited = closed_form(W, c, c_star, scale, 1e-9)
-    torch.testing.assert_close(c @ edited.T, c_star @ W.T, atol=1e-5, rtol=0)
-
-
-def test_a_retained_concept_stays_where_it_was(problem):
-    W, c, c_star, _ = (v.double() for v in problem)
-    inputs, targets = torch.cat([c[:1], c[1:]]), torch.cat([c_star[:1], c[1:]])  # erase the first, retain the others
-    edited = closed_form(W, inputs, targets, torch.ones(3), 1e-9)
-    torch.testing.assert_close(c[1:] @ edited.T, c[1:] @ W.T, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("templates", [("{}",), ("{}", "a photo of the {}")])
-def test_after_the_edit_the_model_hears_the_anchor_in_the_concepts_name(sd1, templates):
-    model, task = StableDiffusion.load(str(sd1), device="cpu"), emoji_objects("cat")
-    patch = UCE(lamb=1e-6, preserve_scale=1e-9, templates=templates).fit(model, task)
-
-    def heard(word):  # what each projection makes of the word's last piece
-        c = model.encode_prompts([word]).embeds[0, model.last_token([word])[0]]
-        return torch.cat([projection(c) for _, projection in model.text_projections()])
-
-    anchor = heard("forest")
+@pytest.mark.parametrize("templates", [("{}",), ("{}", "a photo of the {}"), "objects", "art"])
+def test_the_last_word_piece_acts_like_the_anchors(model, templates):
+    anchor, before = mapped(model, "forest")[6], mapped(model, "cat")[3]
+    patch = UCE(**EXACT, positions="last", templates=templates).fit(model, emoji_objects("cat"))
     with patch.applied_to(model):
-        torch.testing.assert_close(heard("cat"), anchor, atol=1e-2, rtol=0)
-    assert not torch.allclose(heard("cat"), anchor, atol=1e-2)
+        torch.testing.assert_close(mapped(model, "cat")[3], anchor, atol=1e-2, rtol=0)
+    assert not torch.allclose(before, anchor, atol=1e-2)
+
+
+def test_by_default_end_of_text_and_padding_act_like_the_anchors_too(model):
+    anchor, before = mapped(model, "forest")[6:], mapped(model, "cat")[3:29]
+
+    def distance(positions: str) -> float:
+        with UCE(positions=positions, lamb=1e-3).fit(model, CAT).applied_to(model):
+            return (mapped(model, "cat")[3:29] - anchor).norm().item()
+
+    assert distance("to_end") < distance("last")
+    assert distance("to_end") < (before - anchor).norm().item()
+
+
+def test_the_authors_six_templates_begin_with_the_bare_name():
+    assert all(len(six) == len(set(six)) == 6 and six[0] == "{}" for six in TEMPLATES.values())
+
+
+def test_an_erase_scale_of_zero_changes_nothing(model):
+    before = {name: p.detach().clone() for name, p in model.named_parameters().items()}
+    for name, weight in UCE(erase_scale=0).fit(model, CAT).weights.items():
+        torch.testing.assert_close(weight, before[name], atol=1e-6, rtol=0)
+
+
+def test_a_larger_preserve_scale_holds_what_is_preserved(model):
+    assert moved(model, "dog", preserve_scale=100.0) < moved(model, "dog", preserve_scale=1e-3) / 2
+    assert moved(model, "cat", preserve_scale=1.0) > 1e-3
+
+
+def test_the_null_prompt_is_preserved_unless_it_is_not_to_be(model):
+    assert moved(model, "", preserve_scale=100.0) < moved(model, "", preserve_scale=100.0, preserve_null=False) / 2
+
+
+def test_the_preserve_scale_is_by_default_one_over_what_is_preserved(model):
+    default, third = (UCE(preserve_scale=s).fit(model, CAT).weights for s in (None, 1 / 3))  # null prompt, dog, sea
+    assert all(torch.equal(default[name], third[name]) for name in third)
+
+
+def test_nothing_has_to_be_preserved(model):
+    task = UnlearningTask(erase=CAT.erase)
+    assert UCE(preserve_null=False).fit(model, task).weights
+
+
+def test_several_concepts_are_erased_at_once(model):
+    task = UnlearningTask(erase=(Concept("cat", anchor="sea"), Concept("dog", anchor="sky")))
+    anchors = {"cat": mapped(model, "sea")[3], "dog": mapped(model, "sky")[3]}
+    with UCE(**EXACT, positions="last").fit(model, task).applied_to(model):
+        for name, anchor in anchors.items():
+            torch.testing.assert_close(mapped(model, name)[3], anchor, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["last", "to_end"])
+def test_every_family_that_reads_text_is_edited(any_model, positions):
+    uce = UCE(positions=positions)
+    if not list(any_model.text_projections()):
+        with pytest.raises(UserError, match="reads no text"):
+            uce.fit(any_model, CAT)
+        return
+    before = {name: p.detach().clone() for name, p in any_model.named_parameters().items()}
+    weights = uce.fit(any_model, CAT).weights
+    assert weights and all(torch.isfinite(w).all() for w in weights.values())
+    assert all(not torch.equal(w, before[name]) for name, w in weights.items())

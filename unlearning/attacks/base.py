@@ -24,7 +24,7 @@ class Attack(ABC):
         works_on: The class of models it can attack.
     """
 
-    access: ClassVar[Access]
+    access: Access
     version: ClassVar[int] = 1
     works_on: ClassVar[type[Model]] = DiffusionModel
 

@@ -4,63 +4,74 @@ Every map W through which the prompt enters the denoiser becomes the minimiser, 
 
     s_e sum_i || W' c_i - W c*_i ||^2  +  s_p sum_j || W' c_j - W c_j ||^2  +  lamb || W' - W ||_F^2,
 
-over erased concepts c_i with anchors c*_i, and retained concepts c_j.
+over text states c_i of the erased concepts, c*_i of their anchors, and c_j of what is preserved.
 
-As in the authors' script, c is the text encoder's state at the concept's last word piece. Deviation: the system is
-solved in float64.
+The paper does not say which states these are. The defaults follow the authors' code of 2023, with which the published
+numbers were made: c_i are all states from the concept's last word piece to the end of the sequence, c*_i those of the
+anchor from its own last word piece on, and c_j all states of the null prompt and of the task's retained concepts;
+s_p is max(0.1, 1 / preserved prompts). The authors' script of 2025 takes only the state at the last word piece,
+preserves no null prompt, and sets s_p = 1. It is `positions=last preserve_null=false preserve_scale=1`. Both set
+s_e = 1 and lamb = 0.5. Both can add five prompts for each concept and by default do not: `templates=objects` or `art`.
+
+Deviations: the system is solved in float64. Templates also apply to the anchor, as in 2025 (in 2023 they do not). For
+artists, the code of 2023 preserves all others of a list of 1734 by default; here the task says what is preserved.
 """
 
-# N concepts, D text width, O output width.
-import torch
-from torch import Tensor
+from typing import Literal
 
+import torch
+
+from unlearning.concepts import UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
+from unlearning.methods.closed_form import closed_form, pairs, states
+from unlearning.models.diffusion import DiffusionModel
 
-
-def closed_form(W: Tensor, c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor:
-    """W' (O, D), of W (O, D), inputs c (N, D), the inputs c_star (N, D) they should act like, weights scale (N,)."""
-    W, c, c_star = W.double(), c.double(), c_star.double()
-    weighted = scale.double()[:, None] * c
-    eye = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
-    return torch.linalg.solve(c.T @ weighted + lamb * eye, W @ (c_star.T @ weighted + lamb * eye), left=False)
+TEMPLATES = {
+    "objects": ("{}", "image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}"),
+    "art": ("{}", "painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}"),
+}
 
 
 class UCE(Method):
     """
     Args:
-        lamb: Weight of staying where W was; the larger, the less is changed.
-        erase_scale, preserve_scale: s_e and s_p.
-        templates: What a concept's name is put into; the paper's extended setting has five.
+        positions: The states of a prompt that are edited: "to_end" or "last" (see above).
+        templates: What names of concepts and anchors are put into; "objects" or "art" for the authors' six.
+        erase_scale: s_e.
+        preserve_scale: s_p; None for max(0.1, 1 / preserved prompts).
+        preserve_null: Whether the null prompt is preserved.
+        lamb: The weight of the distance to W.
     """
 
     def __init__(
         self,
         *,
-        lamb: float = 0.5,
+        positions: Literal["to_end", "last"] = "to_end",
+        templates: tuple[str, ...] | Literal["objects", "art"] = ("{}",),
         erase_scale: float = 1.0,
-        preserve_scale: float = 1.0,
-        templates: tuple[str, ...] = ("{}",),
+        preserve_scale: float | None = None,
+        preserve_null: bool = True,
+        lamb: float = 0.5,
     ):
-        self.lamb, self.erase_scale, self.preserve_scale, self.templates = lamb, erase_scale, preserve_scale, templates
+        self.positions, self.lamb = positions, lamb
+        self.templates = TEMPLATES[templates] if isinstance(templates, str) else templates
+        self.erase_scale, self.preserve_scale, self.preserve_null = erase_scale, preserve_scale, preserve_null
 
     @torch.no_grad()
-    def fit(self, model, task) -> WeightPatch:
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
         projections = dict(model.text_projections())
         if not projections:
             raise UserError(f"{model.name} reads no text: there is no map that UCE could edit. Choose another method.")
-
-        def states(words: list[str]) -> Tensor:
-            prompts = [template.format(word) for template in self.templates for word in words]
-            return model.encode_prompts(prompts).embeds[torch.arange(len(prompts)), model.last_token(prompts)]
-
-        retain = [concept.name for concept in task.retain]
-        c = states([concept.name for concept in task.erase] + retain)
-        c_star = states([concept.anchor or " " for concept in task.erase] + retain)
-        scale = torch.tensor([self.erase_scale] * len(task.erase) + [self.preserve_scale] * len(retain))
-        scale = scale.repeat(len(self.templates)).to(c.device)
-        return WeightPatch({
-            f"{name}.weight": closed_form(m.weight, c, c_star, scale, self.lamb).to(m.weight.dtype)
-            for name, m in projections.items()
-        })  # fmt: skip
+        prompts = [template.format(concept.name) for template in self.templates for concept in task.erase]
+        # " " has the states of the null prompt, which SDXL replaces by zeros.
+        anchors = [template.format(concept.anchor or " ") for template in self.templates for concept in task.erase]
+        c, c_star = pairs(model, prompts, anchors, self.positions)
+        preserved = [""] * self.preserve_null + [concept.name for concept in task.retain]
+        s_p = max(0.1, 1 / max(1, len(preserved))) if self.preserve_scale is None else self.preserve_scale
+        c_j = torch.cat([c[:0], *states(model, preserved, "all" if self.positions == "to_end" else self.positions)])
+        scale = torch.tensor([self.erase_scale] * len(c) + [s_p] * len(c_j), device=c.device)
+        E = closed_form(torch.cat([c, c_j]), torch.cat([c_star, c_j]), scale, self.lamb)
+        edited = {name: (m.weight.double() @ E).to(m.weight.dtype) for name, m in projections.items()}
+        return WeightPatch({f"{name}.weight": weight for name, weight in edited.items()})

@@ -87,8 +87,8 @@ class Conditioning:
     def with_gains(self, gains: Mapping[str, Tensor]) -> "Conditioning":
         return replace(self, gains={**self.gains, **gains})
 
-    def at(self, step: int) -> "Conditioning":
-        """What holds at a sampling step, counted from 0."""
+    def at(self, step: int | Tensor) -> "Conditioning":
+        """What holds at a sampling step, counted from 0: the same for all rows, or one for each, (B,)."""
         if self.steps is None or self.later is None:
             return self
         over, after = self.steps <= step, self.later.at(step)

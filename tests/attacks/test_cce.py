@@ -1,0 +1,193 @@
+"""CCE (Pham et al., 2024): a new word for a concept, learned on the erased model."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unlearning.attacks.cce import CCE, with_placeholder
+from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
+from unlearning.erasures.guidance_edit import GuidanceEdit
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
+from unlearning.sampling.inversion import Placeholder, first_piece, noised
+
+PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
+TASK = UnlearningTask(erase=(Concept("q", anchor="dog"),), prompts=PROMPTS)  # its name is one word piece
+
+
+def images(model, prompts, count):
+    """In the place of Generated: images of one colour for each prompt."""
+    side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+    colours = np.random.default_rng(len(prompts[0])).integers(0, 255, (count, 1, 1, 3), dtype=np.uint8)
+    return list(np.broadcast_to(colours, (count, side, side, 3)))
+
+
+def cce(**settings) -> CCE:
+    short = {"iterations": 2, "batch_size": 2, "accumulate": 1, "count": 3, "initial": "a"}
+    return CCE(images=images, optimizer=partial(torch.optim.AdamW, lr=0.05), **(short | settings))
+
+
+def attacked(model, task=TASK, **settings):
+    torch.manual_seed(0)
+    attack = cce(**settings)
+    return attack.find(model, task, attack.observe(model, task))
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "replaced"),
+    [
+        ("a photo of the cat", "a photo of the {}"),
+        ("Cat, and a cat's paw", "{}, and a {}'s paw"),
+        ("a catfish", "{} a catfish"),
+        ("a sofa", "{} a sofa"),
+    ],
+)
+def test_the_placeholder_replaces_the_name_or_comes_before_the_prompt(prompt, replaced):
+    assert with_placeholder(prompt, "cat") == replaced
+
+
+def test_the_word_stands_where_the_name_was_and_nowhere_else(model):
+    found = attacked(model)
+    assert found.targets == ("a photo of the q", "Q on a sofa")
+    [embeds] = found.embeds.values()
+    own = model.embed(["a photo of the q", "q on a sofa"]).embeds["text_encoder"]
+    changed = (embeds != own).any(-1)
+    assert changed.sum(1).tolist() == [1, 1]
+    v, same = embeds[changed]
+    assert torch.equal(v, same) and not torch.equal(v, first_piece(model, "a")["text_encoder"])
+
+
+def test_each_of_several_concepts_gets_a_word_of_its_own(model):
+    prompts = (Prompt("a q", ERASE), Prompt("a w", ERASE), Prompt("o q", ERASE))
+    found = attacked(model, UnlearningTask(erase=(Concept("q"), Concept("w")), prompts=prompts), iterations=5)
+    first, second, third = found.embeds["text_encoder"][:, 2]
+    assert torch.equal(first, third) and not torch.equal(first, second)
+    assert found.record["losses"].keys() == {"q", "w"}
+
+
+def test_a_model_denoises_the_images_better_with_the_learned_word(model):
+    """With a denoiser that takes the prompt seriously: the tiny one's output hardly depends on it."""
+    weights = {f"{name}.weight": 20 * m.weight for name, m in model.text_projections() if name.endswith("to_v")}
+    latents = cce().observe(model, TASK).latents["q"]
+    assert len(latents) == 6, "three, and three mirrored"
+
+    def error(v) -> float:
+        c = model.encode_prompts(Placeholder.in_prompts(model, ["a photo of a {}"]).filled(v))
+        torch.manual_seed(1)
+        z = noised(model, latents, 64)
+        return F.mse_loss(model.predict(z.z_t, z.t, c.expand(64)), model.to_prediction(z.z_0, z.z_t, z.t)).item()
+
+    with WeightPatch(weights).applied_to(model), torch.no_grad():
+        found = attacked(model, iterations=150, batch_size=8)
+        learned = {part: e[0, 1 + len("aphotoofthe")] for part, e in found.embeds.items()}
+        assert error(learned) < error(first_piece(model, "a")) - 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"transfer": True}, {"prompts": ("a {}", "the {}"), "flip": False}])
+def test_the_model_stays_bit_identical(model, settings):
+    before = {name: p.detach().clone() for name, p in model.named_parameters().items()}
+    with GuidanceEdit(NegativePrompt("q")).applied_to(model):
+        attacked(model, **settings)
+    after = model.named_parameters()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(p.requires_grad or p.grad is not None for p in after.values())
+
+
+def test_every_family_that_reads_text_is_attacked(any_model):
+    if not any_model.text_encoders:
+        with pytest.raises(UserError, match="classes"):
+            attacked(any_model)
+        return
+    found = attacked(any_model)
+    assert found.embeds.keys() == any_model.text_encoders.keys()
+    assert all(e.isfinite().all() for e in found.embeds.values())
+
+
+# --- through the guidance ---------------------------------------------------------------------------------------------
+
+
+def test_a_changed_guidance_is_attacked_through(model):
+    plain, unguided = attacked(model), attacked(model, guided=False)
+    with GuidanceEdit(NegativePrompt("q")).applied_to(model):
+        through = attacked(model)
+        around = attacked(model, guided=False)
+    assert through.record["guided"] and not plain.record["guided"] and not around.record["guided"]
+    words = [found.embeds["text_encoder"][0] for found in (plain, unguided, around, through)]
+    assert torch.equal(words[0], words[1]) and torch.equal(words[0], words[2])
+    assert not torch.equal(words[0], words[3])
+
+
+def test_nothing_is_left_to_learn_where_the_name_itself_is_guided_without_a_defence(model):
+    """The published target; of classifier-free guidance, and a prompt and a word that are the name itself."""
+    same = {"reference": "name", "prompts": ("{}",), "initial": "q"}
+    with GuidanceEdit(ClassifierFree()).applied_to(model):
+        assert attacked(model, **same).record["losses"]["q"]["first"] < 1e-9
+    with GuidanceEdit(NegativePrompt("q")).applied_to(model):
+        assert attacked(model, **same).record["losses"]["q"]["first"] > 1e-6
+
+
+@dataclass(frozen=True)
+class Watched(Guidance):
+    """Classifier-free guidance that notes the timesteps and the steps of each of its walks."""
+
+    walks: list = field(default_factory=list, compare=False)
+
+    def begin(self, model, c, scale):
+        seen = []
+        self.walks.append(seen)
+        inner = ClassifierFree().begin(model, c, scale)
+
+        def predict(x_t, t, c, step):
+            seen.append((int(t), step))
+            return inner(x_t, t)
+
+        return Walk(c, predict)
+
+
+def test_a_walk_falls_within_a_window_from_the_step_that_belongs_to_its_timestep(model):
+    model.guidance = guidance = Watched()
+    attacked(model, walk=5, window=90, steps=50, iterations=8)
+    assert len(guidance.walks) == 8
+    for walk in guidance.walks:
+        times, steps = zip(*walk, strict=True)
+        assert len(walk) == 5 and all(a > b for a, b in pairwise(times)) and times[0] - times[-1] < 90
+        assert all(b == a + 1 for a, b in pairwise(steps)) and abs(steps[0] - (1000 - times[0]) / 20) <= 1
+    assert len({walk[0] for walk in guidance.walks}) > 1
+
+
+# --- transfer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
+    name, m = next(model.text_projections())
+    erasure = WeightPatch({f"{name}.weight": 0 * m.weight})
+
+    def word(transfer: bool, *erasures) -> torch.Tensor:
+        torch.manual_seed(0)
+        attack = cce(transfer=transfer)
+        observed = attack.observe(model, TASK)
+        for erasure in erasures:
+            with erasure.applied_to(model):
+                return attack.find(model, TASK, observed).embeds["text_encoder"]
+        return attack.find(model, TASK, observed).embeds["text_encoder"]
+
+    assert torch.equal(word(True), word(True, erasure))
+    assert not torch.equal(word(False), word(False, erasure))
+    assert (cce(transfer=True).access, cce().access) == ("black", "white")
+
+
+def test_there_must_be_prompts_to_attack(model):
+    with pytest.raises(UserError, match="prompts"):
+        attacked(model, replace(TASK, prompts=PROMPTS[2:]))

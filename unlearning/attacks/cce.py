@@ -1,0 +1,210 @@
+"""CCE: Circumventing Concept Erasure Methods (Pham et al., 2024). https://arxiv.org/abs/2308.01508
+
+A new word is learned on the erased model, by textual inversion of images of the concept from the unedited model:
+
+    min_v E_{z_0, eps, t} || eps - eps_erased(z_t, t, c("a photo of a <v>")) ||^2,
+
+where v has a token embedding for each of the model's text encoders. In the evaluation's prompts it replaces the name of
+the concept. A prompt without the name gets it in front, as in the authors' code for I2P.
+
+Negative prompt, SLD and UnGuide change the guidance, of which a conditional prediction shows nothing. There, the guided
+prediction eps~ at scale s should be what an undefended guidance makes of the concept:
+
+    min_v E || eps_0 + s (eps - eps_0) - eps~(z_t, t, c(v)) ||^2,    eps_0: given the null prompt.
+
+The authors' code has, in the place of eps, the prediction given the name of the concept (`reference=name`). This is
+possible only if the erasure leaves the weights as they were, as negative prompt and SLD do. For the momentum of SLD,
+their eps~ is the last of 35 predictions within 90 timesteps, all of them differentiated (conf/attack/cce/sld.yaml).
+
+Deviations: latents are means of the autoencoder, not samples; the code draws from 27 prompts for objects and 19 for
+styles (`prompts` takes any number); images of a guided batch share t. With `transfer`, v is learned on the unedited
+model: a black-box attack.
+"""
+
+# B batch, N images, C H W latent shape, D width of a text encoder.
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlearning.attacks.base import Attack, targets
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.data.generated import Generated
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.guidance import begin
+from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert, noised
+from unlearning.training.forget_retain import encoded
+
+
+@dataclass(frozen=True)
+class Word:
+    """A learned word: v, (D,) by text encoder, and the loss of each iteration."""
+
+    v: Mapping[str, Tensor]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """By concept: latents of its images, (N, C, H, W), and the word learned on the unedited model, if it is wanted."""
+
+    latents: Mapping[str, Tensor]
+    words: Mapping[str, Word]
+
+
+class CCE(Attack):
+    """
+    Args:
+        images: Generates images of a concept with the unedited model.
+        optimizer: Makes the optimizer of v.
+        count: Images of each concept.
+        flip: Whether each image also occurs mirrored.
+        prompts: Prompts in training; "{}" stands for the word.
+        initial: The word from whose (first) word piece v starts: the authors take "art" for a style.
+        iterations: Steps of the optimizer.
+        batch_size, accumulate: Images in a batch, and batches in a step.
+        guided: Whether v is learned through the guidance of a model whose guidance an erasure has changed.
+        guidance_scale: s, there.
+        reference: What is guided to there: "images" is eps, "name" the prediction given the name of the concept.
+        walk, window: Predictions of a walk of the guidance, and the timesteps among which they are.
+        steps: Sampling steps that a whole trajectory has: a walk begins at the step that belongs to its t.
+        transfer: Whether v is learned on the unedited model.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: Generated,
+        optimizer: Callable,
+        count: int = 25,
+        flip: bool = True,
+        prompts: tuple[str, ...] = ("a photo of a {}",),
+        initial: str = "object",
+        iterations: int = 5000,
+        batch_size: int = 4,
+        accumulate: int = 4,
+        guided: bool = True,
+        guidance_scale: float = 7.5,
+        reference: Literal["images", "name"] = "images",
+        walk: int = 1,
+        window: int = 1,
+        steps: int = 50,
+        transfer: bool = False,
+    ):
+        self.images, self.count, self.flip = images, count, flip
+        self.prompts, self.initial = prompts, initial
+        self.optimizer, self.iterations = optimizer, iterations
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.guided, self.guidance_scale, self.reference = guided, guidance_scale, reference
+        self.walk, self.window, self.steps = walk, window, steps
+        self.transfer, self.access = transfer, "black" if transfer else "white"
+
+    def observe(self, model: DiffusionModel, task: UnlearningTask) -> Observed:
+        """Images of the concepts by the unedited model; with `transfer`, the words too."""
+        latents = {concept.name: self._latents(model, task.prompt(concept.name)) for concept in task.erase}
+        words = {name: self._learned(model, name, z_0) for name, z_0 in latents.items()} if self.transfer else {}
+        return Observed(latents, words)
+
+    def find(self, model: DiffusionModel, task: UnlearningTask, observed: Observed) -> Comeback:
+        if not (rows := targets(task)):
+            raise UserError("CCE needs prompts of the erased concepts, and this dataset has none.")
+        words = observed.words or {name: self._learned(model, name, z_0) for name, z_0 in observed.latents.items()}
+        concepts = [_concept_of(prompt.text, task.erase) for prompt in rows]
+        prompts = [with_placeholder(prompt.text, concept) for prompt, concept in zip(rows, concepts, strict=True)]
+        place = Placeholder.in_prompts(model, prompts)
+        filled = [place.filled(words[concept].v, [i]).embeds for i, concept in enumerate(concepts)]
+        embeds = {part: torch.cat([row[part] for row in filled]) for part in place.places}
+        record = {name: getattr(self, name) for name in ("iterations", "batch_size", "accumulate", "initial")}
+        record |= {"placeholder": PLACEHOLDER, "guided": self._is_guided(model), "transfer": self.transfer}
+        record |= {"images": self.count, "losses": {name: _summary(word.losses) for name, word in words.items()}}
+        return Comeback(tuple(prompt.text for prompt in rows), place.text.prompts, embeds, record=record)
+
+    def _latents(self, model: DiffusionModel, prompt: str) -> Tensor:
+        images = self.images(model, [prompt], self.count)
+        return encoded(model, [*images, *(np.flip(image, 1) for image in images)] if self.flip else images)
+
+    def _is_guided(self, model: DiffusionModel) -> bool:
+        return self.guided and model.guidance is not None and not self.transfer
+
+    def _learned(self, model: DiffusionModel, name: str, latents: Tensor) -> Word:
+        """The word for a concept, learned on the model from latents (N, C, H, W)."""
+        v = {part: nn.Parameter(e.float()) for part, e in first_piece(model, self.initial).items()}
+        place = Placeholder.in_prompts(model, self.prompts)
+
+        def c() -> Conditioning:
+            """B rows, each of one of the prompts."""
+            chosen, rows = torch.randint(len(self.prompts), (self.batch_size,)).unique(return_inverse=True)
+            return model.encode(place.filled(v, chosen.tolist()))[rows]
+
+        loss = partial(self._guided_loss, name=name) if self._is_guided(model) else self._loss
+        losses = invert(
+            model, list(v.values()), lambda: loss(model, latents, c()), optimizer=self.optimizer,
+            iterations=self.iterations, accumulate=self.accumulate,
+        )  # fmt: skip
+        return Word({part: e.detach() for part, e in v.items()}, losses)
+
+    def _loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
+        """|| eps - eps_erased(z_t, t, c) ||^2, or the same of v or flow."""
+        z = noised(model, latents, self.batch_size)
+        prediction = model.predict(z.z_t, z.t, c.at(self._step(model, z.t)))
+        return F.mse_loss(prediction, model.to_prediction(z.z_0, z.z_t, z.t))
+
+    def _guided_loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning, name: str) -> Tensor:
+        """|| eps_0 + s (eps - eps_0) - eps~(z_t, t, c) ||^2 at the end of a walk."""
+        z_0 = latents[torch.randint(len(latents), (self.batch_size,), device=latents.device)]
+        eps, times = torch.randn_like(z_0), self._times(model)
+        walk = begin(model, c, self.guidance_scale)
+        for _ in range(int(self._step(model, times[0]))):
+            walk.skip()
+        for t in times:
+            z_t = model.add_noise(z_0, eps, t.expand(len(z_0)))
+            guided = walk(z_t, t)
+        with torch.no_grad():
+
+            def given(prompt: str) -> Tensor:
+                return model.predict(z_t, t, model.encode_prompts([prompt]).expand(len(z_t)))
+
+            eps_0 = given("")
+            eps = given(name) if self.reference == "name" else model.to_prediction(z_0, z_t, t.expand(len(z_0)))
+            target = eps_0 + self.guidance_scale * (eps - eps_0)
+        return F.mse_loss(guided, target)
+
+    def _times(self, model: DiffusionModel) -> Tensor:
+        """The timesteps of a walk, in falling order, (walk,): drawn within a window that lies anywhere."""
+        length = model.scheduler.config.num_train_timesteps
+        first = int(torch.randint(length - self.window + 1, ()))
+        places = first + torch.randperm(self.window)[: self.walk].sort(descending=True).values
+        return model.timesteps((places + 0.5) / length)
+
+    def _step(self, model: DiffusionModel, t: Tensor) -> Tensor:
+        """The sampling step, counted from 0, at which a trajectory of `steps` steps is at t; t of any shape."""
+        return ((1 - t / model.scheduler.config.num_train_timesteps) * self.steps).long()
+
+
+def with_placeholder(prompt: str, name: str) -> str:
+    """The prompt with "{}" in the place of a concept's name, or before the prompt that does not have it."""
+    replaced, count = _pattern(name).subn("{}", prompt)
+    return replaced if count else f"{{}} {prompt}"
+
+
+def _pattern(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+
+
+def _concept_of(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The name of the concept that a prompt names; of the first one, if it names none."""
+    return next((concept.name for concept in concepts if _pattern(concept.name).search(prompt)), concepts[0].name)
+
+
+def _summary(losses: Sequence[float]) -> dict[str, float]:
+    """The mean loss of the first and of the last tenth of the iterations."""
+    tenth = max(1, len(losses) // 10)
+    return {"first": float(np.mean(losses[:tenth])), "last": float(np.mean(losses[-tenth:]))}

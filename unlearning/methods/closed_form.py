@@ -1,0 +1,73 @@
+"""What closed-form methods share: the minimiser, and the choice of the text states that it is solved for.
+
+The denoiser applies a map W to the text state at every position of a prompt. An edited map W' should make of states c
+what W makes of other states c*: those of an anchor where c is to be erased, c itself where it is to be preserved.
+"""
+
+# N states, D text width, O output width, L tokens.
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unlearning.models.diffusion import Conditioning, DiffusionModel
+
+AT_ONCE = 64  # prompts in one call of the text encoders
+Positions = Literal["last", "to_end", "all"]
+
+
+def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor:
+    """E (D, D), float64, such that for every map W (O, D) the product W E is the minimiser over W' of
+
+        sum_n s_n || W' c_n - W c*_n ||^2  +  lamb || W' - W ||_F^2.
+
+    E = (sum_n s_n c*_n c_n^T + lamb I) (sum_n s_n c_n c_n^T + lamb I)^-1 does not depend on W.
+
+    Args:
+        c, c_star: The states, (N, D) each.
+        scale: The weights s_n, (N,).
+        lamb: Positive.
+    """
+    c, c_star = c.double(), c_star.double()
+    weighted = scale.double()[:, None] * c
+    ridge = lamb * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    return torch.linalg.solve(c.T @ weighted + ridge, c_star.T @ weighted + ridge, left=False)
+
+
+def pairs(
+    model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str], positions: Positions
+) -> tuple[Tensor, Tensor]:
+    """The states c of the prompts and c* of their anchors, (N, D) each.
+
+    A prompt and its anchor are aligned at their first chosen position; surplus states of the longer one are dropped.
+    """
+    rows = zip(states(model, prompts, positions), states(model, anchors, positions), strict=True)
+    aligned = [(c[: len(c_star)], c_star[: len(c)]) for c, c_star in rows]
+    c, c_star = zip(*aligned, strict=True)
+    return torch.cat(c), torch.cat(c_star)
+
+
+def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) -> list[Tensor]:
+    """The text encoder's states of each prompt, one tensor (n, D) for each.
+
+    Args:
+        positions: "last": the last word piece. "to_end": the last word piece and all that follows it, end of text and
+            padding. "all": from the start of text to the end of the padding.
+    """
+    return list(_states(model, prompts, positions))
+
+
+@torch.no_grad()
+def _states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) -> Iterator[Tensor]:
+    for i in range(0, len(prompts), AT_ONCE):
+        batch = prompts[i : i + AT_ONCE]
+        c = model.encode_prompts(batch)
+        for row, last, end in zip(c.embeds, model.last_token(batch).tolist(), _ends(c), strict=True):
+            yield row[{"last": slice(last, last + 1), "to_end": slice(last, end), "all": slice(end)}[positions]]
+
+
+def _ends(c: Conditioning) -> list[int]:
+    """The number of states of each row that the denoiser attends to: masked padding is not among them."""
+    mask = c.extra.get("mask")
+    return [c.embeds.shape[1]] * len(c) if mask is None else mask.sum(1).long().tolist()

@@ -1,0 +1,157 @@
+"""Textual inversion: a conditioning with which a model denoises given images best.
+
+    min_v E_{z_0, eps, t} || eps - eps_theta(z_t, t, c(v)) ||^2        (Gal et al., 2023, arXiv:2208.01618, eq. 2)
+
+v may be token embeddings of a placeholder in prompts, or the text encoder's states themselves.
+"""
+
+# B batch, N images, C H W latent shape, P prompts, L tokens of an encoder, D its width.
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unlearning.errors import UserError
+from unlearning.models.diffusion import DiffusionModel, Embedded
+
+PLACEHOLDER, OTHERS = "x", "zywvutsrqponmlkjihgfedcba"  # words of one letter
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Latents on their way to noise.
+
+    Args:
+        rows: Which of the N latents they are, (B,).
+        z_0: The latents, (B, C, H, W).
+        t: Their timesteps, (B,).
+        z_t: The latents at these, (B, C, H, W).
+    """
+
+    rows: Tensor
+    z_0: Tensor
+    t: Tensor
+    z_t: Tensor
+
+
+def noised(model: DiffusionModel, latents: Tensor, count: int) -> Noised:
+    """`count` of the latents (N, C, H, W), drawn with replacement, at timesteps drawn uniformly."""
+    rows = torch.randint(len(latents), (count,), device=latents.device)
+    z_0, t = latents[rows], model.timesteps(torch.rand(count))
+    return Noised(rows, z_0, t, model.add_noise(z_0, torch.randn_like(z_0), t))
+
+
+def invert(
+    model: DiffusionModel,
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], Tensor],
+    *,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    iterations: int,
+    accumulate: int = 1,
+) -> list[float]:
+    """Minimises a loss in the parameters, and in nothing else: no weight of the model gets a gradient.
+
+    Args:
+        loss: Draws a batch and returns its loss, (). Called with gradients enabled.
+        optimizer: Makes the optimizer.
+        accumulate: Batches in each of the iterations.
+
+    Returns:
+        The mean loss of each iteration.
+
+    Raises:
+        UserError: If a loss is not finite.
+    """
+    parameters, losses = list(parameters), []
+    steps = optimizer(parameters)
+    with _without_checkpointing(model.denoiser), torch.enable_grad():
+        for i in tqdm(range(iterations), "inverting", leave=False):
+            steps.zero_grad()
+            total = 0.0
+            for _ in range(accumulate):
+                value = loss() / accumulate
+                value.backward(inputs=parameters)
+                total += value.item()
+            if not torch.tensor(total).isfinite():
+                raise UserError(f"The loss of the inversion is {total} at iteration {i}: lower its learning rate.")
+            steps.step()
+            losses.append(total)
+    return losses
+
+
+@contextmanager
+def _without_checkpointing(denoiser: nn.Module) -> Iterator[None]:
+    """Switches gradient checkpointing off.
+
+    What a view of the model or a conditioning sets for a forward pass (a snapshot's weights, the gains of side modules)
+    does not hold when a layer is computed again in the backward pass.
+    """
+    on = denoiser.is_gradient_checkpointing
+    if on:
+        denoiser.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            denoiser.enable_gradient_checkpointing()
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """Prompts with a placeholder, whose token embeddings are free.
+
+    Args:
+        text: The P prompts, with the placeholder's own token embeddings.
+        places: Where the placeholder is, (P, L) bool, by text encoder.
+    """
+
+    text: Embedded
+    places: Mapping[str, Tensor]
+
+    @classmethod
+    def in_prompts(cls, model: DiffusionModel, prompts: Sequence[str]) -> "Placeholder":
+        """The placeholder stands where the prompts have "{}".
+
+        It is a word of one letter. Where its token is, the prompts differ from those with another letter; so the places
+        are found for every text encoder, whatever its tokenizer.
+
+        Raises:
+            UserError: For a model that reads no text, or a prompt in which an encoder has no token of the placeholder.
+        """
+        text = _with_letter(model, prompts, PLACEHOLDER)
+        counts = torch.tensor([prompt.count("{}") for prompt in prompts], device=model.device)
+        places: dict[str, Tensor] = {}
+        for letter in OTHERS:
+            other = _with_letter(model, prompts, letter)
+            for part, embeds in text.embeds.items():
+                differ = (embeds != other.embeds[part]).any(-1)
+                if differ.sum(1).equal(counts):  # else a tokenizer has fewer pieces for one of the letters
+                    places.setdefault(part, differ)
+            if len(places) == len(text.embeds):
+                return cls(text, places)
+        lacking = ", ".join(sorted(text.embeds.keys() - places.keys()))
+        raise UserError(f"There is no place for a new word in one of the prompts of {lacking}: a prompt is too long.")
+
+    def filled(self, v: Mapping[str, Tensor], rows: Sequence[int] | None = None) -> Embedded:
+        """The prompts, or some of them, with the vectors v, (D,) by text encoder, at the placeholder's places."""
+        rows = list(range(len(self.text)) if rows is None else rows)
+        embeds = {
+            part: torch.where(self.places[part][rows][..., None], v[part].to(e.dtype), e[rows])
+            for part, e in self.text.embeds.items()
+        }
+        return Embedded(tuple(self.text.prompts[i] for i in rows), embeds)
+
+
+def _with_letter(model: DiffusionModel, prompts: Sequence[str], letter: str) -> Embedded:
+    return model.embed([prompt.replace("{}", letter) for prompt in prompts])
+
+
+def first_piece(model: DiffusionModel, word: str) -> dict[str, Tensor]:
+    """The token embedding of a word's first word piece, (D,) by text encoder."""
+    other = next(letter for letter in (PLACEHOLDER, *OTHERS) if letter != word[:1].lower())
+    rows = model.embed([word, other]).embeds
+    return {part: e[0, int((e[0] != e[1]).any(-1).int().argmax())].clone() for part, e in rows.items()}
