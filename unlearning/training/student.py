@@ -136,8 +136,7 @@ def beside(
     """
     if model.dtype == torch.float16:
         raise UserError(
-            "Gradients flow back through the model's weights, and most are too small for float16: "
-            "model.dtype=bfloat16."
+            "Gradients flow back through the model's weights, and most are too small for float16: model.dtype=bfloat16."
         )
     with side.attached_to(model, name) as attached:
         moving = {f"{layer}.{n}": p for layer, m in side.modules.items() for n, p in m.named_parameters()}
