@@ -54,7 +54,8 @@ class WeightPatch(Erasure):
             'weights = load_file("weights.safetensors")\n'
             f"for part in {parts}:\n"
             '    own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}\n'
-            "    getattr(pipe, part).load_state_dict(own, strict=False)\n"
+            "    keys = getattr(pipe, part).load_state_dict(own, strict=False)\n"
+            '    assert not keys.unexpected_keys, "this version of diffusers or transformers has other names"\n'
             "```"
         )
 

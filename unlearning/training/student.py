@@ -102,13 +102,8 @@ class LoRA:
         """Student and teacher while the context lasts; then the model is what it was.
 
         Raises:
-            UserError: If no linear map matches, or the weights are in float16.
+            UserError: If no linear map matches, or the model's weights are in float16.
         """
-        if model.dtype == torch.float16:
-            raise UserError(
-                "Gradients flow back through the model's weights, and most are too small for float16: "
-                "model.dtype=bfloat16."
-            )
         layers = {n: m for n, m in model.named_modules().items() if isinstance(m, nn.Linear)}
         chosen = {n: LowRank(m, self.rank, self.alpha) for n, m in layers.items() if re.search(self.modules, n)}
         if not chosen:
@@ -134,7 +129,15 @@ class LoRA:
 def beside(
     model: DiffusionModel, side: SideModules, name: str = "student"
 ) -> Iterator[tuple[DiffusionModel, dict[str, nn.Parameter]]]:
-    """Attaches modules to train. Yields the model without them, which is the teacher, and what moves, by name."""
+    """Attaches modules to train. Yields the model without them, which is the teacher, and what moves, by name.
+
+    Raises:
+        UserError: If the model's weights are in float16.
+    """
+    if model.dtype == torch.float16:
+        raise UserError(
+            "Gradients flow back through the model's weights, and most are too small for float16: model.dtype=bfloat16."
+        )
     with side.attached_to(model, name) as attached:
         moving = {f"{layer}.{n}": p for layer, m in side.modules.items() for n, p in m.named_parameters()}
         yield model.without(attached), moving
