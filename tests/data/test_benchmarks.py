@@ -69,8 +69,9 @@ def test_a_subset_is_chosen_by_its_seed_and_keeps_the_order(listed):
     chosen = [[p.seed for p in captions("cat", path, count=20, subset=s).prompts] for s in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2] and len(set(chosen[0])) == 20
     assert chosen[0] == sorted(chosen[0])
+    assert captions(["cat", "dog"], path).name == "cat+dog"
     assert len(captions("cat", path).prompts) == len(captions("cat", path, count=50).prompts) == 50
-    with pytest.raises(UserError, match=r"has 50 captions.*dataset\.count asks for 51"):
+    with pytest.raises(UserError, match=r"50 .*dataset\.count=51"):
         captions("cat", path, count=51)
 
 
@@ -81,7 +82,7 @@ def test_coco_says_where_it_comes_from_and_which_column_is_missing(tmp_path, lis
     with pytest.raises(Exception, match="no column 'evaluation_seed'"):
         composed(tmp_path, "dataset=coco30k", f"dataset.path={listed('prompt,seed')}")
     settings = ["dataset=coco10k", f"dataset.path={listed(coco(12))}"]
-    with pytest.raises(Exception, match=r"12 captions that can be used; dataset\.count asks for 10000"):
+    with pytest.raises(Exception, match=r"12 .*dataset\.count=10000"):
         composed(tmp_path, *settings)
     assert len(composed(tmp_path, *settings, "dataset.count=12").prompts) == 12
 

@@ -6,7 +6,7 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.composed import config
-from unlearning.data.prompt_list import read
+from unlearning.data.prompt_list import prompt_list
 from unlearning.errors import UserError
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import read_manifest
@@ -26,9 +26,9 @@ def listed(tmp_path):
 
 
 def test_every_row_brings_its_seed_and_its_scale(listed):
-    prompts, skipped = read(listed(*ROWS))
-    assert not skipped
-    assert [(p.text, p.seed, p.guidance_scale) for p in prompts] == [
+    task = prompt_list("cat", listed(*ROWS))
+    assert not task.skipped and {p.concept for p in task.prompts} == {"cat"}
+    assert [(p.text, p.seed, p.guidance_scale) for p in task.prompts] == [
         ("a cat, asleep", 11, 7.5),
         ("a dog", 12, 5.0),
         ("a cat", 13, 7.0),
@@ -38,29 +38,37 @@ def test_every_row_brings_its_seed_and_its_scale(listed):
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (",x,1,7", "the prompt is missing"),
-        ("  ,x,1,7", "the prompt is missing"),
-        ("a dog,x,one,7", "evaluation_seed is 'one', not a number"),
-        ("a dog,x,1.5,7", "not a whole number"),
-        ("a dog,x,-1,7", "not a whole number"),
+        ("  ,x,1,7", "prompt"),
+        ("a dog,x,one,7", "evaluation_seed is 'one'"),
+        ("a dog,x,1.5,7", "evaluation_seed is 1.5"),
+        ("a dog,x,-1,7", "evaluation_seed is -1"),
         ("a dog,x,1,nan", "evaluation_guidance is 'nan'"),
         ("a dog,x,1", "evaluation_guidance is None"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
-    prompts, [skipped] = read(listed(ROWS[0], row, ROWS[1]))
-    assert [p.text for p in prompts] == ["a cat, asleep", "a dog"]
+    task = prompt_list("cat", listed(ROWS[0], row, ROWS[1]))
+    assert [p.text for p in task.prompts] == ["a cat, asleep", "a dog"]
+    [skipped] = task.skipped
     assert "line 3" in skipped and why in skipped
+
+
+def test_rows_belong_to_the_concept_that_their_column_names(listed):
+    header, rows = f"concept,{HEADER}", [f"cat,{ROWS[0]}", f"dog,{ROWS[1]}", f",{ROWS[2]}", f"sky,{ROWS[2]}"]
+    task = prompt_list(["cat", "dog"], listed(*rows, header=header))
+    assert [p.concept for p in task.prompts] == ["cat", "dog", ""] and {p.role for p in task.prompts} == {"erase"}
+    [skipped] = task.skipped
+    assert "line 5" in skipped and "'sky'" in skipped
+    assert {p.concept for p in prompt_list(["cat", "dog"], listed(*ROWS)).prompts} == {""}
 
 
 def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
     with pytest.raises(UserError, match="no column 'evaluation_seed'"):
-        read(listed("a cat", header="prompt\n"))
-    with pytest.raises(UserError, match="no prompt that can be used") as caught:
-        read(listed(",x,1,7"))
-    assert "line 2" in str(caught.value)
-    with pytest.raises(UserError, match="no file"):
-        read(tmp_path / "none.csv")
+        prompt_list("cat", listed("a cat", header="prompt\n"))
+    with pytest.raises(UserError, match="line 2"):
+        prompt_list("cat", listed(",x,1,7"))
+    with pytest.raises(UserError, match=r"none\.csv"):
+        prompt_list("cat", tmp_path / "none.csv")
 
 
 def test_i2p_says_where_it_comes_from(tmp_path):
