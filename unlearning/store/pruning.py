@@ -8,7 +8,6 @@ unlearn-store --prune --older-than 30 --down-to 5GB --delete
 
 import argparse
 import csv
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from unlearning.errors import UserError
 from unlearning.store.files import digest, write_atomically
+from unlearning.store.locks import RUN_LOCK, in_use
 
 ABOUT = "about.json"
 SIGNED, NOTED = "drawn-by", "runs"
@@ -109,15 +109,8 @@ def referred_to(runs: Iterable[Path]) -> set[tuple[str, ...]]:
 
 
 def at_work(runs: Iterable[Path]) -> list[Path]:
-    """The runs of which some process holds the lock: their pictures are in no manifest yet."""
-    busy = []
-    for lock in (lock for folder in runs for lock in folder.rglob(".lock")):
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                busy.append(lock.parent)
-    return busy
+    """The folders of runs that a process is working in. Their newest images may not be in a manifest yet."""
+    return [lock.parent for folder in runs for lock in folder.rglob(RUN_LOCK) if in_use(lock.parent)]
 
 
 def to_delete(
