@@ -89,7 +89,7 @@ class TrainingImages(Sequence):
         return [self._picture(i) for i in range(self.count)]
 
     def _picture(self, i: int) -> openmoji.Picture:
-        rng = openmoji.rng_of("lesson", self.seed, i)
+        rng = openmoji.rng_of("method", self.seed, i)
         name, style = self.names[i % len(self.names)], str(rng.choice(self.styles))
         others = [other for other in self.others if other != name]
         if i % 2 and others:
