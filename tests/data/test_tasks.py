@@ -336,23 +336,22 @@ def test_pictures_are_cut_square_not_squeezed(tmp_path):
     assert (picture == 255).all()
 
 
-def test_broken_pictures_are_named_and_left_out(mugs):
+def test_broken_images_are_named_and_left_out(mugs):
     whole = (mugs / "0.png").read_bytes()
-    (mugs / "corrupt.png").write_bytes(b"no picture at all")
+    (mugs / "corrupt.png").write_bytes(b"not an image")
     (mugs / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
     (mugs / "empty.jpg").touch()
+    Image.new("RGB", (1, 1)).save(mugs / "dot.png")
+    path = mugs / "broken.avif"  # its decoder raises a RuntimeError
+    Image.new("RGB", (32, 32), "red").save(path)
+    path.write_bytes(path.read_bytes().replace(b"av01", b"av99"))
     with pytest.warns(UserWarning) as caught:
         task = folder("mug", str(mugs), size=16)
     [message] = [str(w.message) for w in caught]
-    assert message.startswith("3 of 13 images")
-    assert all(str(mugs / name) in message for name in ("corrupt.png", "truncated.png", "empty.jpg"))
+    assert message.startswith("5 of 15") and "1 by 1" in message
+    names = ("corrupt.png", "truncated.png", "empty.jpg", "dot.png", "broken.avif")
+    assert all(str(mugs / name) in message for name in names)
     assert len(task.forget_images) + len(task.references[ERASE](100)) == 10
-
-
-def test_a_picture_of_one_pixel_is_named_and_left_out(mugs):
-    Image.new("RGB", (1, 1)).save(mugs / "dot.png")
-    with pytest.warns(UserWarning, match=r"dot\.png \(1 by 1 pixels are too few\)"):
-        assert len(folder("mug", str(mugs), size=16).forget_images) == 8
 
 
 @pytest.mark.parametrize(
@@ -402,14 +401,6 @@ def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     with pytest.warns(UserWarning, match=r"cannot be read"):
         task = folder("mug", str(tmp_path), size=8)
     assert len(task.forget_images) == 1
-
-
-def test_what_a_decoder_chokes_on_is_left_out(mugs):
-    path = mugs / "broken.avif"  # whose decoder raises a RuntimeError
-    Image.new("RGB", (32, 32), "red").save(path)
-    path.write_bytes(path.read_bytes().replace(b"av01", b"av99"))
-    with pytest.warns(UserWarning, match=r"1 of 11 images .*broken\.avif"):
-        assert len(folder("mug", str(mugs), size=8).forget_images) == 8
 
 
 def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path):
@@ -492,12 +483,6 @@ def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):
         folder("mug", str(tmp_path / "gone"))
     with pytest.raises(UserError, match="gone"):
         folder("mug", str(mugs), str(tmp_path / "gone"))
-
-
-def test_a_folder_of_nothing_but_broken_pictures_is_refused(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.warns(UserWarning, match="broken.png"), pytest.raises(UserError, match="no image"):
-        folder("mug", str(tmp_path))
 
 
 @pytest.mark.parametrize(("concept", "where", "what"), [("", "here", "concept="), ("mug", "", "forget=")])
