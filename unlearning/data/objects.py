@@ -14,7 +14,7 @@ import numpy as np
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
-from unlearning.errors import UserError
+from unlearning.errors import UserError, did_you_mean
 
 
 def known(name: str, names: Sequence[str], kind: str) -> str:
@@ -26,7 +26,7 @@ def known(name: str, names: Sequence[str], kind: str) -> str:
     if name not in names:
         words = {s: o.name for o in OBJECTS.values() for s in o.synonyms if o.name in names}
         near = dict.fromkeys(words.get(m, m) for m in get_close_matches(name, [*names, *words], 4, 0.5))
-        guess = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(names)}."
+        guess = did_you_mean(name, (), exact=list(near)) or f" There are: {', '.join(names)}."
         raise UserError(f"There is no {kind} named {name!r}.{guess} dataset=prompt concept='...' erases any text.")
     return name
 

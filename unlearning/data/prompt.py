@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
-from unlearning.errors import UserError
+from unlearning.errors import UserError, did_you_mean
 
 
 def concepts(
@@ -34,7 +34,8 @@ def concepts(
         anchor = dict.fromkeys(names, anchor)
     for setting, by_name in (("synonyms", synonyms), ("anchor", anchor)):
         if unknown := [name for name in map(str, by_name) if name not in names]:
-            raise UserError(f"dataset.{setting} names {unknown[0]!r}, which is not erased. Erased: {', '.join(names)}.")
+            hint = did_you_mean(unknown[0], names) or f" Erased: {', '.join(names)}."
+            raise UserError(f"dataset.{setting} names {unknown[0]!r}, which is not erased.{hint}")
     words = {str(name): tuple(map(str, given)) for name, given in synonyms.items()}
     anchors = {str(name): str(given or "") for name, given in anchor.items()}
     return tuple(Concept(name, words.get(name, ()), anchors.get(name, "")) for name in names)
