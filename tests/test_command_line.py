@@ -22,6 +22,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 from unlearning.sampling.comeback import Comeback
+from unlearning.store import locks
 
 QUICK = "import hydra, numpy, PIL"
 WATCHED = """
@@ -66,14 +67,14 @@ def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
 
 def test_a_mistyped_concept_is_answered_before_torch_is_imported(tmp_path):
     done, _ = python("-c", WATCHED, "concept=kat", cwd=tmp_path)
-    assert done.returncode == 1 and "Did you mean cat" in done.stderr
+    assert done.returncode == 1 and "`cat`" in done.stderr
     assert "torch" not in done.stdout.split()
 
 
 def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
     done, _ = python("-m", "unlearning", "concept=kat", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.rstrip().splitlines()[-1].startswith("No object is named 'kat'. Did you mean cat")
+    assert "'kat'. Did you mean `cat`" in done.stderr.rstrip().splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.rglob("erasure")) and not (tmp_path / "outputs" / "store").exists()
 
@@ -84,10 +85,10 @@ def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (["concept=kat"], "Did you mean cat"),
-        (["dataset=cifar10_objects", "concept=apple"], "No CIFAR-10 class is named 'apple'."),
-        (["dataset=emoji_styles", "concept=neonn"], "Did you mean neon?"),
-        (["dataset=folder", "concept=mug"], "dataset=folder needs forget=/a/folder/of/images"),
+        (["concept=kat"], "Did you mean `cat`"),
+        (["dataset=cifar10_objects", "concept=apple"], "CIFAR-10 class named 'apple'"),
+        (["dataset=emoji_styles", "concept=neonn"], "Did you mean `neon`?"),
+        (["dataset=folder", "concept=mug"], "dataset=folder needs forget="),
         (["dataset=folder", "concept=''", "forget=here"], "dataset=folder needs concept='...'"),
         (["dataset=folder", "concept=mug", "forget=/not/there"], "There is no folder /not/there."),
     ],
@@ -100,7 +101,7 @@ def test_a_concept_that_cannot_be_erased_is_said_before_anything_is_loaded(told,
 def test_an_empty_forget_set_is_named(told, tmp_path):
     (tmp_path / "mugs").mkdir()
     said = told("dataset=folder", "concept=mug", f"forget={tmp_path}/mugs")
-    assert said.strip().startswith(f"{tmp_path}/mugs holds no picture that can be read")
+    assert f"{tmp_path}/mugs" in said and "no image" in said
 
 
 def test_free_text_is_erased_with_any_model(unlearn):
@@ -315,10 +316,11 @@ def test_a_job_of_a_sweep_waits_for_another_run(unlearn, told, tmp_path, monkeyp
         info(message, *arguments)
 
     monkeypatch.setattr(run.log, "info", heard)
-    other.enter_context(run.alone_in(mark.parent))
+    monkeypatch.setattr(locks.log, "info", heard)
+    other.enter_context(locks.alone_in(mark.parent))
     unlearn(*command)
     assert said[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(said)) != meanwhile
-    with run.alone_in(mark.parent):
+    with locks.alone_in(mark.parent):
         mark.unlink()
         assert "Another run is at work" in told("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
 

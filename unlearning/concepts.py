@@ -1,4 +1,4 @@
-"""What is erased, what is drawn in its place, what must survive, and the prompts that show whether it did."""
+"""The unlearning task: what to erase, what to generate in its place, what to retain, and how this is evaluated."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,26 +7,43 @@ import numpy as np
 
 from unlearning.errors import UserError
 
-# What a prompt is there to show: that the concept is gone, under other words too, and that the rest is not.
+# The role of a prompt or of an image in the evaluation. Roles are open: an evaluator accepts any other text.
 ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
-ATTACK = "attack"  # the role of images with which an attack tries to bring a concept back
+ATTACK = "attack"  # an erased concept, prompted by an attack
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing with a name, other words for it, and what to draw in its place ("" for anything)."""
+    """A concept by name.
+
+    Attributes:
+        name: The word or words that stand for it in a prompt.
+        synonyms: Other words for it.
+        anchor: What to generate in its place; "" leaves this to the method.
+    """
 
     name: str
     synonyms: tuple[str, ...] = ()
     anchor: str = ""
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name and the synonyms."""
+        return (self.name, *self.synonyms)
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of an evaluation: the text, what it is there to show, and what a faithful picture of it would show.
+    """One prompt of the evaluation.
 
-    `labels` maps a question that a classifier can answer ("object", "style") to the right answer. A list of prompts may
-    bring a seed and a guidance scale for each; by default the run and the sampler have them.
+    Attributes:
+        text: The prompt.
+        role: ERASE, SYNONYM, RETAIN, ATTACK, or any other text.
+        labels: The right answers by question ("object", "style") for a classifier that sees a faithful image of the
+            prompt. The first question is the one that the erasure is about.
+        seed: The seed of the prompt's first image; None derives it from the run's seed.
+        guidance_scale: The prompt's own guidance scale; None is the sampler's.
+        concept: The name of the erased concept that the prompt belongs to; "" if it belongs to none.
     """
 
     text: str
@@ -34,6 +51,7 @@ class Prompt:
     labels: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     guidance_scale: float | None = None
+    concept: str = ""
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -41,7 +59,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a picture, what it shows, and why it is looked at; `labels` as a prompt's."""
+    """A part of an image, with a role and labels as a prompt has them."""
 
     box: Box
     role: str
@@ -50,30 +68,43 @@ class Region:
 
 @dataclass(frozen=True)
 class Input:
-    """A picture for an image-to-image model to put out again: (H, W, 3) uint8 by `read`, what is in it, if known."""
+    """An input image of an image-to-image model.
+
+    Attributes:
+        name: The image's name; its output is saved under it.
+        role: As a prompt's.
+        read: Returns the image, (H, W, 3) uint8.
+        regions: What is known to be in the image; may be empty.
+        concept: The name of the erased concept that the image shows; "" if it shows none.
+    """
 
     name: str
     role: str
     read: Callable[[], np.ndarray] = field(repr=False)
     regions: tuple[Region, ...] = ()
+    concept: str = ""
 
 
 @dataclass(frozen=True)
 class UnlearningTask:
-    """Frozen: everything a method may know, and everything an evaluation asks.
+    """All that a method may know, and all that the evaluation measures. Frozen.
 
-    Args:
-        erase: The concepts to forget.
-        retain: Concepts a method may use to hold on to the rest. The evaluation asks about others too.
+    Attributes:
+        erase: The concepts to erase, at least one.
+        retain: Concepts that a method may use to retain the rest. The evaluation also covers others.
         template: How a concept's name becomes a prompt.
-        prompts: The evaluation's prompts. No method may look at these.
-        images_per_prompt: Pictures drawn of each prompt.
-        inputs: What an evaluation of an image-to-image model starts from, in place of prompts.
-        forget_images, retain_images: Pictures (H, W, 3) uint8 that a method may learn from; may be empty.
-        forget_boxes: Where in each of the forget images the concept is, where that is known.
-        references: For a role, a function of a count that gives so many real pictures (uint8) of what the prompts of
-            that role ask for: the reference set of an FID.
-        skipped: What of the user's data could not be used, a message each.
+        prompts: The prompts of the evaluation. Methods must not use them.
+        images_per_prompt: Images generated for each prompt.
+        inputs: The evaluation's input images, for an image-to-image model. They replace `prompts`.
+        forget_images: Images of the erased concepts for methods that learn from images, (H, W, 3) uint8; may be empty.
+        retain_images: Images of other things, as above; may be empty.
+        forget_boxes: Returns, for each of the forget images, the boxes of the erased concepts in it; None if unknown.
+        references: For a role, a function of a count n. It returns n real images (uint8) of what the prompts of this
+            role ask for, or fewer if there are fewer: the reference set of an FID.
+        skipped: One message for each image or row of the user's data that could not be used.
+
+    Raises:
+        UserError: If there is nothing to erase.
     """
 
     erase: tuple[Concept, ...]
@@ -90,12 +121,33 @@ class UnlearningTask:
 
     def __post_init__(self) -> None:
         if not self.erase:
-            raise UserError("Nothing to erase: name a concept (concept=cat) or give a folder of images (forget=...).")
+            raise UserError(NOTHING_TO_ERASE)
 
     @property
     def name(self) -> str:
+        """The names of the erased concepts, joined by "+"."""
         return "+".join(concept.name for concept in self.erase)
 
     def prompt(self, word: str) -> str:
-        """The template about `word`; the empty word is the empty prompt."""
+        """The template filled with `word`. The empty word gives the empty prompt."""
         return self.template.format(word) if word else ""
+
+
+NOTHING_TO_ERASE = (
+    "Nothing to erase: give a concept (concept=cat), several (concept=[cat,dog]), or images (forget=...)."
+)
+
+
+def concept_names(concept: str | float | Sequence[str | float] | None) -> tuple[str, ...]:
+    """The names in the setting `concept`, which is one name or a list of names. Each name occurs once.
+
+    YAML reads a name like 1984 as a number; it becomes text again.
+
+    Raises:
+        UserError: If there is no name, or an empty one.
+    """
+    given = list(concept) if isinstance(concept, Sequence) and not isinstance(concept, str) else [concept]
+    names = tuple(dict.fromkeys("" if name is None else str(name) for name in given))
+    if not names or not all(name.strip() for name in names):
+        raise UserError(NOTHING_TO_ERASE)
+    return names

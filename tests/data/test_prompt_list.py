@@ -6,7 +6,7 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.composed import config
-from unlearning.data.prompt_list import read
+from unlearning.data.prompt_list import prompt_list
 from unlearning.errors import UserError
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import read_manifest
@@ -26,9 +26,9 @@ def listed(tmp_path):
 
 
 def test_every_row_brings_its_seed_and_its_scale(listed):
-    prompts, skipped = read(listed(*ROWS))
-    assert not skipped
-    assert [(p.text, p.seed, p.guidance_scale) for p in prompts] == [
+    task = prompt_list("cat", listed(*ROWS))
+    assert not task.skipped and {p.concept for p in task.prompts} == {"cat"}
+    assert [(p.text, p.seed, p.guidance_scale) for p in task.prompts] == [
         ("a cat, asleep", 11, 7.5),
         ("a dog", 12, 5.0),
         ("a cat", 13, 7.0),
@@ -38,29 +38,37 @@ def test_every_row_brings_its_seed_and_its_scale(listed):
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (",x,1,7", "the prompt is missing"),
-        ("  ,x,1,7", "the prompt is missing"),
-        ("a dog,x,one,7", "evaluation_seed is 'one', not a number"),
-        ("a dog,x,1.5,7", "not a whole number"),
-        ("a dog,x,-1,7", "not a whole number"),
+        ("  ,x,1,7", "prompt"),
+        ("a dog,x,one,7", "evaluation_seed is 'one'"),
+        ("a dog,x,1.5,7", "evaluation_seed is 1.5"),
+        ("a dog,x,-1,7", "evaluation_seed is -1"),
         ("a dog,x,1,nan", "evaluation_guidance is 'nan'"),
         ("a dog,x,1", "evaluation_guidance is None"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
-    prompts, [skipped] = read(listed(ROWS[0], row, ROWS[1]))
-    assert [p.text for p in prompts] == ["a cat, asleep", "a dog"]
+    task = prompt_list("cat", listed(ROWS[0], row, ROWS[1]))
+    assert [p.text for p in task.prompts] == ["a cat, asleep", "a dog"]
+    [skipped] = task.skipped
     assert "line 3" in skipped and why in skipped
+
+
+def test_rows_belong_to_the_concept_that_their_column_names(listed):
+    header, rows = f"concept,{HEADER}", [f"cat,{ROWS[0]}", f"dog,{ROWS[1]}", f",{ROWS[2]}", f"sky,{ROWS[2]}"]
+    task = prompt_list(["cat", "dog"], listed(*rows, header=header))
+    assert [p.concept for p in task.prompts] == ["cat", "dog", ""] and {p.role for p in task.prompts} == {"erase"}
+    [skipped] = task.skipped
+    assert "line 5" in skipped and "'sky'" in skipped
+    assert {p.concept for p in prompt_list(["cat", "dog"], listed(*ROWS)).prompts} == {""}
 
 
 def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
     with pytest.raises(UserError, match="no column 'evaluation_seed'"):
-        read(listed("a cat", header="prompt\n"))
-    with pytest.raises(UserError, match="no prompt that can be used") as caught:
-        read(listed(",x,1,7"))
-    assert "line 2" in str(caught.value)
-    with pytest.raises(UserError, match="no file"):
-        read(tmp_path / "none.csv")
+        prompt_list("cat", listed("a cat", header="prompt\n"))
+    with pytest.raises(UserError, match="line 2"):
+        prompt_list("cat", listed(",x,1,7"))
+    with pytest.raises(UserError, match=r"none\.csv"):
+        prompt_list("cat", tmp_path / "none.csv")
 
 
 def test_i2p_says_where_it_comes_from(tmp_path):
@@ -74,12 +82,12 @@ def test_the_list_that_comes_along_is_whole(tmp_path):
     assert len(task.prompts) == 20 and not task.skipped and task.name == "cat"
 
 
-def test_the_rest_is_drawn_and_the_exit_says_what_was_skipped(unlearn, told, listed, capsys):
+SHORT = ["method=unguide", "method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
+
+
+def test_the_exit_message_counts_the_rows_that_were_skipped(told, listed):
     path = listed(*ROWS, "a dog,x,one,7")
-    overrides = ["dataset=prompt_list", f"dataset.path={path}", "method=unguide"]
-    short = ["method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
-    message = told(*overrides, *short)
-    assert "rows that were skipped: 1" in message
+    assert "rows that were skipped: 1" in told("dataset=prompt_list", f"dataset.path={path}", "method=none")
 
 
 def rows_of(run) -> list[dict]:
@@ -87,12 +95,9 @@ def rows_of(run) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-SHORT = ["method=unguide", "method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
-
-
 def test_a_kill_in_the_middle_changes_nothing(unlearn, listed, tmp_path, monkeypatch):
     """The pictures and the manifest of an interrupted run that was started again are those of one that was not."""
-    overrides = ["dataset=prompt_list", f"dataset.path={listed(*ROWS)}", *SHORT]
+    overrides = ["dataset=prompt_list", f"dataset.path={listed(*ROWS)}", *SHORT, "stages=[fit,generate]"]
     whole = unlearn(*overrides, "sampler.batch_size=1", f"paths.store={tmp_path}/other", run="whole")
     draw, calls = Sampler.draw, []
 

@@ -42,3 +42,13 @@ def test_forget_boxes_are_those_of_the_forget_images():
 def test_an_unknown_object_is_named():
     with pytest.raises(UserError, match="ship"):
         emoji_scenes("shipp")
+
+
+def test_several_objects_take_turns_in_scenes():
+    task = emoji_scenes(["ship", "cat"], images=6, pictures=8)
+    shown = [{r.labels["object"] for r in i.regions} & {"ship", "cat"} for i in task.inputs]
+    assert [i.concept for i in task.inputs] == ["ship", "cat"] * 3 + [""] * 6
+    assert [names or {""} for names in shown] == [{i.concept} for i in task.inputs]
+    assert all((r.role == ERASE) == (r.labels["object"] in ("ship", "cat")) for i in task.inputs for r in i.regions)
+    assert [p.objects[0] for p in task.forget_images.pictures] == ["ship", "ship", "cat", "cat"] * 2
+    assert all(len(boxes) == 1 for boxes in task.forget_boxes())

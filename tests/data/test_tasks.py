@@ -1,4 +1,4 @@
-"""What each dataset asks for, what it lets a method know, and what it says to somebody who asked for the impossible."""
+"""What each dataset evaluates, what it gives to methods, and how it answers a wrong setting."""
 
 import logging
 import shutil
@@ -14,12 +14,16 @@ from PIL import Image
 from tests.composed import config
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, UnlearningTask
 from unlearning.data import openmoji
+from unlearning.data.artists import artists
 from unlearning.data.folder import folder
+from unlearning.data.imagenette import imagenette
 from unlearning.data.objects import cifar10_objects, emoji_objects
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 from unlearning.data.prompt import task as prompt
 from unlearning.data.styles import styles
+from unlearning.data.unlearncanvas import unlearncanvas
 from unlearning.errors import UserError
+from unlearning.store.images import read_manifest
 
 
 def roles(task: UnlearningTask) -> Counter:
@@ -119,9 +123,7 @@ def test_a_name_like_no_other_is_answered_with_all():
     with pytest.raises(UserError) as caught:
         styles("zzzz")
     assert all(style in str(caught.value) for style in STYLES)
-    with pytest.raises(
-        UserError, match="No CIFAR-10 class is named 'apple'"
-    ):  # an embedded object is none of CIFAR-10's classes
+    with pytest.raises(UserError, match="'apple'"):  # an embedded object that is not one of CIFAR-10's classes
         cifar10_objects("apple")
 
 
@@ -163,9 +165,116 @@ def test_any_text_can_be_erased():
     ]
 
 
-def test_a_task_without_a_concept_is_refused():
-    with pytest.raises(UserError, match="Nothing to erase"):
-        UnlearningTask(erase=())
+@pytest.mark.parametrize("concept", [(), "", [], ["cat", ""], None])
+def test_a_task_without_a_concept_is_refused(concept):
+    with pytest.raises(UserError, match="concept="):
+        prompt(concept) if concept != () else UnlearningTask(erase=())
+
+
+# --- several concepts -------------------------------------------------------------------------------------------------
+
+SEVERAL = [
+    (emoji_objects, ["cat", "apple"], {"pictures": 8}),
+    (cifar10_objects, ["ship", "dog"], {}),
+    (styles, ["neon", "pixel art"], {"pictures": 8}),
+    (imagenette, ["church", "French horn"], {}),
+    (unlearncanvas, ["Van Gogh", "Monet"], {"seeds": [188]}),
+    (unlearncanvas, ["Cats", "Dogs"], {"seeds": [188]}),
+    (artists, ["Van Gogh", "Monet"], {"others": ["Monet", "Degas"]}),
+    (prompt, ["Van Gogh", 1984], {"others": [1984, "Degas"], "retain": ["Van Gogh", "Degas"]}),
+]
+
+
+@pytest.mark.parametrize(("make", "concepts", "settings"), SEVERAL)
+def test_several_concepts_are_erased_and_none_of_them_is_retained(make, concepts, settings):
+    both, each = make(concepts, **settings), [make(concept, **settings) for concept in concepts]
+    names = [concept.name for concept in both.erase]
+    assert names == [task.erase[0].name for task in each] and both.name == "+".join(names)
+    assert [c.synonyms for c in both.erase] == [task.erase[0].synonyms for task in each]
+    for name, task in zip(names, each, strict=True):
+        own = [p for p in both.prompts if p.concept == name]
+        assert own == [p for p in task.prompts if p.concept == name], "the same prompts as if it were the only one"
+        assert {p.role for p in own} <= {ERASE, SYNONYM} and ERASE in {p.role for p in own}
+    retained = [p for p in both.prompts if p.role == RETAIN]
+    assert retained == [p for p in each[0].prompts if p.role == RETAIN and p in each[1].prompts] != []
+    assert not {concept.name for concept in both.retain} & set(names)
+    assert len({p.text for p in both.prompts}) == len({(p.text, p.role) for p in both.prompts})
+
+
+def test_a_concept_given_twice_is_erased_once():
+    assert emoji_objects(["cat", "cat"]).name == "cat" and emoji_objects(["cat"]).erase == emoji_objects("cat").erase
+
+
+def test_forget_images_and_references_show_each_of_several_objects():
+    task = emoji_objects(["cat", "dog"], pictures=8)
+    drawn = task.forget_images.pictures
+    assert Counter((p.objects[0], len(p.objects) > 1) for p in drawn) == {
+        (name, scene): 2 for name in ("cat", "dog") for scene in (False, True)
+    }
+    assert not any({"cat", "dog"} & set(p.objects[1:]) for p in drawn)
+    assert not any({"cat", "dog"} & set(p.objects) for p in task.retain_images.pictures)
+    one, other = (emoji_objects(name).references[ERASE](2) for name in ("cat", "dog"))
+    both = task.references[ERASE](2)
+    assert (both[0] == one[0]).all() and (both[1] == other[1]).all()
+
+
+def test_forget_images_and_references_are_in_each_of_several_styles():
+    task = styles(["neon", "outline"], pictures=12)
+    assert {p.style for p in task.forget_images.pictures} == {"neon", "outline"}
+    assert not {"neon", "outline"} & {p.style for p in task.retain_images.pictures}
+    one, other = (styles(style).references[ERASE](1)[0] for style in ("neon", "outline"))
+    first, second = task.references[ERASE](2)
+    assert (first == one).all() and (second != other).any() and len(task.references[ERASE](30)) == 30
+
+
+def test_nothing_is_left_to_retain_if_all_is_erased():
+    task = emoji_objects(list(CIFAR10))
+    assert RETAIN not in task.references and RETAIN not in roles(task) and len(task.retain) == 40
+    task = styles(list(STYLES))
+    assert task.retain == () and len(task.retain_images) == 0 and set(task.references) == {ERASE}
+    assert {concept.anchor for concept in task.erase} == {""}
+
+
+def test_an_anchor_is_never_erased_itself():
+    assert [c.anchor for c in emoji_objects(["cat", "forest"]).erase] == ["", "sky"]
+    assert styles("color").erase[0].anchor == "outline style"
+
+
+def test_anchors_and_synonyms_are_given_by_concept():
+    task = prompt(["cat", "dog"], anchor={"dog": "sky"}, synonyms={"cat": ["kitty"]})
+    assert task.erase == (Concept("cat", ("kitty",)), Concept("dog", (), "sky"))
+    assert [(p.text, p.concept) for p in task.prompts if p.role == SYNONYM] == [("a photo of the kitty", "cat")]
+    assert [c.anchor for c in prompt(["cat", "dog"], anchor="sky").erase] == ["sky", "sky"]
+    with pytest.raises(UserError, match=r"dataset\.synonyms=\{cat: \[kitty\]\}"):
+        prompt(["cat", "dog"], synonyms=["kitty"])
+    with pytest.raises(UserError, match=r"dataset\.anchor.*'dgo'.*`dog`"):
+        prompt(["cat", "dog"], anchor={"dgo": "sky"})
+
+
+def test_styles_and_objects_of_unlearncanvas_are_not_erased_together():
+    with pytest.raises(UserError, match="Van_Gogh,Cats"):
+        unlearncanvas(["Van Gogh", "Cats"])
+
+
+def test_several_concepts_by_the_command_line(unlearn):
+    settings = ["dataset.anchor={cat: sea, dog: sky}", "dataset.synonyms={cat: [kitty]}", "dataset.others=[dog,sky]"]
+    run = unlearn("dataset=prompt", "concept=[cat,dog]", *settings, "method=uce", "evaluator=clip_score")
+    rows = read_manifest(run / "images" / "erased.csv")
+    assert [(row.prompt.split()[-1], row.role, row.concept) for row in rows] == [
+        ("cat", ERASE, "cat"),
+        ("kitty", SYNONYM, "cat"),
+        ("dog", ERASE, "dog"),
+        ("sky", RETAIN, ""),
+    ]
+    assert (run / "report.html").exists()
+
+
+def test_a_concept_alone_is_a_task_for_every_stage(unlearn):
+    """There is nothing to retain and no anchor."""
+    run = unlearn("dataset=prompt", "concept=1984", "method=uce", "evaluator=[clip_score,fid,own_prompt]")
+    [row] = read_manifest(run / "images" / "erased.csv")
+    assert (row.prompt, row.role, row.concept) == ("a photo of the 1984", ERASE, "1984")
+    assert (run / "report.html").exists()
 
 
 # --- a folder of pictures ---------------------------------------------------------------------------------------------
@@ -203,6 +312,17 @@ def test_every_fifth_picture_is_set_apart(mugs, tmp_path):
     assert task.name == "mug" and [p.text for p in task.prompts] == ["a photo of the mug", "a photo of the cup"]
 
 
+def test_a_folder_may_show_several_concepts(mugs):
+    task = folder(["mug", "jug"], str(mugs), size=16, synonyms={"jug": ["ewer"]}, others=["jug", "sky"])
+    assert task.name == "mug+jug" and len(task.forget_images) == 8
+    assert [(p.text.split()[-1], p.concept) for p in task.prompts] == [
+        ("mug", "mug"),
+        ("jug", "jug"),
+        ("ewer", "jug"),
+        ("sky", ""),
+    ]
+
+
 def test_retained_pictures_are_optional(mugs):
     task = folder("mug", str(mugs), size=16)
     assert len(task.retain_images) == 0 and len(task.references[RETAIN](3)) == 0
@@ -216,23 +336,22 @@ def test_pictures_are_cut_square_not_squeezed(tmp_path):
     assert (picture == 255).all()
 
 
-def test_broken_pictures_are_named_and_left_out(mugs):
+def test_broken_images_are_named_and_left_out(mugs):
     whole = (mugs / "0.png").read_bytes()
-    (mugs / "corrupt.png").write_bytes(b"no picture at all")
+    (mugs / "corrupt.png").write_bytes(b"not an image")
     (mugs / "truncated.png").write_bytes(whole[: len(whole) * 2 // 3])
     (mugs / "empty.jpg").touch()
+    Image.new("RGB", (1, 1)).save(mugs / "dot.png")
+    path = mugs / "broken.avif"  # its decoder raises a RuntimeError
+    Image.new("RGB", (32, 32), "red").save(path)
+    path.write_bytes(path.read_bytes().replace(b"av01", b"av99"))
     with pytest.warns(UserWarning) as caught:
         task = folder("mug", str(mugs), size=16)
     [message] = [str(w.message) for w in caught]
-    assert message.startswith("3 of 13 pictures cannot be read and are left out")
-    assert all(str(mugs / name) in message for name in ("corrupt.png", "truncated.png", "empty.jpg"))
+    assert message.startswith("5 of 15") and "1 by 1" in message
+    names = ("corrupt.png", "truncated.png", "empty.jpg", "dot.png", "broken.avif")
+    assert all(str(mugs / name) in message for name in names)
     assert len(task.forget_images) + len(task.references[ERASE](100)) == 10
-
-
-def test_a_picture_of_one_pixel_is_named_and_left_out(mugs):
-    Image.new("RGB", (1, 1)).save(mugs / "dot.png")
-    with pytest.warns(UserWarning, match=r"dot\.png \(1 by 1 pixels are too few\)"):
-        assert len(folder("mug", str(mugs), size=16).forget_images) == 8
 
 
 @pytest.mark.parametrize(
@@ -284,14 +403,6 @@ def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     assert len(task.forget_images) == 1
 
 
-def test_what_a_decoder_chokes_on_is_left_out(mugs):
-    path = mugs / "broken.avif"  # whose decoder raises a RuntimeError
-    Image.new("RGB", (32, 32), "red").save(path)
-    path.write_bytes(path.read_bytes().replace(b"av01", b"av99"))
-    with pytest.warns(UserWarning, match=r"1 of 11 pictures .* left out: .*broken\.avif"):
-        assert len(folder("mug", str(mugs), size=8).forget_images) == 8
-
-
 def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png", exif=b"Exif\0\0garbagegarbage")
     (picture,) = folder("mug", str(tmp_path), size=16).forget_images
@@ -313,7 +424,7 @@ def test_what_is_passed_over_is_counted_by_its_suffix(mugs):
     with pytest.warns(UserWarning) as caught:
         assert len(folder("mug", str(mugs), size=16).forget_images) == 8
     [message] = [str(w.message) for w in caught]
-    assert message == f"files below {mugs} that are passed over: 2 .txt, 1 .heic, 1 without a suffix"
+    assert str(mugs) in message and message.endswith("2 .txt, 1 .heic, 1 without a suffix")
 
 
 def test_whole_pictures_are_read_without_a_warning(mugs):
@@ -337,7 +448,7 @@ def test_without_words_prompts_call_what_a_folder_shows_as_the_folder_is_called(
     task = instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}/").dataset)
     assert task.name == "mugs" and [p.text for p in task.prompts] == ["a photo of the mugs"]
     [said] = caplog.messages
-    assert f"{mugs}/ show 'mugs'" in said and "a method that learns from text learns that word" in said
+    assert "'mugs'" in said and "concept=" in said
     caplog.clear()
     assert instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}", "concept=mug").dataset).name == "mug"
     assert not caplog.messages
@@ -354,7 +465,7 @@ def test_what_is_to_be_forgotten_must_not_be_retained(mugs, tmp_path):
     (copies / "1.bmp").rename(copies / "another-name.bmp")
     Image.new("RGB", (16, 16)).save(copies / "black.png")
     for forget, retain, says in [
-        (mugs, mugs, rf"10 of the 10 retain pictures are forget pictures too \({mugs}/0\.png\)"),
+        (mugs, mugs, rf"10 of the 10 retain .* \({mugs}/0\.png\)"),
         (mugs, within, rf"5 of the 5 retain .* \({mugs}/more/1\.bmp\)"),
         (within, mugs, rf"5 of the 10 retain .* \({mugs}/more/1\.bmp\)"),
         (mugs, copies, rf"5 of the 6 retain .* \({copies}/3\.webp and {mugs}/more/3\.webp\)"),
@@ -365,19 +476,13 @@ def test_what_is_to_be_forgotten_must_not_be_retained(mugs, tmp_path):
 
 def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no picture") as caught:
+    with pytest.raises(UserError, match="no image") as caught:
         folder("mug", str(tmp_path / "empty"))
     assert str(tmp_path / "empty") in str(caught.value)
     with pytest.raises(UserError, match=f"no folder {tmp_path}/gone"):
         folder("mug", str(tmp_path / "gone"))
     with pytest.raises(UserError, match="gone"):
         folder("mug", str(mugs), str(tmp_path / "gone"))
-
-
-def test_a_folder_of_nothing_but_broken_pictures_is_refused(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.warns(UserWarning, match="broken.png"), pytest.raises(UserError, match="holds no picture"):
-        folder("mug", str(tmp_path))
 
 
 @pytest.mark.parametrize(("concept", "where", "what"), [("", "here", "concept="), ("mug", "", "forget=")])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM
+from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy, h_c, h_o
 from unlearning.judges.emoji import NOTHING
@@ -78,7 +78,7 @@ def test_a_task_without_synonyms_is_summed_up_by_h_c():
     assert numbers["summary/h_c"] == 100 and "summary/h_o" not in numbers
 
 
-def test_a_classifier_that_fails_on_a_picture_is_told_not_counted_as_erased():
+def test_probabilities_that_are_not_finite_are_an_error():
     class Broken(Reader):
         def __call__(self, images, question):
             names, p = super().__call__(images, question)
@@ -87,7 +87,7 @@ def test_a_classifier_that_fails_on_a_picture_is_told_not_counted_as_erased():
 
     metric = Accuracy(Broken(), device="cpu")
     asked = [Row(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
-    with pytest.raises(UserError, match=r"reader gives 2\.png probabilities that are no numbers"):
+    with pytest.raises(UserError, match=r"reader.*2\.png"):
         metric.update(pictures(*[("cat", "color")] * 3), asked)
 
 
@@ -112,7 +112,7 @@ def test_softmax_scores_the_probability_of_the_right_answer():
     assert numbers["retention/acc_s"] == pytest.approx(80)
 
 
-def test_pictures_of_nothing_are_told_apart_from_pictures_of_something_else():
+def test_images_of_nothing_are_counted():
     numbers = measured(
         [(NOTHING, "color"), (NOTHING, "color"), ("dog", "color"), ("cat", "color"), (NOTHING, "color")],
         [(ERASE, {"object": "cat"})] * 4 + [(RETAIN, {"object": "dog"})],
@@ -132,6 +132,31 @@ def test_a_second_question_gives_unlearncanvas_numbers():
     assert "efficacy/unrecognisable" not in numbers, "the reader has no style for a picture of nothing"
 
 
+def test_an_attack_succeeds_where_the_concept_is_seen_again():
+    cat = {"object": "cat", "style": "neon"}
+    shown, asked = [("cat", "neon"), ("dog", "neon"), ("cat", "color")], [(ATTACK, cat)] * 3
+    for score in ("argmax", "softmax"):
+        assert measured(shown, asked, score) == {"robustness/asr": pytest.approx(100 * 2 / 3)}
+    erased = measured([("dog", "neon")], [(ERASE, cat)])
+    assert measured([("dog", "neon"), *shown], [(ERASE, cat), *asked]).items() > erased.items()
+
+
+def test_any_other_role_has_an_accuracy_of_its_own():
+    cat = {"object": "cat"}
+    numbers = measured(
+        [("cat", "color"), ("dog", "color"), ("dog", "color")], [("paraphrase", cat)] * 2 + [(ERASE, cat)]
+    )
+    assert numbers["accuracy/paraphrase"] == 50 and numbers["efficacy/acc_e"] == 0
+
+
+def test_roles_start_again_after_a_reset():
+    metric = Accuracy(Reader(), score="argmax", device="cpu")
+    for role in ("paraphrase", ERASE):
+        metric.reset()
+        metric.update(pictures(("cat", "color")), rows((role, {"object": "cat"})))
+    assert metric.compute() == {"efficacy/acc_e": 100, "efficacy/unrecognisable": 0}
+
+
 def test_absent_roles_and_unlabelled_rows_give_no_key():
     assert measured([("cat", "color")] * 2, [(ERASE, {"object": "cat"}), (RETAIN, {})]) == {
         "efficacy/acc_e": 100,
@@ -139,21 +164,22 @@ def test_absent_roles_and_unlabelled_rows_give_no_key():
     }
 
 
-def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all():
-    shown = [("dog", "neon"), ("cat", "color"), ("ship", "neon")]
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(first):
+    shown = [("dog", "neon"), ("cat", "color"), ("ship", "neon"), ("dog", "color")]
     asked = [(role, {"object": thing, "style": "neon"}) for role, thing in
-             [(ERASE, "dog"), (SYNONYM, "dog"), (RETAIN, "ship")]]  # fmt: skip
+             [(ERASE, "dog"), (SYNONYM, "dog"), (RETAIN, "ship"), (ATTACK, "dog")]]  # fmt: skip
     parts = [Accuracy(Reader(), device="cpu") for _ in range(2)]
-    parts[0].update(pictures(*shown[:1]), rows(*asked[:1]))
-    parts[1].update(pictures(*shown[1:]), rows(*asked[1:]))
-    parts[0].merge_state(parts[1])
+    parts[0].update(pictures(*shown[:first]), rows(*asked[:first]))
+    parts[1].update(pictures(*shown[first:]), rows(*asked[first:]))
+    parts[0].merge_state(parts[1] if first % 2 else parts[1].metric_state)
     assert parts[0].compute() == pytest.approx(measured(shown, asked, "softmax"))
 
 
 def test_every_key_says_whether_higher_is_better():
     labels = {"object": "cat", "style": "neon"}
-    asked = [(ERASE, labels), (RETAIN, labels), (SYNONYM, labels)]
-    numbers = [measured([("cat", "neon")] * n, asked[:n]) for n in (2, 3)]  # without a synonym, and with one
+    asked = [(ERASE, labels), (RETAIN, labels), (SYNONYM, labels), (ATTACK, labels)]
+    numbers = [measured([("cat", "neon")] * n, asked[:n]) for n in (2, 4)]  # without a synonym, and with one
     assert set().union(*numbers) == set(Accuracy.higher_is_better)
 
 

@@ -28,9 +28,9 @@ from tests.run.small import (
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
-from unlearning.run import alone_in
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import read_manifest
+from unlearning.store.locks import alone_in
 
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 

@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlearning.concepts import Concept, Prompt, UnlearningTask
+from unlearning.concepts import ATTACK, Concept, Prompt, Region, UnlearningTask
 from unlearning.store.files import digest, write_atomically
-from unlearning.store.images import Row, image_seed, load, manifest, missing, read_manifest, save, write_manifest
+from unlearning.store.images import (
+    Row,
+    image_path,
+    image_seed,
+    load,
+    manifest,
+    missing,
+    read_manifest,
+    save,
+    write_manifest,
+)
 
 STORE = Path("/store/model")
 
@@ -60,6 +70,17 @@ def test_seeds_are_of_the_runs_seed_the_text_and_the_sample_only():
     assert image_seed(0, "a cat", 0) == 3399140311, "published numbers depend on it"
 
 
+def test_what_an_attack_found_is_part_of_the_path(tmp_path):
+    (tmp_path / "one").write_bytes(b"one")
+    (tmp_path / "same").write_bytes(b"one")
+    (tmp_path / "another").write_bytes(b"another")
+    paths = {name: image_path(STORE, "a cat", 3, comeback=tmp_path / name) for name in ("one", "same", "another")}
+    assert paths["one"] == paths["same"], "the content alone decides"
+    assert len({*paths.values(), image_path(STORE, "a cat", 3), image_path(STORE, "a cat", 3, 7.5)}) == 4
+    [row] = manifest(STORE, task("a cat", count=1), 0)
+    assert row.path == image_path(STORE, "a cat", row.seed)
+
+
 def test_a_prompt_asked_twice_is_drawn_once(tmp_path):
     rows = manifest(tmp_path, task("a cat", "a cat", count=2), 0)
     assert len(rows) == 4 and len(missing(rows)) == 2
@@ -83,9 +104,30 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
     rows = [
         Row(tmp_path / "store" / "a.png", 'a "cat", on\ntwo lines; naïve 猫', "erase", {"object": "cat"}, 2**32 - 1),
         Row(tmp_path / "run" / "b.png", "", "retain", {}, 0),
+        Row(
+            tmp_path / "run" / "c.png",
+            "a cat",
+            ATTACK,
+            {"object": "cat"},
+            1,
+            2.5,
+            {"w": 0.5},
+            base=tmp_path / "base.png",
+            source=tmp_path / "source.png",
+            regions=(Region((1, 2, 3, 4), "erase", {"object": "cat"}),),
+            concept="cat",
+            comeback=tmp_path / "run" / "attacks" / "0.safetensors",
+        ),
     ]
     write_manifest(tmp_path / "run" / "images" / "base.csv", rows)
     assert read_manifest(tmp_path / "run" / "images" / "base.csv") == rows
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
+    (tmp_path / "base.csv").write_text(
+        "path,prompt,role,labels,seed,guidance_scale,decided\na.png,a cat,erase,{},3,,{}\n"
+    )
+    assert read_manifest(tmp_path / "base.csv") == [Row(tmp_path / "a.png", "a cat", "erase", {}, 3)]
 
 
 def test_a_manifest_moves_with_its_pictures(tmp_path):

@@ -1,15 +1,20 @@
-"""A picture that two processes want is drawn by one of them, whatever becomes of it."""
+"""One of several processes generates an image, and a run has its folder alone, even if one of them is killed."""
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from unlearning.errors import UserError
 from unlearning.store.images import Row, save
-from unlearning.store.locks import claimed
+from unlearning.store.locks import alone_in, claimed, in_use
 
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 def rows(folder: Path, count: int) -> list[Row]:
@@ -17,48 +22,110 @@ def rows(folder: Path, count: int) -> list[Row]:
 
 
 class Other:
-    """Another process, which claims rows and draws them when told to."""
+    """Another process, which claims rows and generates them on `generate`."""
 
     def __init__(self, wanted: list[Row]):
-        (started, self._started), (self._told, told) = os.pipe(), os.pipe()
-        self.told = told
+        (started, self._started), (self._wait, self._go) = os.pipe(), os.pipe()
         if (pid := os.fork()) == 0:
             with claimed(wanted) as mine:
                 os.write(self._started, b"x")
-                os.read(self._told, 1)
+                os.read(self._wait, 1)
                 for row in mine:
-                    save(PICTURE, row)
+                    save(IMAGE, row)
             os._exit(0)
         self.pid = pid
         os.read(started, 1)
 
-    def draws(self) -> None:
-        os.write(self.told, b"x")
+    def generate(self) -> None:
+        os.write(self._go, b"x")
 
-    def dies(self) -> None:
+    def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
-def test_what_another_process_draws_is_left_to_it(tmp_path):
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_rows_that_another_process_has_claimed_are_left_to_it(tmp_path):
     wanted = rows(tmp_path / "not" / "yet", 4)
     other = Other(wanted[1:3])
     with claimed(wanted) as mine:
         assert mine == [wanted[0], wanted[3]]
-    other.draws()
+    other.generate()
     with claimed(wanted, wait=True) as mine:
-        assert mine == [wanted[0], wanted[3]], "it has been waited for, and the rest is still nobody's"
+        assert mine == [wanted[0], wanted[3]], "the other two have been generated meanwhile"
+        assert len(hidden(wanted[0].path.parent)) <= 4
     os.waitpid(other.pid, 0)
-    save(PICTURE, wanted[0])
+    save(IMAGE, wanted[0])
     with claimed(wanted) as mine:
         assert mine == [wanted[3]]
+    assert hidden(wanted[0].path.parent) == [], "no lock file is left"
 
 
-def test_a_process_that_dies_leaves_nothing_claimed(tmp_path):
+def test_a_process_that_is_killed_leaves_nothing_claimed(tmp_path):
     wanted = rows(tmp_path, 3)
     other = Other(wanted)
     with claimed(wanted) as mine:
         assert mine == []
-    other.dies()
+    other.kill()
     with claimed(wanted) as mine:
         assert mine == wanted
+    assert hidden(tmp_path) == []
+
+
+def test_many_processes_generate_each_image_once(tmp_path):
+    """Each writes the image only if it is not there, and fails if it is."""
+    wanted = rows(tmp_path, 12)
+    children = []
+    for _ in range(4):
+        if (pid := os.fork()) == 0:
+            made = 0
+            for row in wanted * 2:
+                with claimed([row], wait=True) as mine:
+                    for each in mine:
+                        with each.path.open("xb") as file:
+                            file.write(b"image")
+                        made += 1
+            os._exit(made)
+        children.append(pid)
+    assert sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children) == 12
+    assert hidden(tmp_path) == []
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    run = tmp_path / "run"
+    assert not in_use(run)
+    with alone_in(run):
+        assert in_use(run) and in_use(run)
+        with pytest.raises(UserError, match=str(run)), alone_in(run):
+            pass
+    assert not in_use(run)
+    with pytest.raises(KeyError), alone_in(run):
+        raise KeyError
+    assert not in_use(run)
+
+
+def test_a_run_waits_for_another(tmp_path):
+    entered, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with alone_in(tmp_path):
+            entered.set()
+            release.wait(20)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert entered.wait(20)
+    threading.Timer(0.3, release.set).start()
+    with alone_in(tmp_path, wait=True):
+        assert release.is_set()
+    other.join()
+
+
+def test_the_locks_need_no_unix():
+    """As on Windows, which has no fcntl."""
+    program = "import sys; sys.modules['fcntl'] = None; import unlearning.store.locks, unlearning.store.pruning"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
-"""The store's command: it says what there is, and deletes what nobody refers to, when told to, and nothing else."""
+"""unlearn-store: it lists the images of a store, and deletes unused ones with --delete only."""
 
-import fcntl
 import os
 import shutil
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unlearning.run import alone_in
 from unlearning.store.images import Row, read_manifest, save, write_manifest
-from unlearning.store.pruning import DAY, describe, in_bytes, in_units, main, pictures
+from unlearning.store.locks import alone_in
+from unlearning.store.pruning import DAY, describe, in_bytes, in_units, main, stored_images
 
 NOW = time.time()
 
@@ -57,11 +56,11 @@ def test_it_says_whose_pictures_there_are(command, store):
     said = command()
     line = next(line for line in said.splitlines() if "sd14" in line)
     assert "cat, erased by uce, seed 0" in line and "DDIM" in line and "digest-of-sd14" in line and " 3 " in line
-    assert "6 pictures" in said and left(store) == EVERYTHING
+    assert "6 images" in said and left(store) == EVERYTHING
 
 
 def test_it_deletes_nothing_unless_told_to(command, store):
-    assert "4 of 6 pictures" in command("--prune") and "nothing is deleted" in command("--prune", "--all")
+    assert "4 of 6 images" in command("--prune") and "--delete" in command("--prune", "--all")
     assert left(store) == EVERYTHING
 
 
@@ -85,7 +84,7 @@ def test_it_deletes_what_it_lists(command, store, arguments, stay):
 
 
 def test_it_goes_down_to_a_size_from_the_oldest(command, store):
-    total, one = sum(p.size for p in pictures(store)), pictures(store)[0].size
+    total, one = sum(p.size for p in stored_images(store)), stored_images(store)[0].size
     command("--prune", "--down-to", f"{total - 2 * one}", "--delete")
     assert left(store) == EVERYTHING - {"sd14/20", "sdxl/20"}
 
@@ -98,11 +97,12 @@ def test_it_clears_away_what_a_killed_process_left(command, store):
 
 
 def test_it_waits_for_runs_that_are_at_work(command, store):
-    with (store.parent / "runs" / "sd14" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="A run is at work in"):
-            command("--prune", "--delete")
+    run = store.parent / "runs" / "sd14"
+    with alone_in(run), pytest.raises(SystemExit, match=str(run)):
+        command("--prune", "--delete")
     assert left(store) == EVERYTHING
+    command("--prune", "--delete")
+    assert left(store) == REFERRED_TO, "a lock file that nobody holds stops nothing"
 
 
 def test_runs_of_every_folder_that_drew_into_the_store_keep_their_pictures(unlearn, tmp_path, monkeypatch):
@@ -115,18 +115,18 @@ def test_runs_of_every_folder_that_drew_into_the_store_keep_their_pictures(unlea
     monkeypatch.setattr(sys, "argv", prune)
     [folder] = (path.parent for path in one.rglob("erasure"))
     for run in (folder, alone):
-        with alone_in(run), pytest.raises(SystemExit, match=f"A run is at work in {run}"):
+        with alone_in(run), pytest.raises(SystemExit, match=str(run)):
             main()
-    assert len(pictures(tmp_path / "store")) == 6
+    assert len(stored_images(tmp_path / "store")) == 6
     main()
-    left = {picture.path for picture in pictures(tmp_path / "store")}
+    left = {picture.path for picture in stored_images(tmp_path / "store")}
     assert left == {row.path for run in (folder, alone) for row in read_manifest(run / "images" / "base.csv")}
 
 
 def test_it_asks_for_folders_that_are_not_there(command, store, tmp_path):
-    with pytest.raises(SystemExit, match="There is no folder of runs"):
+    with pytest.raises(SystemExit, match="--runs"):
         command("--prune", "--runs", str(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match="There is no image store"):
+    with pytest.raises(SystemExit, match="--store"):
         command("--store", str(tmp_path / "nowhere"))
 
 

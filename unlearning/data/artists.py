@@ -1,18 +1,19 @@
-"""Artists whose manner is erased, and others whose manner is kept (ESD; MACE, which sums both up in H_a).
+"""Artists: the style of one or several is erased, the style of others is retained (ESD; MACE, which reports H_a).
 
-Their prompts are a paper's, by its CSV, or MACE's five of the names given.
+The prompts come from a paper's CSV, or are MACE's five templates filled with names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, RETAIN, Prompt, UnlearningTask
 from unlearning.data.objects import known
-from unlearning.data.prompt_list import read, seed, text
+from unlearning.data.prompt import concepts, kept
+from unlearning.data.prompt_list import CSVRow, read, seed, text
 from unlearning.errors import UserError
 
 COLUMNS = ("artist", "prompt", "evaluation_seed")
-TEMPLATES = (  # MACE's, each of which it draws with five seeds
+TEMPLATES = (  # MACE's; it generates each with five seeds
     "Image in the style of {}",
     "Art inspired by {}",
     "Painting in the style of {}",
@@ -28,48 +29,54 @@ def artists(
     others: Sequence[str] = (),
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     source: str = "",
-    anchor: str = "art",
+    anchor: str | Mapping[str, str] = "art",
     template: str = "{}",
     images_per_prompt: int = 1,
 ) -> UnlearningTask:
-    """Erases one or several artists; asks for them, and for others that no method is told of.
+    """Erases one or several artists. The evaluation prompts them, and others that methods do not know.
 
     Args:
-        path: A CSV with each prompt's artist; those that `concept` does not name are kept.
-        others, seeds: The artists that are kept, and what each prompt is drawn with, where there is no CSV.
-        source: Where there is a CSV, for the message where neither it nor others are given.
-        anchor: What is drawn instead.
-        template: What the methods put a name into.
-        images_per_prompt: With each seed: the first with it, the next with that and one, and so on.
-    """
-    erased = [concept] if isinstance(concept, str) else list(concept)
+        concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
+        path: A CSV with the columns `artist`, `prompt` and `evaluation_seed`. Artists in it that are not erased are to
+            be retained.
+        others, seeds: If there is no CSV: the artists to retain, and the seeds of each prompt.
+        source: Where to get a CSV, for the error message if there is neither a CSV nor others.
+        template: How an artist's name becomes a prompt, for the methods.
+        images_per_prompt: The first image of a prompt has the row's seed, the next one the seed plus one, ...
 
-    def role(artist: str) -> str:
-        return ERASE if artist in erased else RETAIN
+    Raises:
+        UserError: If there is neither a CSV nor others, the CSV cannot be used, or an erased artist is not in it.
+    """
+    erase = concepts(concept, anchor=anchor)
+    erased = [one.name for one in erase]
+
+    def prompt(text: str, artist: str, seed: int) -> Prompt:
+        role, of = (ERASE, artist) if artist in erased else (RETAIN, "")
+        return Prompt(text, role, seed=seed, concept=of)
 
     if path is not None:
-        named = {}
+        named: dict[str, None] = {}
 
-        def prompt(row: dict[str, str | None]) -> Prompt:
+        def parse(row: CSVRow) -> Prompt:
             if not (artist := (row["artist"] or "").strip()):
                 raise ValueError("the artist is missing")
-            named[artist] = True
-            return Prompt(text(row), role(artist), seed=seed(row))
+            named[artist] = None
+            return prompt(text(row), artist, seed(row))
 
-        prompts, skipped = read(path, COLUMNS, prompt)
+        prompts, skipped = read(path, COLUMNS, parse)
         for artist in erased:
             known(artist, list(named), f"artist of {path}")
     elif others:
-        named = (*erased, *others)
-        prompts = [Prompt(t.format(a), role(a), seed=s) for a in named for t in TEMPLATES for s in seeds]
+        names = (*erased, *kept(others, erase))
+        prompts = [prompt(t.format(artist), artist, s) for artist in names for t in TEMPLATES for s in seeds]
         skipped = []
     else:
         raise UserError(
-            "This dataset needs the artists that are kept, dataset.others=[...], or all artists' prompts, "
-            f"dataset.path=/where/the/list/is.csv with the columns {', '.join(COLUMNS)}. {source}"
+            "Name artists to retain, dataset.others=[Monet,...], or give the prompts of all artists, "
+            f"dataset.path=/path/to/the/prompts.csv with the columns {', '.join(COLUMNS)}. {source}".strip()
         )
     return UnlearningTask(
-        erase=tuple(Concept(artist, anchor=anchor) for artist in erased),
+        erase=erase,
         template=template,
         prompts=tuple(prompts),
         images_per_prompt=images_per_prompt,

@@ -1,49 +1,56 @@
-"""Captions of ordinary pictures, which show that all the rest is still drawn: MS-COCO's, by a CSV of the user's.
+"""Captions of ordinary images, which measure how well a model still generates everything else.
 
-The field measures FID and CLIP score on them (ESD, MACE: 30,000 of val2014; the attacks' boards: 10,000).
+The usual captions are those of MS-COCO, from a CSV of the user's. ESD and MACE measure FID and CLIP score on 30,000
+captions of val2014, papers about attacks on 10,000.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
-from unlearning.data.prompt_list import asked_for, read, seed, text
+from unlearning.concepts import RETAIN, Prompt, UnlearningTask
+from unlearning.data.prompt import concepts
+from unlearning.data.prompt_list import read, required, seed, text
 from unlearning.errors import UserError
 
 COLUMNS = ("prompt", "evaluation_seed")
 
 
 def captions(
-    concept: str,
+    concept: str | Sequence[str],
     path: str | Path | None,
     *,
     count: int | None = None,
     subset: int = 0,
     source: str = "",
-    anchor: str = "",
+    anchor: str | Mapping[str, str] = "",
     template: str = "a photo of the {}",
     images_per_prompt: int = 1,
 ) -> UnlearningTask:
-    """Erases `concept`; the evaluation draws captions that are about other things, each from its own seed.
+    """Erases one or several concepts. The evaluation prompts captions of other things, each with its own seed.
 
     Args:
-        path: The CSV.
-        count: How many of its captions; all of them if None.
-        subset: The seed that chooses which.
-        source: Where to get it, for the message where no path is given.
-        anchor, template: As in free text (data/prompt.py).
-        images_per_prompt: The first with the row's seed, the next with that and one, and so on.
+        concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
+        path: The CSV, with the columns `prompt` and `evaluation_seed`.
+        count: Number of captions; None takes all.
+        subset: The seed that chooses the captions if the CSV has more.
+        source: Where to get the CSV, for the error message if there is no path.
+        template: How a concept's name becomes a prompt, for the methods.
+        images_per_prompt: The first image of a caption has the row's seed, the next one the seed plus one, ...
+
+    Raises:
+        UserError: If the path is missing, the CSV cannot be used, or it has fewer than `count` captions.
     """
-    path = asked_for(path, COLUMNS, source)
+    path = required(path, COLUMNS, source)
     prompts, skipped = read(path, COLUMNS, lambda row: Prompt(text(row), RETAIN, seed=seed(row)))
     if count is not None:
         if count > len(prompts):
-            raise UserError(f"{path} has {len(prompts)} captions that can be used; dataset.count asks for {count}.")
+            raise UserError(f"{path} has {len(prompts)} valid captions, fewer than dataset.count={count}.")
         chosen = np.random.default_rng(subset).choice(len(prompts), count, replace=False)
         prompts = [prompts[i] for i in sorted(chosen)]
     return UnlearningTask(
-        erase=(Concept(concept, anchor=anchor),),
+        erase=concepts(concept, anchor=anchor),
         template=template,
         prompts=tuple(prompts),
         images_per_prompt=images_per_prompt,

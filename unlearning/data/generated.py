@@ -10,7 +10,7 @@ from tqdm import tqdm
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest
-from unlearning.store.images import Row, image_seed, load, missing, save
+from unlearning.store.images import Row, image_path, image_seed, load, missing, save
 
 
 class Generated:
@@ -39,4 +39,4 @@ class Generated:
 
     def _row(self, folder: Path, prompt: str, i: int) -> Row:
         seed = image_seed(self.seed, prompt, i)
-        return Row(folder / f"{digest(prompt, seed)}.png", prompt, "generated", {}, seed)
+        return Row(image_path(folder, prompt, seed), prompt, "generated", {}, seed)

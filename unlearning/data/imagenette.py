@@ -1,9 +1,12 @@
-"""Imagenette's ten classes, in ESD's protocol (Gandikota et al., 2023, section 5.3): one is erased, all are drawn.
+"""Imagenette: ten classes of ImageNet, in ESD's protocol (Gandikota et al., 2023, section 5.3).
 
-A ResNet-50 trained on ImageNet judges by its most probable class of the thousand (judge=imagenet).
+One class or several are erased; the evaluation prompts all ten. The judge is a ResNet-50 trained on ImageNet
+(judge=imagenet), by its most probable class out of a thousand.
 """
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
+from collections.abc import Sequence
+
+from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data.objects import known
 
 CLASSES = (  # as ImageNet's labels spell them
@@ -20,14 +23,23 @@ CLASSES = (  # as ImageNet's labels spell them
 )
 
 
-def imagenette(concept: str, *, template: str = "an image of a {}", images_per_prompt: int = 500) -> UnlearningTask:
-    """Erases one of the classes; nothing is retained by name, nor asked for by another word."""
-    known(concept, CLASSES, "class of Imagenette")
+def imagenette(
+    concept: str | Sequence[str], *, template: str = "an image of a {}", images_per_prompt: int = 500
+) -> UnlearningTask:
+    """Erases one or several of the classes. There are no synonyms, and no concepts to retain by name.
+
+    Raises:
+        UserError: For a name that is not one of the ten classes.
+    """
+    erased = [known(name, CLASSES, "class of Imagenette") for name in concept_names(concept)]
+
+    def prompt(name: str) -> Prompt:
+        role, of = (ERASE, name) if name in erased else (RETAIN, "")
+        return Prompt(template.format(name), role, {"object": name}, concept=of)
+
     return UnlearningTask(
-        erase=(Concept(concept),),
+        erase=tuple(Concept(name) for name in erased),
         template=template,
-        prompts=tuple(
-            Prompt(template.format(name), ERASE if name == concept else RETAIN, {"object": name}) for name in CLASSES
-        ),
+        prompts=tuple(prompt(name) for name in CLASSES),
         images_per_prompt=images_per_prompt,
     )

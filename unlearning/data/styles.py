@@ -1,42 +1,57 @@
 """Styles of the embedded world, in UnlearnCanvas's protocol (Zhang et al., 2024): every object in every style.
 
-One style is erased. UA asks whether it is gone, IRA whether the other styles are still drawn, CRA whether the objects
-are.
+One style or several are erased. UA measures whether they are gone, IRA whether the other styles are still generated,
+CRA whether the objects are.
 """
 
 from collections.abc import Sequence
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
-from unlearning.data.objects import Lesson, drawings, known
+from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.data.objects import TrainingImages, drawings, known
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
 
 
 def styles(
-    concept: str,
+    concept: str | Sequence[str],
     *,
     objects: Sequence[str] = CIFAR10,
     template: str = "a {object} image in {style} style",
     images_per_prompt: int = 2,
     pictures: int = 64,
 ) -> UnlearningTask:
-    """Erases one style; asks for each of `objects` in each of the styles.
+    """Erases one or several styles. The evaluation prompts each of `objects` in each of the styles.
 
-    `pictures` are in it, for the methods that learn from images, and as many are in others.
+    Args:
+        concept: One style or several.
+        objects: The objects to prompt.
+        template: The prompt for an `{object}` in a `{style}`.
+        images_per_prompt: Images generated for each prompt.
+        pictures: Forget images, in the erased styles at random, and as many retain images in the others.
+
+    Raises:
+        UserError: For a name that is not one of the styles.
     """
-    known(concept, list(STYLES), "style")
+    erased = [known(name, list(STYLES), "style") for name in concept_names(concept)]
+    others = [style for style in STYLES if style not in erased]
+
+    def named(style: str) -> str:
+        return f"{style} style"
 
     def prompt(thing: str, style: str) -> Prompt:
         text = with_article(template.format(object=thing, style=style))
-        return Prompt(text, ERASE if style == concept else RETAIN, {"style": style, "object": thing})
+        role, of = (ERASE, named(style)) if style in erased else (RETAIN, "")
+        return Prompt(text, role, {"style": style, "object": thing}, concept=of)
 
     shown = [name for name in OBJECTS if name not in CIFAR10]
+    anchor = named(others[0]) if others else ""
+    references = {ERASE: drawings(objects, erased), RETAIN: drawings(objects, others[:1])}
     return UnlearningTask(
-        erase=(Concept(f"{concept} style", anchor="color style"),),
-        retain=tuple(Concept(f"{style} style") for style in STYLES if style != concept),
+        erase=tuple(Concept(named(style), anchor=anchor) for style in erased),
+        retain=tuple(Concept(named(style)) for style in others),
         template="an image in {}",
         prompts=tuple(prompt(thing, style) for style in STYLES for thing in objects),
         images_per_prompt=images_per_prompt,
-        forget_images=Lesson(shown, shown, [concept], pictures, seed=0),
-        retain_images=Lesson(shown, shown, [style for style in STYLES if style != concept], pictures, seed=1),
-        references={ERASE: drawings(objects, concept), RETAIN: drawings(objects)},
+        forget_images=TrainingImages(shown, shown, erased, pictures, seed=0),
+        retain_images=TrainingImages(shown, shown, others, pictures, seed=1) if others else (),
+        references=references if others else {ERASE: references[ERASE]},
     )

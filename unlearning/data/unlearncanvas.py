@@ -1,13 +1,15 @@
-"""UnlearnCanvas (Zhang et al., NeurIPS 2024): fifty styles by twenty objects, one of either erased.
+"""UnlearnCanvas (Zhang et al., NeurIPS 2024): fifty styles by twenty objects; some of either are erased.
 
-For a Stable Diffusion 1.5 that was fine-tuned on the data set, since no other knows its styles by these names; the
-paper samples 100 steps at guidance 9. UA, IRA and CRA are by the benchmark's two classifiers (judge=unlearncanvas).
+It needs a Stable Diffusion 1.5 that was fine-tuned on the dataset: no other model knows the styles by these names. The
+paper samples with 100 steps at guidance scale 9. UA, IRA and CRA use the benchmark's two classifiers
+(judge=unlearncanvas).
 """
 
 from collections.abc import Sequence
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data.objects import known
+from unlearning.errors import UserError
 
 STYLES = (
     *("Abstractionism", "Artist_Sketch", "Blossom_Season", "Bricks", "Byzantine", "Cartoon", "Cold_Warm"),
@@ -25,35 +27,45 @@ OBJECTS = (
 
 
 def unlearncanvas(
-    concept: str,
+    concept: str | Sequence[str],
     *,
     seeds: Sequence[int] = (188, 288, 588, 688, 888),
     template: str = "A {object} image in {style} style.",
     images_per_prompt: int = 1,
 ) -> UnlearningTask:
-    """Erases a style or an object, and asks for every object in every style.
+    """Erases one or several styles, or one or several objects. The evaluation prompts every object in every style.
 
-    The first of a prompt's labels is of the kind that is erased: what UA and IRA ask about. CRA asks about the other.
+    The first of a prompt's labels is of the erased kind, which UA and IRA measure. CRA measures the other one.
 
     Args:
-        seeds: Those that each prompt is drawn with.
-        images_per_prompt: With each of the seeds: the first with it, the next with that and one, and so on.
+        concept: Names of styles or of objects. A blank may replace "_".
+        seeds: The seeds of each prompt.
+        template: The prompt for an `{object}` in a `{style}`.
+        images_per_prompt: For each of the seeds. The first image has the seed, the next one the seed plus one, ...
+
+    Raises:
+        UserError: For a name that is neither a style nor an object, or for both kinds at once.
     """
-    known(concept := concept.replace(" ", "_"), (*STYLES, *OBJECTS), "style or object of UnlearnCanvas")
-    erased = "style" if concept in STYLES else "object"
+    kind_of = dict.fromkeys(STYLES, "style") | dict.fromkeys(OBJECTS, "object")
+    names = (name.replace(" ", "_") for name in concept_names(concept))
+    erased = [known(name, list(kind_of), "style or object of UnlearnCanvas") for name in names]
+    kind, *mixed = dict.fromkeys(kind_of[name] for name in erased)
+    if mixed:
+        raise UserError(f"UnlearnCanvas erases styles or objects, not both at once: concept=[{','.join(erased)}].")
+
+    def named(name: str) -> str:
+        return f"{name.replace('_', ' ')} style" if kind == "style" else name
 
     def prompt(style: str, thing: str, seed: int) -> Prompt:
-        labels = {"style": style, "object": thing} if erased == "style" else {"object": thing, "style": style}
+        labels = {"style": style, "object": thing} if kind == "style" else {"object": thing, "style": style}
         text = template.format(object=thing, style=style.replace("_", " "))
-        return Prompt(text, ERASE if labels[erased] == concept else RETAIN, labels, seed=seed)
-
-    def named(name: str) -> Concept:
-        return Concept(f"{name.replace('_', ' ')} style" if erased == "style" else name)
+        role, of = (ERASE, named(labels[kind])) if labels[kind] in erased else (RETAIN, "")
+        return Prompt(text, role, labels, seed=seed, concept=of)
 
     return UnlearningTask(
-        erase=(named(concept),),
-        retain=tuple(named(name) for name in (STYLES if erased == "style" else OBJECTS) if name != concept),
-        template="An image in {}." if erased == "style" else "A {} image.",
+        erase=tuple(Concept(named(name)) for name in erased),
+        retain=tuple(Concept(named(name)) for name in kind_of if kind_of[name] == kind and name not in erased),
+        template="An image in {}." if kind == "style" else "A {} image.",
         prompts=tuple(prompt(style, thing, seed) for style in STYLES for thing in OBJECTS for seed in seeds),
         images_per_prompt=images_per_prompt,
     )

@@ -1,18 +1,18 @@
-"""Accuracies of a classifier over the pictures: MACE's Acc_e, Acc_s, Acc_g, H_o and UnlearnCanvas' UA, IRA, CRA.
+"""Accuracies of a classifier on the images: MACE's Acc_e, Acc_s, Acc_g, H_o and UnlearnCanvas' UA, IRA, CRA.
 
 MACE: Lu et al., CVPR 2024, section 4.2. UnlearnCanvas: Zhang et al., NeurIPS 2024, section 4.
 """
 
-# B batch, N names. Everything that leaves `compute` is in percent.
-from collections.abc import Sequence
+# B batch, N names. All values that `compute` returns are in percent.
+from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
+from unlearning.concepts import ATTACK, ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.regions import with_regions
@@ -20,46 +20,53 @@ from unlearning.judges.emoji import NOTHING
 from unlearning.store.images import Row
 
 SCORES = ("argmax", "softmax")
+KEYS = {ERASE: "efficacy/acc_e", SYNONYM: "efficacy/acc_g", RETAIN: "retention/acc_s", ATTACK: "robustness/asr"}
+ROLE = "role:"  # prefix of the states that hold the sums of a role
 
 
 class Classifier(Protocol):
-    """Answers questions about pictures: "object", "style". `name` identifies it and its weights."""
+    """Answers questions about images: "object", "style". `name` identifies it and its weights."""
 
     name: str
 
     def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
-        """The possible answers, and their probabilities (B, N), for pictures (B, H, W, 3) uint8, on their device."""
+        """The N possible answers and their probabilities (B, N), for images (B, H, W, 3) uint8, on the same device."""
         ...
 
 
 def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:
-    """H_o = 3 / ((1 - Acc_e)^-1 + Acc_s^-1 + (1 - Acc_g)^-1) (MACE, eq. 8), in percent; 0 where a part is 0."""
+    """H_o = 3 / ((1 - Acc_e)^-1 + Acc_s^-1 + (1 - Acc_g)^-1) (MACE, eq. 8), in percent; 0 if a part is 0."""
     return harmonic_mean([max(0.0, part) for part in (100 - acc_e, acc_s, 100 - acc_g)])
 
 
 def h_c(acc_e: float, acc_s: float) -> float:
-    """H_c = 2 / ((1 - Acc_e)^-1 + Acc_s^-1) (MACE: of celebrities, who have no synonyms), in percent."""
+    """H_c = 2 / ((1 - Acc_e)^-1 + Acc_s^-1) (MACE, for celebrities, who have no synonyms), in percent."""
     return harmonic_mean([max(0.0, part) for part in (100 - acc_e, acc_s)])
 
 
 class Accuracy(Evaluator):
-    """How often the pictures show what their labels say, averaged over the pictures of a role.
+    """How often images show what their labels say: the mean over the images of each role.
 
-    The first of a row's labels is the question that the erasure is about; any other is the cross-domain question. A
-    synonym's label is the name of the concept it stands for, as in MACE. Rows without labels are passed over; one with
-    regions is as many pictures.
+    The first label of a row belongs to the question that the erasure is about; any other is for the cross-domain
+    accuracy (CRA). The label of a synonym is the concept that it stands for, as in MACE. Rows without labels are
+    skipped; a row with regions counts as one image for each region.
+
+    Metrics: Acc_e, Acc_g and Acc_s for the roles ERASE, SYNONYM and RETAIN. For ATTACK, the attack success rate
+    "robustness/asr": the percentage of images in which the classifier still sees the concept, by its most probable
+    answer whatever `score` is. For any other role, "accuracy/<role>". CRA covers the first three roles only.
 
     Args:
         classifier: Answers the questions.
-        score: What a picture scores: "softmax", the probability of the right answer (MACE), or "argmax", whether the
-            most probable answer is right (UnlearnCanvas).
+        score: The score of one image: "softmax", the probability of the right answer (MACE), or "argmax", 1 if the
+            most probable answer is right, else 0 (UnlearnCanvas).
+        device: Where the classifier runs.
 
     Raises:
-        UserError: For an unknown score, for a label that the classifier has no name for, or for a picture on which the
-            classifier fails: one that it gives no probabilities for would otherwise pass as one that is erased.
+        UserError: For an unknown score, for a label that is not among the classifier's answers, or if the classifier
+            returns probabilities that are not finite: such an image must not count as erased.
     """
 
-    needs: ClassVar[str] = "a dataset that says what its pictures should show; clip_score and own_prompt need none"
+    needs: ClassVar[str] = "a dataset whose prompts have labels; clip_score and own_prompt need none"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "efficacy/acc_e": False,
         "efficacy/acc_g": False,
@@ -68,6 +75,7 @@ class Accuracy(Evaluator):
         "retention/acc_s": True,
         "retention/ira": True,
         "retention/cra": True,
+        "robustness/asr": False,
         "summary/h_o": True,
         "summary/h_c": True,
     }
@@ -77,8 +85,7 @@ class Accuracy(Evaluator):
         if score not in SCORES:
             raise unknown("score", score, SCORES)
         self.classifier, self.score = classifier, score
-        # Sum of scores and number of pictures.
-        self.zeros("first", len(ROLES), 2)
+        # A state is a sum of scores and a number of images. Roles get theirs when they are first seen.
         self.zeros("cross", 2)
         self.zeros("nothing", 2)
 
@@ -88,53 +95,65 @@ class Accuracy(Evaluator):
 
     def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
         images, rows = with_regions(images, rows)
-        pictures = torch.as_tensor(images, device=self.device)
+        pixels = torch.as_tensor(images, device=self.device)
         for question in dict.fromkeys(q for row in rows for q in row.labels):
-            asked = [i for i, row in enumerate(rows) if question in row.labels]
-            names, probabilities = self.classifier(pictures[asked], question)
+            labelled = [i for i, row in enumerate(rows) if question in row.labels]
+            names, probabilities = self.classifier(pixels[labelled], question)
             if not probabilities.isfinite().all():
-                failed = asked[int((~probabilities.isfinite()).any(1).nonzero()[0])]
-                raise UserError(f"{self.classifier.name} gives {rows[failed].path} probabilities that are no numbers.")
-            right = [self._index(names, rows[i].labels[question], question) for i in asked]
-            best = probabilities.argmax(1).tolist()
-            if self.score == "argmax":
-                scores = [float(a == b) for a, b in zip(best, right, strict=True)]
-            else:
-                scores = probabilities[torch.arange(len(asked)), right].tolist()
-            for i, score, top in zip(asked, scores, best, strict=True):
-                self._add(rows[i], question, score, names[top] if NOTHING in names else None)
+                broken = labelled[int((~probabilities.isfinite()).any(1).nonzero()[0])]
+                raise UserError(
+                    f"{self.classifier.name} returns probabilities that are not finite for {rows[broken].path}."
+                )
+            right = [self._index(names, rows[i].labels[question], question) for i in labelled]
+            p_right = probabilities[torch.arange(len(labelled)), right].tolist()
+            for i, p, a, best in zip(labelled, p_right, right, probabilities.argmax(1).tolist(), strict=True):
+                by_argmax = self.score == "argmax" or rows[i].role == ATTACK
+                self._add(rows[i], question, float(a == best) if by_argmax else p)
+                if NOTHING in names and rows[i].role == ERASE and question == next(iter(rows[i].labels)):
+                    self.nothing += self.nothing.new_tensor([names[best] == NOTHING, 1])
 
     def _index(self, names: tuple[str, ...], label: str, question: str) -> int:
         if label not in names:
             raise unknown(f"{question} for {self.classifier.name}:", label, names)
         return names.index(label)
 
-    def _add(self, row: Row, question: str, score: float, seen: str | None) -> None:
+    def _add(self, row: Row, question: str, score: float) -> None:
         one = self.cross.new_tensor([score, 1])
-        if question != next(iter(row.labels)):
+        if question == next(iter(row.labels)):
+            sums = self._sums(row.role)
+            sums += one
+        elif row.role in ROLES:
             self.cross += one
-            return
-        self.first[ROLES.index(row.role)] += one
-        if row.role == ERASE and seen is not None:
-            self.nothing += self.nothing.new_tensor([seen == NOTHING, 1])
+
+    def _sums(self, role: str) -> Tensor:
+        """The state of a role: the sum of its scores and the number of its images, (2,)."""
+        if ROLE + role not in self._defaults:
+            self.zeros(ROLE + role, 2)
+        return getattr(self, ROLE + role)
+
+    def merge_state(self, incoming_state: "Mapping[str, Any] | Accuracy") -> None:
+        """Adds the sums of another process, which may have seen other roles."""
+        incoming = incoming_state.metric_state if isinstance(incoming_state, Accuracy) else incoming_state
+        for name in incoming:
+            if name.startswith(ROLE):
+                self._sums(name.removeprefix(ROLE))
+        absent = {name: torch.zeros_like(own) for name, own in self.metric_state.items() if name not in incoming}
+        super().merge_state(absent | dict(incoming))
 
     def compute(self) -> dict[str, float]:
         def percent(sums: Tensor) -> float | None:
             total, count = sums.tolist()
             return 100 * total / count if count else None
 
-        acc_e, acc_g, acc_s = (percent(self.first[ROLES.index(role)]) for role in (ERASE, SYNONYM, RETAIN))
+        seen = [name.removeprefix(ROLE) for name in self._defaults if name.startswith(ROLE)]
+        by_role = {role: percent(self._sums(role)) for role in dict.fromkeys((*KEYS, *seen))}
+        acc_e, acc_g, acc_s = (by_role[role] for role in (ERASE, SYNONYM, RETAIN))
         cra = percent(self.cross)
-        numbers = {
-            "efficacy/acc_e": acc_e,
-            "efficacy/acc_g": acc_g,
-            "retention/acc_s": acc_s,
-            "efficacy/unrecognisable": percent(self.nothing),
-            "retention/cra": cra,
-        }
+        numbers = {KEYS.get(role, f"accuracy/{role}"): value for role, value in by_role.items()}
+        numbers |= {"efficacy/unrecognisable": percent(self.nothing), "retention/cra": cra}
         if cra is not None:
             numbers |= {"efficacy/ua": None if acc_e is None else 100 - acc_e, "retention/ira": acc_s}
-        if None not in (acc_e, acc_s):
+        if acc_e is not None and acc_s is not None:
             numbers |= (
                 {"summary/h_c": h_c(acc_e, acc_s)} if acc_g is None else {"summary/h_o": h_o(acc_e, acc_s, acc_g)}
             )

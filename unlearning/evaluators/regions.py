@@ -1,4 +1,4 @@
-"""A picture's regions as pictures of their own."""
+"""Regions of images as images of their own."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,32 +6,39 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from unlearning.concepts import RETAIN
 from unlearning.store.images import Row
 
-MARGIN = 0.1  # of a region's longer side, on each side
+MARGIN = 0.1  # on each side of a region, as a fraction of its longer side
 
 
 def with_regions(images: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, list[Row]]:
-    """Pictures (B, H, W, 3) uint8 and their rows; in the place of one with regions, those, cut out square, as large.
+    """Replaces each image that has regions by its regions, cropped square and resized to the image's size.
 
-    A region's row has the region's role and labels.
+    Args:
+        images: (B, H, W, 3) uint8.
+        rows: Their manifest rows.
+
+    Returns:
+        Images (B', H, W, 3) uint8 and their rows. The row of a region has the region's role and labels.
     """
-    pictures, told = [], []
+    pixels, expanded = [], []
     for image, row in zip(images, rows, strict=True):
         for region in row.regions:
-            pictures.append(_cut(image, region.box))
-            told.append(replace(row, role=region.role, labels=region.labels, regions=()))
+            pixels.append(_crop(image, region.box))
+            concept = "" if region.role == RETAIN else row.concept
+            expanded.append(replace(row, role=region.role, labels=region.labels, regions=(), concept=concept))
         if not row.regions:
-            pictures.append(image)
-            told.append(row)
-    return np.stack(pictures), told
+            pixels.append(image)
+            expanded.append(row)
+    return np.stack(pixels), expanded
 
 
-def _cut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+def _crop(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     height, width = image.shape[:2]
     left, top, right, bottom = box
     side = min((1 + 2 * MARGIN) * max(right - left, bottom - top), height, width)
-    x = min(max((left + right - side) / 2, 0), width - side)  # within the picture
+    x = min(max((left + right - side) / 2, 0), width - side)  # keeps the square inside the image
     y = min(max((top + bottom - side) / 2, 0), height - side)
-    cut = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
-    return np.asarray(cut)
+    crop = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+    return np.asarray(crop)

@@ -5,7 +5,6 @@ latents ("latents", (C, H, W)) that take the place of its prompt's and its seed'
 """
 
 # B batch, N rows, L tokens, D width of a text encoder, C H W latent shape.
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from torch import Tensor
 from unlearning.concepts import ATTACK
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Embedded, Text
-from unlearning.store.files import digest, write_atomically
-from unlearning.store.images import Row
+from unlearning.store.files import write_atomically
+from unlearning.store.images import Row, image_path
 
 NAME = "comeback.json"
 
@@ -96,9 +95,7 @@ def attacked(folder: Path, rows: Sequence[Row]) -> list[Row]:
 
 def _attacked(folder: Path, row: Row, result: Mapping) -> Row:
     file = folder / result["file"] if result["file"] else None
-    content = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
-    own = () if row.guidance_scale is None else (row.guidance_scale,)
-    path = row.path.with_name(f"{digest(result['prompt'], row.seed, *own, *((content,) if file else ()))}.png")
+    path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file)
     return replace(row, path=path, prompt=result["prompt"], role=ATTACK, base=None, comeback=file)
 
 

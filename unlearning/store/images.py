@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from unlearning.concepts import Input, Prompt, Region, UnlearningTask
 from unlearning.errors import UserError
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, file_digest, write_atomically
+
+PATHS = ("path", "base", "source", "comeback")  # the fields that name files
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Row:
 
     `guidance_scale` is None where it is the sampler's; `decided` is what was decided about the picture on the way (by a
     guidance, say). `base` is the unedited model's picture for the same row, where that is another. Of an image-to-image
-    model `prompt` is the input's name, `source` the input itself, and `regions` what is known to be in it.
+    model `prompt` is the input's name, `source` the input itself, and `regions` what is known to be in it. `concept` is
+    the erased concept that the row belongs to, "" if none; `comeback` a safetensors file with what an attack found.
     """
 
     path: Path
@@ -46,7 +49,8 @@ class Row:
     base: Path | None = None
     source: Path | None = None
     regions: tuple[Region, ...] = ()
-    comeback: Path | None = None  # what an attack found for this row (sampling/comeback.py)
+    concept: str = ""
+    comeback: Path | None = None
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -67,11 +71,24 @@ def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[Row]:
 
     def row(prompt: Prompt, sample: int) -> Row:
         s = image_seed(seed, prompt.text, sample) if prompt.seed is None else prompt.seed + sample
-        own = () if prompt.guidance_scale is None else (prompt.guidance_scale,)
-        path = folder / f"{digest(prompt.text, s, *own)}.png"
-        return Row(path, prompt.text, prompt.role, prompt.labels, s, prompt.guidance_scale)
+        path = image_path(folder, prompt.text, s, prompt.guidance_scale)
+        return Row(path, prompt.text, prompt.role, prompt.labels, s, prompt.guidance_scale, concept=prompt.concept)
 
     return [row(p, i) for p in task.prompts for i in range(task.images_per_prompt)]
+
+
+def image_path(
+    folder: Path, prompt: str, seed: int, guidance_scale: float | None = None, comeback: Path | None = None
+) -> Path:
+    """Where an image is stored: a file in the model's `folder`, named by a digest of all else that it depends on.
+
+    Args:
+        guidance_scale: The prompt's own; None is the sampler's.
+        comeback: A file with what an attack found; its content counts, not its name.
+    """
+    own = [] if guidance_scale is None else [guidance_scale]
+    own += [] if comeback is None else [file_digest(comeback)]
+    return folder / f"{digest(prompt, seed, *own)}.png"
 
 
 def manifest_of_inputs(folder: Path, task: UnlearningTask, seed: int) -> list[Row]:
@@ -94,7 +111,7 @@ def manifest_of_inputs(folder: Path, task: UnlearningTask, seed: int) -> list[Ro
         s = image_seed(seed, content, 0)
         known = [asdict(region) for region in given.regions]
         path = folder / f"{digest(content, s, known)}.png"
-        return Row(path, given.name, given.role, {}, s, source=source, regions=given.regions)
+        return Row(path, given.name, given.role, {}, s, source=source, regions=given.regions, concept=given.concept)
 
     return [row(given) for given in tqdm(task.inputs, "inputs", leave=False, disable=len(task.inputs) < 1000)]
 
@@ -184,7 +201,7 @@ def write_manifest(path: Path, rows: Iterable[Row]) -> None:
     for row in rows:
         told = asdict(row)
         told |= {name: json.dumps(told[name]) for name in ("labels", "decided", "regions")}
-        told |= {n: os.path.relpath(told[n], path.parent) for n in ("path", "base", "source", "comeback") if told[n]}
+        told |= {n: os.path.relpath(told[n], path.parent) for n in PATHS if told[n]}
         table.writerow(told)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue())
@@ -207,8 +224,9 @@ def read_manifest(path: Path) -> list[Row]:
             decided=json.loads(told["decided"]),
             base=picture(told.get("base")),
             source=picture(told.get("source")),
-            comeback=picture(told.get("comeback")),
             regions=tuple(Region(tuple(r.pop("box")), **r) for r in json.loads(told.get("regions") or "[]")),
+            concept=told.get("concept") or "",
+            comeback=picture(told.get("comeback")),
         )
 
     with path.open(newline="") as file:

@@ -1,71 +1,96 @@
-"""Who draws a picture that several processes want: one of them, while the others go on to the next.
+"""File locks: which of several processes generates an image, and which one works in a run's folder.
 
-A claim is a lock on a single byte of a file beside the pictures, at a place that the picture's name stands for. It ends
-with the process that holds it, however that ends; nothing is ever left behind to clear away.
+The locks are those of the operating system (filelock), so they end with the process that holds them, even if it is
+killed. A lock file on disk does not mean that anyone holds the lock.
 """
 
-import fcntl
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
+from filelock import FileLock, Timeout, lock_descriptor
 
 from unlearning.errors import UserError
 from unlearning.store.images import Row, missing
 
-CLAIMS = ".claims"
+RUN_LOCK = ".lock"  # in a run's folder
+CLAIM = ".claim"  # suffix of the lock file next to an image that is being generated
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def claimed(rows: Sequence[Row], wait: bool = False) -> Iterator[list[Row]]:
-    """Those of the rows that are this process's to draw: their pictures are not there, and nobody else is drawing them.
+    """Yields the rows that this process is to generate: their images are missing, and no other process generates them.
 
-    No other process draws them before the context ends. A process makes one claim at a time: closing a file ends all of
-    a process's locks on it.
+    Other processes leave these rows alone until the context ends.
 
     Args:
-        wait: Until others are done with theirs, instead of leaving those to them.
+        rows: Rows of a manifest.
+        wait: If True, waits for the rows that other processes generate. If False, leaves those rows out.
     """
     with ExitStack() as stack:
-        files, mine = {}, set()
-        # In one order, lest two wait for each other.
-        for path in sorted((row.path for row in missing(rows)), key=_place):
-            if path.parent not in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files[path.parent] = stack.enter_context((path.parent / CLAIMS).open("ab"))
-            try:
-                how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-                fcntl.lockf(files[path.parent], how, 1, _place(path))
-                mine.add(path)
-            except (BlockingIOError, PermissionError):  # POSIX allows either
-                continue
-        yield missing(row for row in rows if row.path in mine)  # another process may have drawn some meanwhile
+        claims = set()
+        for path in sorted(row.path for row in missing(rows)):  # in one order, to avoid deadlocks
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                stack.enter_context(_claim(path, wait))
+                claims.add(path)
+        yield missing(row for row in rows if row.path in claims)  # another process may have just written some
 
 
-def _place(path: Path) -> int:
-    return int(hashlib.sha256(path.name.encode()).hexdigest()[:15], 16)
+@contextmanager
+def _claim(path: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock of one image. Raises Timeout if another process holds it and `wait` is False."""
+    with FileLock(path.with_name(f".{path.name}{CLAIM}"), blocking=wait) as lock:
+        try:
+            yield
+        finally:
+            # Before the release, so that the file of a lock that another process takes next is never removed.
+            # Windows does not remove an open file; there filelock removes it itself.
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
 
 
 @contextmanager
 def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the folder's lock, which the ranks of one run share.
+    """Holds the lock of a run's folder. The processes of one distributed run share it: its first process holds it.
 
-    If another run does, it is waited for, or else UserError is raised.
+    Args:
+        folder: The run's folder; created if it does not exist.
+        wait: If True, waits until another run in this folder has ended.
+
+    Raises:
+        UserError: If another run is at work in the folder and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank != 0:
+    if not _first_rank():
         yield
         return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(f"Another run is at work in {folder}. Wait for it, or change a setting.") from None
-            log.info("Another run is at work in %s: waiting for it.", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(folder / RUN_LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        if not wait:
+            raise UserError(f"Another run is at work in {folder}. Wait until it ends, or change a setting.") from None
+        log.info("Another run is at work in %s: waiting for it.", folder)
+        lock.acquire(blocking=True, poll_interval=0.5)
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a run holds the lock of its folder. Creates no file, and needs no permission to write."""
+    try:
+        with (folder / RUN_LOCK).open() as file:
+            return not lock_descriptor(file.fileno(), blocking=False)  # closing the file releases it
+    except FileNotFoundError:
+        return False
+
+
+def _first_rank() -> bool:
+    from pytorch_lightning.utilities import rank_zero_only  # slow to import, and not needed to look at a store
+
+    return rank_zero_only.rank == 0

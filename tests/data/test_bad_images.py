@@ -1,0 +1,103 @@
+"""Bad images in a user's folders: the message names them, and nothing half-written is left on disk."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unlearning.data.folder import folder
+
+SCRUB = [
+    "method=scrubber", "dataset=folder", "dataset.size=16", "dataset.images_per_prompt=1", "method.iterations=1",
+    "method.batch_size=2", "method.conditioning=null", "method.prototypes.K=2", "method.prototypes.purity=0",
+    "method.prototypes.draws=1", "method.prototypes.layer=null",
+]  # fmt: skip
+
+
+def noise(seed: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(forget, retain): six pictures each."""
+    places = tmp_path / "cats", tmp_path / "others"
+    for seed, place in enumerate(places):
+        place.mkdir()
+        for i in range(6):
+            noise(100 * seed + i).save(place / f"{i}.png")
+    return places
+
+
+def typed(folders) -> list[str]:
+    forget, retain = folders
+    return [*SCRUB, f"forget={forget}", f"retain={retain}"]
+
+
+def nothing_but_broken(forget, retain):
+    for path in forget.iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    return str(forget), "no image"
+
+
+def the_same(forget, retain):
+    shutil.rmtree(retain)
+    shutil.copytree(forget, retain)
+    return "6 of the 6", f"{retain / '0.png'} and {forget / '0.png'}"
+
+
+def encoded_otherwise(forget, retain):
+    shutil.rmtree(retain)
+    retain.mkdir()
+    for i, path in enumerate(sorted(forget.iterdir())):
+        (Image.open(path) if i < 3 else noise(50 + i)).save(retain / f"{path.stem}.bmp")
+    return ("3 of the 5",)  # the sixth is a reference of the evaluation
+
+
+@pytest.mark.parametrize("spoil", [nothing_but_broken, the_same, encoded_otherwise])
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_images_that_cannot_be_used_are_refused_and_nothing_is_left(told, tmp_path, folders, spoil):
+    wanted = spoil(*folders)
+    said = told(*typed(folders))
+    assert all(part in said for part in wanted), said
+    nothing_is_half_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting", ["method.prototypes.K=81", "method.prototypes.K=0", "method.prototypes.band=[700,300]"]
+)
+def test_settings_that_do_not_fit_the_images_are_refused_and_nothing_is_left(told, tmp_path, folders, setting):
+    assert setting.partition("=")[0] in told(*typed(folders), setting)
+    nothing_is_half_written(tmp_path)
+
+
+def nothing_is_half_written(place):
+    left = {p.name for p in place.rglob("*")}
+    assert not left & {"erasure", "figures", "checkpoints", "metrics.json"}
+    assert not [name for name in left if "partial" in name]
+
+
+def test_a_run_goes_on_without_a_broken_image_and_names_it(unlearn, folders):
+    forget = folders[0]
+    whole = (forget / "5.png").read_bytes()
+    (forget / "5.png").write_bytes(whole[: len(whole) // 2])
+    (forget / "raw.heic").write_text("a cat")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = unlearn(*typed(folders))
+    said = " ".join(str(w.message) for w in caught)
+    assert str(forget / "5.png") in said and "1 .heic" in said
+    assert {p.name for p in run.iterdir()} >= {"erasure", "figures", "images", "metrics.json", "report.html"}
+    assert not list(run.rglob("*partial*"))
+
+
+def test_one_of_ten_thousand_images_is_broken(tmp_path):
+    for i in range(10_000):
+        (tmp_path / f"{i:05}.bmp").hardlink_to(tmp_path / "00000.bmp") if i else noise(0).save(tmp_path / "00000.bmp")
+    (tmp_path / "04321.bmp").unlink()
+    (tmp_path / "04321.bmp").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"^1 of 10000 images .*04321\.bmp"):
+        assert len(folder("cat", str(tmp_path), size=8).forget_images) == 8000
