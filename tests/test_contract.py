@@ -13,6 +13,7 @@ from tests.tiny import shrunk
 from unlearning.__main__ import CONF
 from unlearning.attacks.base import targets
 from unlearning.concepts import Concept
+from unlearning.config import instances
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
@@ -28,17 +29,6 @@ SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps"
 SHORT |= {"top": 4, "min_freq": 1, "purity": 0.0, "conditioning": "generic"}
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat
-
-
-def missing_trainers(node: DictConfig, trainer) -> dict:
-    """The trainer, wherever one is missing."""
-    given = {"trainer": trainer} if OmegaConf.is_missing(node, "trainer") else {}
-    inner = {
-        name: missing_trainers(node[name], trainer)
-        for name in node
-        if name not in given and OmegaConf.is_dict(node[name])
-    }
-    return given | {name: needs for name, needs in inner.items() if needs}
 
 
 def shortened(node: DictConfig) -> None:
@@ -85,7 +75,7 @@ def fitted(request, sd1, vqgan, tmp_path_factory):
         chosen[1:] = ["model=emoji_vqgan", f"model.path={vqgan}", "concept=cat"]
     cfg, model, task, sampler = built(folder, *chosen)
     trainer = instantiate(cfg.trainer)
-    method = instantiate(cfg.method, **missing_trainers(cfg.method, trainer))
+    method = instantiate(cfg.method, **instances.trainers(OmegaConf.to_container(cfg.method), trainer))
     weights = weights_of(model)
     rows = sampler.manifest(folder / "images", task, 0)[:2]
 
