@@ -121,9 +121,9 @@ def _clash(config: DictConfig) -> str:
                         f"The jobs of `{other}` and `{override}` would have one folder, {os.path.relpath(folder)}, and "
                         "the second would overwrite the first. A folder is named by concept, "
                         f"{', '.join(groups())}, without settings that change no image. "
-                        "Choose evaluators together for one run: evaluator=[accuracy,fid]. Count NudeNet's boxes by "
-                        "another rule afterwards: python -m unlearning.evaluators.nudenet --help. For anything else, "
-                        "type one command each, with its own paths.runs=..."
+                        "Choose evaluators, or attacks, together for one run: evaluator=[accuracy,fid]. Count "
+                        "NudeNet's boxes by another rule afterwards: python -m unlearning.evaluators.nudenet --help. "
+                        "For anything else, type one command each, with its own paths.runs=..."
                     )
     except (HydraException, OmegaConfBaseException):
         pass  # the sweeper or the job reports it

@@ -6,7 +6,6 @@ that survives was not simply held in place.
 """
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import cache, cached_property
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
-from unlearning.errors import UserError, did_you_mean
+from unlearning.errors import UserError, nearest, suggest
 
 
 def known(name: str, names: Sequence[str], kind: str) -> str:
@@ -25,8 +24,8 @@ def known(name: str, names: Sequence[str], kind: str) -> str:
     """
     if name not in names:
         words = {s: o.name for o in OBJECTS.values() for s in o.synonyms if o.name in names}
-        near = dict.fromkeys(words.get(m, m) for m in get_close_matches(name, [*names, *words], 4, 0.5))
-        guess = did_you_mean(name, (), exact=list(near)) or f" There are: {', '.join(names)}."
+        near = dict.fromkeys(words.get(m, m) for m in nearest(name, [*names, *words], 4, 0.5))
+        guess = suggest(near) or f" There are: {', '.join(names)}."
         raise UserError(f"There is no {kind} named {name!r}.{guess} dataset=prompt concept='...' erases any text.")
     return name
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from functools import cached_property
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from torch import Tensor, nn
 
-from unlearning.errors import UserError
+from unlearning.errors import UserError, nearest, suggest
 from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -73,8 +72,8 @@ class DiT(StableDiffusion):
             raise UserError(f"{prompt!r} names several classes ({', '.join(named)}); {self.name} takes one an image.")
         words = re.findall(r"\w{3,}", prompt.lower())
         near = [label for label in self._labels if set(words) & set(label.split())]
-        near += [label for word in words for label in get_close_matches(word, self._labels, 2, 0.7)]
-        hint = f" Did you mean {' or '.join(list(dict.fromkeys(near))[:5])}?" if near else ""
+        near += [label for word in words for label in nearest(word, self._labels, 2, 0.7)]
+        hint = suggest(list(dict.fromkeys(near))[:5])
         raise UserError(
             f"{prompt!r} names none of the {len(self._labels)} labels of {self.name}.{hint} They are the "
             "`id2label` of its model_index.json."
