@@ -1,4 +1,4 @@
-"""What a user at a terminal meets: quick answers, and for every mistake one message and an exit code other than 0."""
+"""What a user meets in a terminal: quick answers, and for every mistake one message and an exit code other than 0."""
 
 import logging
 import pickle
@@ -54,9 +54,9 @@ def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
 )
 def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
     done, seconds = python("-c", WATCHED, argument, cwd=tmp_path)
-    said = done.stdout + done.stderr
-    assert done.returncode == code and answer in said, said
-    assert "Traceback" not in said
+    message = done.stdout + done.stderr
+    assert done.returncode == code and answer in message, message
+    assert "Traceback" not in message
     assert done.stdout.splitlines()[-1] == "IMPORTED", "nothing heavy is imported for an answer"
     # Two seconds on an idle machine; on a busy one, so many times what its imports take.
     if seconds > 2:
@@ -93,15 +93,15 @@ def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
         (["dataset=folder", "concept=mug", "forget=/not/there"], "There is no folder /not/there."),
     ],
 )
-def test_a_concept_that_cannot_be_erased_is_said_before_anything_is_loaded(told, monkeypatch, overrides, answer):
+def test_a_concept_that_cannot_be_erased_is_reported_before_anything_is_loaded(told, monkeypatch, overrides, answer):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)  # to call it would be an error
     assert answer in told(*overrides)
 
 
 def test_an_empty_forget_set_is_named(told, tmp_path):
     (tmp_path / "mugs").mkdir()
-    said = told("dataset=folder", "concept=mug", f"forget={tmp_path}/mugs")
-    assert f"{tmp_path}/mugs" in said and "no image" in said
+    message = told("dataset=folder", "concept=mug", f"forget={tmp_path}/mugs")
+    assert f"{tmp_path}/mugs" in message and "no image" in message
 
 
 def test_free_text_is_erased_with_any_model(unlearn):
@@ -111,20 +111,20 @@ def test_free_text_is_erased_with_any_model(unlearn):
     assert (run / "report.html").exists()
 
 
-def test_lightning_does_not_introduce_itself(unlearn, capfd):
+def test_lightning_prints_no_advertisements(unlearn, capfd):
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.INFO)  # as their import leaves them
     unlearn("dataset=prompt", "stages=[fit,generate]")
-    said = "".join(capfd.readouterr())
-    assert "erased by none: generate" in said
-    assert "GPU available" not in said and "litlogger" not in said
+    message = "".join(capfd.readouterr())
+    assert "erased by none: generate" in message
+    assert "GPU available" not in message and "litlogger" not in message
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
 class Bomb:
-    """A pickle that says so when it goes off."""
+    """A pickle that writes a file if it is loaded."""
 
     def __init__(self, witness):
         self.witness = str(witness)
@@ -135,8 +135,8 @@ class Bomb:
 
 def test_a_pickled_checkpoint_is_refused_unopened(told, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "witness")))
-    said = told(f"model.path={tmp_path}/model.ckpt")
-    assert "pickled checkpoint" in said and "diffusers folder" in said
+    message = told(f"model.path={tmp_path}/model.ckpt")
+    assert "pickled checkpoint" in message and "diffusers folder" in message
     assert not (tmp_path / "witness").exists()
 
 
@@ -151,14 +151,14 @@ def test_pickled_weights_in_a_folder_are_refused_unopened(told, tmp_path, sd1):
 
 @pytest.mark.parametrize("path", ["/not/there", "./not/there", "not-there", "a/b/c"])
 def test_a_model_that_is_not_there_is_named(told, tmp_path, path):
-    said = told(f"model.path={path}")
-    assert f"There is no model folder at {path}." in said and "model.path" in said
+    message = told(f"model.path={path}")
+    assert f"There is no model folder at {path}." in message and "model.path" in message
     assert not (tmp_path / "run" / "erasure").exists() and not (tmp_path / "store").exists()
 
 
 def test_a_model_of_the_hub_without_a_network_is_named(told):
-    said = told("model.path=nobody/nothing")
-    assert "No model could be loaded from 'nobody/nothing'" in said and "hf download nobody/nothing" in said
+    message = told("model.path=nobody/nothing")
+    assert "No model could be loaded from 'nobody/nothing'" in message and "hf download nobody/nothing" in message
 
 
 def test_a_folder_that_is_no_pipeline_is_named(told, tmp_path):
@@ -167,14 +167,14 @@ def test_a_folder_that_is_no_pipeline_is_named(told, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_truncated_weights_are_said_to_be_unreadable(told, tmp_path, sd1, part):
+def test_truncated_weights_are_reported(told, tmp_path, sd1, part):
     folder = shutil.copytree(sd1, tmp_path / "model")
     weights = folder / f"{part}.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"No model could be loaded from '{folder}'" in told(f"model.path={folder}")
 
 
-def test_two_models_of_the_hub_are_never_taken_for_each_other(unlearn, tmp_path, monkeypatch):
+def test_two_models_of_the_hub_are_never_mixed_up(unlearn, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     commit = "0" * 40
     for seed, name in enumerate(("one", "two")):
@@ -204,8 +204,8 @@ class OnlySDXL(Method):
 def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(told, tmp_path, monkeypatch):
     loads = []
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: loads.append(a))
-    said = told("method._target_=tests.test_command_line.OnlySDXL")
-    assert said.strip() == "OnlySDXL works on a StableDiffusionXL; a StableDiffusion is none."
+    message = told("method._target_=tests.test_command_line.OnlySDXL")
+    assert all(name in message for name in ("OnlySDXL", "StableDiffusionXL", "StableDiffusion "))
     assert "OnlySDXL" in told("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
     assert not loads and not (tmp_path / "run" / "erasure").exists()
 
@@ -305,21 +305,21 @@ def test_a_job_of_a_sweep_waits_for_another_run(unlearn, told, tmp_path, monkeyp
     unlearn(*command)
     [mark] = tmp_path.rglob(".finished")
     mark.rename(tmp_path / "mark")
-    other, said, info = ExitStack(), [], run.log.info
+    other, logged, info = ExitStack(), [], run.log.info
 
-    def heard(message: str, *arguments):
-        said.append(message % arguments)
+    def recorded(message: str, *arguments):
+        logged.append(message % arguments)
         if "waiting for it" in message:
             if meanwhile:
                 (tmp_path / "mark").rename(mark)
             other.close()
         info(message, *arguments)
 
-    monkeypatch.setattr(run.log, "info", heard)
-    monkeypatch.setattr(locks.log, "info", heard)
+    monkeypatch.setattr(run.log, "info", recorded)
+    monkeypatch.setattr(locks.log, "info", recorded)
     other.enter_context(locks.alone_in(mark.parent))
     unlearn(*command)
-    assert said[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(said)) != meanwhile
+    assert logged[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(logged)) != meanwhile
     with locks.alone_in(mark.parent):
         mark.unlink()
         assert "Another run is at work" in told("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")

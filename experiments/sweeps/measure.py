@@ -1,11 +1,11 @@
-"""What a sweep saves, what a kill costs it, and what two at once do to one store: counted, not believed.
+"""Measures what a sweep saves, what a kill costs, and what two sweeps at once do to one store.
 
 python experiments/sweeps/measure.py                            # of experiment=everything: a day on two cores
 python experiments/sweeps/measure.py --launcher joblib --only sweep alone --sample 10 # a tenth of the runs alone: hours
 python experiments/sweeps/measure.py -o method=none,uce,negative_prompt -o concept=cat -o sampler.steps=4 \
     -o dataset.images_per_prompt=1                     # the same questions of a small sweep: minutes
 
-Everything is run as a user would, by the command line, in processes of its own and in a folder that is thrown away.
+Everything runs by the command line, in processes of its own and in a temporary folder.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NAMES = ("sweep", "alone", "kill", "two")
 
 
 class Place:
-    """A folder of runs and a store, and the commands that fill them."""
+    """A folder of runs, a store, and the commands that fill them."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, store: Path | None = None):
         self.runs, self.store, self.options = folder / "runs", store or folder / "store", options
@@ -59,16 +59,16 @@ class Place:
 
     def end(self, process: subprocess.Popen) -> None:
         if process.wait():
-            sys.exit(f"A command failed; its last words are in {self.log}:\n{self.log.read_text()[-2000:]}")
+            sys.exit(f"A command failed. The end of {self.log}:\n{self.log.read_text()[-2000:]}")
 
     def show(self, name: str) -> None:
-        """Its table, or its page, as a user has it made; into the log, and beside the runs."""
+        """Makes the table or the page, as a user does; the output goes to the log."""
         with self.log.open("a") as log:
             subprocess.run([sys.executable, "-m", f"unlearning.reporting.{name}", self.runs], stdout=log, stderr=log)
 
     @staticmethod
     def gone(process: subprocess.Popen) -> bool:
-        """Whether within ten seconds nothing is left of a command that was killed, and none of its workers."""
+        """Whether a killed command and all of its workers have ended within ten seconds."""
         with suppress(ProcessLookupError):
             for _ in range(100):
                 os.killpg(process.pid, 0)  # an error where the group is empty
@@ -77,14 +77,14 @@ class Place:
         return True
 
     def finished(self) -> dict[Path, int]:
-        """Every finished run, and when its report was written."""
+        """Finished runs, with the time at which each report was written."""
         return {p.parent: (p.parent / "report.html").stat().st_mtime_ns for p in self.runs.rglob(".finished")}
 
     def pictures(self) -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in self.store.rglob("*.png")}
 
     def spent(self, stage: str, cost: str) -> float:
-        """What a stage's share in its runs' costs comes to: "fit", "seconds"; "generate", "denoiser_evaluations"."""
+        """The sum of a cost of a stage over all runs: "fit", "seconds"; "generate", "denoiser_evaluations"."""
         costs = [json.loads(p.read_text()) for p in self.runs.rglob("cost.json")]
         return sum(spent[cost] for c in costs for name, spent in c.items() if name.startswith(stage))
 
@@ -107,7 +107,7 @@ def jobs(options: argparse.Namespace) -> list[list[str]]:
 
 
 def whole_sweep(root: Path, options: argparse.Namespace) -> Place:
-    """One that nothing has happened to."""
+    """A sweep that was not interrupted."""
     place = Place(root / "whole", options)
     if not place.finished():
         place.end(place.sweep())
@@ -121,7 +121,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """One sweep, its table and page, and the same sweep again."""
+    """Times one sweep, its table and page, and the same sweep again."""
     place = Place(root / "whole", options)
     seconds = timed(lambda: place.sweep().wait())
     failed = [str(p.parent.relative_to(place.runs)) for p in place.runs.rglob("failed.json")]
@@ -134,7 +134,7 @@ def measure_sweep(root: Path, options: argparse.Namespace, runs: Sequence[Sequen
 
 
 def measure_alone(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """Its runs one at a time, each a process and a store of its own; or so many of them, spread evenly."""
+    """Times the sweep's runs one at a time, each with a process and a store of its own, or an even sample of them."""
     sample = [runs[i * len(runs) // options.sample] for i in range(options.sample)] if options.sample else runs
     total = 0.0
     for i, overrides in enumerate(sample):
@@ -146,12 +146,12 @@ def measure_alone(root: Path, options: argparse.Namespace, runs: Sequence[Sequen
 
 
 def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """A sweep that is killed when half of its runs are done, and started again."""
+    """Kills a sweep when half of its runs are done, and starts it again."""
     place, whole = Place(root / "killed", options), whole_sweep(root, options)
     process = place.sweep()
     while len(place.finished()) < len(runs) / 2 and process.poll() is None:
         time.sleep(0.05)
-    process.kill()  # it alone: its workers have to notice for themselves
+    process.kill()  # only this process: its workers have to notice it
     process.wait()
     gone = place.gone(process)
     finished, pictures = place.finished(), place.pictures()
@@ -166,7 +166,7 @@ def measure_kill(root: Path, options: argparse.Namespace, runs: Sequence[Sequenc
 
 
 def measure_two(root: Path, options: argparse.Namespace, runs: Sequence[Sequence[str]]) -> None:
-    """The same sweep twice at once, into two folders of runs and one store."""
+    """Runs the same sweep twice at once, with two folders of runs and one store."""
     whole = whole_sweep(root, options)
     both = [Place(root / name, options, root / "shared") for name in ("one", "other")]
     for place, process in [(place, place.sweep()) for place in both]:

@@ -1,4 +1,4 @@
-"""How long the table and the page take over 100,000 manifest rows: seconds and peak memory of the two commands.
+"""Measures the table and the page of 100,000 manifest rows: seconds and peak memory of the two commands.
 
 python experiments/sweeps/scale.py                           # runs as the embedded world leaves them by default
 python experiments/sweeps/scale.py --images-per-prompt 2     # as many rows of five times as many runs
@@ -74,7 +74,7 @@ def numbers(rng: np.random.Generator) -> dict[str, Metric]:
 
 
 def losses(run: Path, rng: np.random.Generator) -> None:
-    """What the CSV logger keeps of a training."""
+    """Writes what the CSV logger writes in a training."""
     log = run / "logs" / "csv" / "version_0" / "metrics.csv"
     log.parent.mkdir(parents=True)
     with log.open("w", newline="") as file:
@@ -84,18 +84,19 @@ def losses(run: Path, rng: np.random.Generator) -> None:
 
 
 def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
-    """Finished runs as the stages leave them: each method and concept, of as many seeds as `rows` manifest rows take.
+    """Writes finished runs of each method and concept, with as many seeds as `rows` manifest rows need, and their images.
 
-    Each has the pictures that its manifests name. Returns how many runs and rows there are.
+    Returns:
+        The number of runs, and the number of manifest rows.
     """
     record = {"begun": "", **provenance.repository(), "python": "", "packages": provenance.packages(), "hardware": {}}
     rng, drawn, runs, made = np.random.default_rng(0), cycle(pictures()), 0, 0
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        known = {method: composed(method) for method in METHODS}
+        configs = {method: composed(method) for method in METHODS}
 
-    def draw(asked: Sequence[Row]) -> None:
-        asked[0].path.parent.mkdir(parents=True, exist_ok=True)
-        for row in missing(asked):
+    def draw(rows: Sequence[Row]) -> None:
+        rows[0].path.parent.mkdir(parents=True, exist_ok=True)
+        for row in missing(rows):
             row.path.write_bytes(next(drawn))
 
     seed = -1
@@ -104,7 +105,7 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
         for concept, method in product(CIFAR10, METHODS):
             run = root / "runs" / "emoji_unet" / "emoji_objects" / concept / method / f"seed{seed}"
             (run / ".hydra").mkdir(parents=True)
-            config, hydra = known[method]
+            config, hydra = configs[method]
             config = config.replace("concept: cat\n", f"concept: {concept}\n")
             (run / ".hydra" / "resolved.yaml").write_text(config.replace("seed: 0\n", f"seed: {seed}\n", 1))
             (run / ".hydra" / "hydra.yaml").write_text(hydra)
@@ -115,8 +116,8 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
             task = emoji_objects(concept, images_per_prompt=images_per_prompt)
             before = manifest(root / "store" / "images" / "base", task, seed)
             after = manifest(root / "store" / "images" / f"{method}-{concept}-{seed}", task, seed)
-            for asked in (before, after):
-                draw(asked)
+            draw(before)
+            draw(after)
             write_manifest(run / "images" / "base.csv", before)
             after = [replace(row, base=base.path) for row, base in zip(after, before, strict=True)]
             write_manifest(run / "images" / "erased.csv", after)
@@ -125,18 +126,18 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
 
 
 def measured(*command: str) -> tuple[float, float]:
-    """Seconds of a command, and its largest resident size in bytes.
+    """The seconds that a command takes, and its peak resident memory in bytes.
 
-    The size is at least this process's own when it starts the command, which the kernel counts in.
+    The kernel counts in this process's own size at the start of the command.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=told)
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=stderr)
         _, _, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
-        told.seek(0)
-        if complaint := told.read():
-            raise SystemExit(complaint)
+        stderr.seek(0)
+        if errors := stderr.read():
+            raise SystemExit(errors)
     return seconds, 1024 * usage.ru_maxrss
 
 
@@ -159,8 +160,8 @@ def main() -> None:
         ):
             seconds, memory = measured(f"unlearning.reporting.{module}", folder, *words)
             fits = "" if seconds < SECONDS and memory < BYTES else "  over the target"
-            told = " ".join([name, "outputs", *words]).replace(published, "...")
-            print(f"{seconds:6.1f} s  {memory / 1e6:6.0f} MB  {told}{fits}", flush=True)
+            command = " ".join([name, "outputs", *words]).replace(published, "...")
+            print(f"{seconds:6.1f} s  {memory / 1e6:6.0f} MB  {command}{fits}", flush=True)
         page = Path(folder) / "report.html"
         print(f"the page has {page.stat().st_size / 1e6:.1f} MB and {page.read_text().count('<img '):,} pictures")
 

@@ -14,7 +14,7 @@ from unlearning.store.files import digest
 
 def joined(texts: str | Sequence[str]) -> str:
     """One or several texts in one: "cat+dog"."""
-    return str(texts) if isinstance(texts, str | int | float) else "+".join(map(str, texts))
+    return "+".join(map(str, texts)) if isinstance(texts, Sequence) and not isinstance(texts, str) else str(texts)
 
 
 def slug(texts: str | Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A sweep of two pictures a run, in a process of its own where need be, and what its runs measured."""
+"""A sweep with two images a run, in a process of its own if needed, and what its runs measured."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ def in_a_process(arguments: list[str], before: str = "", **streams) -> subproces
 
 def metrics(runs: Path) -> dict[str, dict]:
     """Every run's numbers, by method and seed."""
-    found = runs.rglob("metrics.json")
-    return {"/".join(p.parts[-3:-1]).rpartition("-")[0]: json.loads(p.read_text()) for p in found}
+    files = runs.rglob("metrics.json")
+    return {"/".join(p.parts[-3:-1]).rpartition("-")[0]: json.loads(p.read_text()) for p in files}
 
 
 def numbers(runs: Path) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Sweeps of a tiny model, and what they say."""
+"""Sweeps of a tiny model, and their error messages."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def sweep(unlearn, tmp_path):
 
 
 @pytest.fixture
-def told_by(sweep):
-    """What is said at the end of a sweep in which something fails."""
+def error_of(sweep):
+    """error_of(*overrides) -> the message at the end of a sweep in which a job fails."""
 
     def call(*overrides: str) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -33,7 +33,7 @@ def told_by(sweep):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """How often a model was loaded since the last `loads()`."""
+    """loads() -> how often a model was loaded since the last call."""
     seen = [0]
     load = StableDiffusionPipeline.from_pretrained.__func__
 

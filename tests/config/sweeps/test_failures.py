@@ -1,4 +1,4 @@
-"""Jobs that would overwrite each other are refused; of those that fail each is told, and the rest is done."""
+"""Jobs that would overwrite each other are refused; failed jobs are reported, and the others run."""
 
 import json
 import os
@@ -25,15 +25,15 @@ from unlearning.sampling.sampler import Sampler
         (["stages=[fit],[generate]"], "The jobs of `stages=[fit]` and `stages=[generate]` would have one folder"),
     ],
 )
-def test_jobs_that_would_overwrite_each_other_are_refused_before_any_is_run(told_by, tmp_path, overrides, jobs):
-    said = told_by(*overrides)
-    assert jobs in said and "python -m unlearning.evaluators.nudenet" in said
+def test_jobs_that_would_overwrite_each_other_are_refused_before_any_is_run(error_of, tmp_path, overrides, jobs):
+    message = error_of(*overrides)
+    assert jobs in message and "python -m unlearning.evaluators.nudenet" in message
     assert not list(tmp_path.rglob("metrics.json")) and not list(tmp_path.rglob("erasure"))
 
 
-def test_a_study_whose_trials_would_overwrite_each_other_is_refused(told_by):
+def test_a_study_whose_trials_would_overwrite_each_other_is_refused(error_of):
     search = ["evaluator=nudenet", "evaluator.nudenet.threshold=interval(0.3,0.9)", "objective=efficacy/nudenet_rate"]
-    assert "`evaluator.nudenet.threshold=0.3` and `ev" in told_by("hydra/sweeper=study", *search)
+    assert "`evaluator.nudenet.threshold=0.3` and `ev" in error_of("hydra/sweeper=study", *search)
 
 
 def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path):
@@ -44,13 +44,13 @@ def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path):
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_fails_is_written_down_and_the_others_are_done(sweep, told_by, tmp_path, monkeypatch):
+def test_a_failed_job_is_recorded_and_the_others_run(sweep, error_of, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, UCE, "fit", 1, lambda: 1 / 0)
-        said = told_by("method=uce", "seed=0,1")
+        message = error_of("method=uce", "seed=0,1")
     assert set(metrics(tmp_path / "runs")) == {"uce/seed1"}
     [record] = (tmp_path / "runs").rglob("failed.json")
-    first, line = said.strip().splitlines()
+    first, line = message.strip().splitlines()
     assert first.startswith("1 job failed; the others are done.")
     assert line == f"{os.path.relpath(record.parent)}: ZeroDivisionError: division by zero"
     failed = json.loads(record.read_text())
@@ -60,19 +60,19 @@ def test_a_job_that_fails_is_written_down_and_the_others_are_done(sweep, told_by
     assert len(metrics(tmp_path / "runs")) == 2 and not record.exists(), "the same command mends it"
 
 
-def test_a_mistake_in_one_job_is_told_in_its_own_words(told_by, tmp_path):
-    said = told_by("method=none", "model.path=/not/there,/nor/here,${paths.weights}/emoji_unet", "stages=[fit]")
-    assert said.strip().startswith("2 jobs failed") and "There is no model folder at /nor/here." in said
+def test_a_mistake_in_one_job_is_reported_with_its_own_message(error_of, tmp_path):
+    message = error_of("method=none", "model.path=/not/there,/nor/here,${paths.weights}/emoji_unet", "stages=[fit]")
+    assert message.strip().startswith("2 jobs failed") and "There is no model folder at /nor/here." in message
     assert len(list(tmp_path.rglob("erasure"))) == 1
 
 
-def test_ctrl_c_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
+def test_ctrl_c_stops_the_whole_sweep(error_of, tmp_path, monkeypatch):
     at_call(monkeypatch, UCE, "fit", 2, ctrl_c)
-    assert told_by("method=uce", "seed=0,1,2") == "Interrupted. The same command goes on from here."
+    assert error_of("method=uce", "seed=0,1,2") == "Interrupted. The same command goes on from here."
     assert set(metrics(tmp_path / "runs")) == {"uce/seed0"} and not list(tmp_path.rglob("failed.json"))
 
 
-def test_a_termination_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
+def test_a_termination_stops_the_whole_sweep(error_of, tmp_path, monkeypatch):
     draw = Sampler.draw
 
     def terminated(self, *arguments):
@@ -81,8 +81,8 @@ def test_a_termination_stops_the_whole_sweep(told_by, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "draw", terminated)
-        said = told_by("method=none", "seed=0,1", "sampler.batch_size=1")
-    assert said == "Interrupted. The same command goes on from here."
+        message = error_of("method=none", "seed=0,1", "sampler.batch_size=1")
+    assert message == "Interrupted. The same command goes on from here."
     assert len(list((tmp_path / "store").rglob("*.png"))) == 1 and not list(tmp_path.rglob("failed.json"))
 
 

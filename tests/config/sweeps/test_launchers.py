@@ -16,7 +16,7 @@ from tests.config.sweeps.commands import FEW, in_a_process
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher):
-    """One of two jobs fails, and is told of by the process that launched them."""
+    """One of two jobs fails, and the process that launched them reports it."""
     plugin = f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher"
     pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'unlearning[sweeps,ray]'")
     command = [sys.executable, "-m", "unlearning", "-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
@@ -41,7 +41,7 @@ def held(folder: Path) -> bool:
 
 
 def within(seconds: float, condition: Callable[[], object]) -> bool:
-    """Whether a condition comes to hold in time."""
+    """Whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
@@ -58,8 +58,8 @@ def launched(unlearn, tmp_path):
     def at_work() -> list[Path]:
         return [path.parent for path in (tmp_path / "runs").rglob(".lock") if held(path.parent)]
 
-    with (tmp_path / "said").open("w") as said:
-        parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib), stderr=said)
+    with (tmp_path / "stderr").open("w") as stderr:
+        parent = in_a_process(unlearn.arguments(*FEW, *endless, *joblib), stderr=stderr)
     begun = within(120, lambda: len(at_work()) == 2)
     yield parent, at_work
     parent.kill()
@@ -75,13 +75,13 @@ def test_workers_end_with_the_process_that_launched_them(launched, tmp_path, how
     assert len(list((tmp_path / "runs").rglob(".lock"))) == 2, "nor has begun what was queued"
 
 
-def test_a_worker_that_is_killed_ends_the_sweep_with_a_word_on_what_to_do(launched, tmp_path):
+def test_a_killed_worker_ends_the_sweep_with_advice(launched, tmp_path):
     parent, at_work = launched
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     workers = [pid for pid in children if "popen_loky" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
     assert parent.wait(30) == 1 and within(20, lambda: not at_work())
-    said = (tmp_path / "said").read_text()
-    assert "hydra.launcher.n_jobs=1" in said and "The same command goes on from here." in said
-    assert "Traceback" not in said
+    message = (tmp_path / "stderr").read_text()
+    assert "hydra.launcher.n_jobs=1" in message and "The same command goes on from here." in message
+    assert "Traceback" not in message

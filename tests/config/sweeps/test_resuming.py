@@ -1,4 +1,4 @@
-"""What is done is not done again: by the same command, after a kill, by two sweeps at once."""
+"""Nothing is done twice: by the same command, after a kill, by two sweeps at once."""
 
 import json
 import os

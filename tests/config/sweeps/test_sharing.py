@@ -1,4 +1,4 @@
-"""The jobs of a process share what costs time to load."""
+"""The jobs of a process share what is slow to load."""
 
 import weakref
 
@@ -37,7 +37,7 @@ def test_memory_never_holds_two_models(monkeypatch):
     assert instances.reuse("model", {"path": "two"}, lambda: "anew") == "anew"
 
 
-def test_a_job_that_fails_leaves_nothing_to_share(sweep, told_by, monkeypatch, loads):
+def test_a_job_that_fails_leaves_nothing_to_share(sweep, error_of, monkeypatch, loads):
     at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
-    told_by("method=uce", "seed=0,1", "stages=[fit]")
+    error_of("method=uce", "seed=0,1", "stages=[fit]")
     assert loads() == 2
