@@ -170,7 +170,8 @@ def test_latent_differences_are_drawn_with_their_threshold(run):
         for i, r in enumerate(read_manifest(manifest))
     ]
     write_manifest(manifest, rows)
-    (run / "erasure" / "erasure.json").write_text(json.dumps({"arguments": {"threshold": 3.33, "empty": 1.25}}))
+    erasure = {"parts": [{"settings": {"threshold": 3.33, "empty": 1.25}}]}
+    (run / "erasure" / "erasure.json").write_text(json.dumps(erasure))
     page = report(run).read_text()
     assert page.count('class="bar"') == len(PICTURES) and "3.33" in page and "1.25" in page
     written = json.loads((run / "latent_differences.json").read_text())

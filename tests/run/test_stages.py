@@ -165,7 +165,7 @@ def test_an_evaluator_that_measures_nothing_says_what_it_needs(unlearn, tmp_path
     (tmp_path / "coco.csv").write_text("prompt,evaluation_seed\na dog,1\n")
     captions = ["dataset=coco30k", f"dataset.path={tmp_path}/coco.csv", "dataset.count=1"]
     unlearn(*captions, "evaluator=[clip_score,nudenet]", run="captions")
-    assert capsys.readouterr().out.count("nudenet measured nothing: it needs prompts that ask for the erased") == 1
+    assert capsys.readouterr().out.count("nudenet measured nothing") == 1
 
 
 class Colours:

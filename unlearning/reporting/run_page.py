@@ -109,12 +109,20 @@ def latent_differences(run: Path, rows: Iterable[Row]) -> dict | None:
     ...]}, the largest D first; None if the images were made by another guidance.
     """
     decided = {row.prompt: row for row in rows if "D" in row.decided}
-    if not decided:
+    guidance = _with_threshold(json.loads(_read(run / "erasure" / "erasure.json", "fit"))) if decided else None
+    if guidance is None:
         return None
     prompts = [{"prompt": row.prompt, "role": row.role, **row.decided} for row in decided.values()]
-    guidance = json.loads(_read(run / "erasure" / "erasure.json", "fit"))["arguments"]
     ranked = sorted(prompts, key=lambda prompt: -prompt["D"])
     return {"threshold": guidance["threshold"], "empty": guidance["empty"], "prompts": ranked}
+
+
+def _with_threshold(settings: object) -> dict | None:
+    """The settings of the guidance, wherever it is in a composed erasure."""
+    if isinstance(settings, dict) and settings.keys() >= {"threshold", "empty"}:
+        return settings
+    parts = settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
+    return next((found for part in parts if (found := _with_threshold(part))), None)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
