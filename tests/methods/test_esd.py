@@ -94,6 +94,16 @@ def test_training_is_deterministic_given_the_seed(model):
     assert patches[0].digest == patches[1].digest
 
 
+def test_a_second_fit_takes_no_points_of_the_first(model):
+    """Reuse keeps points in a pool, of which two iterations of a batch of two leave some."""
+    settings = {"trajectory": "reuse", "batch_size": 2}
+    method, patches = esd(**settings), []
+    for fitting in (method, method, esd(**settings)):
+        pl.seed_everything(7, verbose=False)
+        patches.append(fitting.fit(model, TASK))
+    assert patches[0].digest == patches[1].digest == patches[2].digest
+
+
 def test_an_interrupted_fit_goes_on_from_its_checkpoint(model, tmp_path):
     keeper = lambda: pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)  # noqa: E731
 

@@ -62,6 +62,30 @@ def test_a_is_drawn_with_a_variance_of_one_over_the_rank(model):
         assert A.std().item() == pytest.approx(0.25, rel=0.1)
 
 
+def test_convolutions_get_an_update_if_they_should(model, ask):
+    pattern, before = r"attentions\.\d+\.proj_in$", ask(model)
+    with pytest.raises(UserError, match="proj_in"), LoRA(pattern).of(model):
+        pass
+    with LoRA(pattern, convolutions=True).of(model) as pair:
+        assert torch.equal(ask(pair.student), before), "B = 0 at first"
+        with torch.no_grad():
+            for p in pair.parameters.values():
+                p.normal_()
+        moved, erasure = ask(pair.student), pair.erasure()
+    assert erasure.weights and all(w.ndim == 4 for w in erasure.weights.values())
+    with erasure.applied_to(model):
+        torch.testing.assert_close(ask(model), moved)
+    assert not torch.allclose(moved, before)
+
+
+def test_a_may_be_drawn_as_the_weights_of_a_new_layer(model):
+    torch.manual_seed(0)
+    with LoRA(KEYS_AND_VALUES, rank=16, init="kaiming").of(model) as pair:
+        A = torch.cat([p.flatten() for n, p in pair.parameters.items() if "lora_A" in n])
+        bound = next(p for n, p in pair.parameters.items() if "lora_A" in n).shape[1] ** -0.5
+        assert A.abs().max() <= bound and A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("student", [Weights("no_such_layer"), LoRA("no_such_layer")])
 def test_a_pattern_that_matches_nothing_is_answered(model, student):
     with pytest.raises(UserError, match="no_such_layer"), student.of(model):

@@ -21,8 +21,13 @@ class Gate(ABC):
     """How much of the side modules each prompt gets; a frozen dataclass whose fields JSON can hold."""
 
     @abstractmethod
-    def __call__(self, model: DiffusionModel, c: Conditioning) -> Tensor:
-        """Gains (B,) for the prompts of c."""
+    def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Tensor:
+        """Gains (B,) for the B rows of a batch.
+
+        Args:
+            text: What c encodes: prompts, or token embeddings of an attack.
+            c: The conditioning so far. `model.encode(..., edits=())` encodes other texts without edits.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,13 @@ class ModuleEdit(Erasure):
 
     def usage(self, base) -> str:
         layers = len(self._by_layer())
-        how = f"{layers} modules of {self.kind.__name__} beside layers; only this package can apply them."
-        return how if self.guidance is None else f"{how}\n\n{GuidanceEdit(self.guidance).usage(base)}"
+        return self._with_settings(f"{layers} modules of {self.kind.__name__}; only this package can apply them.", base)
+
+    def _with_settings(self, how: str, base) -> str:
+        """`how` to use the modules, with what is to be said of gate and guidance."""
+        gated = "Here a gate gives each prompt as much of them as it should; without it, every prompt gets all of them."
+        parts = [how, gated if self.gate else None, GuidanceEdit(self.guidance).usage(base) if self.guidance else None]
+        return "\n\n".join(part for part in parts if part)
 
     def _settings(self) -> dict:
         parts = {"gate": self.gate, "guidance": self.guidance}
@@ -97,7 +107,7 @@ class _Gated:
     gate: Gate
 
     def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Conditioning:
-        return c.with_gains({self.name: self.gate(model, c)})
+        return c.with_gains({self.name: self.gate(model, text, c)})
 
 
 @dataclass(frozen=True)
@@ -119,4 +129,4 @@ class Adapter(ModuleEdit):
             'pipe.load_lora_weights(".", weight_name="weights.safetensors")\n'
             "```"
         )
-        return how if self.guidance is None else f"{how}\n\n{GuidanceEdit(self.guidance).usage(base)}"
+        return self._with_settings(how, base)

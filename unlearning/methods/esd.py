@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearning.concepts import UnlearningTask
+from unlearning.erasures.base import Erasure
 from unlearning.methods.base import TrainedMethod
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import Kind
@@ -48,8 +51,15 @@ class ESD(TrainedMethod):
         """What the target is guided towards, away from each of the prompts: the null prompt."""
         return [""] * len(prompts)
 
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        self.points.restore([])  # no points of an earlier fit
+        return super().fit(model, task)
+
     def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c = self.points(self.student, prompts)
+        return self.erasing(*self.points(self.student, prompts))
+
+    def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """The objective () of eq. 6 at points (x_t, t)."""
         with torch.no_grad():
             anchor = self.teacher.encode_prompts(self.anchors(c.prompts))
             target = classifier_free(self.teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -88,23 +88,34 @@ class Weights:
 class LoRA:
     """W x + alpha B A x beside linear maps (Hu et al., 2022); the teacher is the model without it.
 
-    A ~ N(0, 1/rank), B = 0. The update is scaled by alpha whatever the rank, not by alpha / rank.
+    B = 0 at the start. The update is scaled by alpha whatever the rank, not by alpha / rank.
 
     Args:
         modules: A regular expression. The linear maps whose full names it matches get an update.
+        convolutions: Whether convolutions whose full names match get one too.
+        init: How A is drawn: "normal" is N(0, 1 / rank), "kaiming" is uniform within 1 / sqrt(fan_in), as PyTorch draws
+            the weights of a new layer.
     """
 
-    def __init__(self, modules: str, rank: int = 1, alpha: float = 8.0):
-        self.modules, self.rank, self.alpha = modules, rank, alpha
+    def __init__(
+        self,
+        modules: str,
+        rank: int = 1,
+        alpha: float = 8.0,
+        convolutions: bool = False,
+        init: Literal["normal", "kaiming"] = "normal",
+    ):
+        self.modules, self.rank, self.alpha, self.convolutions, self.init = modules, rank, alpha, convolutions, init
 
     @contextmanager
     def of(self, model: DiffusionModel) -> Iterator[Pair]:
         """Student and teacher while the context lasts; then the model is what it was.
 
         Raises:
-            UserError: If no linear map matches, or the model's weights are in float16.
+            UserError: If no layer matches, or the model's weights are in float16.
         """
-        layers = {n: m for n, m in model.named_modules().items() if isinstance(m, nn.Linear)}
+        kinds = (nn.Linear, nn.Conv2d) if self.convolutions else nn.Linear
+        layers = {n: m for n, m in model.named_modules().items() if isinstance(m, kinds)}
         chosen = {n: LowRank(m, self.rank, self.alpha) for n, m in layers.items() if re.search(self.modules, n)}
         if not chosen:
             raise UserError(
@@ -112,9 +123,15 @@ class LoRA:
                 "which of them get an adapter."
             )
         for module in chosen.values():
-            nn.init.normal_(module.lora_A.weight, std=self.rank**-0.5)
+            self._draw(module.lora_A.weight)
         with beside(model, SideModules(chosen)) as (teacher, parameters):
             yield Pair(model, teacher, parameters, lambda: self._adapter(chosen))
+
+    def _draw(self, A: nn.Parameter) -> None:
+        if self.init == "normal":
+            nn.init.normal_(A, std=self.rank**-0.5)
+        else:
+            nn.init.kaiming_uniform_(A, a=5**0.5)
 
     @torch.no_grad()
     def _adapter(self, modules: Mapping[str, LowRank]) -> Adapter:
