@@ -14,8 +14,9 @@ GROUPS: dict[Result, tuple[str, ...]] = {  # in the order of the stages, each wi
     "numbers": ("attack", "evaluator"),  # attacked images are further images, beside those of the same erasure
     "folder": ("title", "logger", "paths"),  # what else a run leaves: logs, the erasure's README, links between files
 }
-DEVICE = "device"  # at any depth. Images do not depend on it; a training on another device is like one of another seed
-NEVER = {
+NEVER = {  # at any depth: so is the sampler of images that a method learns from
+    "device",  # images do not depend on it; a training on another device is like one of another seed
+    "store",  # where a method keeps images: they are named by all that they depend on
     "model.attention_slicing",
     "model.compile",
     "model.gradient_checkpointing",
@@ -55,9 +56,9 @@ def decides(name: str, result: Result = "images") -> bool:
         name: A dotted name ("sampler.steps"), or the name of a choice as Hydra writes it ("student@method.student").
         result: As for `groups`.
     """
-    group, *rest = name.rpartition("@")[2].split(".")
-    parts = [".".join([group, *rest[:depth]]) for depth in range(1, len(rest) + 1)]
-    return group in groups(result) and DEVICE not in rest and NEVER.isdisjoint(parts)
+    names = name.rpartition("@")[2].split(".")
+    parts = {".".join(names[i:j]) for i in range(len(names)) for j in range(i + 1, len(names) + 1)}
+    return names[0] in groups(result) and (names[0] == "paths" or NEVER.isdisjoint(parts))
 
 
 def decisive(settings: Mapping[str, Any], result: Result = "images") -> dict[str, Any]:

@@ -23,12 +23,12 @@ class Generated:
     """
 
     def __init__(self, store: str, sampler: Sampler, seed: int = 1_000_003):
-        self.store, self.sampler, self.seed = store, sampler, seed
+        self._store, self.sampler, self.seed = store, sampler, seed  # private: no key of a result has it
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], count: int) -> list[np.ndarray]:
         """`count` images (H, W, 3) uint8 by the model as it is now, of the prompts in turn."""
         # The sampler's protocol names all that an image depends on, besides the model as it is now.
-        folder = Path(self.store) / "images" / digest("generated", model.state, self.sampler.protocol)
+        folder = Path(self._store) / "images" / digest("generated", model.state, self.sampler.protocol)
         rows = [self._row(folder, prompts[i % len(prompts)], i) for i in range(count)]
         todo, size = missing(rows), self.sampler.batch_size
         for batch in tqdm([todo[i : i + size] for i in range(0, len(todo), size)], "generating", leave=False):
