@@ -1,0 +1,163 @@
+"""Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2023). https://arxiv.org/abs/2303.13516
+
+Images of a target concept c* shall be distributed as those of an anchor concept c. The model itself draws images x of
+prompts about c. On these images, noised, it learns to predict for the target prompt what it predicts for the anchor
+prompt (model-based), or the noise that was added (noise-based):
+
+    model:  || eps_theta(x_t, c*) - sg[ eps(x_t, c) ] ||^2,        noise:  || eps_theta(x_t, c*) - eps ||^2,
+
+plus lamb || eps_theta(x_t, c) - eps ||^2, prior preservation, where target and anchor share words. The target prompt is
+the anchor prompt with the target's name in place of the anchor's; of a style it is the anchor prompt with ", in the
+style of" and the name appended.
+
+sg[eps] is by default the prediction of the network that is being trained, without gradients: the paper derives the
+objective with the pretrained network and then replaces it, to hold one network only, and the authors' code does the
+same. teacher=frozen takes the pretrained network.
+
+Deviations: anchor prompts are combined from static lists, where the authors ask a language model; by default the run's
+own sampler draws the images (the authors: DPM-Solver, 25 steps, guidance 6); images are flipped, but not resized,
+padded and masked (for objects, the authors scale them by 1/3 to 1.4 and add "very small" or "close up" to the target
+prompt); a style's prompt is always the anchor prompt with the style appended, while the code also puts it in front; an
+image's latent is its mode and not a sample. A concept without an anchor gets a generic one (GENERIC).
+"""
+
+# B batch, N images, P prompts, C H W latent shape.
+from collections.abc import Sequence
+from itertools import product
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearning.data.generated import Generated
+from unlearning.errors import UserError
+from unlearning.methods.base import TrainedMethod
+from unlearning.sampling.sampler import per_row
+from unlearning.training.forget_retain import ForgetRetain, encoded
+
+Kind = Literal["object", "style"]
+Target = Literal["model", "noise"]
+Teacher = Literal["student", "frozen"]
+GENERIC: dict[str, str] = {"object": "object", "style": "painting"}
+
+PICTURES = (
+    "{}", "the {}", "a photo of the {}", "a picture of the {}", "an image of the {}", "a drawing of the {}",
+    "a painting of the {}", "a close-up of the {}", "a small {}", "a large {}",
+)  # fmt: skip
+PLACES = (
+    "", "in the morning", "at night", "at sunset", "in the rain", "in the snow", "in a garden", "in a forest",
+    "in a room", "in a city", "on a table", "on a street", "on a hill", "on a beach", "by a window", "by a river",
+    "in bright light", "in soft light", "seen from above", "against a white wall",
+)  # fmt: skip
+SUBJECTS = (
+    "a house", "a garden", "a mountain", "a river", "the sea", "a forest", "a village", "a bridge", "a boat", "a horse",
+    "a bird", "a vase of flowers", "a bowl of fruit", "an old man", "a woman", "a child", "a dancer", "a street",
+    "a field", "the sky",
+)  # fmt: skip
+TIMES = (
+    "", "in spring", "in summer", "in autumn", "in winter", "at dawn", "at noon", "at dusk", "at night", "in the rain"
+)  # fmt: skip
+TEMPLATES: dict[str, tuple[str, ...]] = {  # 200 each; {} is the anchor's place
+    "object": tuple(" ".join(parts).strip() for parts in product(PICTURES, PLACES)),
+    "style": tuple(" ".join(("{} of", *parts)).strip() for parts in product(SUBJECTS, TIMES)),
+}
+
+
+class ConceptAblation(TrainedMethod):
+    """
+    Args:
+        generated: Draws the anchor's images, once.
+        kind: "object" or "style".
+        target: "model" or "noise".
+        teacher: Whose prediction for the anchor the model-based target is: "student" or "frozen".
+        count: N, the number of images, over the anchor prompts of all concepts.
+        templates: Anchor prompts with {} in the anchor's place; None for 200 of this file.
+        prior_weight: lamb, the weight of prior preservation.
+        flip: Whether every other image is mirrored, at random.
+        max_grad_norm: The norm to which gradients are clipped.
+        training: TrainedMethod's arguments; batch_size is the number of images in a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        generated: Generated,
+        kind: Kind = "object",
+        target: Target = "model",
+        teacher: Teacher = "student",
+        count: int = 1000,
+        templates: Sequence[str] | None = None,
+        prior_weight: float = 0.0,
+        flip: bool = True,
+        max_grad_norm: float = 1.0,
+        **training,
+    ):
+        super().__init__(**training)
+        _check(kind=(kind, Kind), target=(target, Target), teacher=(teacher, Teacher))
+        self.generated, self.kind, self.based_on, self.predicting = generated, kind, target, teacher
+        self.count, self.templates = count, tuple(templates or TEMPLATES[kind])
+        self.prior_weight, self.flip, self.max_grad_norm = prior_weight, flip, max_grad_norm
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        """The P anchor prompts, and for each of them the target prompt."""
+        concepts = [(concept.name, concept.anchor or GENERIC[self.kind]) for concept in self.task.erase]
+        anchors = [template.format(anchor) for template in self.templates for _, anchor in concepts]
+        if self.kind == "style":
+            named = [f"{{}}, in the style of {name}" for _ in self.templates for name, _ in concepts]
+            return anchors, [form.format(anchor) for form, anchor in zip(named, anchors, strict=True)]
+        return anchors, [template.format(name) for template in self.templates for name, _ in concepts]
+
+    def data(self) -> ForgetRetain:
+        return ForgetRetain(self._drawn, self.batch_size, self.seed)
+
+    def _drawn(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Latents (N, C, H, W), those of the mirrored images, and the prompts' numbers (N,); again for the prior."""
+        self.anchor_prompts, self.target_prompts = self.prompts()
+        images = self.generated(self.teacher, self.anchor_prompts, self.count)
+        x_0 = encoded(self.teacher, images)
+        mirrored = encoded(self.teacher, [image[:, ::-1] for image in images]) if self.flip else x_0
+        drawn = x_0, mirrored, torch.arange(len(x_0), device=x_0.device) % len(self.anchor_prompts)
+        return drawn, tuple(tensor if self.prior_weight else tensor[:0] for tensor in drawn)
+
+    def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
+        loss = self.ablation(*batch["forget"])
+        return loss + self.prior_weight * self.prior(*batch["retain"]) if "retain" in batch else loss
+
+    def ablation(self, x_0: Tensor, mirrored: Tensor, prompts: Tensor) -> Tensor:
+        """|| eps_theta(x_t, c*) - target ||^2, ()."""
+        x_0, x_t, t = self._noised(x_0, mirrored)
+        target = self._true(x_0, x_t, t) if self.based_on == "noise" else self._anchors(x_t, t, prompts)
+        c_target = self.student.encode([self.target_prompts[i] for i in prompts.tolist()])
+        return F.mse_loss(self.student.predict(x_t, t, c_target), target)
+
+    def prior(self, x_0: Tensor, mirrored: Tensor, prompts: Tensor) -> Tensor:
+        """|| eps_theta(x_t, c) - eps ||^2, ()."""
+        x_0, x_t, t = self._noised(x_0, mirrored)
+        c = self.student.encode([self.anchor_prompts[i] for i in prompts.tolist()])
+        return F.mse_loss(self.student.predict(x_t, t, c), self._true(x_0, x_t, t))
+
+    @torch.no_grad()
+    def _anchors(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """sg[eps(x_t, c)], (B, C, H, W)."""
+        model = self.teacher if self.predicting == "frozen" else self.student
+        return model.predict(x_t, t, model.encode_prompts([self.anchor_prompts[i] for i in prompts.tolist()]))
+
+    def _true(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The prediction that x_0 would be right of: of epsilon, the noise that was added."""
+        return self.teacher.to_prediction(x_0, x_t, t)
+
+    def _noised(self, x_0: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_0, x_t, t) of B images, each mirrored or not."""
+        x_0 = torch.where(per_row(torch.rand(len(x_0), device=x_0.device) < 0.5), x_0, mirrored)
+        t = self.teacher.timesteps(torch.rand(len(x_0)))
+        return x_0, self.teacher.add_noise(x_0, torch.randn_like(x_0), t), t
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_, **__) -> None:
+        self.clip_gradients(optimizer, self.max_grad_norm, "norm")
+
+
+def _check(**chosen: tuple[str, object]) -> None:
+    for name, (value, kind) in chosen.items():
+        if value not in get_args(kind):
+            raise UserError(f"There is no {name} {value!r}; there are {', '.join(get_args(kind))}.")
