@@ -40,7 +40,7 @@ class Shifted(ConditioningEdit):
 class HalfForCats(Gate):
     """Half of the modules for prompts about cats, none for others."""
 
-    def __call__(self, model, c):
+    def __call__(self, model, text, c):
         return torch.tensor([0.5 * ("cat" in prompt) for prompt in c.prompts])
 
 
