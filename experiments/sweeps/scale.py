@@ -26,7 +26,7 @@ from PIL import Image
 from unlearning.__main__ import CONF
 from unlearning.data.objects import emoji_objects
 from unlearning.data.openmoji import CIFAR10, picture, rng_of
-from unlearning.store.images import Row, manifest, missing, write_manifest
+from unlearning.store.manifest import ManifestRow, manifest, missing, write_manifest
 from unlearning.store.metrics import Metric, write
 from unlearning.tracking import provenance
 
@@ -93,7 +93,7 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         known = {method: composed(method) for method in METHODS}
 
-    def draw(asked: Sequence[Row]) -> None:
+    def draw(asked: Sequence[ManifestRow]) -> None:
         asked[0].path.parent.mkdir(parents=True, exist_ok=True)
         for row in missing(asked):
             row.path.write_bytes(next(drawn))

@@ -12,7 +12,7 @@ from unlearning.data.captions import captions
 from unlearning.data.imagenette import imagenette
 from unlearning.data.unlearncanvas import OBJECTS, STYLES, unlearncanvas
 from unlearning.errors import UserError
-from unlearning.store.images import manifest, read_manifest
+from unlearning.store.manifest import manifest, read_manifest
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from unlearning.data.prompt import task as prompt
 from unlearning.data.styles import styles
 from unlearning.data.unlearncanvas import unlearncanvas
 from unlearning.errors import UserError
-from unlearning.store.images import read_manifest
+from unlearning.store.manifest import read_manifest
 
 
 def roles(task: UnlearningTask) -> Counter:
