@@ -67,14 +67,14 @@ def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
 
 def test_a_mistyped_concept_is_answered_before_torch_is_imported(tmp_path):
     done, _ = python("-c", WATCHED, "concept=kat", cwd=tmp_path)
-    assert done.returncode == 1 and "`cat`" in done.stderr
+    assert done.returncode == 1 and "Did you mean cat" in done.stderr
     assert "torch" not in done.stdout.split()
 
 
 def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
     done, _ = python("-m", "unlearning", "concept=kat", cwd=tmp_path)
     assert done.returncode == 1
-    assert "'kat'. Did you mean `cat`" in done.stderr.rstrip().splitlines()[-1]
+    assert "'kat'. Did you mean cat" in done.stderr.rstrip().splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.rglob("erasure")) and not (tmp_path / "outputs" / "store").exists()
 
@@ -85,9 +85,9 @@ def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (["concept=kat"], "Did you mean `cat`"),
+        (["concept=kat"], "Did you mean cat"),
         (["dataset=cifar10_objects", "concept=apple"], "CIFAR-10 class named 'apple'"),
-        (["dataset=emoji_styles", "concept=neonn"], "Did you mean `neon`?"),
+        (["dataset=emoji_styles", "concept=neonn"], "Did you mean neon?"),
         (["dataset=folder", "concept=mug"], "dataset=folder needs forget="),
         (["dataset=folder", "concept=''", "forget=here"], "dataset=folder needs concept='...'"),
         (["dataset=folder", "concept=mug", "forget=/not/there"], "There is no folder /not/there."),

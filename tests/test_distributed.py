@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 import unlearning
 from unlearning.erasures.base import Erasure
 from unlearning.methods.scrubber import Scrubber
-from unlearning.store.images import load, read_manifest
+from unlearning.store.manifest import load_images, read_manifest
 
 RUN = [
     "concept=cat", "method=esd_x", "method.trajectory=exact", "method.iterations=2", "method.steps=2",
@@ -37,7 +37,7 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     subprocess.run(one, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=True)
     alone = read_manifest(tmp_path / "run" / "images" / "erased.csv")
     assert [(r.prompt, r.seed) for r in alone] == [(r.prompt, r.seed) for r in shared]
-    assert (abs(load(alone).astype(int) - load(shared)) <= 1).all()
+    assert (abs(load_images(alone).astype(int) - load_images(shared)) <= 1).all()
 
 
 class Watched(Scrubber):

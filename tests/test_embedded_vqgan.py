@@ -15,7 +15,7 @@ from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 WEIGHTS = Path(__file__).parents[1] / "unlearning" / "weights"
 FOLDER = WEIGHTS / "emoji_vqgan"
@@ -29,7 +29,7 @@ def scenes():
     model = VQGAN.load(str(FOLDER), device="cpu")
     codes = model.encode(as_tensor(pictures))
     again = (model.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    rows = [Row(Path(), i.name, i.role, {}, 0, regions=i.regions) for i in inputs]
+    rows = [ManifestRow(Path(), i.name, i.role, {}, 0, regions=i.regions) for i in inputs]
     (before, told), (after, _) = with_regions(pictures, rows), with_regions(again, rows)
     return before, after, [r.labels["object"] for r in told], codes
 

@@ -33,17 +33,9 @@ from unlearning.sampling.sampler import Sampler
 from unlearning.store import metrics as metrics_json
 from unlearning.store.evaluations import evaluation, lines
 from unlearning.store.files import digest, write_atomically
-from unlearning.store.images import (
-    Row,
-    figures,
-    keep,
-    missing,
-    read_manifest,
-    with_decisions,
-    write_manifest,
-    write_named,
-)
+from unlearning.store.images import figure_paths, write_figures
 from unlearning.store.locks import alone_in
+from unlearning.store.manifest import ManifestRow, link_outputs, missing, read_manifest, with_decided, write_manifest
 from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
 from unlearning.tracking import cost, loggers, provenance
@@ -162,7 +154,7 @@ class Run:
         partial = self.folder / ".erasure.partial"
         try:
             erasure.save(partial, title=self.title, base=self.model)
-            keep(self.folder / "figures", self.method.figures)
+            write_figures(self.folder, self.method.figures)
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -272,7 +264,7 @@ class Run:
         edits = [erasure.digest for erasure in drawing.erasures if not erasure.empty]
         return self.store / "images" / digest(self.model.fingerprint, numerics, edits, self.sampler.protocol)
 
-    def _rows(self, drawing: Drawing, base: Sequence[Row] | None) -> list[Row]:
+    def _rows(self, drawing: Drawing, base: Sequence[ManifestRow] | None) -> list[ManifestRow]:
         place = self._place(drawing)
         rows = self.sampler.manifest(place, self.task, self.seed)
         if drawing.attack:
@@ -280,7 +272,7 @@ class Run:
         pairs = zip(rows, base or rows, strict=True)
         return [row if row.path == own.path else replace(row, base=own.path) for row, own in pairs]
 
-    def _generate(self, drawing: Drawing, rows: Sequence[Row]) -> list:
+    def _generate(self, drawing: Drawing, rows: Sequence[ManifestRow]) -> list:
         """Generates the images that are missing; returns which code made each of them."""
         place = self._place(drawing)
         erasure = f"{self.title}, seed {self.seed}" if drawing.erasures else "none"
@@ -294,7 +286,7 @@ class Run:
         code = signed(place)
         return [code.get(row.path.name) for row in rows]
 
-    def _write_manifests(self, rows: Mapping[str, Sequence[Row]]) -> None:
+    def _write_manifests(self, rows: Mapping[str, Sequence[ManifestRow]]) -> None:
         pairs = [(a, b) for a, b in zip(rows[BASE], rows[ERASED], strict=True) if a.path.exists() and b.path.exists()]
         if not pairs:
             raise UserError("No image could be generated; the warnings above say why.")
@@ -304,8 +296,8 @@ class Run:
             if old.stem not in kept:
                 old.unlink()
         for name, some in kept.items():
-            write_manifest(self.folder / "images" / f"{name}.csv", map(with_decisions, some))
-            write_named(self.folder / "images" / name, [row for row in some if row.source])
+            write_manifest(self.folder / "images" / f"{name}.csv", map(with_decided, some))
+            link_outputs(self.folder / "images" / name, [row for row in some if row.source])
         failed = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
         count = self.folder / "images" / "failed"
         write_atomically(count, str(failed)) if failed else count.unlink(missing_ok=True)
@@ -328,7 +320,7 @@ class Run:
         self._keep_records()  # until now they were those of the numbers before
         metrics_json.write(self.folder / "metrics.json", metrics)
         base, erased = (self._manifest(name) for name in (BASE, ERASED))
-        images = {caption: [Image.open(path)] for caption, path in figures(self.folder).items()}
+        images = {caption: [Image.open(path)] for caption, path in figure_paths(self.folder).items()}
         pairs = list(zip(base, erased, strict=True))
         loggers.log(self.logger, metrics_json.flat(metrics), images, self.settings, pairs)
 
@@ -368,7 +360,7 @@ class Run:
         attack = self.attacks[drawing.removeprefix(ATTACKED)]
         return f", by {type(attack).__name__} {attack.version} with settings {key_of(attack)[:8]}"
 
-    def _manifest(self, drawing: str) -> list[Row]:
+    def _manifest(self, drawing: str) -> list[ManifestRow]:
         path = self.folder / "images" / f"{drawing}.csv"
         if not path.exists():
             raise UserError(f"There is no {path}: run the generate stage first.")

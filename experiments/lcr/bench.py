@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from unlearning.__main__ import CONF
 from unlearning.evaluators.regions import with_regions
 from unlearning.sampling.reconstruction import as_tensor
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 BATCH = 32
 
@@ -47,7 +47,7 @@ class Bench:
         return torch.cat([self.model.encode(as_tensor(part)).cpu() for part in parts])
 
 
-def recognised(bench: Bench, images: np.ndarray, rows: list[Row]) -> list[tuple[int, str, bool]]:
+def recognised(bench: Bench, images: np.ndarray, rows: list[ManifestRow]) -> list[tuple[int, str, bool]]:
     """(index of the image, role, whether the judge recognises the object) of every region."""
     results = []
     for i, row in enumerate(rows):

@@ -30,7 +30,7 @@ from unlearning.codes.frequency import FORGET, RETAIN, SCORES, count_codes
 from unlearning.concepts import ERASE
 from unlearning.data.folder import read
 from unlearning.detectors.geometry import cells
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 def codes(bench: Bench) -> None:
@@ -132,7 +132,8 @@ def pasted(bench: Bench) -> Iterator[list[str]]:
     ):
         images = bench.model.decode(torch.where(mask, codes, taken)).mul(255).round().byte().permute(0, 2, 3, 1)
         rows = [
-            Row(Path(), d.name, ERASE, {}, 0, regions=tuple(r for r in d.regions if r.role == ERASE)) for d in donors
+            ManifestRow(Path(), d.name, ERASE, {}, 0, regions=tuple(r for r in d.regions if r.role == ERASE))
+            for d in donors
         ]
         correct = [float(value) for _, _, value in recognised(bench, images.cpu().numpy(), rows)]
         yield [label, interval(correct, times=100)]

@@ -12,7 +12,7 @@ from table import REPLACEMENTS, reconstructed
 
 from unlearning.codes.frequency import count_codes
 from unlearning.codes.replacement import Blocks
-from unlearning.store.images import load, manifest_of_inputs
+from unlearning.store.manifest import load_images, manifest_of_inputs
 from unlearning.tracking.figures import grid
 
 SCENES = 5
@@ -21,7 +21,7 @@ SCENES = 5
 def main(overrides: list[str]) -> None:
     bench = Bench([f"dataset.images={SCENES}", *overrides])
     rows = manifest_of_inputs(bench.folder / "images", bench.task, 0)[:SCENES]
-    columns = [load(rows, "source"), reconstructed(bench, rows)]
+    columns = [load_images(rows, "source"), reconstructed(bench, rows)]
     frequencies = count_codes(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
     where = ["method=lcr_localized", "detector@method.detector=boxes"]
     for replacement in REPLACEMENTS:

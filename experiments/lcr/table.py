@@ -21,7 +21,8 @@ from unlearning.codes.replacement import Blocks
 from unlearning.concepts import ERASE
 from unlearning.errors import UserError
 from unlearning.evaluators.similarity import Similarity
-from unlearning.store.images import Row, manifest_of_inputs, save
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow, manifest_of_inputs
 from unlearning.tracking.figures import as_image, subplots
 
 REPLACEMENTS = ("uniform", "constant", "nearest", "blocks", "neighbours")
@@ -33,7 +34,7 @@ def table(bench: Bench) -> None:
     rows = manifest_of_inputs(bench.folder / "images", bench.task, 0)
     base = reconstructed(bench, rows)
     for row, image in zip(rows, base, strict=True):
-        save(image, row)
+        write_image(row.path, image)
     before = recognised(bench, base, rows)
     frequencies = count_codes(bench.model, bench.task, bench.trainer, pairs=True, blocks=Blocks.blocks)
     bench.fid.prepare(bench.task)
@@ -81,7 +82,7 @@ def curve(body: list[list[str]]) -> Image.Image:
     return as_image(figure)
 
 
-def reconstructed(bench: Bench, rows: list[Row], decided: bool = False):
+def reconstructed(bench: Bench, rows: list[ManifestRow], decided: bool = False):
     images, records = zip(
         *(bench.sampler.draw(bench.model, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)), strict=True
     )
@@ -103,7 +104,9 @@ def scored(bench: Bench, after, base, rows, before, decided) -> list[str]:
     similar = [Similarity("cpu").of(after[i], base[i], rows[i]) for i in sorted(shows)]
     bench.fid.reset()
     for i in range(0, len(rows), BATCH):
-        bench.fid.update(after[i : i + BATCH], [Row(r.path, r.prompt, "retain", {}, 0) for r in rows[i : i + BATCH]])
+        bench.fid.update(
+            after[i : i + BATCH], [ManifestRow(r.path, r.prompt, "retain", {}, 0) for r in rows[i : i + BATCH]]
+        )
     changed = [r["changed"] / r["cells"] for i, r in enumerate(decided) if i in shows and r] or [0.0]
     return [
         *still.values(),

@@ -26,7 +26,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest
-from unlearning.store.images import load, manifest
+from unlearning.store.manifest import load_images, manifest
 
 
 def prompts() -> dict[str, list[Prompt]]:
@@ -61,7 +61,7 @@ def accuracies(
         right: dict[str, list[bool]] = {}
         for i in range(0, len(rows), 100):
             batch = rows[i : i + 100]
-            names, probabilities = judge(torch.from_numpy(load(batch)), question)
+            names, probabilities = judge(torch.from_numpy(load_images(batch)), question)
             for row, best in zip(batch, probabilities.argmax(1).tolist(), strict=True):
                 right.setdefault(row.labels[question], []).append(names[best] == row.labels[question])
         results[name] = 100 * float(np.mean([hit for hits in right.values() for hit in hits]))

@@ -19,7 +19,7 @@ from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 WEIGHTS = Path(unlearning.__file__).parent / "weights"
 SEED, BATCH = 3, 16
@@ -41,7 +41,7 @@ def main(folder: Path, images: int) -> None:
         again = (model.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         errors += ((pictures / 255.0 - again / 255.0) ** 2).mean((1, 2, 3)).tolist()
         rows = [
-            Row(Path(), "", RETAIN, {}, 0, regions=tuple(
+            ManifestRow(Path(), "", RETAIN, {}, 0, regions=tuple(
                 Region(box, RETAIN, {"object": name}) for name, box in zip(s.objects, s.boxes, strict=True) if any(box)
             )) for s in scenes
         ]  # fmt: skip

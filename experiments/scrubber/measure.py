@@ -41,7 +41,7 @@ from unlearning.evaluators.fid import FID
 from unlearning.reporting.comparison import conditions, group_runs, separating
 from unlearning.reporting.runs import UNEDITED, FinishedRun, read_runs
 from unlearning.scrubbing.conditioning import conditioning_rows
-from unlearning.store.images import Row, load, read_manifest
+from unlearning.store.manifest import ManifestRow, load_images, read_manifest
 from unlearning.training.forget_retain import encoded
 from unlearning.training.student import Pair
 
@@ -107,7 +107,7 @@ def drift(features, run: Path, others: list[Path]) -> tuple[float, float]:
     return statistics.mean(far / floor for floor, far in pairs), near / statistics.mean(floor for floor, _ in pairs)
 
 
-def fids(features, real: list[Row], *drawn: list[Row]) -> list[float]:
+def fids(features, real: list[ManifestRow], *drawn: list[ManifestRow]) -> list[float]:
     """The FID of each set of images to those of `real`."""
     with tempfile.TemporaryDirectory() as folder:
         for row in real:
@@ -117,13 +117,13 @@ def fids(features, real: list[Row], *drawn: list[Row]) -> list[float]:
         return [_fid(metric, images) for images in drawn]
 
 
-def _retained(manifest: Path) -> list[Row]:
+def _retained(manifest: Path) -> list[ManifestRow]:
     return [row for row in read_manifest(manifest) if row.role == RETAIN]
 
 
-def _fid(metric: FID, rows: list[Row]) -> float:
+def _fid(metric: FID, rows: list[ManifestRow]) -> float:
     metric.reset()
-    metric.update(load(rows), rows)
+    metric.update(load_images(rows), rows)
     return metric.compute()["fidelity/fid"]
 
 

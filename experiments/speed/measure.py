@@ -29,7 +29,7 @@ from subject import EXACT, Watch, config, fit, sd14
 from unlearning.data.openmoji import CIFAR10
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.sampling.sampler import Sampler
-from unlearning.store.images import image_seed
+from unlearning.store.manifest import image_seed
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "unlearning" / "weights"

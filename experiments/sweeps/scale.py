@@ -26,7 +26,7 @@ from PIL import Image
 from unlearning.__main__ import CONF
 from unlearning.data.objects import emoji_objects
 from unlearning.data.openmoji import CIFAR10, picture, rng_of
-from unlearning.store.images import Row, manifest, missing, write_manifest
+from unlearning.store.manifest import ManifestRow, manifest, missing, write_manifest
 from unlearning.store.metrics import Metric, write
 from unlearning.tracking import provenance
 
@@ -94,7 +94,7 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         configs = {method: composed(method) for method in METHODS}
 
-    def draw(rows: Sequence[Row]) -> None:
+    def draw(rows: Sequence[ManifestRow]) -> None:
         rows[0].path.parent.mkdir(parents=True, exist_ok=True)
         for row in missing(rows):
             row.path.write_bytes(next(drawn))

@@ -28,7 +28,7 @@ from unlearning.evaluators.accuracy import h_o
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import Blend
-from unlearning.store.images import image_seed
+from unlearning.store.manifest import image_seed
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"

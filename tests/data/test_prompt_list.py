@@ -9,7 +9,7 @@ from tests.composed import config
 from unlearning.data.prompt_list import prompt_list
 from unlearning.errors import UserError
 from unlearning.sampling.sampler import Sampler
-from unlearning.store.images import read_manifest
+from unlearning.store.manifest import read_manifest
 
 HEADER = "prompt,categories,evaluation_seed,evaluation_guidance\n"
 ROWS = ['"a cat, asleep",x,11,7.5', "a dog,x,12,5", "a cat,x,13.0,7"]

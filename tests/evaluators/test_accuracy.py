@@ -10,7 +10,7 @@ from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy, h_c, h_o
 from unlearning.judges.emoji import NOTHING
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 OBJECTS, STYLES = ("cat", "dog", "ship", NOTHING), ("color", "neon")
 
@@ -37,7 +37,7 @@ def pictures(*shown):
 
 def rows(*asked):
     """One row for each (role, labels)."""
-    return [Row(Path("x.png"), "a prompt", role, labels, 0) for role, labels in asked]
+    return [ManifestRow(Path("x.png"), "a prompt", role, labels, 0) for role, labels in asked]
 
 
 def measured(shown, asked, score="argmax"):
@@ -86,7 +86,7 @@ def test_probabilities_that_are_not_finite_are_an_error():
             return names, p
 
     metric = Accuracy(Broken(), device="cpu")
-    asked = [Row(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
+    asked = [ManifestRow(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
     with pytest.raises(UserError, match=r"reader.*2\.png"):
         metric.update(pictures(*[("cat", "color")] * 3), asked)
 

@@ -15,7 +15,7 @@ from unlearning.errors import UserError
 from unlearning.evaluators.clip_score import CLIPScore
 from unlearning.evaluators.own_prompt import OwnPrompt
 from unlearning.judges.zero_shot import ZeroShotCLIP
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def logits(path, images, texts):
 
 
 def rows(prompts, roles):
-    return [Row(Path("x.png"), prompt, role, {}, 0) for prompt, role in zip(prompts, roles, strict=True)]
+    return [ManifestRow(Path("x.png"), prompt, role, {}, 0) for prompt, role in zip(prompts, roles, strict=True)]
 
 
 def test_the_score_is_100_times_the_cosine_by_role(path, images):
@@ -146,7 +146,7 @@ def test_own_prompt_is_the_softmax_over_the_tasks_prompts(path, images):
     prompts = [("a cat", ERASE), ("a kitty", SYNONYM), ("a dog", RETAIN), ("a ship", RETAIN)]
     metric = OwnPrompt(path, device="cpu")
     metric.prepare(UnlearningTask((Concept("cat"),), prompts=tuple(Prompt(*p) for p in prompts)))
-    rows = [Row(Path("x"), text, role, {}, 0) for text, role in prompts]
+    rows = [ManifestRow(Path("x"), text, role, {}, 0) for text, role in prompts]
     metric.update(images[:3], rows[:3])
     metric.update(images[3:], rows[3:])
     metric.update(images[:2], [replace(rows[0], prompt="another"), replace(rows[0], role="another")])  # both skipped

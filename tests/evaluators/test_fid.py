@@ -18,7 +18,7 @@ from unlearning.errors import UserError
 from unlearning.evaluators.fid import FID, main
 from unlearning.evaluators.kid import KID
 from unlearning.judges.inception import Inception
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 class Means:
@@ -40,7 +40,7 @@ def task(**references):
 
 
 def rows(*roles):
-    return [Row(Path("x.png"), "a prompt", role, {}, 0) for role in roles]
+    return [ManifestRow(Path("x.png"), "a prompt", role, {}, 0) for role in roles]
 
 
 def distances(real, generated, role=RETAIN, batch=7):

@@ -17,7 +17,7 @@ from unlearning.data import openmoji
 from unlearning.errors import UserError
 from unlearning.evaluators.lpips import LPIPS, distance
 from unlearning.judges.alexnet import AlexNet
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def pair(tmp_path):
         if base is not None:
             path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
             Image.fromarray(base).save(path)
-        return image[None], [Row(tmp_path / "x.png", "a prompt", role, {}, 0, base=path)]
+        return image[None], [ManifestRow(tmp_path / "x.png", "a prompt", role, {}, 0, base=path)]
 
     return make
 

@@ -15,8 +15,8 @@ from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN
 from unlearning.errors import UserError
 from unlearning.evaluators.nudenet import EXPOSED, FLOOR, RULES, Counting, NudeNet, main, recount
-from unlearning.store.images import Row
 from unlearning.store.locks import alone_in
+from unlearning.store.manifest import ManifestRow
 from unlearning.store.metrics import flat
 
 skimage_data = pytest.importorskip("skimage.data")
@@ -29,7 +29,7 @@ def astronaut():
 
 
 def rows(*roles):
-    return [Row(Path(f"{i}.png"), "a prompt", role, {}, 0) for i, role in enumerate(roles)]
+    return [ManifestRow(Path(f"{i}.png"), "a prompt", role, {}, 0) for i, role in enumerate(roles)]
 
 
 def found(image, roles=(ERASE,), **settings):

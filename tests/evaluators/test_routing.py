@@ -7,12 +7,12 @@ import pytest
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.routing import Routing
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 def measured(*decided: tuple[str, float]) -> dict[str, float]:
     metric = Routing()
-    rows = [Row(Path("x"), "p", role, {}, 0, None, {"D": 1.0, "w": w}) for role, w in decided]
+    rows = [ManifestRow(Path("x"), "p", role, {}, 0, None, {"D": 1.0, "w": w}) for role, w in decided]
     metric.update(np.zeros((len(rows), 1, 1, 3), np.uint8), rows)
     return metric.compute()
 
@@ -29,5 +29,5 @@ def test_right_is_the_adapter_for_the_concept_and_the_base_model_for_the_rest():
 
 def test_rows_without_a_decision_or_with_another_role_are_skipped():
     metric = Routing()
-    metric.update(np.zeros((1, 1, 1, 3), np.uint8), [Row(Path("x"), "p", ERASE, {}, 0)])
+    metric.update(np.zeros((1, 1, 1, 3), np.uint8), [ManifestRow(Path("x"), "p", ERASE, {}, 0)])
     assert metric.compute() == {} == measured(("another role", 2.0))

@@ -8,7 +8,8 @@ from unlearning.concepts import ERASE, RETAIN, Region
 from unlearning.evaluators.regions import with_regions
 from unlearning.evaluators.replaced import Replaced
 from unlearning.evaluators.similarity import Similarity
-from unlearning.store.images import Row, save
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow
 
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -17,9 +18,11 @@ BOX = Region((0, 0, 16, 32), ERASE, {"object": "cat"})
 
 @pytest.fixture
 def row(tmp_path):
-    base = Row(tmp_path / "base.png", "", RETAIN, {}, 0)
-    save(BASE, base)
-    return lambda role=RETAIN, regions=(): Row(tmp_path / "x.png", "", role, {}, 0, base=base.path, regions=regions)
+    base = ManifestRow(tmp_path / "base.png", "", RETAIN, {}, 0)
+    write_image(base.path, BASE)
+    return lambda role=RETAIN, regions=(): ManifestRow(
+        tmp_path / "x.png", "", role, {}, 0, base=base.path, regions=regions
+    )
 
 
 def measured(image, *rows):
@@ -47,13 +50,13 @@ def test_erased_regions_do_not_count(row):
 
 
 def test_rows_without_something_to_compare_are_skipped(row, tmp_path):
-    alone = Row(tmp_path / "y.png", "", RETAIN, {}, 0)
+    alone = ManifestRow(tmp_path / "y.png", "", RETAIN, {}, 0)
     assert measured(BASE, alone) == {} and measured(BASE, row(ERASE)) == {}
 
 
 def test_shares_of_changed_cells_and_unchanged_images(tmp_path):
     def row(role, **decided):
-        return Row(tmp_path / "x.png", "", role, {}, 0, decided=decided)
+        return ManifestRow(tmp_path / "x.png", "", role, {}, 0, decided=decided)
 
     rows = [row(ERASE, cells=100, changed=10), row(ERASE, cells=100, changed=0), row(RETAIN, cells=100, changed=5),
             row(ERASE)]  # fmt: skip
@@ -68,7 +71,7 @@ def test_a_region_is_cut_out_square_with_its_role_and_labels(tmp_path):
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[10:30, 40:60] = 255
     regions = (Region((40, 10, 60, 30), ERASE, {"object": "cat"}), Region((0, 0, 64, 64), RETAIN, {"object": "dog"}))
-    row = Row(tmp_path / "x.png", "", RETAIN, {}, 0, regions=regions)
+    row = ManifestRow(tmp_path / "x.png", "", RETAIN, {}, 0, regions=regions)
     images, rows = with_regions(picture[None], [row])
     assert images.shape == (2, 64, 64, 3) and [r.role for r in rows] == [ERASE, RETAIN]
     assert [r.labels["object"] for r in rows] == ["cat", "dog"] and not any(r.regions for r in rows)
@@ -76,6 +79,6 @@ def test_a_region_is_cut_out_square_with_its_role_and_labels(tmp_path):
     assert images[0][32, 32, 0] == 255 and images[0][1, 1, 0] == 0, "a tenth of margin on each side"
     share = (images[0] > 127).mean()
     assert share == pytest.approx((20 / 24) ** 2, abs=0.05)
-    plain = Row(tmp_path / "x.png", "", RETAIN, {"object": "cat"}, 0)
+    plain = ManifestRow(tmp_path / "x.png", "", RETAIN, {"object": "cat"}, 0)
     again, same = with_regions(picture[None], [plain])
     assert np.array_equal(again[0], picture) and same == [plain]

@@ -8,7 +8,7 @@ from unlearning.concepts import ERASE, RETAIN
 from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy
 from unlearning.judges.emoji import NOTHING, EmojiJudge, Judge, JudgeFeatures
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def test_accuracy_uses_the_judge(path, images):
     metric = Accuracy(EmojiJudge(path), score="argmax")
     names, p = EmojiJudge(path)(images, "object")
     best = names[p[0].argmax()]
-    metric.update(images.numpy(), [Row(path, "", role, {"object": best}, 0) for role in (ERASE, RETAIN, RETAIN)])
+    metric.update(
+        images.numpy(), [ManifestRow(path, "", role, {"object": best}, 0) for role in (ERASE, RETAIN, RETAIN)]
+    )
     assert metric.compute()["efficacy/acc_e"] == 100
     assert EmojiJudge(path).name in metric.protocol
 

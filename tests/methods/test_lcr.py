@@ -22,7 +22,7 @@ from unlearning.detectors.nudenet import NudeNet
 from unlearning.erasures.base import Erasure
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import Reconstruction, as_tensor
-from unlearning.store.images import load, read_manifest
+from unlearning.store.manifest import load_images, read_manifest
 
 SMALL = ["model=emoji_vqgan", "method.selection.top=4", "method.selection.min_freq=1", "stages=[fit,generate,evaluate]"]
 EXACT = ["method=lcr_localized", "detector@method.detector=boxes"]
@@ -45,13 +45,13 @@ def test_localized_changes_only_cells_of_the_concept(unlearn, vqgan):
     assert [row.base for row in erased] == [row.path for row in base]
     for row in erased:
         mask = cells([[r.box for r in row.regions if r.role == "erase"]], (64, 64), (16, 16))
-        codes = model.encode(as_tensor(load([row], "source")))
+        codes = model.encode(as_tensor(load_images([row], "source")))
         with erasure.applied_to(model):
             _, (record,) = Reconstruction().draw(model, [row])
         assert json.loads(json.dumps(record)) == row.decided
         assert record["chosen"] == mask.sum() and record["changed"] <= record["chosen"] and record["cells"] == 256
         if row.role == "retain":
-            assert record["boxes"] == [] and np.array_equal(load([row]), load([row], "base"))
+            assert record["boxes"] == [] and np.array_equal(load_images([row]), load_images([row], "base"))
         else:
             assert record["changed"] > 0.5 * record["chosen"] and codes.shape == (1, 16, 16)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -68,10 +68,10 @@ def test_global_replaces_every_code_of_e_everywhere(unlearn, vqgan):
     assert len(E) == 4 and not torch.isin(E, erasure.statistics.safe).any()
     _, erased = drawn(run)
     for row in erased:
-        codes = model.encode(as_tensor(load([row], "source")))
+        codes = model.encode(as_tensor(load_images([row], "source")))
         expected = model.decode(codes.masked_fill(torch.isin(codes, E), 0))
         expected = (expected * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        assert alike(load([row]), expected)
+        assert alike(load_images([row]), expected)
         assert row.decided["chosen"] == torch.isin(codes, E).sum()
 
 
@@ -84,7 +84,7 @@ def test_batches_change_no_image(unlearn, tmp_path):
     ]
     (_, one), (_, other) = map(drawn, runs)
     one, other = list(one), list(other)
-    assert alike(load(one), load(other)) and [r.decided for r in one] == [r.decided for r in other]
+    assert alike(load_images(one), load_images(other)) and [r.decided for r in one] == [r.decided for r in other]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_folder_of_photographs_is_edited_and_its_manifest_records_where(unlear
     assert records["astronaut0.png"]["boxes"] == [[24, 8, 36, 22]] and records["astronaut0.png"]["chosen"] == 3 * 4
     assert records["coffee0.png"] == {"boxes": [], "cells": 256, "chosen": 0, "changed": 0}
     erased = sorted(list(drawn(run))[1], key=lambda row: row.prompt)
-    same = {row.prompt: np.array_equal(load([row]), load([row], "base")) for row in erased}
+    same = {row.prompt: np.array_equal(load_images([row]), load_images([row], "base")) for row in erased}
     assert same == {"astronaut0.png": False, "coffee0.png": True}, "an image without a box stays unchanged"
     assert json.loads((run / "metrics.json").read_text())["efficacy/unchanged"] == 50, "and is counted as unchanged"
     assert {p.name for p in (run / "images" / "erased").iterdir()} == set(same), "under their own names"

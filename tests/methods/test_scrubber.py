@@ -17,7 +17,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import ConditioningRows
-from unlearning.store.images import figures
+from unlearning.store.images import figure_paths
 
 SMALL = [
     "method.prototypes.K=4", "method.prototypes.purity=0", "method.prototypes.draws=1", "method.conditioning=null",
@@ -239,7 +239,7 @@ def test_the_figures_reach_the_dashboard_and_a_caption_states_omitted_prototypes
         "method.conditioning=null", "dataset.pictures=8", "method.prototypes.K=40", "method.prototypes.purity=0",
         "method.blinding=shuffled", "sampler.steps=1", "logger=wandb",
     )  # fmt: skip
-    captions = figures(run)
+    captions = figure_paths(run)
     assert len(captions) == 5 and "patches most similar to 32 of 40 prototypes" in captions
     [media] = run.rglob("files/media/images")
     kept = {path.name.rpartition("_")[0].rpartition("_")[0]: path for path in media.glob("*.png")}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from unlearning.store import images
-from unlearning.store.images import Row
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow, write_manifest
 
 JUDGE = "judge v1, argmax over 31 classes"
 METRICS = {
@@ -54,13 +54,15 @@ def finished_in():
 
         def draw(drawing, pictures):
             rows = [
-                Row(run / "store" / drawing / f"{i}-{j}.png", prompt, role, {"object": label, "style": "color"}, j)
+                ManifestRow(
+                    run / "store" / drawing / f"{i}-{j}.png", prompt, role, {"object": label, "style": "color"}, j
+                )
                 for i, (prompt, role, label, count) in enumerate(pictures)
                 for j in range(count)
             ]
             for row in rows:
-                images.save(rng.integers(0, 255, (size, size, 3), np.uint8), row)
-            images.write_manifest(run / "images" / f"{drawing}.csv", rows)
+                write_image(row.path, rng.integers(0, 255, (size, size, 3), np.uint8))
+            write_manifest(run / "images" / f"{drawing}.csv", rows)
 
         draw("base", pictures)
         draw("erased", pictures)

@@ -15,7 +15,7 @@ from tests.reporting.browser import BROWSER, MISSING, Browser
 from unlearning.data.openmoji import LICENCE
 from unlearning.errors import UserError
 from unlearning.reporting.run_page import IMAGES, THUMBNAIL, report, teaser
-from unlearning.store.images import read_manifest, write_manifest
+from unlearning.store.manifest import read_manifest, write_manifest
 
 NASTY = "a <script>alert('cat')</script> & \"friends\""
 PICTURES = [

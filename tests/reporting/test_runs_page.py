@@ -17,7 +17,7 @@ from unlearning.reporting.figures import samples
 from unlearning.reporting.plots import HEIGHT, LETTER, LINE, WIDTH, Axis, Plot, Point
 from unlearning.reporting.runs import read_runs
 from unlearning.reporting.runs_page import main, page
-from unlearning.store.images import read_manifest
+from unlearning.store.manifest import read_manifest
 
 E, R, H = "efficacy/acc_e", "retention/acc_s", "summary/h_o"
 NASTY = "a <script>alert('cat')</script> & \"friends\""

@@ -29,8 +29,8 @@ from unlearning.evaluators.nudenet import NudeNet
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
 from unlearning.sampling.sampler import Sampler
-from unlearning.store.images import read_manifest
 from unlearning.store.locks import alone_in
+from unlearning.store.manifest import read_manifest
 
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 

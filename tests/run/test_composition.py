@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.run.small import FIT, SMALL, TRAIN, drawn, pictures
 from unlearning.erasures.base import Erasure
-from unlearning.store.images import load, read_manifest
+from unlearning.store.manifest import load_images, read_manifest
 
 UCE = [*SMALL, "method=uce"]
 
@@ -58,7 +58,7 @@ def test_requests_one_after_the_other(unlearn, tmp_path, evaluations):
     third = unlearn(*SMALL, *TRAIN, "method.iterations=2", f"after={second}/erasure", "stages=[fit]", run="third")
     kinds = [type(part).__name__ for part in Erasure.load(third / "erasure").parts]
     assert kinds == ["WeightPatch", "GuidanceEdit", "WeightPatch"]
-    base, erased = (load(read_manifest(second / "images" / f"{name}.csv")) for name in ("base", "erased"))
+    base, erased = (load_images(read_manifest(second / "images" / f"{name}.csv")) for name in ("base", "erased"))
     assert (base != erased).any()
     assert drawn(tmp_path / "store")
 
@@ -94,5 +94,5 @@ def test_a_compiled_model_is_erased_and_drawn_like_any_other(unlearn, monkeypatc
     plain = unlearn(*train, run="plain")
     compiled = unlearn(*train, "model.compile=true", run="compiled")
     for name in ("base", "erased"):
-        one, two = (load(read_manifest(run / "images" / f"{name}.csv")).astype(int) for run in (plain, compiled))
+        one, two = (load_images(read_manifest(run / "images" / f"{name}.csv")).astype(int) for run in (plain, compiled))
         assert abs(one - two).max() <= 1

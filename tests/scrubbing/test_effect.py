@@ -8,7 +8,8 @@ import pytest
 
 from tests.evaluators.test_fid import Means, noise
 from unlearning.concepts import ERASE, RETAIN
-from unlearning.store.images import Row, save, write_manifest
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow, write_manifest
 
 MEASURE = runpy.run_path(str(Path(__file__).parents[2] / "experiments/scrubber/measure.py"))
 
@@ -20,10 +21,10 @@ def run(tmp_path):
     def drawn(seed: int, erased: np.ndarray) -> Path:
         folder = tmp_path / f"seed{seed}"
         for name, pictures in {"base": noise(40, seed), "erased": erased}.items():
-            rows = [Row(folder / name / f"{i}.png", "a dog", RETAIN, {}, i) for i in range(40)]
-            cat = Row(folder / name / "cat.png", "a cat", ERASE, {}, 40)  # not part of the drift
+            rows = [ManifestRow(folder / name / f"{i}.png", "a dog", RETAIN, {}, i) for i in range(40)]
+            cat = ManifestRow(folder / name / "cat.png", "a cat", ERASE, {}, 40)  # not part of the drift
             for picture, row in zip([*pictures, np.full((8, 8, 3), 255, np.uint8)], [*rows, cat], strict=True):
-                save(picture, row)
+                write_image(row.path, picture)
             write_manifest(folder / "images" / f"{name}.csv", [*rows, cat])
         return folder
 

@@ -11,27 +11,28 @@ import numpy as np
 import pytest
 
 from unlearning.errors import UserError
-from unlearning.store.images import Row, save
+from unlearning.store.images import write_image
 from unlearning.store.locks import alone_in, claimed, in_use
+from unlearning.store.manifest import ManifestRow
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def rows(folder: Path, count: int) -> list[Row]:
-    return [Row(folder / f"{i}.png", "a cat", "erase", {}, i) for i in range(count)]
+def rows(folder: Path, count: int) -> list[ManifestRow]:
+    return [ManifestRow(folder / f"{i}.png", "a cat", "erase", {}, i) for i in range(count)]
 
 
 class Other:
     """Another process, which claims rows and generates them on `generate`."""
 
-    def __init__(self, wanted: list[Row]):
+    def __init__(self, wanted: list[ManifestRow]):
         (started, self._started), (self._wait, self._go) = os.pipe(), os.pipe()
         if (pid := os.fork()) == 0:
             with claimed(wanted) as mine:
                 os.write(self._started, b"x")
                 os.read(self._wait, 1)
                 for row in mine:
-                    save(IMAGE, row)
+                    write_image(row.path, IMAGE)
             os._exit(0)
         self.pid = pid
         os.read(started, 1)
@@ -58,7 +59,7 @@ def test_rows_that_another_process_has_claimed_are_left_to_it(tmp_path):
         assert mine == [wanted[0], wanted[3]], "the other two have been generated meanwhile"
         assert len(hidden(wanted[0].path.parent)) <= 4
     os.waitpid(other.pid, 0)
-    save(IMAGE, wanted[0])
+    write_image(wanted[0].path, IMAGE)
     with claimed(wanted) as mine:
         assert mine == [wanted[3]]
     assert hidden(wanted[0].path.parent) == [], "no lock file is left"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unlearning.store.images import Row, read_manifest, save, write_manifest
+from unlearning.store.images import write_image
 from unlearning.store.locks import alone_in
+from unlearning.store.manifest import ManifestRow, read_manifest, write_manifest
 from unlearning.store.pruning import DAY, describe, in_bytes, in_units, main, stored_images
 
 NOW = time.time()
@@ -22,9 +23,9 @@ def store(tmp_path):
     for model in ("sd14", "sdxl"):
         folder = tmp_path / "store" / "images" / f"digest-of-{model}"
         describe(folder, {"model": model, "erasure": "cat, erased by uce, seed 0", "sampler": "DDIM"})
-        rows = [Row(folder / f"{days}.png", "a cat", "erase", {}, 0) for days in (0, 10, 20)]
+        rows = [ManifestRow(folder / f"{days}.png", "a cat", "erase", {}, 0) for days in (0, 10, 20)]
         for row, days in zip(rows, (0, 10, 20), strict=True):
-            save(np.zeros((8, 8, 3), np.uint8), row)
+            write_image(row.path, np.zeros((8, 8, 3), np.uint8))
             os.utime(row.path, (NOW - days * DAY - 60,) * 2)
         write_manifest(tmp_path / "runs" / model / "images" / "base.csv", rows[:1])
     return tmp_path / "store"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlearning.store import images
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow
 from unlearning.tracking import loggers
 
 PICTURE = np.full((8, 8, 3), 200, np.uint8)
@@ -106,11 +107,11 @@ def pairs(tmp_path):
 
     def rows(which, shade):
         made = [
-            images.Row(tmp_path / "store" / which / f"{i}.png", prompt, role, {}, 4_000_000_000 + i)
+            ManifestRow(tmp_path / "store" / which / f"{i}.png", prompt, role, {}, 4_000_000_000 + i)
             for i, (prompt, role) in enumerate([("a cat", "erase")] * 2 + [("a dog", "retain")] * 2)
         ]
         for row in made:
-            images.save(PICTURE // shade, row)
+            write_image(row.path, PICTURE // shade)
         return made
 
     return list(zip(rows("base", 1), rows("erased", 2), strict=True))

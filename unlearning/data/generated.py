@@ -10,7 +10,8 @@ from tqdm import tqdm
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest
-from unlearning.store.images import Row, image_path, image_seed, load, missing, save
+from unlearning.store.images import write_image
+from unlearning.store.manifest import ManifestRow, image_path, image_seed, load_images, missing
 
 
 class Generated:
@@ -34,9 +35,9 @@ class Generated:
         for batch in tqdm([todo[i : i + size] for i in range(0, len(todo), size)], "generating", leave=False):
             images, _ = self.sampler.draw(model, batch)
             for image, row in zip((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), batch, strict=True):
-                save(image, row)
-        return [load([row])[0] for row in rows]
+                write_image(row.path, image)
+        return [load_images([row])[0] for row in rows]
 
-    def _row(self, folder: Path, prompt: str, i: int) -> Row:
+    def _row(self, folder: Path, prompt: str, i: int) -> ManifestRow:
         seed = image_seed(self.seed, prompt, i)
-        return Row(image_path(folder, prompt, seed), prompt, "generated", {}, seed)
+        return ManifestRow(image_path(folder, prompt, seed), prompt, "generated", {}, seed)

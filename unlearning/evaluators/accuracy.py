@@ -17,7 +17,7 @@ from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import NOTHING
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 SCORES = ("argmax", "softmax")
 KEYS = {ERASE: "efficacy/acc_e", SYNONYM: "efficacy/acc_g", RETAIN: "retention/acc_s", ATTACK: "robustness/asr"}
@@ -93,7 +93,7 @@ class Accuracy(Evaluator):
     def protocol(self) -> str:
         return f"{self.score} of {self.classifier.name}, mean over the pictures of a role"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         images, rows = with_regions(images, rows)
         pixels = torch.as_tensor(images, device=self.device)
         for question in dict.fromkeys(q for row in rows for q in row.labels):
@@ -117,7 +117,7 @@ class Accuracy(Evaluator):
             raise unknown(f"{question} for {self.classifier.name}:", label, names)
         return names.index(label)
 
-    def _add(self, row: Row, question: str, score: float) -> None:
+    def _add(self, row: ManifestRow, question: str, score: float) -> None:
         one = self.cross.new_tensor([score, 1])
         if question == next(iter(row.labels)):
             sums = self._sums(row.role)

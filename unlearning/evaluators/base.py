@@ -9,7 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from unlearning.concepts import UnlearningTask
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 class Evaluator(Metric):
@@ -51,7 +51,7 @@ class Evaluator(Metric):
         """Sets what the numbers are measured against. Called once, before the first `update`."""
 
     @abstractmethod
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         """Takes a batch of images (B, H, W, 3) uint8 and their manifest rows."""
 
     @abstractmethod

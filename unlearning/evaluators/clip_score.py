@@ -12,7 +12,7 @@ from torchmetrics.multimodal import CLIPScore as TorchmetricsCLIPScore
 from unlearning.concepts import ERASE, RETAIN
 from unlearning.evaluators.base import Evaluator
 from unlearning.judges.clip import load_clip
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 KEYS = {RETAIN: "fidelity/clip_score", ERASE: "efficacy/clip_score_e"}
 
@@ -48,7 +48,7 @@ class CLIPScore(Evaluator):
     def protocol(self) -> str:
         return f"100 cos(picture, prompt) by CLIP {self.name}, mean over the pictures of a role"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         pixels = torch.as_tensor(images, device=self.device).permute(0, 3, 1, 2)
         for i, role in enumerate(KEYS):
             chosen = [j for j, row in enumerate(rows) if row.role == role]

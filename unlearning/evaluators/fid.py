@@ -28,7 +28,7 @@ from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.judges.inception import MODES, Inception
 from unlearning.store.files import file_digest, write_atomically
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 KEYS = {RETAIN: "fidelity/fid", ERASE: "fidelity/fid_e"}
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (F,) and covariance (F, F)
@@ -120,7 +120,7 @@ class FID(Evaluator):
                 self._names[role] = reference.name
                 self._real[role] = cache(partial(self._gaussian_of, reference))
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, role in enumerate(self.roles):
             chosen = [j for j, row in enumerate(rows) if row.role == role]
             if chosen:

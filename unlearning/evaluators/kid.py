@@ -19,7 +19,7 @@ from unlearning.data import references
 from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.fid import Features
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 class KID(Evaluator):
@@ -68,7 +68,7 @@ class KID(Evaluator):
             references.of_folder(self.given) if self.given else references.of_task(task, RETAIN, self.count)
         )
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         chosen = [i for i, row in enumerate(rows) if row.role == RETAIN]
         if chosen:
             self.generated.append(self._extract(images[chosen]))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN
 from unlearning.evaluators.base import Evaluator
-from unlearning.store.images import Row, load
+from unlearning.store.manifest import ManifestRow, load_images
 
 KEYS = {RETAIN: "fidelity/lpips", ERASE: "efficacy/lpips_e"}
 EPS = 1e-8  # added to squared lengths, as in the authors' implementation
@@ -59,11 +59,11 @@ class LPIPS(Evaluator):
     def protocol(self) -> str:
         return f"LPIPS of {self.layers.name} to the unedited model's picture, mean over the pictures of a role"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, role in enumerate(KEYS):
             chosen = [j for j, row in enumerate(rows) if row.role == role and row.base]
             if chosen:
-                pair = (images[chosen], load([rows[j] for j in chosen], "base"))
+                pair = (images[chosen], load_images([rows[j] for j in chosen], "base"))
                 a, b = (self.layers(torch.tensor(x, device=self.device)) for x in pair)
                 distances = distance(a, b, self.layers.weights)
                 self.sums[i] += self.sums.new_tensor([distances.sum(), len(chosen)])

@@ -25,8 +25,8 @@ from unlearning.detectors.nudenet import CLASSES, FLOOR, NudeNetModel, check_cla
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.suppression import suppression
-from unlearning.store.images import Row
 from unlearning.store.locks import alone_in
+from unlearning.store.manifest import ManifestRow
 from unlearning.store.metrics import Metric, flat, read, write
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class NudeNet(Evaluator):
     def failed(self) -> int:
         return _failed(self.details)
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for image, row in zip(images, rows, strict=True):
             if row.role == RETAIN:
                 continue

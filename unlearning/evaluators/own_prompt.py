@@ -17,7 +17,7 @@ from unlearning.concepts import ERASE, RETAIN, SYNONYM, UnlearningTask
 from unlearning.evaluators.accuracy import h_o
 from unlearning.evaluators.base import Evaluator
 from unlearning.judges.clip import load_clip
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 KEYS = {ERASE: "efficacy/acc_e_own", SYNONYM: "efficacy/acc_g_own", RETAIN: "retention/acc_s_own"}
 
@@ -56,7 +56,7 @@ class OwnPrompt(Evaluator):
         self._texts = F.normalize(self.clip.get_text_features(**tokens.to(self.device)))  # (P, D)
 
     @torch.no_grad()
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         pixels = self.processor(images=list(images.transpose(0, 3, 1, 2)), return_tensors="pt").pixel_values
         features = F.normalize(self.clip.get_image_features(pixels.to(self.device)))  # (B, D)
         probabilities = (self.clip.logit_scale.exp() * features @ self._texts.T).softmax(1)

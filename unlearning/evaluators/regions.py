@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image
 
 from unlearning.concepts import RETAIN
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 MARGIN = 0.1  # on each side of a region, as a fraction of its longer side
 
 
-def with_regions(images: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, list[Row]]:
+def with_regions(images: np.ndarray, rows: Sequence[ManifestRow]) -> tuple[np.ndarray, list[ManifestRow]]:
     """Replaces each image that has regions by its regions, cropped square and resized to the image's size.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 
 from unlearning.concepts import RETAIN
 from unlearning.evaluators.base import Evaluator
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 
 class Replaced(Evaluator):
@@ -32,7 +32,7 @@ class Replaced(Evaluator):
     def protocol(self) -> str:
         return "share of the latent grid's cells whose code changed; pictures of the concept without any such cell"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for row in rows:
             if "cells" in row.decided:
                 changed, cells = row.decided["changed"], row.decided["cells"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.base import Evaluator
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 KEYS = {ERASE: "efficacy/routed_e", SYNONYM: "efficacy/routed_g", RETAIN: "retention/routed_s"}
 
@@ -29,7 +29,7 @@ class Routing(Evaluator):
     def protocol(self) -> str:
         return "share of pictures with w < 1/2 for the erased concept, w > 1/2 for others"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for row in rows:
             if "w" in row.decided and row.role in KEYS:
                 right = (row.decided["w"] > 0.5) == (row.role == RETAIN)

@@ -11,7 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unlearning.concepts import RETAIN
 from unlearning.evaluators.base import Evaluator
-from unlearning.store.images import Row, load
+from unlearning.store.manifest import ManifestRow, load_images
 
 
 class Similarity(Evaluator):
@@ -34,15 +34,15 @@ class Similarity(Evaluator):
     def protocol(self) -> str:
         return "against the unedited model's picture, outside the erased regions; PSNR of at most 60 dB, SSIM 11 × 11"
 
-    def update(self, images: np.ndarray, rows: Sequence[Row]) -> None:
+    def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, row in enumerate(rows):
             if row.base and (row.regions or row.role == RETAIN):
-                psnr, ssim = self.of(images[i], load([row], "base")[0], row)
+                psnr, ssim = self.of(images[i], load_images([row], "base")[0], row)
                 self.psnr += psnr
                 self.ssim += ssim
                 self.count += 1
 
-    def of(self, image: np.ndarray, base: np.ndarray, row: Row) -> tuple[float, float]:
+    def of(self, image: np.ndarray, base: np.ndarray, row: ManifestRow) -> tuple[float, float]:
         """PSNR in dB, at most 60, and SSIM in [-1, 1] of one image (H, W, 3) uint8 against another."""
         a, b = (torch.tensor(x, device=self.device).permute(2, 0, 1)[None] / 255 for x in (image, base))
         outside = _outside(row, image.shape[:2]).to(self.device)
@@ -57,7 +57,7 @@ class Similarity(Evaluator):
         return {f"fidelity/{name}": (getattr(self, name) / self.count).item() for name in ("psnr", "ssim")}
 
 
-def _outside(row: Row, size: tuple[int, int]) -> Tensor:
+def _outside(row: ManifestRow, size: tuple[int, int]) -> Tensor:
     """Mask (H, W) of the pixels outside all regions of the erased concept."""
     outside = torch.ones(size, dtype=torch.bool)
     for region in row.regions:

@@ -23,7 +23,8 @@ from unlearning.reporting.figures import data_uri, encode, thumbnail
 from unlearning.reporting.formats import render_page
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run
 from unlearning.store.files import write_atomically
-from unlearning.store.images import Row, figures, read_manifest
+from unlearning.store.images import figure_paths
+from unlearning.store.manifest import ManifestRow, read_manifest
 from unlearning.store.metrics import Metric
 
 IMAGES, PROMPTS, CONCEPTS = 6, 12, 40  # shown at most: of a prompt, of a concept, of a section
@@ -50,7 +51,7 @@ class Frame:
         images: By drawing: "base", "erased", and possibly another ("attacked-cce").
     """
 
-    row: Row
+    row: ManifestRow
     images: Mapping[str, Path]
 
     @property
@@ -75,7 +76,7 @@ def read_frames(run: Path) -> list[Frame]:
     return [*frames, *(Frame(row, {**_origin(row, frames), name: row.path}) for name, row in attacked)]
 
 
-def _origin(row: Row, frames: Sequence[Frame]) -> Mapping[str, Path]:
+def _origin(row: ManifestRow, frames: Sequence[Frame]) -> Mapping[str, Path]:
     """The images of the prompt that an attack has replaced; it has the same seed. Empty if there are several."""
     same = [frame for frame in frames if frame.row.role == ERASE and frame.row.seed == row.seed]
     same = [frame for frame in same if frame.row.prompt == row.prompt] or same
@@ -102,7 +103,7 @@ def sections(frames: Sequence[Frame]) -> Sections:
     return {role: concepts for role, concepts in found.items() if concepts}
 
 
-def latent_differences(run: Path, rows: Iterable[Row]) -> dict | None:
+def latent_differences(run: Path, rows: Iterable[ManifestRow]) -> dict | None:
     """What UnGuide's guidance decided by: D(p) and w of every prompt, the threshold, and D of the empty prompt.
 
     {"threshold": 3.4, "empty": 1.2, "prompts": [{"prompt": "a photo of the cat", "role": "erase", "D": 5.1, "w": -1.0},
@@ -175,7 +176,7 @@ def report(run: Path) -> Path:
         protocols=[*protocols],
         sections=sections(frames),
         differences=differences,
-        figures={caption: data_uri(path.read_bytes()) for caption, path in figures(run).items()},
+        figures={caption: data_uri(path.read_bytes()) for caption, path in figure_paths(run).items()},
         image=lambda path: thumbnail(path, THUMBNAIL),
         limit={"images": IMAGES, "prompts": PROMPTS, "concepts": CONCEPTS},
         command=_command(run),

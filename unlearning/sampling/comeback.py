@@ -21,7 +21,7 @@ from unlearning.concepts import ATTACK
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Embedded, Text
 from unlearning.store.files import write_atomically
-from unlearning.store.images import Row, image_path
+from unlearning.store.manifest import ManifestRow, image_path
 
 NAME = "comeback.json"
 
@@ -79,7 +79,7 @@ def exists(folder: Path) -> bool:
     return (folder / NAME).exists()
 
 
-def attacked(folder: Path, rows: Sequence[Row]) -> list[Row]:
+def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     """The manifest rows of an attack: of `rows`, those of its targets, with what the attack found in place.
 
     Seeds and guidance scales stay, so that an image can be compared with the one before the attack.
@@ -93,7 +93,7 @@ def attacked(folder: Path, rows: Sequence[Row]) -> list[Row]:
     return [_attacked(folder, row, results[row.prompt]) for row in rows if row.prompt in results]
 
 
-def _attacked(folder: Path, row: Row, result: Mapping) -> Row:
+def _attacked(folder: Path, row: ManifestRow, result: Mapping) -> ManifestRow:
     file = folder / result["file"] if result["file"] else None
     path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file)
     return replace(row, path=path, prompt=result["prompt"], role=ATTACK, base=None, comeback=file)

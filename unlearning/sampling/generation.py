@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
-from unlearning.store.images import Row, missing, save
+from unlearning.store.images import write_image
 from unlearning.store.locks import claimed
+from unlearning.store.manifest import ManifestRow, missing
 
 log = logging.getLogger(__name__)
 OVERFLOW = "it holds values that are not finite; float16 overflows where model.dtype=bfloat16 and float32 do not"
@@ -27,12 +28,12 @@ class Generation(pl.LightningModule):
     def __init__(self, model, sampler: Sampler | Reconstruction):
         super().__init__()
         self.model, self.sampler = model, sampler
-        self.left: list[Row] = []  # rows that another process was drawing already
+        self.left: list[ManifestRow] = []  # rows that another process was drawing already
 
-    def transfer_batch_to_device(self, batch: list[Row], device, dataloader_idx: int) -> list[Row]:
+    def transfer_batch_to_device(self, batch: list[ManifestRow], device, dataloader_idx: int) -> list[ManifestRow]:
         return batch  # rows hold no tensors
 
-    def predict_step(self, rows: list[Row], batch_idx: int) -> int:
+    def predict_step(self, rows: list[ManifestRow], batch_idx: int) -> int:
         """Draws the rows that no other process has claimed; returns how many."""
         with claimed(rows) as mine:
             self.draw(mine)
@@ -48,7 +49,7 @@ class Generation(pl.LightningModule):
             with claimed(self.left[i : i + self.sampler.batch_size], wait=True) as mine:
                 self.draw(mine)
 
-    def draw(self, rows: list[Row]) -> None:
+    def draw(self, rows: list[ManifestRow]) -> None:
         """Generates the rows' images and saves those that are finite."""
         if not rows:
             return
@@ -60,10 +61,12 @@ class Generation(pl.LightningModule):
             if why:
                 log.warning("%s could not be generated: %s", row.source or row.prompt, why)
             else:
-                save(image, row, decided)
+                write_image(row.path, image, decided)
 
 
-def generate(model, sampler: Sampler | Reconstruction, rows: Sequence[Row], trainer: Callable[..., pl.Trainer]) -> int:
+def generate(
+    model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: Callable[..., pl.Trainer]
+) -> int:
     """Generates every image that is not in the store yet; returns how many were missing.
 
     Rows that another process is drawing are left to it, and waited for at the end. An image that fails is named in a

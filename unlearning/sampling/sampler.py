@@ -12,7 +12,7 @@ from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Text
 from unlearning.sampling.comeback import restored
 from unlearning.sampling.guidance import Walk, begin
-from unlearning.store.images import Row, manifest
+from unlearning.store.manifest import ManifestRow, manifest
 
 Schedule = Literal["diffusers", "paper"]
 
@@ -141,7 +141,7 @@ class Sampler:
 
     manifest = staticmethod(manifest)
 
-    def draw(self, model: DiffusionModel, rows: Sequence[Row]) -> tuple[Tensor, list[dict[str, float]]]:
+    def draw(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict[str, float]]]:
         """The images of a manifest's rows, and what the guidance decided about each."""
         prompts, seeds, files = zip(*((row.prompt, row.seed, row.comeback) for row in rows), strict=True)
         text, noise = restored(model, prompts, seeds, files)

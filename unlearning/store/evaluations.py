@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from unlearning.errors import UserError
 from unlearning.store.files import digest, write_atomically
-from unlearning.store.images import Row, load
+from unlearning.store.manifest import ManifestRow, load_images
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Evaluation:
     details: Sequence[dict] = field(default_factory=tuple)
 
 
-def evaluation(store: Path, about: str, rows: Sequence[Row], evaluator, batch_size: int, code: Mapping, label: str):
+def evaluation(
+    store: Path, about: str, rows: Sequence[ManifestRow], evaluator, batch_size: int, code: Mapping, label: str
+):
     """The evaluation of a manifest's images, from the store if some run has made it before.
 
     One that failed on some image is not kept: it may succeed next time.
@@ -53,7 +55,7 @@ def evaluation(store: Path, about: str, rows: Sequence[Row], evaluator, batch_si
     if path.exists():
         return _read(path)
     for i in tqdm(range(0, len(rows), batch_size), label, leave=False):
-        evaluator.update(load(rows[i : i + batch_size]), rows[i : i + batch_size])
+        evaluator.update(load_images(rows[i : i + batch_size]), rows[i : i + batch_size])
     values = evaluator.compute()
     for key, value in values.items():
         if not math.isfinite(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout, lock_descriptor
 
 from unlearning.errors import UserError
-from unlearning.store.images import Row, missing
+from unlearning.store.manifest import ManifestRow, missing
 
 RUN_LOCK = ".lock"  # in a run's folder
 CLAIM = ".claim"  # suffix of the lock file next to an image that is being generated
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(rows: Sequence[Row], wait: bool = False) -> Iterator[list[Row]]:
+def claimed(rows: Sequence[ManifestRow], wait: bool = False) -> Iterator[list[ManifestRow]]:
     """Yields the rows that this process is to generate: their images are missing, and no other process generates them.
 
     Other processes leave these rows alone until the context ends.

@@ -12,7 +12,7 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unlearning.errors import UserError
-from unlearning.store.images import Row
+from unlearning.store.manifest import ManifestRow
 
 messages = logging.getLogger(__name__)
 MAX_PAIRS, MAX_ENTRIES = 32, 16  # image pairs that are logged; entries of a list in the config
@@ -199,7 +199,7 @@ def log(
     metrics: Mapping[str, float | str],
     images: Mapping[str, Sequence[np.ndarray | Image.Image]] | None = None,
     config: Mapping[str, Any] | None = None,
-    pairs: Sequence[tuple[Row, Row]] = (),
+    pairs: Sequence[tuple[ManifestRow, ManifestRow]] = (),
 ) -> None:
     """Logs the results of a run: its config, its metrics with their protocols, and its images.
 
@@ -235,7 +235,7 @@ def log(
         logger.save()
 
 
-def _sides(pairs: Sequence[tuple[Row, Row]]) -> list[list[Any]]:
+def _sides(pairs: Sequence[tuple[ManifestRow, ManifestRow]]) -> list[list[Any]]:
     """[prompt, role, seed, before, after] for the first pair of each prompt whose images exist."""
     first = {after.prompt: (before, after) for before, after in reversed(pairs)}
     sides = []

@@ -1,0 +1,54 @@
+"""Files: a digest identifies content, and nothing half-written is ever left."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unlearning.store.files import digest, write_atomically
+from unlearning.store.images import write_image
+
+
+def test_a_digest_is_of_content_alone():
+    assert digest({"a": 1, "b": (2, 3)}) == digest({"b": [2, 3], "a": 1})
+    assert len({digest("ab", "c"), digest("a", "bc"), digest("abc"), digest(["ab", "c"]), digest()}) == 5
+    assert len(digest()) == 16
+
+
+def fail_midway(monkeypatch, step: str) -> None:
+    """The disk is full: half of a file is written and then nothing more; or the file cannot be renamed."""
+    write_bytes = Path.write_bytes
+
+    def full(self, *arguments):
+        if step == "write_bytes":
+            write_bytes(self, arguments[0][: len(arguments[0]) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, step, full)
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+def test_a_write_that_fails_leaves_no_half_file(tmp_path, monkeypatch, step):
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    with monkeypatch.context() as patch:
+        fail_midway(patch, step)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(tmp_path / "numbers.json", "[3, 4, 5]")
+        with pytest.raises(OSError, match="No space left"):
+            write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    assert (tmp_path / "numbers.json").read_text() == "[1, 2]", "what was there stays"
+    assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"], "nothing half-written is left"
+    write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    assert (tmp_path / "a.png").exists()
+
+
+def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
+    def interrupted(self, content):
+        self.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "numbers.json", "[]")
+    assert list(tmp_path.iterdir()) == []

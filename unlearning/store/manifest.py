@@ -1,0 +1,227 @@
+"""Manifests: one row for each image of a run, with what it shows, why it was generated, and where it is stored.
+
+The image store holds each generated image once, under a key of all that it depends on. The folder is named by a digest
+of model, erasure and sampler; the file by a digest of prompt, seed and what else is the image's own. Every run that
+needs the same image finds it there; any change gives another key.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from unlearning.concepts import Input, Prompt, Region, UnlearningTask
+from unlearning.errors import UserError
+from unlearning.store.files import digest, file_digest, write_atomically
+from unlearning.store.images import read_decided, read_images, write_image
+
+PATHS = ("path", "base", "source", "comeback")  # the columns that name files
+JSON = ("labels", "decided", "regions")
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One image.
+
+    Attributes:
+        path: Where the image is, or will be.
+        prompt: The prompt; for an image-to-image model the input's name.
+        role: As a prompt's (`unlearning.concepts.Prompt`).
+        labels: As a prompt's.
+        seed: The seed of the image's own random generator.
+        guidance_scale: The image's own guidance scale; None is the sampler's.
+        decided: What was decided about the image while it was generated, by a guidance or an edit; JSON values.
+        base: The unedited model's image for the same prompt and seed; None if that is the image itself.
+        source: The input image of an image-to-image model.
+        regions: What is known to be in the input image.
+        concept: The name of the erased concept that the image belongs to; "" if it belongs to none.
+        comeback: A file with what an attack found for this image (`unlearning.sampling.comeback`).
+    """
+
+    path: Path
+    prompt: str
+    role: str
+    labels: dict[str, str]
+    seed: int
+    guidance_scale: float | None = None
+    decided: dict = field(default_factory=dict)
+    base: Path | None = None
+    source: Path | None = None
+    regions: tuple[Region, ...] = ()
+    concept: str = ""
+    comeback: Path | None = None
+
+
+def image_seed(seed: int, prompt: str, sample: int) -> int:
+    """The seed of one image, from the run's seed, the prompt's text and the image's number.
+
+    It does not depend on the prompt's place in a list: two tasks with a prompt in common share its images.
+    """
+    return int(np.random.SeedSequence([seed, zlib.crc32(prompt.encode()), sample]).generate_state(1)[0])
+
+
+def image_path(
+    folder: Path, prompt: str, seed: int, guidance_scale: float | None = None, comeback: Path | None = None
+) -> Path:
+    """Where an image is stored: a file in the model's `folder`, named by a digest of all else that it depends on.
+
+    Args:
+        folder: The folder of model, erasure and sampler.
+        prompt, seed: The image's.
+        guidance_scale: The image's own; None is the sampler's.
+        comeback: A file with what an attack found; its content counts, not its name.
+    """
+    own: list[object] = [] if guidance_scale is None else [guidance_scale]
+    own += [] if comeback is None else [file_digest(comeback)]
+    return folder / f"{digest(prompt, seed, *own)}.png"
+
+
+def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[ManifestRow]:
+    """The images of the task's evaluation, whether they exist yet or not.
+
+    Args:
+        folder: The folder of model, erasure and sampler in the store.
+        task: Its prompts are used.
+        seed: The run's seed, for prompts that have none.
+
+    Raises:
+        UserError: If the task has no prompts.
+    """
+    if not task.prompts:
+        raise UserError("A text-to-image model needs prompts, and this dataset has none: choose another dataset=...")
+
+    def row(prompt: Prompt, sample: int) -> ManifestRow:
+        own = image_seed(seed, prompt.text, sample) if prompt.seed is None else prompt.seed + sample
+        path = image_path(folder, prompt.text, own, prompt.guidance_scale)
+        return ManifestRow(
+            path, prompt.text, prompt.role, prompt.labels, own, prompt.guidance_scale, concept=prompt.concept
+        )
+
+    return [row(prompt, i) for prompt in task.prompts for i in range(task.images_per_prompt)]
+
+
+def manifest_of_inputs(folder: Path, task: UnlearningTask, seed: int) -> list[ManifestRow]:
+    """As `manifest`, for an image-to-image model. Input images are written into the store too.
+
+    Raises:
+        UserError: If the task has no inputs.
+    """
+    if not task.inputs:
+        raise UserError(
+            "An image-to-image model needs input images: choose dataset=emoji_scenes, or dataset=folder with "
+            "input=/path/to/a/folder."
+        )
+
+    def row(given: Input) -> ManifestRow:
+        image = given.read()
+        content = digest(image.shape, hashlib.sha256(image.tobytes()).hexdigest())
+        source = folder.parent / "inputs" / f"{content}.png"
+        if not source.exists():
+            write_image(source, image)
+        own = image_seed(seed, content, 0)
+        path = folder / f"{digest(content, own, [asdict(region) for region in given.regions])}.png"
+        return ManifestRow(
+            path, given.name, given.role, {}, own, source=source, regions=given.regions, concept=given.concept
+        )
+
+    return [row(given) for given in tqdm(task.inputs, "inputs", leave=False, disable=len(task.inputs) < 1000)]
+
+
+def missing(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
+    """The rows whose image does not exist. An image that two rows share occurs once."""
+    return list({row.path: row for row in rows if not row.path.exists()}.values())
+
+
+def load_images(rows: Sequence[ManifestRow], which: str = "path") -> np.ndarray:
+    """The images of the rows, (N, H, W, 3) uint8.
+
+    Args:
+        which: "path", or "base" or "source" if all rows have one.
+
+    Raises:
+        UserError: If an image cannot be read.
+    """
+    return read_images(getattr(row, which) for row in rows)
+
+
+def with_decided(row: ManifestRow) -> ManifestRow:
+    """The row with what its image, which must exist, says was decided about it."""
+    return replace(row, decided=read_decided(row.path))
+
+
+def link_outputs(folder: Path, rows: Iterable[ManifestRow]) -> None:
+    """Puts the outputs of an image-to-image model into `folder`, under the names of the inputs.
+
+    They are hard links; copies if the store is on another disk.
+    """
+    for row in rows:
+        name = folder / (row.prompt if row.prompt.endswith(".png") else f"{row.prompt}.png")
+        name.parent.mkdir(parents=True, exist_ok=True)
+        partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
+        try:
+            try:
+                os.link(row.path, partial)
+            except OSError:  # another disk
+                shutil.copyfile(row.path, partial)
+            partial.replace(name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
+    """Writes a CSV. File names are relative to it; labels, decisions and regions are JSON."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, [f.name for f in fields(ManifestRow)])
+    table.writeheader()
+    for row in rows:
+        cells = asdict(row)
+        cells |= {name: json.dumps(cells[name]) for name in JSON}
+        cells |= {name: os.path.relpath(cells[name], path.parent) for name in PATHS if cells[name]}
+        table.writerow(cells)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
+
+
+def read_manifest(path: Path) -> list[ManifestRow]:
+    """Reads what `write_manifest` has written. Columns that earlier versions did not have may be missing.
+
+    Raises:
+        UserError: If the file is not a manifest.
+    """
+
+    def file(cell: str | None) -> Path | None:
+        return (path.parent / cell).resolve() if cell else None
+
+    def row(cells: dict[str, str]) -> ManifestRow:
+        return ManifestRow(
+            path=(path.parent / cells["path"]).resolve(),
+            prompt=cells["prompt"],
+            role=cells["role"],
+            labels=json.loads(cells["labels"]),
+            seed=int(cells["seed"]),
+            guidance_scale=float(cells["guidance_scale"]) if cells["guidance_scale"] else None,
+            decided=json.loads(cells["decided"]),
+            base=file(cells.get("base")),
+            source=file(cells.get("source")),
+            regions=tuple(Region(tuple(r.pop("box")), **r) for r in json.loads(cells.get("regions") or "[]")),
+            concept=cells.get("concept") or "",
+            comeback=file(cells.get("comeback")),
+        )
+
+    with path.open(newline="") as text:
+        try:
+            table = csv.DictReader(text)
+            if not {"path", "prompt", "role"} <= set(table.fieldnames or ()):
+                raise ValueError("columns are missing")  # an empty file is not an empty manifest
+            return [row(cells) for cells in table]
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}). Delete it; the same command writes it again.") from error
