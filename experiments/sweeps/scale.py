@@ -84,7 +84,7 @@ def losses(run: Path, rng: np.random.Generator) -> None:
 
 
 def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
-    """Writes finished runs of each method and concept, with as many seeds as `rows` manifest rows need, and their images.
+    """Writes finished runs of each method and concept, with the seeds that `rows` manifest rows need, and their images.
 
     Returns:
         The number of runs, and the number of manifest rows.
