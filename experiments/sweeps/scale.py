@@ -84,7 +84,7 @@ def losses(run: Path, rng: np.random.Generator) -> None:
 
 
 def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
-    """Writes finished runs of each method and concept, with as many seeds as `rows` manifest rows need, and their images.
+    """Writes finished runs of each method and concept, of as many seeds as `rows` manifest rows need, with their images.
 
     Returns:
         The number of runs, and the number of manifest rows.
@@ -94,9 +94,9 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         configs = {method: composed(method) for method in METHODS}
 
-    def draw(rows: Sequence[Row]) -> None:
-        rows[0].path.parent.mkdir(parents=True, exist_ok=True)
-        for row in missing(rows):
+    def draw(manifest_rows: Sequence[Row]) -> None:
+        manifest_rows[0].path.parent.mkdir(parents=True, exist_ok=True)
+        for row in missing(manifest_rows):
             row.path.write_bytes(next(drawn))
 
     seed = -1
