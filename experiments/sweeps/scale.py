@@ -94,9 +94,9 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         configs = {method: composed(method) for method in METHODS}
 
-    def draw(rows: Sequence[ManifestRow]) -> None:
-        rows[0].path.parent.mkdir(parents=True, exist_ok=True)
-        for row in missing(rows):
+    def draw(manifest_rows: Sequence[ManifestRow]) -> None:
+        manifest_rows[0].path.parent.mkdir(parents=True, exist_ok=True)
+        for row in missing(manifest_rows):
             row.path.write_bytes(next(drawn))
 
     seed = -1
