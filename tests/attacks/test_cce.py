@@ -1,5 +1,6 @@
 """CCE (Pham et al., 2024): a new word for a concept, learned on the erased model."""
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from unlearning.attacks.cce import CCE, with_placeholder
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ATTACK, ERASE, RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
 from unlearning.sampling.inversion import Placeholder, first_piece, noised
+from unlearning.store.images import read_manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
 TASK = UnlearningTask(erase=(Concept("q", anchor="dog"),), prompts=PROMPTS)  # its name is one word piece
@@ -191,3 +193,19 @@ def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
 def test_there_must_be_prompts_to_attack(model):
     with pytest.raises(UserError, match="prompts"):
         attacked(model, replace(TASK, prompts=PROMPTS[2:]))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+SHORT = [
+    "method=none", "dataset=emoji_objects", "concept=rabbit", "attack.cce.iterations=2", "attack.cce.batch_size=2",
+    "attack.cce.count=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["cce", "cce/emoji", "cce/sld"])
+def test_a_run_attacks_generates_and_measures(unlearn, variant):
+    run = unlearn(f"attack=[{variant}]", *SHORT, "evaluator=accuracy")
+    [row] = read_manifest(run / "images" / "attacked-cce.csv")
+    assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
+    assert "robustness/asr_cce" in json.loads((run / "metrics.json").read_text())

@@ -11,9 +11,9 @@
 
 # B batch, N images, L tokens, D text width, W words, S samples.
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from unlearning.concepts import UnlearningTask
 from unlearning.errors import UserError, unknown
 from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
+from unlearning.sampling.inversion import invert, noised
 
 log = logging.getLogger(__name__)
 ConditioningKind = Literal["null", "generic", "words", "inverted", "caption"]
@@ -237,36 +238,13 @@ def inverted(
     def current() -> Conditioning:
         return Conditioning(embeds.to(dtype), {**start.extra, **{k: v.to(dtype) for k, v in extra.items()}})
 
-    optimizer = torch.optim.Adam([embeds, *extra.values()], lr=lr)
-    with _without_checkpointing(teacher.denoiser):
-        for _ in tqdm(range(steps), "inverting", leave=False):
-            own = torch.randint(rows, (batch,), device=embeds.device)
-            chosen = torch.randint(len(latents), (batch,), device=latents.device)
-            z_0, mask = latents[chosen], M[chosen]
-            t = teacher.timesteps(torch.rand(batch))
-            x_t = teacher.add_noise(z_0, torch.randn_like(z_0), t)
-            with torch.enable_grad():
-                error = (teacher.to_x0(teacher.predict(x_t, t, current()[own]), x_t, t) - z_0).square()
-                loss = (teacher.snr(t).clamp(max=1) * mask * error).mean() / mask.mean()
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
+    def loss() -> Tensor:
+        own = torch.randint(rows, (batch,), device=embeds.device)
+        z = noised(teacher, latents, batch)
+        error = (teacher.to_x0(teacher.predict(z.z_t, z.t, current()[own]), z.z_t, z.t) - z.z_0).square()
+        mask = M[z.rows]
+        return (teacher.snr(z.t).clamp(max=1) * mask * error).mean() / mask.mean()
+
+    invert(teacher, [embeds, *extra.values()], loss, optimizer=partial(torch.optim.Adam, lr=lr), iterations=steps)
     with torch.no_grad():
         return Conditioning.cat([null, current()])
-
-
-@contextmanager
-def _without_checkpointing(denoiser: nn.Module) -> Iterator[None]:
-    """Switches gradient checkpointing off.
-
-    The teacher's weights replace the student's only during the forward pass: a layer that is computed again in the
-    backward pass would use the student's.
-    """
-    on = denoiser.is_gradient_checkpointing
-    if on:
-        denoiser.disable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if on:
-            denoiser.enable_gradient_checkpointing()
