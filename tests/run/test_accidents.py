@@ -32,6 +32,18 @@ from unlearning.sampling.sampler import Sampler
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import read_manifest
 
+
+def last_checkpoint(run: Path) -> Path:
+    """The one checkpoint that a run keeps, under the key of its fit."""
+    [last] = (run / "checkpoints").glob("*/*.ckpt")
+    assert last.name == "last.ckpt"
+    return last
+
+
+def step_of(checkpoint: Path) -> int:
+    return torch.load(checkpoint, weights_only=False)["global_step"]
+
+
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 
 
@@ -44,8 +56,7 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path,
             assert "Interrupted. The same command goes on from here." in told(*command)
         run, kept = tmp_path / "run", tmp_path / "run" / "checkpoints"
         assert not (run / "erasure").exists() and not partial(tmp_path)
-        assert [p.name for p in kept.iterdir() if p.suffix == ".ckpt"] == ["last.ckpt"]
-        assert torch.load(kept / "last.ckpt", weights_only=False)["global_step"] == done
+        assert step_of(last_checkpoint(run)) == done
         left = 9 - done
     evaluations()
     unlearn(*command, "stages=[fit]")
@@ -76,7 +87,7 @@ def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, told, tmp_path, mo
     with monkeypatch.context() as patch:
         at_call(patch, owner, "loss", calls, ctrl_c)
         assert "Interrupted" in told(*command)
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 2
+    assert step_of(last_checkpoint(tmp_path / "run")) == 2
     again = unlearn(*command)
     [one], [other] = (list((run / "erasure").glob("*.safetensors")) for run in (whole, again))
     assert one.read_bytes() == other.read_bytes()
@@ -156,8 +167,8 @@ def test_a_loss_that_is_no_number_stops_the_fit(told, tmp_path, monkeypatch):
     at_call(monkeypatch, ESD, "loss", 4, lambda: torch.tensor(float("nan"), requires_grad=True))
     said = told(*SMALL, *TRAIN, "method.iterations=9")
     assert "The loss is nan at step 3." in said and "method.optimizer.lr" in said
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=False)["global_step"] == 2 and finite(last)
+    last = last_checkpoint(tmp_path / "run")
+    assert step_of(last) == 2 and finite(last)
     assert not (tmp_path / "run" / "erasure").exists() and not partial(tmp_path)
 
 
@@ -231,8 +242,8 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(unlear
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "the same command goes on from here" in said
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=False)["global_step"] == 2 and finite(last)
+    last = last_checkpoint(tmp_path / "run")
+    assert step_of(last) == 2 and finite(last)
     unlearn(*command)
 
 
