@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 base, erasure, out = sys.argv[1:]
 pipe = StableDiffusionPipeline.from_pretrained(base)
 if erasure != "none":
-    missing, unexpected = pipe.unet.load_state_dict(load_file(erasure + "/weights.safetensors"), strict=False)
+    weights = {k.removeprefix("unet."): v for k, v in load_file(erasure + "/weights.safetensors").items()}
+    missing, unexpected = pipe.unet.load_state_dict(weights, strict=False)
     assert not unexpected
 import torch
 generators = [torch.Generator().manual_seed(i) for i in range(12)]

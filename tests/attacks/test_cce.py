@@ -18,7 +18,7 @@ from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
 from unlearning.sampling.inversion import Placeholder, first_piece, noised
-from unlearning.store.images import read_manifest
+from unlearning.store.manifest import read_manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
 TASK = UnlearningTask(erase=(Concept("q", anchor="dog"),), prompts=PROMPTS)  # its name is one word piece

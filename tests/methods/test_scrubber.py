@@ -155,11 +155,11 @@ def test_the_teacher_gets_the_null_prompt_and_the_student_its_conditioning(model
 @pytest.mark.parametrize("blinding", ["gaussian", "shuffled"])
 def test_a_fit_leaves_every_family_as_it_was(model, scrub, blinding, detect):
     method, task = scrub(f"method.blinding={blinding}", f"method.detect={detect}")
-    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in model.named_parameters().items()}
     erasure = method.fit(model, shrunk(task, model))
     assert isinstance(erasure, WeightPatch) and set(erasure.weights) <= set(before)
     assert any(not torch.equal(v, before[k]) for k, v in erasure.weights.items())
-    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters().items())
     assert {"masks of forget images", "similarity to the nearest prototype"} <= set(method.figures)
 
 
