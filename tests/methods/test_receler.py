@@ -54,6 +54,8 @@ def test_erasers_start_as_the_identity_beside_every_cross_attention_layer(family
                 p.add_(0.1)
         assert not torch.allclose(pair.student.predict(x_t, t, c), before)
         assert torch.equal(pair.teacher.predict(x_t, t, c), before)
+    with receler(iterations=1, lr=1e-2).fit(model, TASK).applied_to(model):
+        assert not torch.allclose(model.predict(x_t, t, c), before)
 
 
 def test_an_eraser_adds_to_the_output_of_its_layer_what_it_makes_of_it(model):
