@@ -79,6 +79,17 @@ def test_neighbours_are_named_where_the_prompt_does_not(run):
     assert "<h3>truck</h3>" in kept and "<h3>dog</h3>" not in kept
 
 
+def test_several_erased_concepts_are_told_apart_without_labels(finished):
+    prompts = {"a photo of the kitty": "cat", "a photo of the puppy": "dog"}
+    run = finished(concept=["cat", "dog"], pictures=[(prompt, "erase", "", 1) for prompt in prompts])
+    for name in ("base", "erased"):
+        rows = read_manifest(run / "images" / f"{name}.csv")
+        rows = [replace(row, labels={}, concept=prompts[row.prompt]) for row in rows]
+        write_manifest(run / "images" / f"{name}.csv", rows)
+    page = report(run).read_text()
+    assert "<h3>cat</h3>" in page and "<h3>dog</h3>" in page and "<title>cat+dog, erased by esd_x</title>" in page
+
+
 def test_attacked_images_stand_beside_before_and_after(finished):
     prompts = {"cce": "a photo of the cat", "p4d": "xq z ** cat"}  # the second attack has found another prompt
     run = finished(pictures=PICTURES[:1], attacks=prompts)

@@ -89,7 +89,8 @@ Sections = dict[str, dict[str, dict[str, list[Frame]]]]
 def sections(frames: Sequence[Frame]) -> Sections:
     """Frames by role, concept and prompt.
 
-    The concept is the label that tells erased from retained prompts; of an attack, it is the attack's name.
+    The concept is the label that tells erased from retained prompts, or else the erased concept of the row. For an
+    attack it is the attack's name.
     """
     labels = {role: [frame.row.labels for frame in frames if frame.row.role == role] for role in (ERASE, RETAIN)}
     answers = {role: {(q, a) for row in labels[role] for q, a in row.items()} for role in labels}
@@ -98,7 +99,7 @@ def sections(frames: Sequence[Frame]) -> Sections:
     found: Sections = {role: {} for role in ROLES}
     for frame in frames:
         concepts = found.setdefault(frame.row.role, {})
-        prompts = concepts.setdefault(frame.attack or frame.row.labels.get(question, ""), {})
+        prompts = concepts.setdefault(frame.attack or frame.row.labels.get(question, frame.row.concept), {})
         prompts.setdefault(frame.row.prompt, []).append(frame)
     return {role: concepts for role, concepts in found.items() if concepts}
 
