@@ -18,7 +18,7 @@ from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
 from unlearning.sampling.inversion import Placeholder, first_piece, noised
-from unlearning.store.images import read_manifest
+from unlearning.store.manifest import read_manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
 TASK = UnlearningTask(erase=(Concept("q", anchor="dog"),), prompts=PROMPTS)  # its name is one word piece
@@ -72,7 +72,7 @@ def test_the_word_stands_where_the_name_was_and_nowhere_else(model):
 
 
 def test_each_of_several_concepts_gets_a_word_of_its_own(model):
-    prompts = (Prompt("a q", ERASE), Prompt("a w", ERASE), Prompt("o q", ERASE))
+    prompts = tuple(Prompt(text, ERASE, concept=text[2:]) for text in ("a q", "a w", "o q"))
     found = attacked(model, UnlearningTask(erase=(Concept("q"), Concept("w")), prompts=prompts), iterations=5)
     first, second, third = found.embeds["text_encoder"][:, 2]
     assert torch.equal(first, third) and not torch.equal(first, second)
