@@ -72,7 +72,7 @@ def test_the_word_stands_where_the_name_was_and_nowhere_else(model):
 
 
 def test_each_of_several_concepts_gets_a_word_of_its_own(model):
-    prompts = (Prompt("a q", ERASE), Prompt("a w", ERASE), Prompt("o q", ERASE))
+    prompts = tuple(Prompt(text, ERASE, concept=text[2:]) for text in ("a q", "a w", "o q"))
     found = attacked(model, UnlearningTask(erase=(Concept("q"), Concept("w")), prompts=prompts), iterations=5)
     first, second, third = found.embeds["text_encoder"][:, 2]
     assert torch.equal(first, third) and not torch.equal(first, second)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack, targets
-from unlearning.concepts import Concept, UnlearningTask
+from unlearning.concepts import UnlearningTask
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
@@ -117,7 +117,7 @@ class CCE(Attack):
         if not (rows := targets(task)):
             raise UserError("CCE needs prompts of the erased concepts, and this dataset has none.")
         words = observed.words or {name: self._learned(model, name, z_0) for name, z_0 in observed.latents.items()}
-        concepts = [_concept_of(prompt.text, task.erase) for prompt in rows]
+        concepts = [prompt.concept or task.erase[0].name for prompt in rows]
         prompts = [with_placeholder(prompt.text, concept) for prompt, concept in zip(rows, concepts, strict=True)]
         place = Placeholder.in_prompts(model, prompts)
         filled = [place.filled(words[concept].v, [i]).embeds for i, concept in enumerate(concepts)]
@@ -191,17 +191,9 @@ class CCE(Attack):
 
 def with_placeholder(prompt: str, name: str) -> str:
     """The prompt with "{}" in the place of a concept's name, or before the prompt that does not have it."""
-    replaced, count = _pattern(name).subn("{}", prompt)
+    pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+    replaced, count = pattern.subn("{}", prompt)
     return replaced if count else f"{{}} {prompt}"
-
-
-def _pattern(name: str) -> re.Pattern:
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
-
-
-def _concept_of(prompt: str, concepts: Sequence[Concept]) -> str:
-    """The name of the concept that a prompt names; of the first one, if it names none."""
-    return next((concept.name for concept in concepts if _pattern(concept.name).search(prompt)), concepts[0].name)
 
 
 def _summary(losses: Sequence[float]) -> dict[str, float]:
