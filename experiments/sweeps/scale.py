@@ -84,7 +84,7 @@ def losses(run: Path, rng: np.random.Generator) -> None:
 
 
 def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
-    """Writes finished runs of each method and concept, of as many seeds as `rows` manifest rows need, with their images.
+    """Writes finished runs with their images: each method and concept, and seeds until there are `rows` manifest rows.
 
     Returns:
         The number of runs, and the number of manifest rows.
