@@ -22,13 +22,13 @@ def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6)
 
 
 def suggest(names: Iterable[str]) -> str:
-    """ " Did you mean a or b?" with a space before it, to end a message with; "" without names."""
+    """The end of an error message, with a space before it: " Did you mean a or b?"; "" without names."""
     text = " or ".join(names)
     return f" Did you mean {text}?" if text else ""
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
-    """ " Did you mean a or b?", of the `known` words `nearest` to `word`; "" where none is near."""
+    """The end of an error message that suggests the `known` words `nearest` to `word`; "" where none is near."""
     return suggest(nearest(word, known, most, cutoff))
 
 

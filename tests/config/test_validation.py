@@ -265,8 +265,8 @@ def test_settings_that_fit_a_signature(settings):
 
 
 def test_what_a_signature_takes():
-    known, complete = parameters(Flux.load)
-    assert complete and {"path", "embedded_guidance", "attention_slicing"} <= known.keys()
-    known, complete = parameters(quarter)
-    assert complete and known.keys() == {"numerator", "times"} and known["numerator"].annotation is int
+    accepted, complete = parameters(Flux.load)
+    assert complete and {"path", "embedded_guidance", "attention_slicing"} <= accepted.keys()
+    accepted, complete = parameters(quarter)
+    assert complete and accepted.keys() == {"numerator", "times"} and accepted["numerator"].annotation is int
     assert parameters(anything) == ({}, False) and parameters(Unedited) == ({}, True)

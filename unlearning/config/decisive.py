@@ -1,4 +1,4 @@
-"""Which settings decide a result, said once: for the names of folders, for what is already done, for tables.
+"""Which settings decide a result, in one place: for the names of folders, for what is already done, for tables.
 
 A result depends on groups of settings, and on the results before it: images depend on the erasure, numbers on the
 images. A few settings of these groups decide nothing; they are listed in `NEVER`. A setting that is not listed decides.

@@ -37,7 +37,7 @@ def parameters(target: Callable) -> tuple[dict[str, Parameter], bool]:
     Returns:
         The parameters by name, with types for annotations (Any where they are unknown), and whether these are all.
     """
-    known: dict[str, Parameter] = {}
+    accepted: dict[str, Parameter] = {}
     is_class, layers = False, [target]
     if inspect.isclass(target):
         is_class, layers = True, [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)]
@@ -45,14 +45,14 @@ def parameters(target: Callable) -> tuple[dict[str, Parameter], bool]:
         try:
             own = list(_signature(layer).parameters.values())[is_class:]
         except (TypeError, ValueError):  # of a class or a function written in C
-            return known, False
-        known = {p.name: _typed(p) for p in own if p.kind in NAMED} | known
+            return accepted, False
+        accepted = {p.name: _typed(p) for p in own if p.kind in NAMED} | accepted
         keywords = next((p for p in own if p.kind is Parameter.VAR_KEYWORD), None)
         if keywords is None:
-            return known, True
+            return accepted, True
         if typing.get_origin(keywords.annotation) is typing.Unpack:
-            return _unpacked(typing.get_args(keywords.annotation)[0]) | known, True
-    return known, not layers  # a class without any __init__ takes nothing
+            return _unpacked(typing.get_args(keywords.annotation)[0]) | accepted, True
+    return accepted, not layers  # a class without any __init__ takes nothing
 
 
 def _signature(function: Callable) -> Signature:

@@ -170,12 +170,12 @@ def _tell(study: "optuna.Study", trial: "optuna.Trial", result: JobReturn) -> No
         study.tell(trial, state=TrialState.FAIL)
 
 
-def check_objective(names: str | Sequence[str] | None, known: Iterable[str]) -> None:
-    """Raises UserError for an objective that is not among the `known` metrics; the message suggests the nearest."""
-    known = {*known}
+def check_objective(names: str | Sequence[str] | None, metrics: Iterable[str]) -> None:
+    """Raises UserError for an objective that is not among the `metrics`; the message suggests the nearest."""
+    metrics = sorted({*metrics})
     for name in _as_list(names):
-        if name not in known:
-            hint = suggest(nearest(name, known, 3, 0.4)) or f" Metrics: {', '.join(sorted(known))}."
+        if name not in metrics:
+            hint = suggest(nearest(name, metrics, 3, 0.4)) or f" Metrics: {', '.join(metrics)}."
             raise UserError(f"The objective {name!r} is no metric of this run.{hint}")
 
 

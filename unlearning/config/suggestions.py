@@ -55,11 +55,11 @@ def explain(error: Exception, conf: Path, argv: Sequence[str] = ()) -> str:
     return "\n".join(lines[:5]) or type(error).__name__
 
 
-def no_such_setting(path: str, name: str, known: Iterable[str]) -> str:
-    """The message for a setting `name` that does not exist in `path` ("" at the top), where the `known` ones do."""
+def no_such_setting(path: str, name: str, existing: Iterable[str]) -> str:
+    """The message for a setting `name` that does not exist in `path` ("" at the top), where the `existing` ones do."""
     text = f"{path} has no setting `{name}`." if path else f"There is no setting `{name}`."
-    known = sorted(known)
-    return text + (did_you_mean(name, known) or (f" Settings: {', '.join(known)}." if known else ""))
+    existing = sorted(existing)
+    return text + (did_you_mean(name, existing) or (f" Settings: {', '.join(existing)}." if existing else ""))
 
 
 def not_chosen(group: str, name: str, chosen: Iterable[str]) -> str:
@@ -70,10 +70,10 @@ def not_chosen(group: str, name: str, chosen: Iterable[str]) -> str:
 def _no_such_choice(error: MissingConfigException, conf: Path, argv: Sequence[str]) -> str:
     file = error.missing_cfg_file or ""
     group, _, name = file.removesuffix(".yaml").rpartition("/")
-    known = sorted({*choices(conf, group), *(option for option in error.options or () if option[0] != "_")})
-    text = f"There is no {group or 'config'} `{name}`.{did_you_mean(name, known)}"
-    if known:
-        text += f" {(group or 'config').rpartition('/')[2].capitalize()}s: {', '.join(known)}."
+    existing = sorted({*choices(conf, group), *(option for option in error.options or () if option[0] != "_")})
+    text = f"There is no {group or 'config'} `{name}`.{did_you_mean(name, existing)}"
+    if existing:
+        text += f" {(group or 'config').rpartition('/')[2].capitalize()}s: {', '.join(existing)}."
     if extra := EXTRAS.get(file):
         text += f" Install it with pip install 'unlearning[{extra}]'."
     refers = re.match(r"In '(.+?)'", str(error))
@@ -91,16 +91,16 @@ def _no_such_reference(error: InterpolationKeyError, key: str) -> str:
 
 def _no_such_key(error: ConfigKeyError | ConfigAttributeError, conf: Path) -> str:
     path, _, key = (error.full_key or "").rpartition(".")
-    known = sorted(name for name in _settings(error.parent_node) if not name.startswith("_"))
+    existing = sorted(name for name in _settings(error.parent_node) if not name.startswith("_"))
     possible = choices(conf, path)
-    if path and key in possible and set(known) <= set(possible):
-        return not_chosen(path, key, known)
+    if path and key in possible and set(existing) <= set(possible):
+        return not_chosen(path, key, existing)
     if path:
-        return no_such_setting(path, key, known)
+        return no_such_setting(path, key, existing)
     deeper = [name for name in leaves(_settings(_root(error))) if name.endswith(f".{key}")]
     if deeper:
         return f"There is no setting `{key}`.{suggest(deeper[:3])}"
-    return no_such_setting("", key, [name for name in known if name != "hydra"])
+    return no_such_setting("", key, [name for name in existing if name != "hydra"])
 
 
 def _unreadable(override: str, conf: Path, argv: Sequence[str]) -> str:

@@ -26,7 +26,6 @@ NAMED_LISTS = ("attack", "evaluator", "logger")  # groups of which a run has any
 UNCHECKED = ("paths", "judge")  # groups whose settings other groups refer to, and which build nothing themselves
 NUMBERS = ("int", "float", "bool")  # pydantic would make 3 of "3", and True of 1 or "yes"
 LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type", "sequence_str")
-Schema = Mapping[str, Any]
 
 
 def check_names(cfg: DictConfig, conf: Path) -> None:
@@ -43,11 +42,11 @@ def check_names(cfg: DictConfig, conf: Path) -> None:
     """
     _check_chosen_twice()
     raw = as_written(cfg)
-    known = {*_names(conf / "config.yaml"), *(p.name for p in conf.iterdir() if p.is_dir()), *_choices()}
+    existing = {*_names(conf / "config.yaml"), *(p.name for p in conf.iterdir() if p.is_dir()), *_choices()}
     for group, choice in _choices().items():
         if (file := conf / group / f"{choice}.yaml").exists() and "@package _global_" in file.read_text():
-            known |= {*_names(file)} if group != "experiment" else set()
-    _check_names("", raw, known, raw)
+            existing |= {*_names(file)} if group != "experiment" else set()
+    _check_names("", raw, existing, raw)
     for group in UNCHECKED:
         files = (conf / group).glob("*.yaml")
         _check_names(group, raw.get(group) or {}, {name for file in files for name in _names(file)}, raw)
@@ -83,10 +82,10 @@ def _names(file: Path) -> Iterator[str]:
     return (str(name) for name in OmegaConf.load(file) if name != "defaults")
 
 
-def _check_names(path: str, names: Iterable[str], known: Iterable[str], whole: object) -> None:
+def _check_names(path: str, names: Iterable[str], existing: Iterable[str], whole: object) -> None:
     for name in names:
-        if name not in known and not re.search(rf"\$\{{{re.escape(f'{path}.{name}'.strip('.'))}\b", str(whole)):
-            raise UserError(no_such_setting(path, name, known))
+        if name not in existing and not re.search(rf"\$\{{{re.escape(f'{path}.{name}'.strip('.'))}\b", str(whole)):
+            raise UserError(no_such_setting(path, name, existing))
 
 
 def check(settings: object, path: str = "") -> None:
@@ -125,19 +124,19 @@ def _target(name: str, path: str) -> Callable | None:
 
 
 def _check_against(target: Callable, settings: Mapping, path: str) -> None:
-    known, complete = parameters(target)
+    accepted, complete = parameters(target)
     given = {name: value for name, value in settings.items() if not name.startswith("_")}
     for name, value in given.items():
         full = f"{path}.{name}"
-        if name not in known:
-            if complete or nearest(name, known, cutoff=0.8):  # otherwise it may be meant for what **keywords go to
-                raise UserError(no_such_setting(path, name, known))
+        if name not in accepted:
+            if complete or nearest(name, accepted, cutoff=0.8):  # otherwise it may be meant for what **keywords go to
+                raise UserError(no_such_setting(path, name, accepted))
         elif value == "???":
             if not is_trainer_of_method(full):
                 raise UserError(f"`{full}` has no value. Give it one: `{full}=...`.")
         else:
-            check_value(full, value, known[name].annotation)
-    missing = [name for name, p in known.items() if p.default is Parameter.empty and name not in given]
+            check_value(full, value, accepted[name].annotation)
+    missing = [name for name, p in accepted.items() if p.default is Parameter.empty and name not in given]
     if missing and complete and not settings.get("_partial_") and "_args_" not in settings:
         raise UserError(f"{path} needs the setting `{missing[0]}`, which has no value.")
 
