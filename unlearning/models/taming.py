@@ -1,7 +1,7 @@
 """Converts checkpoints of the `taming-transformers` code base (Esser et al., CVPR 2021) to diffusers' VQModel.
 
-Both have the same layers with different names: taming's `down.2.attn.1` is diffusers' attention after the same resnet of
-a block, and taming counts the decoder's levels from the finest. Only the choice of a code differs: VQModel takes the
+Both have the same layers with different names: taming's `down.2.attn.1` is diffusers' attention after the same resnet
+of a block, and taming counts the decoder's levels from the finest. Only the choice of a code differs: VQModel takes the
 nearest vector of the codebook, GumbelVQ the argmax of 8192 logits.
 """
 
