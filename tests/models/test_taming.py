@@ -1,4 +1,4 @@
-"""taming-transformers' checkpoints, against an implementation of our own of its architecture."""
+"""Checkpoints of taming-transformers, against our own implementation of its architecture."""
 
 import pytest
 import safetensors.torch
@@ -13,7 +13,7 @@ SMALL = {"ch": 32, "mult": (1, 1, 2), "attention": (8,), "resolution": 32, "code
 
 
 def network(quantizer, **sizes):
-    """One of random weights, norms and codebook too, whose codes are as varied as a trained one's."""
+    """A network with random weights, norms and codebook, whose codes vary like a trained network's."""
     torch.manual_seed(0)
     net = VQGAN(quantizer, **{**SMALL, "z": 48, "width": 48, **sizes}).eval()
     with torch.no_grad():
@@ -25,8 +25,8 @@ def network(quantizer, **sizes):
     return net
 
 
-def codes(model, logits, pictures):
-    latents = model.encode(pictures).latents
+def codes(model, logits, images):
+    latents = model.encode(images).latents
     if logits is not None:
         return logits(latents).argmax(1)
     return model.quantize(latents)[2][2].view(len(latents), *latents.shape[-2:])
@@ -37,20 +37,20 @@ def codes(model, logits, pictures):
     [
         (Gumbel, {}),
         (Nearest, {}),
-        (Nearest, {"width": 24}),  # a codebook narrower than the encoder's output
+        (Nearest, {"width": 24}),  # a codebook that is narrower than the encoder's output
         (Nearest, {"attention": (16, 8), "blocks": 1}),
         (Nearest, {"mult": (1, 2), "attention": (), "blocks": 3}),
     ],
 )
 @torch.no_grad()
-def test_codes_are_the_same_and_pictures_as_near_as_floats_allow(quantizer, sizes):
+def test_codes_are_equal_and_images_are_close(quantizer, sizes):
     net = network(quantizer, **sizes)
     model, logits = convert(net.state_dict())
     assert (logits is not None) == (quantizer is Gumbel)
-    pictures = torch.rand(4, 3, 32, 32) * 2 - 1
-    expected = net.codes(pictures)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    expected = net.codes(images)
     assert expected.unique().numel() > 20
-    assert torch.equal(codes(model, logits, pictures), expected)
+    assert torch.equal(codes(model, logits, images), expected)
     z_q = model.quantize.get_codebook_entry(expected.flatten(), (*expected.shape, net.quant_conv.out_channels))
     shown = model.decode(z_q, force_not_quantize=True).sample
     assert shown.std() > 0.05 and torch.allclose(shown, net.decode(expected), atol=1e-5)
@@ -91,18 +91,18 @@ def test_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize("quantizer", [Gumbel, Nearest])
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"autocast": "bfloat16"}])
 def test_a_loaded_model_gives_codes_in_every_precision(tmp_path, quantizer, settings):
-    """In float32 those of diffusers, one by one, in whatever batch."""
+    """In float32 they are diffusers' codes of single images, for any batch."""
     torch.save(network(quantizer).state_dict(), tmp_path / "state.pth")
     model = models.VQGAN.load(str(tmp_path / "state.pth"), device="cpu", **settings)
-    pictures = torch.rand(16, 3, 32, 32)
-    found = model.encode(pictures)
+    images = torch.rand(16, 3, 32, 32)
+    found = model.encode(images)
     assert found.shape == (16, 8, 8) and len(found.unique()) > 20
     assert model.decode(found).isfinite().all()
     if not settings:
         stock = load(tmp_path / "state.pth")
         with torch.no_grad():
-            alone = torch.cat([codes(*stock, 2 * picture - 1) for picture in pictures.split(1)])
-        assert torch.equal(found, alone) and torch.equal(found[:1], model.encode(pictures[:1]))
+            alone = torch.cat([codes(*stock, 2 * picture - 1) for picture in images.split(1)])
+        assert torch.equal(found, alone) and torch.equal(found[:1], model.encode(images[:1]))
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
@@ -111,17 +111,17 @@ def test_half_precision_is_read_as_float32(tmp_path):
 
 
 class Callback:
-    """What Lightning's old checkpoints hold beside the tensors."""
+    """An object like those in old checkpoints of Lightning."""
 
 
-def test_objects_are_not_unpickled_and_the_way_out_is_told(tmp_path):
+def test_objects_are_not_unpickled_and_the_error_says_how_to_extract_the_tensors(tmp_path):
     torch.save({"state_dict": network(Gumbel).state_dict(), "callbacks": {Callback: {}}}, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match=r"last\.ckpt holds Python objects.*\['state_dict'\].*last\.pth"):
+    with pytest.raises(UserError, match=r"last\.ckpt.*\['state_dict'\].*last\.pth"):
         load(tmp_path / "last.ckpt")
 
 
 def broken(**changes):
-    """A state dict with some keys gone (None) or put in."""
+    """A state dict with some keys removed (None) or added."""
     state = {**network(Gumbel).state_dict(), **{key.replace("__", "."): value for key, value in changes.items()}}
     return {key: value for key, value in state.items() if value is not None}
 
@@ -129,33 +129,33 @@ def broken(**changes):
 @pytest.mark.parametrize(
     "state, message",
     [
-        (broken(decoder__up__1__block__2__conv1__bias=None), r"there is no 'decoder\.up\.1\.block\.2\.conv1\.bias'"),
-        (broken(quantize__embed__weight=None), r"there is no 'quantize\.embed\.weight'"),
-        (broken(quantize__proj__bias=None), r"there is no 'quantize\.proj\.bias'"),
-        (broken(colorize=torch.zeros(1)), r"'colorize' has no place in a GumbelVQ"),
-        (broken(post_quant_conv__weight=torch.zeros(7, 48, 1, 1)), r"'post_quant_conv\.weight' is \(7, 48, 1, 1\)"),
-        ({"unet.weight": torch.zeros(1)}, r"there is no '.*'"),
+        (broken(decoder__up__1__block__2__conv1__bias=None), r"decoder\.up\.1\.block\.2\.conv1\.bias"),
+        (broken(quantize__embed__weight=None), r"quantize\.embed\.weight"),
+        (broken(quantize__proj__bias=None), r"quantize\.proj\.bias"),
+        (broken(colorize=torch.zeros(1)), r"colorize"),
+        (broken(post_quant_conv__weight=torch.zeros(7, 48, 1, 1)), r"post_quant_conv\.weight.*\(7, 48, 1, 1\)"),
+        ({"unet.weight": torch.zeros(1)}, "there is no"),
         ({"state_dict": 3}, "holds no state dict"),
         ([torch.zeros(1)], "holds no state dict"),
     ],
 )
-def test_a_foreign_checkpoint_is_told_by_file_and_key(tmp_path, state, message):
+def test_the_error_for_a_foreign_checkpoint_names_the_file_and_the_key(tmp_path, state, message):
     torch.save(state, tmp_path / "foreign.ckpt")
-    with pytest.raises(UserError, match=rf"foreign\.ckpt is no VQ-GAN of taming-transformers: .*{message}"):
+    with pytest.raises(UserError, match=rf"foreign\.ckpt.*{message}"):
         load(tmp_path / "foreign.ckpt")
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "last.safetensors"])
 @pytest.mark.parametrize("share", [0.5, 0.0])
-def test_a_damaged_file_is_told(tmp_path, name, share):
+def test_a_damaged_file_is_an_error(tmp_path, name, share):
     save = safetensors.torch.save_file if name.endswith("safetensors") else torch.save
     save(network(Nearest).state_dict(), tmp_path / "whole")
     content = (tmp_path / "whole").read_bytes()
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=rf"{name} is no VQ-GAN of taming-transformers: it cannot be read"):
+    with pytest.raises(UserError, match=rf"{name}.*cannot be read"):
         load(tmp_path / name)
 
 
-def test_an_absent_file_says_where_it_comes_from(tmp_path):
-    with pytest.raises(UserError, match=r"last\.ckpt.*vqgan_gumbel_f8.*CompVis/taming-transformers"):
+def test_the_error_for_a_missing_file_names_its_source(tmp_path):
+    with pytest.raises(UserError, match=r"last\.ckpt.*CompVis/taming-transformers.*vqgan_gumbel_f8"):
         load(tmp_path / "last.ckpt")

@@ -1,4 +1,4 @@
-"""Names and adapters of the `ldm` code base, in which Stable Diffusion 1 was published."""
+"""Layer names and adapters of the `ldm` code base, in which Stable Diffusion 1 was published."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,16 @@ from torch import Tensor
 
 from unlearning.errors import UserError
 
-PER_LEVEL = (
-    3  # positions that a level of input_blocks and of output_blocks has: two layers and a sampler, or three layers
-)
+PER_LEVEL = 3  # blocks of a level: two layers and a sampler in input_blocks, three layers in output_blocks
 
 
 def diffusers_name(name: str) -> str:
-    """A module of ldm's UNet in diffusers' words; raises ValueError for one that has none.
+    """diffusers' name of a module of ldm's UNet.
 
     "input_blocks.4.1.transformer_blocks.0.attn2.to_k" is "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k".
+
+    Raises:
+        ValueError: If the module has no counterpart in diffusers.
     """
     name = re.sub(r"^(model\.)?diffusion_model\.", "", name).replace("emb_layers.1", "time_emb_proj")
     if match := re.fullmatch(r"time_embed\.([02])", name):
@@ -29,13 +30,16 @@ def diffusers_name(name: str) -> str:
         level, layer = divmod(int(number) - (side == "input"), PER_LEVEL)
         kind = "attentions" if part == "1" else "resnets"
         return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{kind}.{layer}.{rest}"
-    raise ValueError(f"{name} is no layer of ldm's UNet that an adapter could be on")
+    raise ValueError(f"{name} is not a layer of ldm's UNet that can have an adapter")
 
 
 def read_adapter(path: str | Path, alpha: float) -> dict[str, Tensor]:
-    """UnGuide's `lora.pth` (W + alpha (A B)^T, A (in, r), B (r, out)) under the names of `erasure.Adapter`.
+    """The adapter in a `lora.pth` of UnGuide's repository, by the names of erasures/module_edit.py.
 
-    Only tensors are read (`weights_only`). Raises UserError for a file that is something else.
+    The file holds A (in, r) and B (r, out) with W + alpha (A B)^T. Only tensors are read (`weights_only`).
+
+    Raises:
+        UserError: If the file holds something else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -43,7 +47,7 @@ def read_adapter(path: str | Path, alpha: float) -> dict[str, Tensor]:
         for key, value in state.items():
             module, _, which = key.rpartition(".lora.")
             if which not in ("A", "B"):
-                raise ValueError(f"it has {key!r}, which ends neither in .lora.A nor in .lora.B")
+                raise ValueError(f"the key {key!r} does not end in .lora.A or .lora.B")
             scale = alpha if which == "B" else 1.0
             name = f"unet.{diffusers_name(module)}.lora_{which}.weight"
             weights[name] = (scale * value.float()).T.contiguous()

@@ -1,8 +1,8 @@
-"""Checkpoints of the `taming-transformers` code base (Esser et al., CVPR 2021) as diffusers' VQModel.
+"""Converts checkpoints of the `taming-transformers` code base (Esser et al., CVPR 2021) to diffusers' VQModel.
 
-Both have the same layers under different names: taming's `down.2.attn.1` of a level is diffusers' attention after the
-same resnet of the block, and taming counts the decoder's levels from the finest. Only the way to a code differs:
-VQModel takes the nearest entry of the codebook, GumbelVQ the entry of the largest of 8192 logits.
+Both have the same layers with different names: taming's `down.2.attn.1` is diffusers' attention after the same resnet
+of a block, and taming counts the decoder's levels from the finest. Only the choice of a code differs: VQModel takes the
+nearest vector of the codebook, GumbelVQ the argmax of 8192 logits.
 """
 
 import pickle
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from unlearning.errors import UserError
 
 SOURCE = (
-    "vqgan_gumbel_f8 (OpenImages, 8192 codes) is listed in the README of "
-    "https://github.com/CompVis/taming-transformers; the file wanted is its last.ckpt."
+    "The README of https://github.com/CompVis/taming-transformers lists vqgan_gumbel_f8 (OpenImages, 8192 codes); "
+    "download its last.ckpt."
 )
-GROUPS = 32  # of every norm of taming's, and what it trained on: neither shows in a tensor's shape
-RESOLUTION = 256
+GROUPS, RESOLUTION = 32, 256  # of taming's norms and training images; tensor shapes do not show them
 
-NAMES = (  # diffusers' and taming's, in this order
+NAMES = (  # patterns of diffusers' names, and taming's names for them
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
@@ -41,28 +40,28 @@ NAMES = (  # diffusers' and taming's, in this order
 
 
 def taming_name(name: str, levels: int) -> str:
-    """A parameter of diffusers' VQModel in taming's words.
+    """taming's name of a parameter of diffusers' VQModel.
 
-    Of four levels, "decoder.up_blocks.0.attentions.2.to_q.weight" is "decoder.up.3.attn.2.q.weight".
+    With four levels, "decoder.up_blocks.0.attentions.2.to_q.weight" is "decoder.up.3.attn.2.q.weight".
     """
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
-    for theirs, ours in NAMES:
-        name = re.sub(theirs, ours, name)
+    for pattern, replacement in NAMES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
 def convert(state: Mapping[str, Tensor]) -> tuple[VQModel, nn.Conv2d | None]:
-    """diffusers' VQModel of the state dict of taming's VQModel or GumbelVQ, float32, in evaluation mode.
+    """Converts the state dict of taming's VQModel or GumbelVQ to diffusers' VQModel, float32, in evaluation mode.
 
-    Sizes are read off the tensors. What only training needs (`loss.*`) is passed over.
+    Sizes are inferred from the tensors. Weights that only training needs (`loss.*`) are ignored.
 
     Returns:
-        The model, and GumbelVQ's map from the latents (B, C, H, W) that `encode` gives to logits (B, codes, H, W) whose
-        argmax is the code; None for a VQModel, whose code is the nearest entry of `model.quantize`. (taming itself
-        draws GumbelVQ's codes by chance, in evaluation too.)
+        The model; and for a GumbelVQ the map from the latents (B, C, H, W) that `encode` gives to logits (B, codes, H,
+        W), whose argmax is the code (taming samples it, in evaluation too). None for a VQModel, whose code is the
+        nearest vector of `model.quantize`.
 
     Raises:
-        ValueError: For another architecture's state dict, naming the first key that is missing or unexpected.
+        ValueError: For the state dict of another architecture. It names the first missing or unexpected key.
     """
     state = {key: value for key, value in state.items() if not key.startswith("loss.")}
 
@@ -72,7 +71,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[VQModel, nn.Conv2d | None]:
         return state[key].shape
 
     def count(pattern: str) -> int:
-        """How many of a module list's members there are; at least one, whose absence is then an error."""
+        """The length of a module list, at least 1, so that its absence is an error later."""
         i = 1
         while pattern.format(i) in state:
             i += 1
@@ -100,32 +99,36 @@ def convert(state: Mapping[str, Tensor]) -> tuple[VQModel, nn.Conv2d | None]:
             norm_num_groups=GROUPS,
         )
 
-    places = {name: taming_name(name, levels) for name in model.state_dict()} | {"quantize.embedding.weight": codebook}
-    parts = [(model, places)]
+    keys = {name: taming_name(name, levels) for name in model.state_dict()} | {"quantize.embedding.weight": codebook}
+    parts = [(model, keys)]
     if gumbel:
         parts.append((logits, {name: f"quantize.proj.{name}" for name in logits.state_dict()}))
-    expected = [key for _, places in parts for key in places.values()]
+    expected = [key for _, keys in parts for key in keys.values()]
     for key in expected:
         shape(key)
     if unexpected := sorted(set(state) - set(expected)):
-        raise ValueError(f"{unexpected[0]!r} has no place in a {'GumbelVQ' if gumbel else 'VQModel'} of its sizes")
+        raise ValueError(f"{unexpected[0]!r} does not belong to a {'GumbelVQ' if gumbel else 'VQModel'} of these sizes")
 
     def tensor(key: str, wanted: torch.Size) -> Tensor:
         value = state[key]
-        if wanted not in (value.shape, value.squeeze().shape):  # attention's 1 x 1 convolutions are linear maps
-            raise ValueError(f"{key!r} is {tuple(value.shape)} where {tuple(wanted)} fits")
+        if wanted not in (
+            value.shape,
+            value.squeeze().shape,
+        ):  # attention has 1 × 1 convolutions in taming, linear maps in diffusers
+            raise ValueError(f"{key!r} is {tuple(value.shape)} where {tuple(wanted)} is needed")
         return value.float().reshape(wanted)
 
-    for module, places in parts:
-        module.load_state_dict({n: tensor(places[n], p.shape) for n, p in module.state_dict().items()}, assign=True)
+    for module, keys in parts:
+        module.load_state_dict({n: tensor(keys[n], p.shape) for n, p in module.state_dict().items()}, assign=True)
         module.eval().requires_grad_(False)
     return model, logits
 
 
 def load(path: str | Path) -> tuple[VQModel, nn.Conv2d | None]:
-    """`convert` of a checkpoint: Lightning's .ckpt, a state dict's .pth, or .safetensors. Only tensors are read.
+    """Converts a checkpoint file: Lightning's .ckpt, a .pth with a state dict, or .safetensors. Only tensors are read.
 
-    Raises UserError if the file is missing, damaged, holds more than tensors, or is of another architecture.
+    Raises:
+        UserError: If the file is missing, damaged, of another architecture, or holds other objects than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,7 +136,7 @@ def load(path: str | Path) -> tuple[VQModel, nn.Conv2d | None]:
     try:
         return convert(_read(path))
     except ValueError as error:
-        raise UserError(f"{path} is no VQ-GAN of taming-transformers: {error}. {SOURCE}") from error
+        raise UserError(f"{path} is not a VQ-GAN of taming-transformers: {error}. {SOURCE}") from error
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -146,9 +149,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             stripped = path.with_suffix(".pth")
             keep = f"torch.load('{path}', map_location='cpu', weights_only=False)['state_dict'], '{stripped}'"
             raise UserError(
-                f"{path} holds Python objects besides its tensors, and reading them could run any code. If you trust "
-                f'where it comes from, keep the tensors alone: python -c "import torch; torch.save({keep})", and give '
-                f"{stripped} instead."
+                f"{path} holds Python objects besides its tensors, and loading them could run any code. If you trust "
+                f'its source, extract the tensors: python -c "import torch; torch.save({keep})", and use {stripped} '
+                "instead."
             ) from error
         raise ValueError(f"it cannot be read ({str(error).strip() or type(error).__name__})") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state

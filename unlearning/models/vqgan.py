@@ -1,4 +1,4 @@
-"""VQ-GANs: pictures to grids of codes and back. diffusers' VQModel, and taming-transformers' checkpoints."""
+"""VQ-GANs: from images to grids of codes and back. Loads diffusers' VQModel and checkpoints of taming-transformers."""
 
 # B batch, H W height and width, h w grid of codes, K codes, C their width.
 import copy
@@ -15,20 +15,22 @@ from unlearning.errors import UserError
 from unlearning.models import taming
 from unlearning.models.base import DType, Model, chosen_device, fingerprint
 
-# More than rounding moves what is compared: of the picture's longest latent, squared; of its largest logit.
+# Two codes whose values differ by less are a tie, because rounding can swap them. In units of the squared length of an
+# image's longest latent, and of its largest logit.
 TIE_OF_DISTANCES, TIE_OF_LOGITS = 1e-7, 1e-5
 
 
 class VQGAN(Model):
-    """
-    A code is the nearest vector of the codebook, or, where the quantizer was trained by Gumbel's softmax, the argmax of
-    its logits: the same picture always has the same codes. (The reference samples them.)
+    """An image-to-image model that encodes an image as a grid of codes and decodes it.
+
+    A code is the nearest vector of the codebook, or the argmax of logits if the quantizer was trained with
+    Gumbel-softmax. An image always has the same codes; taming-transformers samples the latter.
 
     Attributes:
         codebook: (K, C).
-        grid: (h, w) of one picture.
-        size: The pictures' side in pixels.
-        edit: Replaces codes before they are decoded, see CodebookEdit; None for the unedited model.
+        grid: (h, w) of one image.
+        size: The images' side in pixels.
+        edit: Replaces codes before they are decoded, see codes/erasure.py; None for the unedited model.
     """
 
     component = "vqvae"
@@ -39,7 +41,7 @@ class VQGAN(Model):
     ):
         self.vq, self.logits = vq.requires_grad_(False).eval(), logits and logits.requires_grad_(False).eval()
         self.parts = {self.component: self.vq}
-        self.encoder = vq.encoder  # load() puts a quicker one beside it, where there is one
+        self.encoder = vq.encoder  # load() replaces it on a CPU by a faster one
         self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
 
     @classmethod
@@ -49,14 +51,15 @@ class VQGAN(Model):
         """Loads a folder that VQModel.save_pretrained wrote, or a checkpoint of taming-transformers.
 
         Args:
+            path: The folder or the file.
             dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, where it is not the weights' dtype. Half precision changes codes.
-            device: "auto" takes the accelerator where there is one.
+            autocast: What the networks compute in, if it is another dtype. Half precision changes codes.
+            device: "auto" is the accelerator if there is one.
 
         Raises:
-            UserError: Where there is neither, or it cannot be read.
+            UserError: If there is no model at `path`, or it cannot be read.
         """
-        place, folder, dtype = chosen_device(device), Path(path), getattr(torch, dtype)
+        target, folder, dtype = chosen_device(device), Path(path), getattr(torch, dtype)
         if folder.is_dir():
             try:
                 vq, logits = VQModel.from_pretrained(folder, dtype=dtype, use_safetensors=True), None
@@ -64,13 +67,13 @@ class VQGAN(Model):
                 raise UserError(f"No VQModel could be loaded from {path}: {error}") from error
         else:
             vq, logits = taming.load(folder)
-        vq = vq.to(place) if vq.dtype == dtype else vq.to(place, dtype)
-        logits = logits and logits.to(place, dtype)
-        model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=place)
-        if place.type == "cpu":
+        vq = vq.to(target) if vq.dtype == dtype else vq.to(target, dtype)
+        logits = logits and logits.to(target, dtype)
+        model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=target)
+        if target.type == "cpu":
             model.encoder = _channels_last(copy.deepcopy(vq.encoder))
             _channels_last(vq.decoder)
-            torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: from then on glibc keeps what layers free
+            torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once; glibc then reuses the memory that layers free
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
 
@@ -89,35 +92,35 @@ class VQGAN(Model):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of pictures (B, 3, H, W) in [0, 1]; of float32 on a CPU, in whatever batch, diffusers' own.
+        """Codes (B, h, w) of images (B, 3, H, W) in [0, 1]. In float32 on a CPU they equal diffusers', for any batch.
 
         Raises:
-            UserError: Where the pictures are smaller than what one code stands for.
+            UserError: If the images are smaller than the cell of one code.
         """
         if min(images.shape[-2:]) < (cell := self.size // self.grid[0]):
             raise UserError(
-                f"A code of {self.name} stands for {cell} by {cell} pixels, and these pictures have "
-                f"{images.shape[-2]} by {images.shape[-1]}: dataset.size={self.size}."
+                f"A code of {self.name} covers {cell} × {cell} pixels, but these images have {images.shape[-2]} × "
+                f"{images.shape[-1]}: dataset.size={self.size}."
             )
-        found = [self._search(values) for values in self._values(images, self.encoder)]
-        codes = torch.stack([nearest for nearest, _ in found])
-        for i, (_, tied) in enumerate(found):
-            if tied:
+        results = [self._search(values) for values in self._values(images, self.encoder)]
+        codes = torch.stack([nearest for nearest, _ in results])
+        for i, (_, tied) in enumerate(results):
+            if tied:  # decided as diffusers does, on the image alone
                 codes[i] = self._diffusers_search(self._values(images[i : i + 1].contiguous(), self.vq.encoder)[0])
         return codes
 
     def _values(self, images: Tensor, encoder: nn.Module) -> Tensor:
-        """What codes are chosen by, (B, h, w, C), or (B, h, w, K) where they are logits."""
+        """The values that decide the codes: latents (B, h, w, C), or logits (B, h, w, K)."""
         with self.precision():
             z = self.vq.quant_conv(encoder((2 * images - 1).to(self.device, self.dtype)))
             return (self.logits(z) if self.logits else z).float().permute(0, 2, 3, 1)
 
     def _search(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (h, w) of one picture's values, and whether for any a second is as near but for rounding."""
+        """The codes (h, w) for the values of one image, and whether any of them is a tie."""
         flat = values.flatten(0, 1)
         if self.logits:
             far, tie = -flat, TIE_OF_LOGITS * flat.abs().max()
-        else:  # |c|² - 2 z·c, the distance squared but for |z|²: one product instead of cdist's two passes
+        else:  # |c|² - 2 z·c is the squared distance less |z|²: one matrix product, where cdist needs two passes
             codebook = self.codebook.float()
             far = torch.addmm(codebook.square().sum(1), flat, codebook.T, alpha=-2)
             tie = TIE_OF_DISTANCES * flat.square().sum(1).max()
@@ -126,37 +129,36 @@ class VQGAN(Model):
         return codes.view(values.shape[:2]), (second <= nearest + tie).any()
 
     def _diffusers_search(self, values: Tensor) -> Tensor:
-        """Codes (h, w) of one picture's values, as diffusers' VectorQuantizer finds them."""
+        """The codes (h, w) for the values of one image, by the operations of diffusers' VectorQuantizer."""
         if self.logits:
             return values.argmax(2)
         return torch.cdist(values.flatten(0, 1).contiguous(), self.codebook.float()).argmin(1).view(values.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1]."""
+        """Images (B, 3, H, W) in [0, 1] of codes (B, h, w)."""
         z = self.codebook[codes.to(self.device)].permute(0, 3, 1, 2)
         with self.precision():
             return (self.vq.decode(z, force_not_quantize=True).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 def _channels_last(network: nn.Module) -> nn.Module:
-    """In the memory format that a CPU's convolutions are faster in."""
+    """Converts a network to the memory format in which convolutions are faster on a CPU."""
     for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
         norm.forward = MethodType(_group_norm, norm)
     return network.to(memory_format=torch.channels_last)
 
 
 def _group_norm(self: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Of pictures (B, C, H, W) whose channels lie together.
+    """Group norm of x (B, C, H, W) in the channels-last format.
 
-    PyTorch's own takes the variance of those as E[x²] - E[x]² on a CPU: it rounds more coarsely for it, and codes would
-    change.
+    On a CPU, PyTorch computes the variance in this format as E[x²] - E[x]², whose rounding errors change codes.
     """
     if x.ndim != 4:
         return nn.GroupNorm.forward(self, x)
 
-    def mean(of: Tensor) -> Tensor:  # of each channel's group, (B, C, 1, 1)
-        groups = of.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2)
+    def mean(values: Tensor) -> Tensor:  # over the group of each channel, (B, C, 1, 1)
+        groups = values.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2)
         return groups.repeat_interleave(x.shape[1] // self.num_groups, 1)[..., None, None]
 
     x = x - mean(x)
