@@ -36,7 +36,7 @@ def as_concept(name: str, erased: Sequence[str] = ()) -> Concept:
     return Concept(name, thing.synonyms, "" if thing.anchor in erased else thing.anchor)
 
 
-def drawings(names: Sequence[str], styles: Sequence[str] = ("color",), seed: int = 0) -> Callable[[int], list]:
+def reference_images(names: Sequence[str], styles: Sequence[str] = ("color",), seed: int = 0) -> Callable[[int], list]:
     """A function of a count n that returns n rendered images, (H, W, 3) uint8, from the evaluation's split.
 
     Styles and names take turns, styles first. The images are rendered once.
@@ -141,7 +141,7 @@ def emoji_objects(
         images_per_prompt=images_per_prompt,
         forget_images=TrainingImages.of_each(erased, retain, ["color"], pictures, seed=0),
         retain_images=TrainingImages(retain, retain, ["color"], pictures, seed=1) if retain else (),
-        references={role: drawings(names) for role, names in measured.items() if names},
+        references={role: reference_images(names) for role, names in measured.items() if names},
     )
 
 

@@ -7,7 +7,7 @@ CRA whether the objects are.
 from collections.abc import Sequence
 
 from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
-from unlearning.data.objects import TrainingImages, drawings, known
+from unlearning.data.objects import TrainingImages, known, reference_images
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
 
 
@@ -44,7 +44,7 @@ def styles(
 
     shown = [name for name in OBJECTS if name not in CIFAR10]
     anchor = named(others[0]) if others else ""
-    references = {ERASE: drawings(objects, erased), RETAIN: drawings(objects, others[:1])}
+    references = {ERASE: reference_images(objects, erased), RETAIN: reference_images(objects, others[:1])}
     return UnlearningTask(
         erase=tuple(Concept(named(style), anchor=anchor) for style in erased),
         retain=tuple(Concept(named(style)) for style in others),

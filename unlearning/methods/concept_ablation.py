@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearning.concepts import Concept
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
@@ -101,12 +102,13 @@ class ConceptAblation(TrainedMethod):
 
     def prompts(self) -> tuple[list[str], list[str]]:
         """The P anchor prompts, and for each of them the target prompt."""
-        concepts = [(concept.name, concept.anchor or GENERIC[self.kind]) for concept in self.task.erase]
-        anchors = [template.format(anchor) for template in self.templates for _, anchor in concepts]
-        if self.kind == "style":
-            named = [f"{{}}, in the style of {name}" for _ in self.templates for name, _ in concepts]
-            return anchors, [form.format(anchor) for form, anchor in zip(named, anchors, strict=True)]
-        return anchors, [template.format(name) for template in self.templates for name, _ in concepts]
+        pairs = [self._pair(template, concept) for template in self.templates for concept in self.task.erase]
+        return [anchor for anchor, _ in pairs], [target for _, target in pairs]
+
+    def _pair(self, template: str, concept: Concept) -> tuple[str, str]:
+        anchor = template.format(concept.anchor or GENERIC[self.kind])
+        styled = f"{anchor}, in the style of {concept.name}"
+        return anchor, styled if self.kind == "style" else template.format(concept.name)
 
     def data(self) -> ForgetRetain:
         return ForgetRetain(self._drawn, self.batch_size, self.seed)
