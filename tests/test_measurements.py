@@ -46,5 +46,5 @@ def test_a_damaged_picture_is_told_and_drawn_again_once_it_is_gone(unlearn, told
 def test_a_measure_that_is_no_number_stops_the_run(told, tmp_path, monkeypatch):
     monkeypatch.setattr(CLIPScore, "compute", lambda self: {"fidelity/clip_score": float("nan")})
     message = told(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
-    assert "clip_score of base: fidelity/clip_score is not a number" in message
+    assert "clip_score of base: fidelity/clip_score is nan" in message
     assert not (tmp_path / "run" / "metrics.json").exists()

@@ -165,7 +165,7 @@ def test_ldms_names_are_those_that_diffusers_converter_finds():
     assert len(mappable) > 150
     for number, layer in mappable:
         assert diffusers_name(layer) == diffusers_name(f"model.diffusion_model.{layer}") == theirs[number]
-    with pytest.raises(ValueError, match="no layer"):
+    with pytest.raises(ValueError, match="not a layer"):
         diffusers_name("out.2")
 
 

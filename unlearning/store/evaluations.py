@@ -80,6 +80,6 @@ def _read(path: Path) -> Evaluation:
         kept = json.loads(path.read_text())
         details = path.with_suffix(".jsonl")
         told = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
-        return Evaluation(kept["values"], kept["protocol"], kept["made by"], told)
+        return Evaluation(kept["values"], kept["protocol"], kept.get("made by"), told)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken: {error}. Delete it: the same command measures again.") from error
