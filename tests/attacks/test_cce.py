@@ -197,15 +197,10 @@ def test_there_must_be_prompts_to_attack(model):
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
-SHORT = [
-    "method=none", "dataset=emoji_objects", "concept=rabbit", "attack.cce.iterations=2", "attack.cce.batch_size=2",
-    "attack.cce.count=2",
-]  # fmt: skip
 
-
-@pytest.mark.parametrize("variant", ["cce", "cce/emoji", "cce/sld"])
-def test_a_run_attacks_generates_and_measures(unlearn, variant):
-    run = unlearn(f"attack=[{variant}]", *SHORT, "evaluator=accuracy")
+def test_a_run_attacks_generates_and_measures(unlearn):
+    short = [f"attack.cce.{name}=2" for name in ("iterations", "batch_size", "count")]
+    run = unlearn("attack=[cce]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
     [row] = read_manifest(run / "images" / "attacked-cce.csv")
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
     assert "robustness/asr_cce" in json.loads((run / "metrics.json").read_text())
