@@ -1,4 +1,4 @@
-"""A sheet of emoji_unet's pictures, objects × styles: python experiments/openmoji/contact_sheet.py [--out sheet.png]"""
+"""A sheet of emoji_unet's images, objects × styles: python experiments/openmoji/contact_sheet.py [--out sheet.png]"""
 
 import argparse
 from pathlib import Path

@@ -1,8 +1,9 @@
 """The quality of the embedded generators: python experiments/openmoji/measure.py [overrides ...]
 
-20 pictures a prompt, with the config's sampler (DDIM, 50 steps, guidance 7.5 for emoji_unet), judged by the judge:
-the ten CIFAR-10 classes, all objects, their synonyms, and the styles; the judge on held-out drawings; the autoencoder's
-PSNR on them; sizes on disk. Pictures are kept in the store, so an interrupted measurement goes on.
+The judge's accuracy on 20 images for each prompt, with the config's sampler (DDIM, 50 steps, guidance 7.5 for
+emoji_unet): the ten CIFAR-10 classes, all objects, their synonyms, and the styles. Also the judge's accuracy and the
+autoencoder's PSNR on held-out drawings, and sizes on disk. Images are stored, so that an interrupted measurement
+continues.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from unlearning.store.manifest import load_images, manifest
 
 
 def prompts() -> dict[str, list[Prompt]]:
-    """The prompts of each bar."""
+    """The prompts of each measurement."""
 
     def photo(word: str, name: str) -> Prompt:
         return Prompt(f"a photo of the {word}", RETAIN, {"object": name})
@@ -49,14 +50,14 @@ def prompts() -> dict[str, list[Prompt]]:
 def accuracies(
     model: DiffusionModel, sampler: Sampler, judge: EmojiJudge, images_per_prompt: int, seed: int
 ) -> dict[str, float]:
-    """Percent of pictures in which the judge sees what was asked for, by bar; and by object, for the worst."""
+    """The judge's accuracy in percent, by measurement. Prints the labels with the lowest accuracy too."""
     results = {}
-    place = ROOT / "measured" / digest(model.fingerprint, model.numerics, sampler.protocol)
-    bar = partial(pl.Trainer, logger=False, enable_checkpointing=False, devices=1)
+    folder = ROOT / "measured" / digest(model.fingerprint, model.numerics, sampler.protocol)
+    trainer = partial(pl.Trainer, logger=False, enable_checkpointing=False, devices=1)
     for name, asked in prompts().items():
         task = UnlearningTask((Concept("nothing"),), prompts=tuple(asked), images_per_prompt=images_per_prompt)
-        rows = manifest(place, task, seed)
-        generate(model, sampler, rows, bar)
+        rows = manifest(folder, task, seed)
+        generate(model, sampler, rows, trainer)
         question = "style" if name == "styles" else "object"
         right: dict[str, list[bool]] = {}
         for i in range(0, len(rows), 100):
@@ -74,7 +75,7 @@ def accuracies(
 
 @torch.no_grad()
 def psnr(model: DiffusionModel, images: torch.Tensor) -> float:
-    """Mean over pictures (N, 64, 64, 3) of the decibels after encoding and decoding."""
+    """Mean PSNR in dB of images (N, 64, 64, 3) after encoding and decoding."""
     x = images.permute(0, 3, 1, 2).float() / 255
     errors = [(model.decode(model.encode_images(b)).cpu() - b).pow(2).mean((1, 2, 3)) for b in x.split(100)]
     return (-10 * torch.cat(errors).log10()).mean().item()
@@ -106,7 +107,7 @@ def main(overrides: list[str], images_per_prompt: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model.autocast=bfloat16")
+    parser.add_argument("override", nargs="*", help="settings, as for unlearn: model.autocast=bfloat16")
     parser.add_argument("--images-per-prompt", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""How good emoji_vqgan is: python experiments/openmoji/measure_vqgan.py [FOLDER] [--images N]
+"""The quality of emoji_vqgan: python experiments/openmoji/measure_vqgan.py [FOLDER] [--images N]
 
-On held-out scenes of two or three of the fifty objects: how many the judge names rightly in the scene and in its
-reconstruction, PSNR, and the share of the codebook that is used.
+On held-out scenes of two or three of the fifty objects: how many the judge recognises in the scene and in its
+reconstruction, the PSNR, and the share of the codebook that is used.
 """
 
 import argparse

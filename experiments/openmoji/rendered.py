@@ -1,4 +1,4 @@
-"""Pictures of the embedded world, rendered once and kept on disk, so that training does not wait for drawing."""
+"""Training images of the embedded models, rendered once and saved, so that training does not wait for rendering."""
 
 import json
 import os
@@ -27,9 +27,9 @@ def _draw_nothing(job: tuple[str, int, int]) -> tuple[np.ndarray, tuple[tuple[st
 def rendered(
     split: str, count: int, seed: int = 0, nothing: bool = False, **shares: float
 ) -> tuple[np.ndarray, list[tuple[list[str], str]]]:
-    """`count` pictures (N, 64, 64, 3) uint8, memory-mapped, and the (objects, style) of each: none where `nothing`.
+    """`count` images (N, 64, 64, 3) uint8, memory-mapped, and the (objects, style) of each; no objects with `nothing`.
 
-    `shares` are those of openmoji.sample: how many are scenes, and how many in plain colour.
+    `shares` are arguments of openmoji.sample: the shares of scenes and of images in plain colour.
     """
     name = "-".join([split, str(seed), str(count), *(f"{v:g}-{k}" for k, v in shares.items())])
     name += "-nothing" if nothing else ""
@@ -53,12 +53,12 @@ def rendered(
 
 
 def loads_as_float32(config: Path) -> None:
-    """Tells transformers, which loads what it finds in half precision as such, to do as diffusers does."""
+    """Makes transformers load half-precision weights as float32, as diffusers does."""
     _edit(config, lambda settings: {**settings, "dtype": "float32"})
 
 
 def names_no_folder(config: Path) -> None:
-    """Takes out where on this machine the part was loaded from."""
+    """Removes the local path that the part was loaded from."""
     _edit(config, lambda settings: {k: v for k, v in settings.items() if k != "_name_or_path"})
 
 

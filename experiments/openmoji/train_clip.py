@@ -1,7 +1,7 @@
 """The judge's CLIP: python experiments/openmoji/train_clip.py [--steps N]
 
-A small transformers.CLIPModel, contrastive on rendered pictures and their captions (the judge's split); it gives the
-embedded world its CLIP score.
+Trains a small transformers.CLIPModel with a contrastive loss on rendered images and their captions (the judge's
+split). The CLIP score of the embedded models uses it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def processor(tokens: CLIPTokenizer) -> CLIPProcessor:
 
 
 class Pairs(IterableDataset):
-    """Batches of (pixels, token ids), without end."""
+    """Endless batches of (pixels, token ids)."""
 
     def __init__(self, images: np.ndarray, labels: list, tokens: CLIPTokenizer, batch: int):
         self.images, self.labels, self.tokens, self.batch = images, labels, tokens, batch

@@ -1,7 +1,7 @@
 """The judge: python experiments/openmoji/train_judge.py [--steps N]
 
-An object and a style classifier, on rendered drawings of the judge's own split, and on pictures of nothing. Half of the
-pictures are degraded a little (blur, noise, brightness), as any generator's are, but none is ever a generated one.
+Trains an object and style classifier on rendered drawings of the judge's own split, and on images of nothing. Half of
+the images are slightly degraded (blur, noise, brightness), like those of a generator, but none of them is generated.
 """
 
 import argparse
@@ -23,7 +23,7 @@ IGNORED = -100  # cross_entropy's mark for pictures without a label: those of no
 
 
 def labelled(split: str, count: int, nothing: int, seed: int = 0) -> TensorDataset:
-    """(image, object, style) of single objects, and of `nothing` pictures that show none."""
+    """(image, object, style) of `count` single objects and of `nothing` images without an object."""
     images, labels = rendered(split, count, seed)
     single = [i for i, (names, _) in enumerate(labels) if len(names) == 1]
     blanks, _ = rendered(split, nothing, seed, nothing=True)

@@ -2,9 +2,9 @@
 [--steps N]
 
 Rectified flow (Esser et al., 2024: the prediction is eps - x_0, timesteps are logit-normal) on the latents of
-emoji_unet's autoencoder, captions dropped one time in ten for guidance, weights averaged. The prompt goes SD3's way:
-two CLIP encoders' last-but-one states side by side, a T5's below them, and the two pooled embeddings. Killed and
-started again, it goes on from its last checkpoint.
+emoji_unet's autoencoder. One caption in ten is dropped for guidance; weights are averaged. The conditioning is SD3's:
+the second-to-last states of two CLIP encoders, concatenated over channels, then the T5's states, and both pooled
+embeddings. If it is started again, it continues from its last checkpoint.
 """
 
 import argparse
@@ -37,7 +37,7 @@ VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
 
 
 def word_tokenizer() -> T5Tokenizer:
-    """T5's unigrams: the world's words whole, any other word in letters."""
+    """T5's unigram tokenizer: words of the captions are whole tokens, any other word is spelt in letters."""
     whole = [(f"▁{word}", -1.0) for word in openmoji.vocabulary()]
     return T5Tokenizer(
         vocab=[*((p, 0.0) for p in ("<pad>", "</s>", "<unk>")), ("▁", -10.0), *((c, -10.0) for c in PRINTABLE), *whole],
@@ -80,8 +80,11 @@ flash = F.scaled_dot_product_attention
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, is_causal: bool = False, **settings) -> Tensor:
-    """Softmax attention written out: on a CPU in bfloat16 a whole training step takes 0.6 of what it takes with the
-    flash kernel, nearly half of which is that kernel's backward pass."""
+    """Softmax attention as plain code.
+
+    On a CPU in bfloat16 a training step takes 0.6 of the time with the flash kernel, whose backward pass is nearly half
+    of that.
+    """
     if attn_mask is not None or is_causal:
         return flash(query, key, value, attn_mask, is_causal=is_causal, **settings)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -89,7 +92,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, is_caus
 
 
 class Batches(IterableDataset):
-    """Random latents with fresh captions, as both tokenizers spell them, without end."""
+    """Endless batches of random latents with random captions, as ids of both tokenizers."""
 
     def __init__(self, latents: Tensor, labels: list, tokenizers: tuple, batch: int, dropped: float = 0.1):
         self.latents, self.labels, self.tokenizers = latents, labels, tokenizers
@@ -100,11 +103,11 @@ class Batches(IterableDataset):
         while True:
             rows = rng.integers(len(self.labels), size=self.batch)
             captions = ["" if rng.random() < self.dropped else openmoji.caption(*self.labels[i], rng) for i in rows]
-            spelled = [
+            ids = [
                 t(captions, padding="max_length", max_length=L, truncation=True, return_tensors="pt").input_ids
                 for t in self.tokenizers
             ]
-            yield self.latents[rows], *spelled
+            yield self.latents[rows], *ids
 
 
 class TextToImage(pl.LightningModule):
@@ -113,12 +116,12 @@ class TextToImage(pl.LightningModule):
         self.steps, self.lr, self.transformer = steps, lr, transformer()
         self.clips, self.t5 = nn.ModuleList(clip(tokens, width) for width in WIDTHS), t5(words)
 
-    def told(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
-        """What StableDiffusion3Pipeline.encode_prompt gives the transformer."""
-        said = [encoder(pieces, output_hidden_states=True) for encoder in self.clips]
-        embeds = torch.cat([s.hidden_states[-2] for s in said], -1)
+    def conditioning(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
+        """The transformer's text inputs, as StableDiffusion3Pipeline.encode_prompt computes them."""
+        outputs = [encoder(pieces, output_hidden_states=True) for encoder in self.clips]
+        embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)
         embeds = torch.cat([embeds, self.t5(words)[0].to(embeds)], 1)
-        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat([s.text_embeds for s in said], -1)}
+        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat([o.text_embeds for o in outputs], -1)}
 
     def training_step(self, batch, batch_idx):
         x_0, *ids = batch
@@ -127,7 +130,7 @@ class TextToImage(pl.LightningModule):
         share = (torch.arange(B, device=x_0.device) + torch.rand(B, device=x_0.device)) / B
         sigma = torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
         x_t = torch.lerp(x_0, eps, sigma.reshape(-1, 1, 1, 1))
-        flow = self.transformer(x_t, timestep=1000 * sigma, **self.told(*ids)).sample.float()
+        flow = self.transformer(x_t, timestep=1000 * sigma, **self.conditioning(*ids)).sample.float()
         loss = F.mse_loss(flow, eps - x_0)
         self.log("mse", loss, prog_bar=True)
         return loss

@@ -1,9 +1,9 @@
 """The denoiser and the text encoder of emoji_unet, trained together: python experiments/openmoji/train_unet.py
 [--steps N]
 
-Ho et al.'s noise-prediction loss on the autoencoder's latents, weighted by min-SNR-5 (Hang et al., 2023), captions
-dropped one time in ten for guidance, weights averaged. The learning rate is flat until the last quarter of the steps,
-so a longer or shorter --steps may be given on resuming.
+The noise-prediction loss of Ho et al. on the autoencoder's latents, weighted by min-SNR-5 (Hang et al., 2023). One
+caption in ten is dropped for guidance; weights are averaged. The learning rate is constant until the last quarter of
+the steps, so --steps can change when training continues.
 """
 
 import argparse
@@ -31,9 +31,9 @@ PRINTABLE = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with the world's words whole; any other word falls apart into letters.
+    """CLIP's byte-pair encoding, in which words of the captions are whole tokens; other words are spelt in letters.
 
-    Made once and kept: pairs that are as frequent are merged in another order each time.
+    It is made once and saved, because pairs of equal frequency are merged in a random order.
     """
     folder = ROOT / "tokenizer"
     if folder.exists():
@@ -80,7 +80,7 @@ def scheduler() -> DDIMScheduler:
 
 
 class Batches(IterableDataset):
-    """Random latents with fresh captions, without end."""
+    """Endless batches of random latents with random captions."""
 
     def __init__(self, latents: torch.Tensor, labels: list, tokens: CLIPTokenizer, batch: int, dropped: float = 0.1):
         self.latents, self.labels, self.tokens, self.batch, self.dropped = latents, labels, tokens, batch, dropped
@@ -122,7 +122,7 @@ class TextToImage(pl.LightningModule):
 
 @torch.no_grad()
 def encoded(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    """Latents (N, 4, 16, 16) of all pictures, kept on disk."""
+    """Latents (N, 4, 16, 16) of all images, saved on disk."""
     path = ROOT / f"latents-{len(images)}.pt"
     if not path.exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,7 @@
 """The autoencoder of emoji_unet: python experiments/openmoji/train_vae.py [--steps 2500]
 
-64×64×3 pictures to 16×16×4 latents. Loss: L1 on pixels, on their differences (lines must stay sharp) and on opponent
-colours + 1e-6 KL.
-Killed and started again, it goes on from its last checkpoint.
+It maps 64×64×3 images to 16×16×4 latents. The loss is L1 on pixels, on their differences (for sharp lines) and on
+opponent colours, plus 1e-6 KL. If it is started again, it continues from its last checkpoint.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def opponents(x: torch.Tensor) -> torch.Tensor:
-    """Red against green and yellow against blue, (B, 2, H, W): without a loss of their own, one of them is given up."""
+    """Red against green and yellow against blue, (B, 2, H, W). Without a loss of its own, one of them is lost."""
     red, green, blue = x.unbind(1)
     return torch.stack([red - green, (red + green) / 2 - blue], 1)
 
@@ -64,12 +63,11 @@ class Autoencoder(pl.LightningModule):
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Makes the latents of `images` (N, 64, 64, 3) zero in mean and white over channels, by the 1×1 convolutions.
+    """Whitens the channels of the latents of `images` (N, 64, 64, 3), by changing the 1×1 convolutions.
 
-    Trained freely, the channels come out correlated by 0.97, with colour in what little they differ by: noise then
-    hides colour long before shape, and the denoiser learns it last. The map x' = A (x - m), A = cov^-1/2, and its
-    inverse cost nothing inside quant_conv and post_quant_conv. (A posterior's variance is scaled by its mean gain
-    only.)
+    Without this, the channels are correlated by 0.97 and their small differences carry the colours: noise then hides
+    colours long before shapes, and the denoiser learns them last. The map x' = A (x - m), A = cov^-1/2, and its inverse
+    are part of quant_conv and post_quant_conv at no cost. (The posterior's variance is scaled by its mean gain only.)
     """
     x = torch.cat([vae.encode(b.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean for b in images.split(64)])
     flat = x.permute(0, 2, 3, 1).flatten(0, 2).double()

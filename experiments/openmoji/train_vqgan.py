@@ -1,10 +1,11 @@
 """emoji_vqgan, a VQ-GAN of scenes of several objects: python experiments/openmoji/train_vqgan.py [--steps N]
 
-64×64×3 pictures to 16×16 codes of 2,048 (Esser et al., 2021). It begins as emoji_unet's autoencoder, with a codebook of
-k-means over its latents, which then follows the encoder's outputs by moving averages (van den Oord et al., 2017,
-appendix A). Loss: the autoencoder's (train_vae.py), the commitment's, and over the last third of the steps a patch
-discriminator's (hinge), whose weight is small: an emoji has little texture. Codes that a hundred steps did not use are
-put where the encoder's outputs are. Killed and started again, it goes on from its last checkpoint.
+It maps 64×64×3 images to 16×16 codes of 2,048 (Esser et al., 2021). It starts from emoji_unet's autoencoder, with a
+codebook from k-means over its latents. The codebook then follows the encoder's outputs by moving averages (van den
+Oord et al., 2017, appendix A). The loss is that of the autoencoder (train_vae.py), the commitment loss, and in the
+last third of the steps the hinge loss of a patch discriminator, with a small weight because an emoji has little
+texture. Codes that were not used in a hundred steps are moved to outputs of the encoder. If it is started again, it
+continues from its last checkpoint.
 """
 
 import argparse
@@ -29,7 +30,7 @@ DECAY, COMMITMENT = 0.99, 0.25
 
 @torch.no_grad()
 def begun(pictures: Tensor, init: str | None) -> VQModel:
-    """A VQModel, or emoji_unet's autoencoder, whose codebook is k-means over latents of pictures (N, 64, 64, 3)."""
+    """A saved VQModel, or one from emoji_unet's autoencoder and k-means over latents of images (N, 64, 64, 3)."""
     vq = VQModel(
         block_out_channels=(32, 32, 64),
         layers_per_block=1,
@@ -56,7 +57,7 @@ def begun(pictures: Tensor, init: str | None) -> VQModel:
 
 
 def _without_posterior() -> dict[str, Tensor]:
-    """emoji_unet's autoencoder, of whose posterior the mean alone is kept: its last convolution and that map in one."""
+    """The weights of emoji_unet's autoencoder, with its last convolution and the posterior's mean merged."""
     weights = AutoencoderKL.from_pretrained(VAE).float().state_dict()
     matrix, shift = weights.pop("quant_conv.weight")[:C, :, 0, 0], weights.pop("quant_conv.bias")[:C]
     for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
@@ -67,7 +68,7 @@ def _without_posterior() -> dict[str, Tensor]:
 
 
 def discriminator() -> nn.Sequential:
-    """Real or not, patch by patch: (B, 3, 64, 64) to (B, 1, 7, 7)."""
+    """A patch discriminator: (B, 3, 64, 64) to (B, 1, 7, 7)."""
 
     def halve(channels_in: int, channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels_in, channels, 4, 2, 1), nn.GroupNorm(8, channels), nn.LeakyReLU(0.2)]
@@ -120,7 +121,7 @@ class VQGAN(pl.LightningModule):
 
     @torch.no_grad()
     def _follow(self, outputs: Tensor, codes: Tensor) -> None:
-        """Moves each code to the mean of the encoder's outputs (N, C) that were given to it; idle ones onto some."""
+        """Moves each code towards the mean of its encoder outputs (N, C), and unused codes to random outputs."""
         codebook, codes = self.vq.quantize.embedding.weight, codes.flatten()
         self.counts.lerp_(torch.bincount(codes, minlength=K).to(self.counts), 1 - DECAY)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, outputs), 1 - DECAY)

@@ -1,4 +1,4 @@
-"""The Trainer that the embedded models share: bf16, a checkpoint every few minutes, on whatever device there is."""
+"""The Trainer of the embedded models: bf16, a checkpoint every few minutes, on any device."""
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar

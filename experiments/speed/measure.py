@@ -1,8 +1,8 @@
-"""Speed and memory, ours against the published way, side by side: python experiments/speed/measure.py [--quick]
+"""Speed and memory of our code against the published way: python experiments/speed/measure.py [--quick]
 
-Both sides of a comparison run in one process by turns (A B A B ...), so that what slows the machine slows both.
-Times are medians over the turns; a ratio is the median of the turns' own ratios. Writes results.json and the tables of
-README.md; --quick and --only print, and write nothing unless told with --write.
+Both sides of a comparison alternate in one process (A B A B ...), so that other load affects both. Times are medians
+over turns; a ratio is the median of the ratios of each turn. Writes results.json and the tables of README.md; --quick
+and --only only print, unless --write is given.
 """
 
 import argparse
@@ -38,14 +38,14 @@ NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup", "gpu")
 
 
 class Bench:
-    """What all measurements share: the command line's options and the models they name, each loaded once."""
+    """Shared by all measurements: the options of the command line, and the models, each loaded once."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.quick, self.device = options, options.quick, options.device
         self._models: dict = {}
 
     def config(self, *overrides: str):
-        """The real config with a new folder to write to."""
+        """The config of the command line, with a new output folder."""
         own = [f"model.path={self.options.model}", f"model.device={self.device}", f"concept={self.options.concept}"]
         own += [
             f"trainer.accelerator={torch.device(self.device).type}",
@@ -61,7 +61,7 @@ class Bench:
         return self._models[dtype]
 
     def turns(self, sides: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-        """Seconds of each side at each of `count` turns; a first turn, of warming up, is not counted."""
+        """Seconds of each side in each of `count` turns, after one turn as a warm-up."""
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(count + 1):
             for name, side in sides.items():
@@ -78,18 +78,18 @@ class Bench:
 
 
 def ratio(a: list[float], b: list[float]) -> float:
-    """The median of a / b, turn by turn."""
+    """The median of a / b over turns."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def wanted(images_per_prompt: int, words=CIFAR10) -> tuple[list[str], list[int], list[str]]:
-    """Prompts, seeds and right answers."""
+    """Prompts, seeds and labels."""
     rows = [(f"a photo of the {word}", i, word) for i in range(images_per_prompt) for word in words]
     return [text for text, _, _ in rows], [image_seed(0, text, i) for text, i, _ in rows], [w for _, _, w in rows]
 
 
 def share(judge: EmojiJudge, images: torch.Tensor, right: list[str]) -> float:
-    """Percent of pictures (B, 3, H, W) in which the judge sees what was asked for."""
+    """The judge's accuracy in percent on images (B, 3, H, W) in [0, 1]."""
     names, probabilities = judge((images * 255).round().byte().permute(0, 2, 3, 1).cpu(), "object")
     return 100 * statistics.mean(names[i] == r for i, r in zip(probabilities.argmax(1).tolist(), right, strict=True))
 
@@ -100,7 +100,7 @@ def sample(sampler: Sampler, model, prompts: list[str], seeds: list[int]) -> tor
 
 
 def generation(bench: Bench) -> list[dict]:
-    """N pictures: one call of ours against diffusers' pipeline, with the same batch and one picture a call."""
+    """N images: one call of our sampler, against diffusers' pipeline with the same batch and with one image a call."""
     count, steps = (4, 10) if bench.quick else (16, 50)
     model, half = bench.model(), bench.model("bfloat16")
     prompts, seeds, _ = (rows[:count] for rows in wanted(2))
@@ -140,7 +140,7 @@ def generation(bench: Bench) -> list[dict]:
 
 
 def judged(bench: Bench) -> list[dict]:
-    """Accuracy of the ten CIFAR-10 objects' pictures, fp32 and bf16, from the same seeds."""
+    """Accuracy on images of the ten CIFAR-10 objects, fp32 and bf16, from the same seeds."""
     prompts, seeds, right = wanted(1 if bench.quick else 10)
     sampler, judge = Sampler(steps=10 if bench.quick else 50), EmojiJudge(bench.options.judge)
     accuracy = {
@@ -151,7 +151,7 @@ def judged(bench: Bench) -> list[dict]:
 
 
 def esd(bench: Bench) -> list[dict]:
-    """An iteration of ESD-x, the papers' trajectories: ours (Lightning, checkpoints and CSV included) : published."""
+    """An iteration of ESD-x with the papers' trajectories: ours (with Lightning, checkpoints and CSV) : published."""
     iterations, turns = (4, 2) if bench.quick else (16, 5)
     model = bench.model()
     seconds, worst = {"ours": [], "published": []}, 0.0
@@ -184,7 +184,7 @@ def plain_esd(cfg, model) -> published.ESD:
 
 
 class Erased(pl.Callback):
-    """Every `every` iterations draws the erased concept and asks the judge; the clock stands still meanwhile.
+    """Every `every` iterations, generates images of the erased concept for the judge; this time does not count.
 
     Stops the fit once two evaluations in a row are at most 10 %: `seconds` and `step` are the first one's.
     """
@@ -207,7 +207,7 @@ class Erased(pl.Callback):
         self.start = time.perf_counter()
 
     def reached(self) -> tuple[int, float] | None:
-        """The step and seconds from which on Acc_e is at most 10 %."""
+        """The first step, and its seconds, from which on Acc_e is at most 10 %."""
         below = [(step, seconds) for i, (step, seconds, _) in enumerate(self.curve)
                  if all(acc <= 10 for *_, acc in self.curve[i:])]  # fmt: skip
         return below[0] if below else None
@@ -221,7 +221,7 @@ FITS = {  # the papers' trajectories; the same with reuse; and the batch that th
 
 
 def erasure(bench: Bench) -> list[dict]:
-    """Training time until at most 10 % of 40 pictures show the concept: trajectory=exact against trajectory=reuse."""
+    """Training time until at most 10 % of 40 images show the concept: trajectory=exact against trajectory=reuse."""
     model, judge = bench.model(), EmojiJudge(bench.options.judge)
     prompts, seeds, right = wanted(4 if bench.quick else 40, [bench.options.concept])
     sampler = Sampler(steps=5 if bench.quick else 25, batch_size=20)
@@ -285,7 +285,7 @@ WHAT = {
 
 
 def startup(bench: Bench) -> list[dict]:
-    """The command line in a process of its own: --help until it has answered, a fit until its one step is kept."""
+    """The command line in a process of its own: --help until its answer, a fit until its only step is saved."""
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     fit = ["concept=cat", "method=esd_x", "method.iterations=1", "stages=[fit]", f"model.path={bench.options.model}"]
     rows = []
@@ -309,7 +309,7 @@ def startup(bench: Bench) -> list[dict]:
 
 
 def gpu(bench: Bench) -> list[dict]:
-    """SD1.4's size with random weights: pictures and iterations a second, peak memory; only where there is CUDA."""
+    """The size of SD1.4 with random weights: images and iterations a second, peak memory; only with CUDA."""
     if not torch.cuda.is_available():
         return []
     rows, count = [], 4 if bench.quick else 16
@@ -368,7 +368,7 @@ def machine(device: str) -> str:
 
 
 def render(results: dict) -> str:
-    """Markdown: a table a measurement, the sentence above it its docstring's first line."""
+    """Markdown: a table for each measurement, below the first line of its docstring."""
 
     def cell(value) -> str:
         if value is None:
@@ -392,10 +392,10 @@ def render(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: method.optimizer.lr=1e-4")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that everything works")
+    parser.add_argument("override", nargs="*", help="settings, as for unlearn: method.optimizer.lr=1e-4")
+    parser.add_argument("--quick", action="store_true", help="takes a minute, to see that everything works")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--write", action="store_true", help="write results.json and README.md in any case")
+    parser.add_argument("--write", action="store_true", help="always write results.json and README.md")
     parser.add_argument("--model", default=str(WEIGHTS / "emoji_unet"))
     parser.add_argument("--judge", default=str(WEIGHTS / "judge" / "classifier"))
     parser.add_argument("--concept", default="cat")

@@ -1,9 +1,9 @@
-"""One side's peak memory, in a process of its own: python memory.py {ours,published} {model,sd14} MODEL DEVICE
+"""Peak memory of one side, in a process of its own: python memory.py {ours,published} {model,sd14} MODEL DEVICE
 
-Prints JSON, in bytes. On a CPU `baseline` is the resident size once everything is imported and the model loaded, and
-`peak` the largest resident size of the two iterations of ESD-x after that (trajectories of one step: a longer one needs
-no more). On CUDA `peak` is torch.cuda.max_memory_allocated. `exact` is counted, not sampled: the bytes of the
-denoiser's weights, every copy included, of their gradients and of the optimizer's states.
+Prints JSON, in bytes. On a CPU, `baseline` is the resident size after all imports and after loading the model, and
+`peak` the largest resident size in two iterations of ESD-x (trajectories of one step, because longer ones need no
+more memory). On CUDA, `peak` is torch.cuda.max_memory_allocated. `exact` is counted: the bytes of the denoiser's
+weights with all copies, of their gradients and of the optimizer's states.
 """
 
 import json
@@ -23,7 +23,7 @@ from subject import EXACT, config, fit, sd14
 
 
 def resident(what: str) -> int:
-    """VmRSS or VmHWM, the peak; elsewhere than on Linux the process's peak so far."""
+    """VmRSS, or VmHWM, its peak; on other systems than Linux the peak of the process so far."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -31,7 +31,7 @@ def resident(what: str) -> int:
 
 
 def exact(weights, optimizer) -> int:
-    """Bytes of the distinct tensors among weights, gradients and the optimizer's states."""
+    """Bytes of all distinct tensors: weights, gradients and the optimizer's states."""
     gradients = [w.grad for w in weights if w.grad is not None]
     states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     return sum({t.data_ptr(): t.nbytes for t in (*weights, *gradients, *states)}.values())
@@ -51,11 +51,11 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
         folder, f"model.path={path}", f"model.device={device}", f"trainer.accelerator={torch.device(device).type}",
         "method=esd_x", *EXACT, "method.iterations=2", "method.steps=1",
     )  # fmt: skip
-    # Half of SD1.4's latent side on a CPU, for time: it favours neither side's weights, only makes both smaller.
+    # On a CPU, half of SD1.4's latent side to save time: this makes the activations of both sides smaller.
     model = instantiate(cfg.model) if size == "model" else sd14(path, side=32 if device == "cpu" else 64, device=device)
     baseline = resident("VmRSS")
     if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if side == "ours":
         weigh = Weigh()
         fit(cfg, model, weigh)

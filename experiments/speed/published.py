@@ -1,8 +1,9 @@
-"""The other side of every comparison: what the published scripts do, written plainly against diffusers.
+"""The other side of every comparison: what the published scripts do, as plain code on diffusers.
 
-ESD's loop (github.com/rohitgandikota/erasing) keeps a frozen and a trained copy of the denoiser, draws one partial
-trajectory an iteration with the trained one, and asks the frozen one for the null prompt and the concept separately.
-Here only the trained weights ask for gradients and the prompts are encoded once, which is kind to this side.
+ESD's loop (github.com/rohitgandikota/erasing) keeps a frozen and a trained copy of the denoiser. In each iteration it
+follows one partial trajectory with the trained copy, and evaluates the frozen copy for the null prompt and the
+concept separately. Here only the trained weights have gradients and the prompts are encoded once, both in favour of
+this side.
 """
 
 # C H W latent shape, L tokens, D text width.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 
 def pipeline(model) -> StableDiffusionPipeline:
-    """diffusers' own, with the model's weights and the field's scheduler."""
+    """diffusers' pipeline with the model's weights and DDIM."""
     pipe = StableDiffusionPipeline(**{**model.pipeline.components, "scheduler": None}, requires_safety_checker=False)
     pipe.scheduler = DDIMScheduler.from_config(model.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -25,7 +26,7 @@ def pipeline(model) -> StableDiffusionPipeline:
 
 
 def draw(pipe, prompts: list[str], latents: Tensor, steps: int, batch: int) -> Tensor:
-    """Pictures (N, 3, height, width) in [0, 1], `batch` a call."""
+    """Images (N, 3, height, width) in [0, 1], `batch` in a call."""
     options = {"num_inference_steps": steps, "guidance_scale": 7.5, "output_type": "pt"}
     calls = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
     return torch.cat([pipe(prompts[i], latents=latents[i].to(pipe.dtype), **options).images.float() for i in calls])
@@ -48,17 +49,17 @@ class ESD:
 
     @torch.no_grad()
     def point(self) -> tuple[Tensor, Tensor]:
-        """x_t (1, C, H, W) and t, part of the way along a guided trajectory of the student's."""
+        """x_t (1, C, H, W) and t, at a random step of a guided trajectory of the student."""
         x = torch.randn(1, *self.model.latent_shape).to(self.model.device)
         stop = int(torch.randint(self.steps, ()))
-        told = torch.cat([self.null, self.c])
+        both = torch.cat([self.null, self.c])
         for t in self.scheduler.timesteps[:stop]:
-            eps_0, eps_c = self.student(torch.cat([x, x]).to(told.dtype), t, told).sample.float().chunk(2)
+            eps_0, eps_c = self.student(torch.cat([x, x]).to(both.dtype), t, both).sample.float().chunk(2)
             x = self.scheduler.step(eps_0 + self.guidance_scale * (eps_c - eps_0), t, x).prev_sample
-        return x.to(told.dtype), self.scheduler.timesteps[stop]
+        return x.to(both.dtype), self.scheduler.timesteps[stop]
 
     def iterate(self, seeds: range, eta: float = 1.0) -> Iterator[float]:
-        """An iteration for each seed; yields its loss."""
+        """Runs an iteration for each seed and yields its loss."""
         for seed in seeds:
             torch.manual_seed(seed)
             x_t, t = self.point()

@@ -1,4 +1,4 @@
-"""What is measured: the product, built from its own config, and a model of SD1.4's size with random weights."""
+"""The subjects of the measurements: a run built from the config, and a model of SD1.4's size with random weights."""
 
 import time
 from functools import partial
@@ -17,18 +17,21 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
-    """The real config, the default trainer and the CSV logger included; everything is written below `folder`."""
+    """The config of the command line with the default trainer and the CSV logger; it writes below `folder` only."""
     own = [f"paths.output_dir={folder}", "title=speed", "logger=csv", "trainer.enable_progress_bar=false"]
     own += [f"trainer.callbacks.1._target_={pl.Callback.__module__}.Callback", "~trainer.callbacks.1.refresh_rate"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=[*own, *overrides])
 
 
-EXACT = ("method.trajectory=exact", "method.batch_size=1")  # the papers': a prompt and a fresh trajectory an iteration
+EXACT = (
+    "method.trajectory=exact",
+    "method.batch_size=1",
+)  # as in the papers: a prompt and a fresh trajectory for each iteration
 
 
 class Watch(pl.Callback):
-    """Notes when every iteration ended (seconds), and its loss; gives every iteration a seed of its own."""
+    """Records the time (seconds) at the end of every iteration and its loss; gives every iteration its own seed."""
 
     def __init__(self, seeds: range):
         self.seeds, self.times, self.losses = seeds, [], []
@@ -42,7 +45,7 @@ class Watch(pl.Callback):
 
 
 def fit(cfg: DictConfig, model, *watchers: pl.Callback):
-    """method.fit as the command line would run it, watched."""
+    """Runs method.fit as the command line does, with extra callbacks."""
     trainer = instantiate(cfg.trainer, logger=[instantiate(cfg.logger.csv)])
     trainer = partial(trainer, callbacks=[*trainer.keywords["callbacks"], *watchers])
     return instantiate(cfg.method, trainer=trainer).fit(model, instantiate(cfg.dataset))
@@ -52,8 +55,8 @@ def sd14(words: str, *, side: int, device: str, dtype: str = "float32") -> Stabl
     """Stable Diffusion 1.4's published architecture (859.5 M weights in the denoiser) with random weights.
 
     Args:
-        words: A pipeline's folder; its tokenizer stands in for SD1.4's, which only names tokens.
-        side: Of the latents; SD1.4's are 64.
+        words: The folder of a pipeline, whose tokenizer replaces SD1.4's.
+        side: Side of the latents; 64 for SD1.4.
     """
     tokens = CLIPTokenizer.from_pretrained(words, subfolder="tokenizer", model_max_length=77)
     text = CLIPTextConfig(

@@ -1,11 +1,11 @@
-"""UnGuide's own claims, side by side: python experiments/unguide/measure.py [overrides ...]
+"""Measures the parts of UnGuide: python experiments/unguide/measure.py [overrides ...]
 
-- trajectories: time of a fit and H_o, trajectory=exact against trajectory=reuse, a point an iteration both;
-- analysis: calls of the denoiser for D(p) of every prompt, ours against prompt by prompt and repeat by repeat;
-- branches: a guided step with the base model's and the adapter's predictions in one mixed batch, against two calls;
-- closeness: how far pictures of unrelated prompts are from the base model's, by the adapter alone and by UnGuidance.
+- trajectories: time of a fit and H_o, with trajectory=exact and trajectory=reuse, both with one point an iteration;
+- analysis: calls of the denoiser for D(p) of every prompt, in batches and one by one;
+- branches: time of a guided step, with both models' predictions in one call of the denoiser and in two;
+- closeness: distance of the images of unrelated prompts to the base model's, for the adapter alone and for UnGuidance.
 
-Both sides of a comparison run in one process by turns. Writes the tables of README.md; --only prints.
+The sides of a comparison alternate in one process. Writes the tables of README.md, except with --only, which prints.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from hydra.utils import instantiate
 from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.evaluators.accuracy import h_o
-from unlearning.sampling.guidance import ClassifierFree
+from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Sampler
-from unlearning.sampling.unguidance import Blend
+from unlearning.sampling.unguidance import blended
 from unlearning.store.manifest import image_seed
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"
-SAMPLER, PICTURES = Sampler(steps=25, batch_size=20), 8  # of a prompt
+SAMPLER, IMAGES = Sampler(steps=25, batch_size=20), 8  # images of each prompt
 
 
 class Bench:
@@ -52,21 +52,21 @@ class Bench:
             )
 
     def fit(self, seed: int, *more: str):
-        """(erasure, seconds of training, without the threshold's calibration)."""
+        """The erasure, and the seconds of training without the calibration of the threshold."""
         cfg, watch = self.config(*more), pl.callbacks.Timer()
         pl.seed_everything(seed, verbose=False)
         method = instantiate(cfg.method, trainer=partial(instantiate(cfg.trainer), callbacks=[watch]))
         return method.fit(self.model, self.task), watch.time_elapsed("train")
 
     def erasure(self):
-        """The first seed's, at the config's settings."""
+        """The erasure of the first seed, with the settings of the config."""
         if 0 not in self.erasures:
             self.erasures[0], _ = self.fit(0)
         return self.erasures[0]
 
     def drawn(self, role: str) -> tuple[torch.Tensor, list[str]]:
-        """Pictures of the role's prompts, and what they should show."""
-        rows = [(p.text, i, p.labels["object"]) for p in self.task.prompts if p.role == role for i in range(PICTURES)]
+        """Images of the prompts of a role, and their labels."""
+        rows = [(p.text, i, p.labels["object"]) for p in self.task.prompts if p.role == role for i in range(IMAGES)]
         parts = [rows[i : i + SAMPLER.batch_size] for i in range(0, len(rows), SAMPLER.batch_size)]
         images = [
             SAMPLER(self.model, [t for t, *_ in part], [image_seed(0, t, i) for t, i, _ in part]) for part in parts
@@ -75,8 +75,8 @@ class Bench:
 
     def accuracy(self, images: torch.Tensor, right: list[str]) -> float:
         names, probabilities = self.judge.classifier((images * 255).round().byte().permute(0, 2, 3, 1), "object")
-        seen = [names[i] for i in probabilities.argmax(1).tolist()]
-        return 100 * statistics.mean(a == b for a, b in zip(seen, right, strict=True))
+        answers = [names[i] for i in probabilities.argmax(1).tolist()]
+        return 100 * statistics.mean(a == b for a, b in zip(answers, right, strict=True))
 
 
 def mean(values: list[float]) -> str:
@@ -85,7 +85,7 @@ def mean(values: list[float]) -> str:
 
 
 def trajectories(bench: Bench) -> list[dict]:
-    """A fit with fresh partial trajectories and with reused ones: the same settings, a point an iteration, by turns."""
+    """A fit with fresh and with reused trajectories: equal settings, one point an iteration, in alternation."""
     seconds: dict[str, list[float]] = {"exact": [], "reuse": []}
     scores: dict[str, list[float]] = {"exact": [], "reuse": []}
     for seed in range(3):
@@ -106,9 +106,9 @@ def trajectories(bench: Bench) -> list[dict]:
 def analysis(bench: Bench) -> list[dict]:
     """D of every prompt of the task and of "", ten repeats."""
     prompts, model, calls = ["", *(p.text for p in bench.task.prompts)], bench.model, []
-    rule = bench.erasure().guidance
     rows = []
     with bench.erasure().applied_to(model):
+        rule, adapter = model.guidance, model.guidance.adapter
         hook = model.denoiser.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
 
         def counted(label: str, ask) -> torch.Tensor:
@@ -121,10 +121,10 @@ def analysis(bench: Bench) -> list[dict]:
 
         def one(prompt: str, repeat: int) -> float:
             alone = replace(rule, repeats=1, seed=rule.seed + repeat)
-            alone.summands(model, model.encode_prompts([""]), 7.5)  # as the repository does: D("") beside every prompt
-            return float(alone.summands(model, model.encode_prompts([prompt]), 7.5))
+            alone.summands(model, adapter, model.encode_prompts([""]), 7.5)  # the repository computes D("") every time
+            return float(alone.summands(model, adapter, model.encode_prompts([prompt]), 7.5))
 
-        ours = counted("batched", lambda: rule.summands(model, model.encode_prompts(prompts), 7.5).mean(1))
+        ours = counted("batched", lambda: rule.summands(model, adapter, model.encode_prompts(prompts), 7.5).mean(1))
         one_by_one = lambda: torch.tensor([statistics.mean(one(p, r) for r in range(rule.repeats)) for p in prompts])  # noqa: E731
         theirs = counted("one by one", one_by_one)
         hook.remove()
@@ -134,26 +134,27 @@ def analysis(bench: Bench) -> list[dict]:
     return [rows[0], {**dict.fromkeys(rows[0], ""), **rows[1]}]
 
 
-def apart(model, x_t, t, c, null, scale: float, w: torch.Tensor) -> torch.Tensor:
-    """UnGuidance's step in two calls of the denoiser, the adapter switched off for one of them."""
-    base = ClassifierFree()(model.without_adapter(), x_t, t, c, null, scale)
-    unlearned = ClassifierFree()(model, x_t, t, c, null, scale)
+def in_two_calls(model, adapter: str, w: torch.Tensor, x_t, t, c, null, scale: float) -> torch.Tensor:
+    """A step of UnGuidance in two calls of the denoiser, with and without the adapter."""
+    base = classifier_free(model.without(adapter), x_t, t, c, null, scale)
+    unlearned = classifier_free(model, x_t, t, c, null, scale)
     w = w.reshape(-1, 1, 1, 1)
     return w * base + (1 - w) * unlearned
 
 
 def branches(bench: Bench) -> list[dict]:
-    """Seconds of a step, median of 15 turns."""
+    """Time of a step, median of 15 turns."""
     model, t, rows = bench.model, torch.tensor(500), []
     with bench.erasure().applied_to(model), torch.no_grad():
+        adapter = model.guidance.adapter
         for batch in (1, 16):
             x_t, w = model.noise(range(batch)), torch.tensor([-1.0, 2.0] * batch)[:batch]
             c = model.encode_prompts(["a photo of the dog"]).expand(batch)
-            null = model.encode_prompts([""]).expand(batch)
+            null = model.encode_prompts([""])
             sides = {
-                "one mixed batch": lambda: Blend(w)(model, x_t, t, c, null, 7.5),  # noqa: B023
-                "two calls": lambda: apart(model, x_t, t, c, null, 7.5, w),  # noqa: B023
-                "classifier-free guidance": lambda: ClassifierFree()(model, x_t, t, c, null, 7.5),  # noqa: B023
+                "one mixed batch": lambda: blended(model, adapter, w, x_t, t, c, null, 7.5),  # noqa: B023
+                "two calls": lambda: in_two_calls(model, adapter, w, x_t, t, c, null, 7.5),  # noqa: B023
+                "classifier-free guidance": lambda: classifier_free(model, x_t, t, c, null, 7.5),  # noqa: B023
             }
             torch.testing.assert_close(sides["two calls"](), sides["one mixed batch"](), atol=1e-2, rtol=1e-2)
             seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -169,7 +170,7 @@ def branches(bench: Bench) -> list[dict]:
 
 
 def closeness(bench: Bench) -> list[dict]:
-    """Mean distance of a pixel's colour, of 255, over the retained prompts' pictures, and Acc_s."""
+    """Mean distance of a pixel's colour, of 255, over the images of the retained prompts, and accuracies."""
     base, _ = bench.drawn(RETAIN)
     rows, erasure = [], bench.erasure()
     for label, w in {
@@ -181,7 +182,7 @@ def closeness(bench: Bench) -> list[dict]:
         distance = 255 * (drawn[RETAIN][0] - base).abs().mean()
         row = {"": label, "w_1, w_2": f"{w[0]:g}, {w[1]:g}", "pixel distance": f"{distance:.2f}"}
         names = zip(("Acc_e", "Acc_g", "Acc_s"), drawn.values(), strict=True)
-        rows.append(row | {name: f"{bench.accuracy(*pictures):.1f}" for name, pictures in names})
+        rows.append(row | {name: f"{bench.accuracy(*images):.1f}" for name, images in names})
     return rows
 
 
@@ -199,7 +200,7 @@ def render(tables: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("override", nargs="*", help="of the config, as for unlearn: model.autocast=bfloat16")
+    parser.add_argument("override", nargs="*", help="settings, as for unlearn: model.autocast=bfloat16")
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     options = parser.parse_args()
