@@ -18,7 +18,7 @@ FLAGS = (
 class Browser:
     """One page of one browser.
 
-    `complaints` are the errors that were printed or thrown since it was opened, `requests` what it asked for.
+    `complaints` are the errors since the page was opened, printed or thrown; `requests` are the URLs that it loaded.
     """
 
     def __init__(self, profile: Path):
@@ -59,16 +59,16 @@ class Browser:
             self._waiting += data
         message, _, self._waiting = self._waiting.partition(b"\0")
         message = json.loads(message)
-        told = message.get("params", {})
+        params = message.get("params", {})
         match message.get("method"):
             case "Runtime.exceptionThrown":
-                self.complaints.append(told["exceptionDetails"].get("exception", {}).get("description", "thrown"))
-            case "Runtime.consoleAPICalled" if told["type"] in ("error", "warning"):
-                self.complaints.append(str(told["args"]))
-            case "Log.entryAdded" if told["entry"]["level"] in ("error", "warning"):
-                self.complaints.append(told["entry"]["text"])
+                self.complaints.append(params["exceptionDetails"].get("exception", {}).get("description", "thrown"))
+            case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning"):
+                self.complaints.append(str(params["args"]))
+            case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
+                self.complaints.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
-                self.requests.append(told["request"]["url"])
+                self.requests.append(params["request"]["url"])
         return message
 
     def send(self, method: str, **params) -> dict:
@@ -98,7 +98,7 @@ class Browser:
         self.send("Emulation.setDeviceMetricsOverride", **size)
 
     def tell(self, expression: str):
-        """What an expression of JavaScript comes to."""
+        """The value of a JavaScript expression."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")

@@ -1,4 +1,4 @@
-"""Which commit made a row, told from what the runs recorded; and the exit status that a script can rely on."""
+"""Which commit made each row, by the records of the runs; and the exit status for scripts."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def made(finished, tmp_path):
     return make
 
 
-def told(folder) -> tuple[dict[str, tuple[str, str]], str, bool]:
+def checked(folder) -> tuple[dict[str, tuple[str, str]], str, bool]:
     """{method: (made by, what differs)}, the notes, and whether all is well."""
     text, sound = check(folder, ["method"])
     rows = [
@@ -45,30 +45,30 @@ def told(folder) -> tuple[dict[str, tuple[str, str]], str, bool]:
 
 def test_rows_of_one_commit_are_sound(made):
     folder = made("uce", [sitting()], [sitting()])
-    assert told(made("esd_x", [sitting(commit="b" * 40)]))[0]["esd_x"] == ("b" * 10, "–")
-    assert told(folder) == ({"esd_x": ("b" * 10, "–"), "uce": ("a" * 10, "–")}, "", True)
+    assert checked(made("esd_x", [sitting(commit="b" * 40)]))[0]["esd_x"] == ("b" * 10, "–")
+    assert checked(folder) == ({"esd_x": ("b" * 10, "–"), "uce": ("a" * 10, "–")}, "", True)
 
 
 def test_seeds_of_two_commits_are_marked(made):
-    rows, notes, sound = told(made("uce", [sitting()], [sitting(commit="b" * 40)], [sitting()]))
+    rows, notes, sound = checked(made("uce", [sitting()], [sitting(commit="b" * 40)], [sitting()]))
     assert rows["uce"] == (f"{'a' * 10} (seed 0, 2); {'b' * 10} (seed 1)†", "–")
     assert notes.startswith("†") and not sound
 
 
 def test_a_run_that_two_commits_made_is_marked(made):
-    rows, _, sound = told(made("uce", [sitting(), sitting(commit="b" * 40)]))
+    rows, _, sound = checked(made("uce", [sitting(), sitting(commit="b" * 40)]))
     assert rows["uce"][0] == f"{'a' * 10} (seed 0); {'b' * 10} (seed 0)†" and not sound
 
 
 def test_a_changed_tree_is_marked(made):
-    rows, notes, sound = told(made("uce", [sitting(dirty=True)]))
+    rows, notes, sound = checked(made("uce", [sitting(dirty=True)]))
     assert rows["uce"][0] == f"{'a' * 10}, changed‡" and notes.startswith("‡") and not sound
 
 
 def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
-    rows, notes, sound = told(made("uce", []))
+    rows, notes, sound = checked(made("uce", []))
     assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
-    assert told(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
+    assert checked(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
 
 
 def test_code_that_made_what_was_found_in_the_store_is_named(made):
@@ -78,7 +78,7 @@ def test_code_that_made_what_was_found_in_the_store_is_named(made):
 
     def stored(**codes: list) -> tuple[str, bool]:
         record.write_text(json.dumps({"sittings": [sitting()], "stored": codes}))
-        rows, _, sound = told(folder)
+        rows, _, sound = checked(folder)
         return rows["uce"][0], sound
 
     a, b, c = ("abc"[i] * 10 for i in range(3))
@@ -91,14 +91,14 @@ def test_code_that_made_what_was_found_in_the_store_is_named(made):
 def test_an_installed_package_is_told_by_its_version_and_marked_for_want_of_a_commit(made):
     installed = sitting(commit=None, dirty=None)
     folder = made("uce", [installed])
-    rows, notes, sound = told(folder)
+    rows, notes, sound = checked(folder)
     assert rows["uce"][0] == "unlearning 0.1.0¶" and notes.startswith("¶") and not sound
     (folder / "uce0" / FILE).write_text(json.dumps({"sittings": [sitting()], "stored": {"pictures": [installed]}}))
-    assert told(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
+    assert checked(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
 
 
 def test_versions_and_hardware_that_differ_are_named_and_forgiven(made):
-    rows, _, sound = told(made("uce", [sitting()], [sitting(torch="2.8.0", cpu="another")]))
+    rows, _, sound = checked(made("uce", [sitting()], [sitting(torch="2.8.0", cpu="another")]))
     assert rows["uce"][1] == "torch 2.9.0 \\| 2.8.0; cpu a cpu \\| another" and sound
 
 
