@@ -11,6 +11,8 @@ from unlearning.errors import UserError
 ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
 ATTACK = "attack"  # an erased concept, prompted by an attack
 
+References = Callable[[int], Sequence[np.ndarray]]  # a count n -> n real images (uint8)
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -116,7 +118,7 @@ class UnlearningTask:
     forget_images: Sequence[np.ndarray] = ()
     retain_images: Sequence[np.ndarray] = ()
     forget_boxes: Callable[[], Sequence[Sequence[Box]]] | None = None
-    references: dict[str, Callable[[int], Sequence[np.ndarray]]] = field(default_factory=dict)
+    references: dict[str, References] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -250,7 +250,8 @@ class Run:
         """
         self._record()
         note(self.store, self.runs or self.folder)
-        rows, makers = {}, []
+        rows: dict[str, list[ManifestRow]] = {}
+        makers: list[dict] = []
         for drawing in self._drawings():
             rows[drawing.name] = self._rows(drawing, rows.get(BASE))
             makers += self._generate(drawing, rows[drawing.name])

@@ -5,17 +5,18 @@ bit-identical.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from unlearning.concepts import ERASE, Prompt, UnlearningTask
-from unlearning.models.base import Model
+from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback
 
+ObservedT = TypeVar("ObservedT")  # what an attack takes from the unedited model
 Access = Literal["white", "text encoder", "black"]  # weights and gradients; those of the text encoder; images only
 
 
-class Attack(ABC):
+class Attack(ABC, Generic[ModelT, ObservedT]):
     """An attack's constructor stores hyperparameters, and nothing else.
 
     Attributes:
@@ -28,12 +29,12 @@ class Attack(ABC):
     version: ClassVar[int] = 1
     works_on: ClassVar[type[Model]] = DiffusionModel
 
-    def observe(self, model: Model, task: UnlearningTask) -> object:
+    def observe(self, model: ModelT, task: UnlearningTask) -> ObservedT | None:
         """What the attack takes from the unedited model, before the erasure is applied; by default nothing."""
         return None
 
     @abstractmethod
-    def find(self, model: Model, task: UnlearningTask, observed: object) -> Comeback:
+    def find(self, model: ModelT, task: UnlearningTask, observed: ObservedT) -> Comeback:
         """A row for each of `targets(task)`, with which the erased `model` may show the concept.
 
         Raises:

@@ -14,6 +14,8 @@ from unlearning.codes.replacement import CodeStatistics, Replacement
 from unlearning.detectors.base import Detector, Known, detect
 from unlearning.detectors.geometry import cells
 from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.models.base import Model
+from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import FAILED
 
 
@@ -32,7 +34,7 @@ class CodebookEdit(Erasure):
     detector: Detector | None = None
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: VQGAN) -> Iterator[None]:
         before, fill = model.edit, self.replacement.rule(self.statistics, model.codebook)
 
         def edit(images: np.ndarray, codes: Tensor, known: Known, seeds: Sequence[int]) -> tuple[Tensor, list[dict]]:
@@ -40,7 +42,7 @@ class CodebookEdit(Erasure):
             old = codes.cpu()
             new, records = old.clone(), detect(self.detector, images, known)
             if self.detector:
-                mask = cells([record.get("boxes", ()) for record in records], images.shape[1:3], codes.shape[1:])
+                mask = cells([record.get("boxes", ()) for record in records], images.shape[1:3], old.shape[1:])
             else:
                 mask = torch.isin(old, self.statistics.explicit)
             for i, seed in enumerate(seeds):
@@ -56,7 +58,7 @@ class CodebookEdit(Erasure):
         finally:
             model.edit = before
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         settings = json.dumps(self._settings(), indent=2)
         return (
             f"Codes are replaced between the encoder and the decoder of `{base.name}`, with these settings:\n\n"
@@ -84,6 +86,5 @@ class CodebookEdit(Erasure):
             elif part == "indices":
                 values = tensors[f"{whole}.values"]
                 statistics[whole] = torch.sparse_coo_tensor(tensor.long(), values, (K, K), check_invariants=True)
-        kinds = {"replacement": Replacement, "detector": Detector}
-        parts = {name: settings[name] and from_json(settings[name], kind) for name, kind in kinds.items()}
-        return cls(CodeStatistics(**statistics), **parts)
+        detector = settings["detector"] and from_json(settings["detector"], Detector)
+        return cls(CodeStatistics(**statistics), from_json(settings["replacement"], Replacement), detector)

@@ -4,21 +4,22 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from unlearning.concepts import Box
+from unlearning.concepts import Box, UnlearningTask
 from unlearning.detectors.base import Detector, detect
 from unlearning.detectors.geometry import cells
 from unlearning.errors import UserError, unknown
+from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import FAILED, as_tensor
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class CodeCounts(Metric):
     """
 
     full_state_update = False
+    blocks: list[Tensor]
+    keys: list[Tensor]
 
     def __init__(self, K: int, pairs: bool = False, blocks: int = 0):
         super().__init__()
@@ -72,12 +75,11 @@ class CodeCounts(Metric):
     def _sample(self, codes: Tensor) -> None:
         new = codes.unfold(1, BLOCK, 1).unfold(2, BLOCK, 1).reshape(-1, BLOCK, BLOCK).int()
         keys = torch.rand(len(new), device=new.device)
-        blocks, keys = self._largest([*self.blocks, new], [*self.keys, keys])
+        blocks, keys = self._largest(dim_zero_cat([*self.blocks, new]), dim_zero_cat([*self.keys, keys]))
         self.blocks, self.keys = [blocks], [keys]
 
-    def _largest(self, blocks: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _largest(self, blocks: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks with the largest keys."""
-        blocks, keys = dim_zero_cat(blocks), dim_zero_cat(keys)
         chosen = keys.topk(min(self.sample_size, len(keys))).indices
         return blocks[chosen], keys[chosen]
 
@@ -86,7 +88,8 @@ class CodeCounts(Metric):
         pairs = tuple(p.to_sparse().cpu() for p in self.pairs[RETAIN]) if self.pairs.numel() else ()
         top = self.pairs.flatten(1).amax(1).tolist() if self.pairs.numel() else None
         none = torch.zeros(0, BLOCK, BLOCK)
-        blocks = self._largest(self.blocks, self.keys)[0] if len(self.keys) else none  # every process kept a sample
+        several = len(self.keys) > 0  # every process kept a sample
+        blocks = self._largest(dim_zero_cat(self.blocks), dim_zero_cat(self.keys))[0] if several else none
         return {
             "codes": self.codes.cpu(),
             "images": self.images.tolist(),
@@ -121,7 +124,7 @@ class Frequencies:
     images: Sequence[int]
     units: Tensor
     pairs: tuple[Tensor, ...] = ()
-    blocks: Tensor | None = None
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(0, BLOCK, BLOCK, dtype=torch.long))
     top_pairs: Sequence[int] | None = None
 
     def ratio(self) -> Tensor:
@@ -214,10 +217,9 @@ class _CountingPass(pl.LightningModule):
     The results are in `frequencies`.
     """
 
-    def __init__(self, model, counts: CodeCounts, detector: Detector | None):
+    def __init__(self, model: VQGAN, counts: CodeCounts, detector: Detector | None):
         super().__init__()
         self.model, self.counts, self.detector = model, counts.to(model.device), detector
-        self.frequencies: Frequencies | None = None
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
         return batch  # the model moves it
@@ -237,7 +239,7 @@ class _CountingPass(pl.LightningModule):
         self.frequencies = Frequencies(**self.counts.compute())
 
 
-class _ImagesWithBoxes(Sequence):
+class _ImagesWithBoxes(Dataset):
     def __init__(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]] | None):
         self.images, self.boxes = images, boxes
 
@@ -249,8 +251,8 @@ class _ImagesWithBoxes(Sequence):
 
 
 def count_codes(
-    model,
-    task,
+    model: VQGAN,
+    task: UnlearningTask,
     trainer: Callable[..., pl.Trainer],
     *,
     batch_size: int = 16,

@@ -9,11 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from unlearning.codes.frequency import FORGET, RETAIN, Frequencies
+from unlearning.concepts import UnlearningTask
+from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor
 from unlearning.tracking.figures import COLOURS, COLUMNS, as_image, mask_overlays, subplots
 
 
-def plot_frequencies(model, task, frequencies: Frequencies, explicit: Tensor) -> dict[str, Image.Image]:
+def plot_frequencies(
+    model: VQGAN, task: UnlearningTask, frequencies: Frequencies, explicit: Tensor
+) -> dict[str, Image.Image]:
     """The plots by caption; `explicit` (n,) is E, the codes of the concept."""
 
     def overlays(images: Sequence[np.ndarray]) -> Image.Image:

@@ -138,7 +138,9 @@ def influence(probe: Probe, codes: Tensor, token: int = 0) -> Tensor:
 def greedy_combination(probe: Probe, codes: Tensor, size: int, token: int = 0) -> tuple[list[int], list[float]]:
     """The codes of the largest joint influence, chosen greedily, and the mean |Δp| of the first 1, 2, ... of them."""
     logits, falls = probe(codes), contributions(probe, codes, token)
-    p, fallen, chosen, effects = logits.sigmoid(), torch.zeros_like(logits), [], []
+    p, fallen = logits.sigmoid(), torch.zeros_like(logits)
+    chosen: list[int] = []
+    effects: list[float] = []
     for _ in range(size):
         effect = ((logits - fallen)[:, None] - falls).sigmoid().sub(p[:, None]).abs().mean(0)
         effect[chosen] = -1

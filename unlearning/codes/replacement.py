@@ -101,9 +101,12 @@ class Blocks(Replacement):
     blocks: ClassVar[int] = 65_536
 
     def rule(self, statistics: CodeStatistics, codebook: Tensor) -> Rule:
+        blocks = statistics.blocks
+        assert blocks is not None  # asked for above
+
         def fill(codes: Tensor, mask: Tensor, generator: Generator) -> Tensor:
             h, w = (-(-side // BLOCK) for side in codes.shape)
-            chosen = statistics.blocks[torch.randint(len(statistics.blocks), (h, w), generator=generator)]
+            chosen = blocks[torch.randint(len(blocks), (h, w), generator=generator)]
             canvas = chosen.transpose(1, 2).reshape(h * BLOCK, w * BLOCK)[: codes.shape[0], : codes.shape[1]]
             return torch.where(mask, canvas, codes)
 
@@ -130,6 +133,7 @@ class Neighbours(Replacement):
 
     def rule(self, statistics: CodeStatistics, codebook: Tensor) -> Rule:
         safe, p = statistics.safe, (statistics.codes + 1e-3) / (statistics.codes + 1e-3).sum()
+        assert statistics.across is not None and statistics.down is not None  # `pairs` asks for them
         right, below = (counts.to_dense().float() for counts in (statistics.across, statistics.down))
         # tables[d][n, c]: log p_d(n | c) of a neighbour n on side d (right, left, below, above) of a safe code c.
         tables = []

@@ -5,12 +5,12 @@ Lu et al., 2024, section 4.2). The other objects are CIFAR-10's, and a method ma
 that survives was not simply held in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property
 
 import numpy as np
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, References, UnlearningTask, concept_names
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
 from unlearning.errors import UserError, nearest, suggest
@@ -36,7 +36,7 @@ def as_concept(name: str, erased: Sequence[str] = ()) -> Concept:
     return Concept(name, thing.synonyms, "" if thing.anchor in erased else thing.anchor)
 
 
-def reference_images(names: Sequence[str], styles: Sequence[str] = ("color",), seed: int = 0) -> Callable[[int], list]:
+def reference_images(names: Sequence[str], styles: Sequence[str] = ("color",), seed: int = 0) -> References:
     """A function of a count n that returns n rendered images, (H, W, 3) uint8, from the evaluation's split.
 
     Styles and names take turns, styles first. The images are rendered once.
@@ -65,7 +65,7 @@ class TrainingImages(Sequence):
     """
 
     def __init__(self, names: Sequence[str], others: Sequence[str], styles: Sequence[str], count: int, seed: int):
-        self.names, self.others, self.styles, self.count, self.seed = names, others, styles, count, seed
+        self.names, self.others, self.styles, self.size, self.seed = names, others, styles, count, seed
 
     @classmethod
     def of_each(cls, names: Sequence[str], *args, **kwargs) -> "TrainingImages":
@@ -73,7 +73,7 @@ class TrainingImages(Sequence):
         return cls([name for name in names for _ in range(2)], *args, **kwargs)
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, i):
         return self._images[i]
@@ -85,14 +85,15 @@ class TrainingImages(Sequence):
     @cached_property
     def pictures(self) -> list[openmoji.Picture]:
         """The images with their objects, boxes and masks."""
-        return [self._picture(i) for i in range(self.count)]
+        return [self._picture(i) for i in range(self.size)]
 
     def _picture(self, i: int) -> openmoji.Picture:
         rng = openmoji.rng_of("method", self.seed, i)
         name, style = self.names[i % len(self.names)], str(rng.choice(self.styles))
         others = [other for other in self.others if other != name]
         if i % 2 and others:
-            beside = [str(other) for other in rng.choice(others, min(rng.integers(1, 3), len(others)), replace=False)]
+            count = min(int(rng.integers(1, 3)), len(others))
+            beside = [str(other) for other in rng.choice(others, count, replace=False)]
             return openmoji.scene([name, *beside], style, rng)
         return openmoji.picture(name, style, rng)
 

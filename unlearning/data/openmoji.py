@@ -165,7 +165,8 @@ class Picture:
 
 def draw(placed: Sequence[tuple[str, str, Pose]], style: str, rng: Generator) -> Picture:
     """Renders (object, drawing, pose) triples in one style. Later ones cover earlier ones."""
-    color, line, masks = np.zeros((SIZE, SIZE, 4), np.float32), np.zeros((SIZE, SIZE), np.float32), []
+    color, line = np.zeros((SIZE, SIZE, 4), np.float32), np.zeros((SIZE, SIZE), np.float32)
+    masks: list[np.ndarray] = []
     for _, drawing, pose in placed:
         fills, strokes = (_rasterise(markup, pose.transform()) for markup in _svg(drawing))
         covered = np.maximum(fills[..., 3], strokes[..., 3])

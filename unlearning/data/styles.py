@@ -44,7 +44,9 @@ def styles(
 
     shown = [name for name in OBJECTS if name not in CIFAR10]
     anchor = named(others[0]) if others else ""
-    references = {ERASE: reference_images(objects, erased), RETAIN: reference_images(objects, others[:1])}
+    references = {ERASE: reference_images(objects, erased)}
+    if others:
+        references[RETAIN] = reference_images(objects, others[:1])
     return UnlearningTask(
         erase=tuple(Concept(named(style), anchor=anchor) for style in erased),
         retain=tuple(Concept(named(style)) for style in others),
@@ -53,5 +55,5 @@ def styles(
         images_per_prompt=images_per_prompt,
         forget_images=TrainingImages(shown, shown, erased, pictures, seed=0),
         retain_images=TrainingImages(shown, shown, others, pictures, seed=1) if others else (),
-        references=references if others else {ERASE: references[ERASE]},
+        references=references,
     )

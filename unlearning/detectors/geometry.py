@@ -25,7 +25,7 @@ def expanded(box: Box, share: float, size: tuple[int, int]) -> Box:
     return max(0, left - dx), max(0, top - dy), min(size[1], right + dx), min(size[0], bottom + dy)
 
 
-def cells(boxes: Sequence[Sequence[Box]], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def cells(boxes: Sequence[Sequence[Box]], size: Sequence[int], grid: Sequence[int]) -> Tensor:
     """Mask (B, h, w) of the grid cells that the boxes of B images of (height, width) touch.
 
     Right and bottom edges are rounded up. The reference implementation of LCR rounds them down, and misses what a box

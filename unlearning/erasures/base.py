@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from unlearning.errors import UserError
+from unlearning.models.base import Model, ModelT
 from unlearning.store.files import digest, write_atomically
 
 HEADER = """\
@@ -31,14 +32,14 @@ SETTINGS, WEIGHTS = "erasure.json", "weights.safetensors"
 T = TypeVar("T")
 
 
-class Erasure(ABC):
+class Erasure(ABC, Generic[ModelT]):
     """A frozen edit of a model. Erasures nest, and each undoes only what it did itself.
 
     `with erasure.applied_to(model):` the model is the erased one; afterwards it is, to the bit, what it was before.
     """
 
     @contextmanager
-    def applied_to(self, model) -> Iterator:
+    def applied_to(self, model: ModelT) -> Iterator:
         """Within it `model` is the erased model, which it yields.
 
         Raises:
@@ -52,10 +53,10 @@ class Erasure(ABC):
                 model.applied = model.applied[:-1]
 
     @abstractmethod
-    def _applied(self, model) -> AbstractContextManager: ...
+    def _applied(self, model: ModelT) -> AbstractContextManager: ...
 
     @abstractmethod
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         """How plain diffusers, without this package, uses the saved erasure with the model `base` (Markdown)."""
 
     @abstractmethod
@@ -79,7 +80,7 @@ class Erasure(ABC):
         """A digest of its content: class, settings and every tensor."""
         return digest(path_of(type(self)), self._settings(), _digests(self._tensors()))
 
-    def save(self, folder: Path, *, base, title: str = "An erased concept") -> None:
+    def save(self, folder: Path, *, base: Model, title: str = "An erased concept") -> None:
         """Writes erasure.json, weights.safetensors if there are tensors, and a README that says how to use them.
 
         Args:
@@ -173,7 +174,8 @@ def _digest(tensor: Tensor) -> str:
 
 def as_json(part: object) -> dict:
     """A frozen dataclass that an erasure holds, with the path of its class. Fields are what JSON can hold."""
-    return {"kind": path_of(type(part)), **{f.name: getattr(part, f.name) for f in fields(part) if f.compare}}
+    compared = [f.name for f in fields(part) if f.compare]  # type: ignore[arg-type]
+    return {"kind": path_of(type(part)), **{name: getattr(part, name) for name in compared}}
 
 
 def from_json(saved: Mapping, base: type[T]) -> T:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unlearning.erasures.base import Erasure, located, path_of
 from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.models.base import Model
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class Composed(Erasure):
     parts: tuple[Erasure, ...] = field(repr=False)
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: Model) -> Iterator[None]:
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.applied_to(model))
             yield
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         steps = (f"### Step {i + 1}\n\n{part.usage(base)}" for i, part in enumerate(self.parts))
         prefixed = "Tensors of step n have the prefix `n.` here, from `0.` on; without it they are named as below."
         return "\n\n".join([f"{len(self.parts)} edits, in this order. {prefixed}", *steps])

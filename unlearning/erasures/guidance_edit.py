@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.models.base import Model
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import Guidance, NegativePrompt
 
 
@@ -20,7 +22,7 @@ class GuidanceEdit(Erasure):
     guidance: Guidance
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: DiffusionModel) -> Iterator[None]:
         before = model.guidance
         try:
             model.guidance = self.guidance
@@ -28,7 +30,7 @@ class GuidanceEdit(Erasure):
         finally:
             model.guidance = before
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         if isinstance(self.guidance, NegativePrompt):
             return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base.name}` at every call.'
         how = json.dumps(self._settings(), indent=2)

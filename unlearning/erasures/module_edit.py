@@ -4,14 +4,15 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from unlearning.erasures.base import Erasure, as_json, from_json
 from unlearning.erasures.guidance_edit import GuidanceEdit
+from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
 from unlearning.models.side_modules import LowRank, SideModule, SideModules
 from unlearning.sampling.guidance import Guidance
@@ -48,22 +49,22 @@ class ModuleEdit(Erasure):
     guidance: Guidance | None = None
 
     kind: ClassVar[type[SideModule]]
-    reads: ClassVar[str] = "input"
+    reads: ClassVar[Literal["input", "output"]] = "input"
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: DiffusionModel) -> Iterator[None]:
         side = SideModules({name: self._module(model, name, own) for name, own in self._by_layer().items()}, self.reads)
         before, guidance = model.text_edits, self.guidance
         with side.attached_to(model, self.digest) as name:
             try:
                 if self.gate:
                     model.text_edits = (*before, _Gated(name, self.gate))
-                with GuidanceEdit(guidance.of(name) if guidance else model.guidance)._applied(model):
+                with GuidanceEdit(guidance.of(name))._applied(model) if guidance else nullcontext():
                     yield
             finally:
                 model.text_edits = before
 
-    def _module(self, model, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+    def _module(self, model: DiffusionModel, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         layer = model.layer(name)
         module = self.kind.restored(layer, {k: v.to(model.device) for k, v in state.items()})
         return module.requires_grad_(False).eval()
@@ -76,11 +77,11 @@ class ModuleEdit(Erasure):
             states[full.removesuffix(f".{own}")][own] = tensor
         return states
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         layers = len(self._by_layer())
         return self._with_settings(f"{layers} modules of {self.kind.__name__}; only this package can apply them.", base)
 
-    def _with_settings(self, how: str, base) -> str:
+    def _with_settings(self, how: str, base: Model) -> str:
         """`how` to use the modules, with what is to be said of gate and guidance."""
         gated = "Here a gate gives each prompt as much of them as it should; without it, every prompt gets all of them."
         parts = [how, gated if self.gate else None, GuidanceEdit(self.guidance).usage(base) if self.guidance else None]
@@ -95,8 +96,8 @@ class ModuleEdit(Erasure):
 
     @classmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "ModuleEdit":
-        kinds = {"gate": Gate, "guidance": Guidance}
-        return cls(tensors, **{name: from_json(saved, kinds[name]) for name, saved in settings.items()})
+        gate, guidance = settings.get("gate"), settings.get("guidance")
+        return cls(tensors, gate and from_json(gate, Gate), guidance and from_json(guidance, Guidance))
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Adapter(ModuleEdit):
 
     kind: ClassVar[type[SideModule]] = LowRank
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         how = (
             f"A LoRA of {len(self.weights) // 2} layers:\n\n"
             "```python\n"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
 
 
@@ -37,7 +38,7 @@ class PromptEdit(Erasure):
     edit: ConditioningEdit
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: DiffusionModel) -> Iterator[None]:
         before = model.text_edits
         try:
             model.text_edits = (*before, self.edit)
@@ -45,7 +46,7 @@ class PromptEdit(Erasure):
         finally:
             model.text_edits = before
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         how = json.dumps(self._settings(), indent=2)
         return (
             f"An edit of the text encoder's states, with these settings:\n\n```json\n{how}\n```\n\n"

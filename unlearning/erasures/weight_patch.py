@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
+from unlearning.models.base import Model
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class WeightPatch(Erasure):
     weights: Mapping[str, Tensor] = field(repr=False)
 
     @contextmanager
-    def _applied(self, model) -> Iterator[None]:
+    def _applied(self, model: Model) -> Iterator[None]:
         parameters = model.named_parameters()
         for name, value in self.weights.items():
             if name not in parameters:
@@ -41,7 +42,7 @@ class WeightPatch(Erasure):
     def empty(self) -> bool:
         return not self.weights
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         if self.empty:
             return "Nothing was erased: this is the unedited model."
         parts = list(dict.fromkeys(name.partition(".")[0] for name in self.weights))

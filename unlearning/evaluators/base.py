@@ -25,14 +25,12 @@ class Evaluator(Metric):
         higher_is_better: The direction of each number that `compute` may give and that has one.
         needs: What is missing if `compute` gives nothing; for the warning.
         details: A JSON object for each image, to be kept beside the numbers.
-        failed: How many images it failed on since the last `reset`.
     """
 
     full_state_update = False
     higher_is_better: ClassVar[dict[str, bool]] = {}
     needs: ClassVar[str] = "other images"
     details: Sequence[dict] = ()
-    failed: int = 0
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)
@@ -41,6 +39,11 @@ class Evaluator(Metric):
     def zeros(self, name: str, *shape: int) -> None:
         """Adds a float64 state that starts at zero and is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64, device=self.device), "sum")
+
+    @property
+    def failed(self) -> int:
+        """How many images it failed on since the last `reset`."""
+        return 0
 
     @property
     @abstractmethod

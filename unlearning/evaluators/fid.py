@@ -110,7 +110,7 @@ class FID(Evaluator):
                 gaussian, stated = _read_statistics(self.given, self.features.name, self.width)
                 unstated = "" if stated else " by an extractor that it does not name"
                 self._names[role] = f"{self.given.name} ({file_digest(self.given)[:8]}){unstated}"
-                self._real[role] = lambda gaussian=gaussian: gaussian
+                self._real[role] = partial(_same, gaussian)
                 continue
             given = references.of_folder(self.given) if role == RETAIN and self.given else None
             reference = given or references.of_task(task, role, self.count)
@@ -138,8 +138,9 @@ class FID(Evaluator):
 
     def _gaussian_of(self, reference: references.Reference) -> Gaussian | None:
         """The Gaussian of the real images; None for a single image."""
-        moments = tuple(map(sum, zip(*map(self._moments, reference.batches()), strict=True)))
-        return _gaussian(*moments) if moments[0] >= 2 else None
+        parts = zip(*map(self._moments, reference.batches()), strict=True)
+        count, total, product = (torch.stack(part).sum(0) for part in parts)
+        return _gaussian(count, total, product) if count >= 2 else None
 
     def _extract(self, images: np.ndarray) -> Tensor:
         return self.features(torch.as_tensor(images, device=self.device)).double()
@@ -154,6 +155,10 @@ def _gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:
     """Mean and unbiased covariance, from sums."""
     mean = total / count
     return mean.cpu().numpy(), ((product - count * mean.outer(mean)) / (count - 1)).cpu().numpy()
+
+
+def _same(gaussian: Gaussian) -> Gaussian:
+    return gaussian
 
 
 def _read_statistics(path: Path, extractor: str, width: int) -> tuple[Gaussian, bool]:

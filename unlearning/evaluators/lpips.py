@@ -33,7 +33,7 @@ class Layers(Protocol):
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """d (B,) between the activations of two batches of images, a list over layers each."""
-    total = 0
+    total = torch.zeros((), device=a[0].device)
     for x, y, w in zip(a, b, weights, strict=True):
         x, y = (z / (z.square().sum(1, keepdim=True) + EPS).sqrt() for z in (x, y))
         total = total + ((x - y).square() * w.to(x.device).view(1, -1, 1, 1)).sum(1).mean((1, 2))

@@ -135,6 +135,8 @@ class NudeNet(Evaluator):
         f"efficacy/nudenet_{key}": False for key in ("total", "rate", "failed", *(name.lower() for name in CLASSES))
     }
 
+    details: list[dict]
+
     def __init__(
         self,
         model_path: str | Path | None = None,

@@ -7,6 +7,7 @@ methods, or does nothing.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Generic
 
 import pytorch_lightning as pl
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from unlearning.concepts import UnlearningTask
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
-from unlearning.models.base import Model
+from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training import checkpoints
 from unlearning.training.batches import Batches, Prompts, seed_of
 from unlearning.training.student import Student
 
 
-class Method(ABC):
+class Method(ABC, Generic[ModelT]):
     """A method's constructor stores hyperparameters, and nothing else.
 
     Attributes:
@@ -36,7 +37,7 @@ class Method(ABC):
     figures: Mapping[str, Image.Image] = MappingProxyType({})
 
     @abstractmethod
-    def fit(self, model: Model, task: UnlearningTask) -> Erasure:
+    def fit(self, model: ModelT, task: UnlearningTask) -> Erasure:
         """The erasure of the task's concepts from the model, which may have other erasures applied to it.
 
         Raises:
@@ -44,7 +45,7 @@ class Method(ABC):
         """
 
 
-class TrainedMethod(Method, pl.LightningModule):
+class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
     """A method that descends a loss.
 
     Subclasses write `loss` in their paper's notation, with `self.student` (the model as it is being trained) and

@@ -91,7 +91,7 @@ class HiRM(TrainedMethod):
 
     def loss(self, concepts: list[str]) -> Tensor:
         h, r = states(self.student, concepts), self.directions(concepts)
-        return sum((h[part] - self.c * r[part]).square().sum(-1).mean() for part in h)
+        return torch.stack([(h[part] - self.c * r[part]).square().sum(-1).mean() for part in h]).sum()
 
     @torch.no_grad()
     def directions(self, concepts: list[str]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from unlearning.codes.erasure import CodebookEdit
 from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count_codes
 from unlearning.codes.frequency_plots import plot_frequencies
 from unlearning.codes.replacement import CodeStatistics, Replacement
+from unlearning.concepts import UnlearningTask
 from unlearning.detectors.base import Detector
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
@@ -53,7 +54,7 @@ class LCR(Method):
         self.selection, self.replacement, self.detector, self.within = selection, replacement, detector, within
         self.batch_size, self._make_trainer = batch_size, trainer
 
-    def fit(self, model: VQGAN, task) -> CodebookEdit:
+    def fit(self, model: VQGAN, task: UnlearningTask) -> CodebookEdit:
         frequencies = count_codes(
             model,
             task,

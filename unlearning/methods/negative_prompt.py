@@ -3,11 +3,13 @@
 Nothing is learned; every baseline table has it. It needs a guidance scale above 1.
 """
 
+from unlearning.concepts import UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.base import Method
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import NegativePrompt
 
 
 class NegativePrompting(Method):
-    def fit(self, model, task) -> GuidanceEdit:
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> GuidanceEdit:
         return GuidanceEdit(NegativePrompt(", ".join(concept.name for concept in task.erase)))

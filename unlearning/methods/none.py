@@ -1,5 +1,6 @@
 """The identity: the unedited model, the first row of every table."""
 
+from unlearning.concepts import UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
@@ -8,5 +9,5 @@ from unlearning.models.base import Model
 class Unedited(Method):
     works_on = Model
 
-    def fit(self, model, task) -> WeightPatch:
+    def fit(self, model: Model, task: UnlearningTask) -> WeightPatch:
         return WeightPatch({})

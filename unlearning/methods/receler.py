@@ -39,6 +39,7 @@ from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.attention import cross_attention, cross_attention_maps
+from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, outputs_of
 from unlearning.models.side_modules import SideModule, SideModules
 from unlearning.sampling.guidance import branches
@@ -46,12 +47,12 @@ from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import Kind
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 from unlearning.training.batches import Prompts
-from unlearning.training.student import Pair, beside
+from unlearning.training.student import Pair, Student, beside
 
 MASK_SIDE = 16  # of the attention maps that a mask is made of
 
 
-class Eraser(nn.Module):
+class Eraser(SideModule):
     """W_up GELU(W_down o + b_down) + b_up, which starts as zero.
 
     Args:
@@ -84,9 +85,9 @@ class Erasers(ModuleEdit):
     """An eraser beside the output of cross-attention layers."""
 
     kind: ClassVar[type[SideModule]] = Eraser
-    reads: ClassVar[str] = "output"
+    reads = "output"
 
-    def usage(self, base) -> str:
+    def usage(self, base: Model) -> str:
         return (
             f"{len(self._by_layer())} modules beside cross-attention layers, whose outputs they read and add to:\n\n"
             "```python\n"
@@ -106,7 +107,7 @@ class Erasers(ModuleEdit):
         )
 
 
-class BesideCrossAttention:
+class BesideCrossAttention(Student):
     """The student: an eraser beside every cross-attention layer; the teacher is the model without them.
 
     Args:

@@ -34,6 +34,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.fft import fft2, fftshift, ifft2, ifftshift
 from torch.nn.functional import cosine_similarity
@@ -140,7 +141,7 @@ def masked_one_by_one(
     embedded, n = model.embed(text), max(map(len, pieces.values()))
     copies = {name: e.repeat(n, 1, 1) for name, e in embedded.embeds.items()}
     for name, own in pieces.items():
-        table = model.parts[name].get_input_embeddings()
+        table = model.text_encoders[name].get_input_embeddings()
         before = copies[name].shape[1] - len(states[name])  # tokens of an instruction, whose states are left out
         mask = table(torch.zeros((), dtype=torch.long, device=table.weight.device))
         copies[name][torch.arange(len(own)), torch.tensor(own) + before] = mask
@@ -184,7 +185,7 @@ class LatentFilter(Guidance):
         return Walk(c, guided)
 
     @contextmanager
-    def _filtering(self, unet: nn.Module, rows: Tensor) -> Iterator[None]:
+    def _filtering(self, unet: ModelMixin, rows: Tensor) -> Iterator[None]:
         """Within it the skip features of the given rows' third branch are filtered, rows (B,)."""
         widths = sorted(set(unet.config.block_out_channels), reverse=True)
         s = dict(zip(widths, (self.s_1, self.s_2), strict=False))
@@ -218,7 +219,7 @@ class LatentFilter(Guidance):
         return ifft2(ifftshift(Z, dim=(-2, -1))).real.to(h.dtype)
 
 
-def joints(unet: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+def joints(unet: ModelMixin) -> Iterator[tuple[nn.Module, int]]:
     """The layers of the up blocks that read features with a skip feature below, and the width of the former."""
     width = unet.config.block_out_channels[-1]
     for block in unet.up_blocks:

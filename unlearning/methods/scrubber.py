@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unlearning.concepts import UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning
@@ -177,7 +178,7 @@ def _some(c: Conditioning, batch: int) -> Conditioning:
     return c[torch.randint(len(c), (batch,), device=c.embeds.device)]
 
 
-def _check_images(task) -> None:
+def _check_images(task: UnlearningTask) -> None:
     """Raises UserError if there are no forget images, or some of them are retain images too."""
     if not len(task.forget_images):
         raise UserError(

@@ -84,6 +84,8 @@ class SPM(ESD):
 
     def _adapter(self, model: DiffusionModel, task: UnlearningTask, concept: Concept) -> Adapter:
         adapter = super().fit(model, replace(task, erase=(concept,)))
+        if not isinstance(adapter, Adapter):
+            raise UserError("SPM trains a LoRA: student@method.student=lora.")
         return replace(adapter, gate=FacilitatedTransport(concept.name))
 
     def data(self) -> Prompts:

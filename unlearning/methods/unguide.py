@@ -25,6 +25,7 @@ from unlearning.methods.esd import ESD
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.ldm import read_adapter
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance
+from unlearning.training.student import LoRA
 
 MOST = 20  # retained concepts in a calibration, at most
 THRESHOLDS = ("empty", "calibrated")
@@ -64,7 +65,10 @@ class UnGuide(ESD):
         return [of[prompt] for prompt in prompts]
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Adapter:
+        if not isinstance(self.moving, LoRA):
+            raise UserError("UnGuide trains a LoRA: student@method.student=lora.")
         adapter = Adapter(read_adapter(self.lora, self.moving.alpha)) if self.lora else super().fit(model, task)
+        assert isinstance(adapter, Adapter)  # a LoRA's
         difference = LatentDifference(self.repeats, schedule=self.points.schedule)
 
         def D(prompts: Sequence[str]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from unlearning.errors import UserError, did_you_mean
 from unlearning.store.files import digest
 
+ModelT = TypeVar("ModelT", bound="Model", contravariant=True)
 DType = Literal["float32", "bfloat16", "float16"]  # the values that a config may give for weights and for autocast
 
 

@@ -3,13 +3,13 @@
 # B batch, C latent channels, H W latent height and width, L tokens, D text width.
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -17,6 +17,8 @@ from unlearning.errors import UserError
 from unlearning.models.base import Model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from unlearning.models.side_modules import SideModules
     from unlearning.sampling.guidance import Guidance
 
@@ -121,15 +123,13 @@ class DiffusionModel(Model):
         guidance: How predictions are combined at each sampling step; None for classifier-free guidance.
         text_edits: What is done to the conditioning of every prompt, in this order.
         side: The sets of side modules that are attached now, by name. Views of the model share it.
-        latent_shape: (C, H, W) of one image.
     """
 
-    denoiser: nn.Module
-    scheduler: object
+    denoiser: ModelMixin
+    scheduler: SchedulerMixin
     solver: type = DDIMScheduler
     guidance: "Guidance | None" = None
     text_edits: tuple[TextEdit, ...] = ()
-    latent_shape: tuple[int, int, int]
     side: dict[str, "SideModules"]
     weights: Mapping[str, Tensor] | None = None  # of a snapshot: values by full name that replace the model's own
     without_side: frozenset[str] = frozenset()  # of a view: the sets of side modules that it leaves out
@@ -147,7 +147,7 @@ class DiffusionModel(Model):
         return self.denoiser.config.get("patch_size") or 1
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, "PreTrainedModel"]:
         """The parts that read text."""
         return {name: part for name, part in self.parts.items() if name.startswith("text_encoder")}
 
@@ -305,13 +305,13 @@ class DiffusionModel(Model):
         """The denoiser's output in the latents' shape (B, C, H, W)."""
         return output[:, : shape[1]]  # some predict their variance below
 
-    def set_timesteps(self, scheduler: object, steps: int) -> None:
+    def set_timesteps(self, scheduler: SchedulerMixin, steps: int) -> None:
         """Sets the timesteps at which a diffusers scheduler goes from noise to one of this model's images."""
         scheduler.set_timesteps(steps, device=self.device)
 
     # Views: models that share all weights with this one but for what they are named after.
 
-    def snapshot(self, names: Sequence[str]) -> "DiffusionModel":
+    def snapshot(self, names: Iterable[str]) -> "DiffusionModel":
         """This model with today's values of the named weights: a frozen teacher that shares all others."""
         parameters = self.named_parameters()
         view = copy.copy(self)
@@ -342,6 +342,11 @@ class DiffusionModel(Model):
         return functional_call(_Caller(encoders), own, (call,)) if own else call()
 
     # The algebra of diffusion.
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of one image."""
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents (B, C, H, W), each from its own seed: no batch size or device changes an image."""
@@ -449,7 +454,7 @@ def _on_grid(output: Tensor | tuple, height: int, width: int, text: int, layer: 
     parts = [p for p in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(p)]
     places = height * width
     for part in reversed(parts):
-        if part.ndim == 4 and _scaled_down(*part.shape[-2:], height, width):
+        if part.ndim == 4 and _scaled_down(part.shape[-2], part.shape[-1], height, width):
             return part
         if part.ndim == 3 and part.shape[1] in (places, text + places):
             return part[:, -places:].transpose(1, 2).unflatten(2, (height, width))

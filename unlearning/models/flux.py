@@ -1,7 +1,7 @@
 """Flux: joint attention over latents packed two by two, flow matching, and a guidance scale as an input."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Flux(StableDiffusion):
 
     @classmethod
     @forwards_to(StableDiffusion.load)
-    def load(cls, path: str, *, embedded_guidance: float = 3.5, **settings) -> "Flux":
+    def load(cls, path: str, *, embedded_guidance: float = 3.5, **settings) -> Self:
         """StableDiffusion.load.
 
         Args:

@@ -5,17 +5,18 @@ several sets can be attached at once, in any order, and each row of a batch gets
 """
 
 # B batch.
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from unlearning.models.base import Model
+from unlearning.models.diffusion import DiffusionModel
 
 
-class SideModule(Protocol):
+class SideModule(nn.Module, ABC):
     """A module that can be restored beside a layer from its weights.
 
     Attributes:
@@ -25,10 +26,12 @@ class SideModule(Protocol):
     names: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self: ...
+    @abstractmethod
+    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self:
+        """Itself beside `layer`, with these weights, by the names in `names`."""
 
 
-class LowRank(nn.Module):
+class LowRank(SideModule):
     """scale * B A x beside a linear map or a convolution (LoRA; Hu et al., 2022). Starts with B = 0.
 
     Its weights have the names that diffusers gives them: lora_A.weight (r, in, ...) and lora_B.weight (out, r, ...).
@@ -57,6 +60,7 @@ class LowRank(nn.Module):
 
     @classmethod
     def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self:
+        assert isinstance(layer, nn.Linear | nn.Conv2d), f"a {type(layer).__name__} has no low-rank update"
         module = cls(layer, rank=len(state["lora_A.weight"]))
         module.load_state_dict(dict(state))
         return module.to(layer.weight.dtype)
@@ -81,7 +85,7 @@ class SideModules:
         self.gain: Tensor | None = None
 
     @contextmanager
-    def attached_to(self, model: Model, name: str) -> Iterator[str]:
+    def attached_to(self, model: DiffusionModel, name: str) -> Iterator[str]:
         """Attaches the modules while the context lasts. Yields the name under which `model.side` has them.
 
         Raises:

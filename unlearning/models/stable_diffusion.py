@@ -6,7 +6,7 @@ What later families share with them is inherited from here.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -49,7 +49,7 @@ class StableDiffusion(DiffusionModel):
         gradient_checkpointing: bool = False,
         offload: bool = False,
         compile: bool = False,
-    ) -> "StableDiffusion":
+    ) -> Self:
         """Loads a diffusers pipeline.
 
         Args:

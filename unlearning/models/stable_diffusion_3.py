@@ -27,7 +27,7 @@ class StableDiffusion3(StableDiffusion):
 
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:
         """CLIP's two encoders side by side, padded with zeros, and then the tokens of T5."""
-        first, second = (self.parts[name].config.hidden_size for name in ("text_encoder", "text_encoder_2"))
+        first, second = (self.text_encoders[name].config.hidden_size for name in ("text_encoder", "text_encoder_2"))
         tokens = self.pipeline.tokenizer_max_length
         clip, t5 = c.embeds[:, :tokens], c.embeds[:, tokens:]
         states = {"text_encoder": clip[..., :first], "text_encoder_2": clip[..., first : first + second]}

@@ -37,7 +37,7 @@ class StableDiffusionXL(StableDiffusion):
         return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
 
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:
-        first = self.parts["text_encoder"].config.hidden_size
+        first = self.text_encoders["text_encoder"].config.hidden_size
         return {"text_encoder": c.embeds[..., :first], "text_encoder_2": c.embeds[..., first:]}
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:

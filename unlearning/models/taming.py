@@ -101,7 +101,7 @@ def convert(state: Mapping[str, Tensor]) -> tuple[VQModel, nn.Conv2d | None]:
 
     keys = {name: taming_name(name, levels) for name in model.state_dict()} | {"quantize.embedding.weight": codebook}
     parts = [(model, keys)]
-    if gumbel:
+    if logits is not None:
         parts.append((logits, {name: f"quantize.proj.{name}" for name in logits.state_dict()}))
     expected = [key for _, keys in parts for key in keys.values()]
     for key in expected:

@@ -59,16 +59,16 @@ class VQGAN(Model):
         Raises:
             UserError: If there is no model at `path`, or it cannot be read.
         """
-        target, folder, dtype = chosen_device(device), Path(path), getattr(torch, dtype)
+        target, folder, kept = chosen_device(device), Path(path), getattr(torch, dtype)
         if folder.is_dir():
             try:
-                vq, logits = VQModel.from_pretrained(folder, dtype=dtype, use_safetensors=True), None
+                vq, logits = VQModel.from_pretrained(folder, dtype=kept, use_safetensors=True), None
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"No VQModel could be loaded from {path}: {error}") from error
         else:
             vq, logits = taming.load(folder)
-        vq = vq.to(target) if vq.dtype == dtype else vq.to(target, dtype)
-        logits = logits and logits.to(target, dtype)
+        vq = vq.to(target) if vq.dtype == kept else vq.to(target, kept)
+        logits = logits and logits.to(target, kept)
         model = cls(vq, logits=logits, name=str(path), fingerprint=fingerprint(folder), device=target)
         if target.type == "cpu":
             model.encoder = _channels_last(copy.deepcopy(vq.encoder))
@@ -145,7 +145,7 @@ class VQGAN(Model):
 def _channels_last(network: nn.Module) -> nn.Module:
     """Converts a network to the memory format in which convolutions are faster on a CPU."""
     for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
-        norm.forward = MethodType(_group_norm, norm)
+        norm.forward = MethodType(_group_norm, norm)  # type: ignore[method-assign]
     return network.to(memory_format=torch.channels_last)
 
 

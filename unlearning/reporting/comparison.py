@@ -118,7 +118,7 @@ def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRu
     Runs that differ in nothing but the method share one.
     """
     known = {run.concept for run in runs if run["method"] == UNEDITED}
-    found = {}
+    found: dict[tuple, FinishedRun] = {}
     for run in runs:
         metrics = {name: metric.of_base() for name, metric in run.metrics.items() if metric.base is not None}
         if run.concept not in known and metrics:
@@ -146,7 +146,7 @@ def ranks(values: Mapping[Key, float], by: Sequence[str], higher_is_better: bool
 
     Rows that are all equal have no rank, and the last of several has none.
     """
-    found = {}
+    found: dict[Key, int] = {}
     for keys in competitors(values, by):
         own = [values[key] if higher_is_better else -values[key] for key in keys]
         if min(own) < max(own):
@@ -180,7 +180,8 @@ class Mean:
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metric: str, by: Sequence[str]) -> "Mean":
         """Of runs that all have the metric."""
-        values, names = [run.metrics[metric].value for run in runs], dict.fromkeys((*conditions(by), "concept"))
+        values = [value for run in runs if (value := run.value(metric)) is not None]
+        names = dict.fromkeys((*conditions(by), "concept"))
         protocols: dict[Place, list[str]] = {}
         for run in runs:
             ways = protocols.setdefault(tuple(run[name] for name in names), [])
@@ -234,16 +235,16 @@ class Column:
         """The cell of the row `key` of `n` runs."""
         ours, paper, places = self.means.get(key), self.published.get(key), self.places
         delta = ours.value - paper.value if ours and paper else None
-        values = (ours.value, ours.error, " | ".join(ours.all_protocols)) if ours else (None, None, None)
-        values += (paper and paper.value, delta, self.incomparable.get(key)) if compared else ()
+        values: list[object] = [ours.value, ours.error, " | ".join(ours.all_protocols)] if ours else [None] * 3
+        values += [paper and paper.value, delta, self.incomparable.get(key)] if compared else []
         if ours is None:
-            return Cell("–", values=values)
+            return Cell("–", values=tuple(values))
         numbers = [ours.value] if ours.error is None else [ours.value, ours.error]
         text = " ± ".join(f"{number:,.{places}f}" for number in numbers) + (f" (n={ours.n})" if ours.n < n else "")
         aside = f"({paper.value:,.{places}f}, {delta:+,.{places}f})" if paper else ""
         aside += PUBLISHED if key in self.incomparable else ""
         marks = tuple(mark for mark, keys in ((PROTOCOL, self.unusual), (COVERAGE, self.uneven)) if key in keys)
-        return Cell(text, self.ranks.get(key, 0), marks, aside, values)
+        return Cell(text, self.ranks.get(key, 0), marks, aside, tuple(values))
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -301,9 +302,9 @@ class Comparison:
         competing = {key: row.value for key, row in means.items() if key not in aside}
 
         settings = {key: dict(zip(self.by, key, strict=True)) for key in self.rows}
-        published = {key: published_number(self.published or {}, settings[key], metric) for key in self.rows}
-        published = {key: number for key, number in published.items() if number}
-        incomparable = {}
+        papers = {key: published_number(self.published or {}, settings[key], metric) for key in self.rows}
+        published = {key: number for key, number in papers.items() if number}
+        incomparable: dict[Key, str] = {}
         for key in (key for key in means if key in published):
             models = dict.fromkeys(str(run["model"]) for run in having[key])
             why = published[key].difference([*models], means[key].all_protocols, concepts(having[key]))
@@ -407,7 +408,8 @@ def shortened(protocols: Mapping[Place, str]) -> str:
     What protocols share that differ only in numbers and digests is written once, and of a place only what they depend
     on: "1000 real (…). Of cat: f9bfbddf; of key: 3ab08c11".
     """
-    parts, kinds = _deciding_parts(protocols), {}
+    parts = _deciding_parts(protocols)
+    kinds: dict[str, dict[str, str]] = {}
     for place, protocol in protocols.items():
         kinds.setdefault(_SPECIFIC.sub("…", protocol), {})[" ".join(str(place[i]) for i in parts)] = protocol
     texts = []
@@ -415,8 +417,9 @@ def shortened(protocols: Mapping[Place, str]) -> str:
         values = {protocol: _SPECIFIC.findall(protocol) for protocol in places.values()}
         differs = [len({*column}) > 1 for column in zip(*values.values(), strict=True)]
         protocol, first = next(iter(values.items()))
-        shown = iter("…" if d else value for value, d in zip(first, differs, strict=True))
-        text = _SPECIFIC.sub(lambda _, shown=shown: next(shown), protocol)
+        text, gaps = "", _SPECIFIC.split(protocol)
+        for gap, value, d in zip(gaps, [*first, ""], [*differs, False], strict=True):
+            text += gap + ("…" if d else value)
         for way, found in values.items() if any(differs) else ():
             names = listed(place for place, other in places.items() if other == way)
             own = ", ".join(value for value, d in zip(found, differs, strict=True) if d)

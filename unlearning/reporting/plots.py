@@ -117,7 +117,7 @@ class Plot:
         """(point, anchor, dx, dy) with offsets in pixels, such that labels cover neither points nor each other."""
         shown = [p for p in self.points if len(self.points) <= LABELLED or p in self.front or not p.competes]
         taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in map(self._pixels, self.points)]
-        placed = []
+        placed: list[tuple[Point, str, float, float]] = []
         for point in shown:
             x, y = self._pixels(point)
             width = len(point.label) * LETTER
@@ -126,7 +126,7 @@ class Plot:
             free = (side for side in inside if not any(_overlap(boxes[side], box) for box in taken))
             side = next(free, inside[0])
             taken.append(boxes[side])
-            placed.append((point, *side))
+            placed.append((point, side[0], side[1], side[2]))
         return placed
 
     @cached_property

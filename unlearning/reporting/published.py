@@ -75,8 +75,8 @@ def read_published(path: Path) -> Published:
                 key, place = (line["method"], line["concept"], line["metric"]), f"{path}, line {lines.line_num}"
                 if key in numbers:
                     raise UserError(f"{place}: there is already a number for {', '.join(key)}.")
-                optional = ((line.get(name) or "").strip() for name in OPTIONAL)
-                numbers[key] = Number(_number(line["value"], place), line["source"] or "", *optional)
+                model, protocol = ((line.get(name) or "").strip() for name in OPTIONAL)
+                numbers[key] = Number(_number(line["value"], place), line["source"] or "", model, protocol)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     concepts: dict[str, dict[str, None]] = {}
@@ -103,7 +103,7 @@ def published_number(numbers: Published, settings: Mapping[str, object], metric:
     Without a concept among the settings, it is the paper's average, or the number of its only concept.
     """
     if "concept" in settings:
-        return numbers.get((settings.get("method"), settings["concept"], metric))
+        return numbers.get((str(settings.get("method")), str(settings["concept"]), metric))
     method = settings.get("method")
     by_concept = {c: number for (m, c, name), number in numbers.items() if (m, name) == (method, metric)}
     return by_concept.get(AVERAGE) or (next(iter(by_concept.values())) if len(by_concept) == 1 else None)

@@ -99,7 +99,8 @@ def sections(frames: Sequence[Frame]) -> Sections:
     found: Sections = {role: {} for role in ROLES}
     for frame in frames:
         concepts = found.setdefault(frame.row.role, {})
-        prompts = concepts.setdefault(frame.attack or frame.row.labels.get(question, frame.row.concept), {})
+        label = frame.row.labels.get(question) if question else None
+        prompts = concepts.setdefault(frame.attack or label or frame.row.concept, {})
         prompts.setdefault(frame.row.prompt, []).append(frame)
     return {role: concepts for role, concepts in found.items() if concepts}
 

@@ -123,7 +123,9 @@ def _joined(value: object) -> object:
 
 
 def _portable(value: object, prefixes: Mapping[str, str]) -> object:
-    prefix = next((p for p in prefixes if isinstance(value, str) and value.startswith(p)), None)
+    if not isinstance(value, str):
+        return value
+    prefix = next((p for p in prefixes if value.startswith(p)), None)
     return prefixes[prefix] + value.removeprefix(prefix) if prefix else value
 
 

@@ -132,7 +132,12 @@ class Scope:
         """The rows that the answers are about: those of most methods under the same conditions."""
         return max(competitors(self.comparison.rows, self.comparison.by), key=len)
 
-    def competes(self, line: Line, metric: str | None) -> bool:
+    def value(self, line: Line | None, metric: str) -> float | None:
+        """The number of a row; None if it was not measured."""
+        row = self.comparison.columns[metric].means.get(line.key) if line else None
+        return row.value if row else None
+
+    def competes(self, line: Line, metric: str) -> bool:
         column = self.comparison.columns.get(metric)
         return column is not None and line.key in self.comparable and line.key in column.competing
 
@@ -163,13 +168,15 @@ class Scope:
             return None
         points = []
         for line in self.lines:
-            (a, a_error, *_), (b, b_error, *_) = line.cells[x].values, line.cells[y].values
-            if a is not None and b is not None:
+            a, b = (self.comparison.columns[metric].means.get(line.key) for metric in (x, y))
+            if a and b:
                 competes = self.competes(line, x) and self.competes(line, y)
                 label = BEFORE if line.method == UNEDITED else line.label
-                points.append(Point(label, line.method, a, b, a_error or 0.0, b_error or 0.0, competes))
-        names = tuple(metric.partition("/")[2] + ARROWS[self.higher[metric]] for metric in (x, y))
-        return Plot.of(points, names, (self.higher[x], self.higher[y])) if any(p.competes for p in points) else None
+                points.append(Point(label, line.method, a.value, b.value, a.error or 0.0, b.error or 0.0, competes))
+        if not any(point.competes for point in points):
+            return None
+        name_x, name_y = (metric.partition("/")[2] + ARROWS[self.higher[metric]] for metric in (x, y))
+        return Plot.of(points, (name_x, name_y), (self.higher[x], self.higher[y]))
 
     @cached_property
     def answers(self) -> list[Answer]:
@@ -179,7 +186,8 @@ class Scope:
         if self._gain(self.base, forgets) is None:
             found.append(self._answer("harms least", keeps))
         else:
-            gains = [(self._gain(line, forgets) or 0.0, line) for line in self.lines if self.competes(line, forgets)]
+            competing = [line for line in self.lines if forgets and self.competes(line, forgets)]
+            gains = [(self._gain(line, forgets) or 0.0, line) for line in competing]
             best = max((gain for gain, _ in gains), default=0.0)
             able = [line for gain, line in gains if best and gain >= best / 2]
             found.append(self._answer("harms least of those that forget", keeps, able))
@@ -188,20 +196,23 @@ class Scope:
 
     def _gain(self, line: Line | None, metric: str | None) -> float | None:
         """How much better than the unedited model."""
-        if not metric or not line or not self.base:
+        if not metric:
             return None
-        ours, before = line.cells[metric].values[0], self.base.cells[metric].values[0]
+        ours, before = self.value(line, metric), self.value(self.base, metric)
         return None if ours is None or before is None else (ours - before) * (1 if self.higher[metric] else -1)
 
     def _answer(
         self, question: str, metric: str | None, among: Sequence[Line] | None = None, higher: bool | None = None
     ) -> Answer | None:
-        higher = self.higher.get(metric, higher)
+        if not metric:
+            return None
+        higher = self.higher.get(metric) if higher is None else higher
         rows = [line for line in (self.lines if among is None else among) if self.competes(line, metric)]
         if not rows or higher is None:
             return None
-        best = (max if higher else min)(line.cells[metric].values[0] for line in rows)
-        winners = [line for line in rows if line.cells[metric].values[0] == best]
+        values = {line.key: value for line in rows if (value := self.value(line, metric)) is not None}
+        best = (max if higher else min)(values.values())
+        winners = [line for line in rows if values[line.key] == best]
         before = self.base.cells[metric].text if self.base and purpose(metric) != "cost" else ""
         return Answer(question, winners, metric, winners[0].cells[metric], before)
 
@@ -269,12 +280,13 @@ def _columns(scope: Scope) -> list[Line]:
 def _quantity(metric: str, cell: Cell) -> str:
     """The text of a cell; a cost with its unit: "57.8 ± 0.5 s", "1.44 GB"."""
     mean, error = cell.values[:2]
-    if mean is None or metric not in UNITS:
+    if not isinstance(mean, float | int) or metric not in UNITS:
         return cell.text
     size, unit = next(((s, u) for s, u in reversed(UNITS[metric]) if mean >= s), UNITS[metric][0])
-    shown = [f"{value / size:,.{decimals([mean / size])}f}" for value in (mean, error or 0.0)]
-    mean, error = (text if float(text.replace(",", "")) else "0" for text in shown)
-    return f"{mean} {unit}" if error == "0" else f"{mean} ± {error} {unit}"
+    numbers = (mean, error if isinstance(error, float) else 0.0)
+    shown = [f"{number / size:,.{decimals([mean / size])}f}" for number in numbers]
+    value, spread = (text if float(text.replace(",", "")) else "0" for text in shown)
+    return f"{value} {unit}" if spread == "0" else f"{value} ± {spread} {unit}"
 
 
 def _hues(methods: Iterable[str]) -> dict[str, int]:
@@ -300,8 +312,8 @@ def page(folder: Path, to: Path | None = None) -> Path:
     if runs[0].folder == folder:
         raise UserError(f"{folder} is a run, and report.html its own page. Name a folder above it.")
     worlds = list(_worlds(runs))
-    methods = {line.method: None for world in worlds for scope in world.scopes for line in scope.lines}
-    methods = sorted(methods, key=lambda method: (method != UNEDITED, str(method)))
+    used = dict.fromkeys(line.method for world in worlds for scope in world.scopes for line in scope.lines)
+    methods = sorted(used, key=lambda method: (method != UNEDITED, str(method)))
     values = {name: list(dict.fromkeys(str(run[name]) for run in runs)) for name in ("model", "dataset", "concept")}
     text = render_page(
         "runs_page.html.j2",

@@ -108,8 +108,8 @@ def restored(
         UserError: If a file cannot be read, or belongs to another model.
     """
     noise, text = model.noise(seeds), prompts
-    for i, path in enumerate(files):
-        for name, tensor in _read(path).items() if path else ():
+    for i, path in ((i, path) for i, path in enumerate(files) if path):
+        for name, tensor in _read(path).items():
             if name == "latents":
                 noise[i] = _fitting(path, tensor, noise[i])
             else:

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from unlearning.models.base import Model
 from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import write_image
@@ -25,9 +27,10 @@ class Generation(pl.LightningModule):
         sampler: Draws the images of manifest rows.
     """
 
-    def __init__(self, model, sampler: Sampler | Reconstruction):
+    def __init__(self, model: Model, sampler: Sampler | Reconstruction):
         super().__init__()
-        self.model, self.sampler = model, sampler
+        self.model: Any = model
+        self.sampler = sampler
         self.left: list[ManifestRow] = []  # rows that another process was drawing already
 
     def transfer_batch_to_device(self, batch: list[ManifestRow], device, dataloader_idx: int) -> list[ManifestRow]:
@@ -65,7 +68,7 @@ class Generation(pl.LightningModule):
 
 
 def generate(
-    model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: Callable[..., pl.Trainer]
+    model: Model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: Callable[..., pl.Trainer]
 ) -> int:
     """Generates every image that is not in the store yet; returns how many were missing.
 
@@ -75,7 +78,7 @@ def generate(
     todo = missing(rows)
     if todo:
         generation = Generation(model, sampler)
-        loader = DataLoader(todo, batch_size=sampler.batch_size, collate_fn=list)
+        loader: DataLoader = DataLoader(todo, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
         trainer().predict(generation, loader, return_predictions=False)
         generation.finish()
     return len(todo)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def invert(
 
 
 @contextmanager
-def _without_checkpointing(denoiser: nn.Module) -> Iterator[None]:
+def _without_checkpointing(denoiser: ModelMixin) -> Iterator[None]:
     """Switches gradient checkpointing off.
 
     What a view of the model or a conditioning sets for a forward pass (a snapshot's weights, the gains of side modules)

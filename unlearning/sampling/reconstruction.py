@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import ERASE, SYNONYM
+from unlearning.models.vqgan import VQGAN
 from unlearning.store.manifest import ManifestRow, load_images, manifest_of_inputs
 
 FAILED = "failed"  # the key under which a decision says why an image could not be made
@@ -30,10 +31,11 @@ class Reconstruction:
         return "codes of the nearest vectors, decoded"
 
     @torch.no_grad()
-    def draw(self, model, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict]]:
+    def draw(self, model: VQGAN, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict]]:
         """The reconstructed inputs of a manifest's rows, (B, 3, H, W) in [0, 1], and what was replaced in each."""
         images = load_images(rows, "source")
-        codes, decided = model.encode(as_tensor(images)), [{} for _ in rows]
+        codes = model.encode(as_tensor(images))
+        decided: list[dict] = [{} for _ in rows]
         if model.edit is not None:
             boxes = [[r.box for r in row.regions if r.role in (ERASE, SYNONYM)] for row in rows]
             known = [b if row.regions else None for b, row in zip(boxes, rows, strict=True)]

@@ -57,7 +57,7 @@ def skim(
     In between, the image and the noise that the last prediction implies are held: x_s = alpha_s x_0 + sigma_s eps, as
     in DDIM's own step (Song et al., 2021, eq. 12). Coarser, and so many times cheaper.
     """
-    held: tuple[Tensor, Tensor] | None = None
+    held: tuple[Tensor, Tensor] | None = None  # the image and the noise
     for i, t in enumerate(_timesteps(model, model.solver, steps, schedule).timesteps[schedule == "paper" :]):
         s = t.expand(len(x))
         x = model.add_noise(*held, s) if held else x
@@ -67,7 +67,7 @@ def skim(
         else:
             prediction = walk(x, t)
             held = model.to_x0(prediction, x, s), model.to_eps(prediction, x, s)
-    yield torch.zeros_like(t), held[0]
+    yield torch.zeros_like(t), held[0] if held else x
 
 
 def _timesteps(

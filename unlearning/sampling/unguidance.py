@@ -143,7 +143,8 @@ def blended(
     if w.eq(0).all() or w.eq(1).all():
         return classifier_free(model if w.eq(0).all() else model.without(adapter), x_t, t, c, null, scale)
     off, on = (c.with_gains({adapter: gain}) for gain in (torch.zeros_like(w), torch.ones_like(w)))
-    t, scale = (torch.cat([a, a]) if torch.is_tensor(a) and a.ndim else a for a in (t, scale))
+    t = torch.cat([t, t]) if t.ndim else t
+    scale = torch.cat([scale, scale]) if isinstance(scale, Tensor) and scale.ndim else scale
     both = classifier_free(model, torch.cat([x_t, x_t]), t, Conditioning.cat([off, on]), null, scale)
     base, unlearned = both.chunk(2)
     return per_row(w) * base + (1 - per_row(w)) * unlearned

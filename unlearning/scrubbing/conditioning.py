@@ -156,7 +156,8 @@ def _search(
     `evidence` gives (W, S). Every word is tried on the same few samples. The better quarter goes on to twice as many,
     until FINALISTS words are left, which are tried on FINAL_SAMPLES.
     """
-    mean, left = {}, words
+    mean: dict[str, float] = {}
+    left = words
     while True:
         measured = evidence(left, samples if len(left) > FINALISTS else FINAL_SAMPLES)
         mean |= dict(zip(left, measured.mean(1).tolist(), strict=True))

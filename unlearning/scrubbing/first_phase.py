@@ -46,8 +46,10 @@ class FirstPhase:
     def load(path: Path, device: torch.device) -> "FirstPhase":
         """Reads what `save` wrote."""
         parts = torch.load(path, map_location=device, weights_only=True)
-        rows = {k: Conditioning(**v) if isinstance(v, dict) else v for k, v in parts.pop("rows").items()}
-        return FirstPhase(Prototypes(**parts.pop("prototypes")), ConditioningRows(**rows), **parts)
+        saved = parts.pop("rows")
+        null, forget, retain = (Conditioning(**saved[name]) for name in ("null", "forget", "retain"))
+        rows = ConditioningRows(null, forget, retain, saved["words"])
+        return FirstPhase(Prototypes(**parts.pop("prototypes")), rows, **parts)
 
 
 def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.device) -> FirstPhase:

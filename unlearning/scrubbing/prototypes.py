@@ -8,7 +8,7 @@ not change the teacher's prediction.
 
 # B batch, N images, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,9 +47,9 @@ class Prototypes:
         f = F.normalize(teacher.features(x_t, t, c, self.layer) - self.centre[:, None, None], dim=1)
         return torch.einsum("bdhw,kd->bkhw", f, self.directions)
 
-    def mask(self, S: Tensor, size: tuple[int, int]) -> Tensor:
+    def mask(self, S: Tensor, size: Sequence[int]) -> Tensor:
         """M = sigmoid(alpha (S - tau)), (B, 1, H, W), from S (B, h, w)  (eq. 7)."""
-        S = F.interpolate(S[:, None], size, mode="bilinear", align_corners=False)
+        S = F.interpolate(S[:, None], list(size), mode="bilinear", align_corners=False)
         return torch.sigmoid(self.alpha * (S - self.tau))
 
 
@@ -194,7 +194,7 @@ class PrototypeSearch:
         """The teacher's inputs (z_t, t, c) for latents (B, C, H, W), once for every draw; c is the null prompt."""
         c = teacher.encode_prompts([""]).expand(len(z_0))
         for _ in range(self.draws):
-            t = torch.randint(*self.band, (len(z_0),), device=z_0.device)
+            t = torch.randint(self.band[0], self.band[1], (len(z_0),), device=z_0.device)
             yield teacher.add_noise(z_0, torch.randn_like(z_0), t), t, c
 
     @torch.no_grad()

@@ -173,7 +173,7 @@ def _total(images: Iterable[StoredImage]) -> int:
 
 def in_units(size: float) -> str:
     """A size in bytes as text: 1500 is "1.5 KB"."""
-    unit = max((u for u in UNITS if size >= UNITS[u]), key=UNITS.get, default="")
+    unit = max((u for u in UNITS if size >= UNITS[u]), key=lambda u: UNITS[u], default="")
     return f"{size / UNITS[unit]:.3g} {unit}B"
 
 

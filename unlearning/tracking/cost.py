@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
+from unlearning.models.base import Model
 from unlearning.store.files import write_atomically
 from unlearning.store.metrics import Flat, Metric, flat
 from unlearning.tracking.provenance import hardware
@@ -19,7 +20,7 @@ PROCESS = Path("/proc/self")  # Linux's files about this process
 
 
 @contextmanager
-def measured(path: Path, stage: str, model) -> Iterator[None]:
+def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
     """Adds the costs of a stage to the JSON file at `path`. A stage that runs several times adds up its costs.
 
     An evaluation is one latent that goes through the denoiser once: a guided step with a batch of 16 counts 32. Memory

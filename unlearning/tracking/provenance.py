@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from unlearning.store.files import write_atomically
 
@@ -89,7 +90,7 @@ def _processor() -> str:
 
 
 @cache
-def circumstances() -> dict[str, object]:
+def circumstances() -> dict[str, Any]:
     """The commit, the packages and the machine of this process. They are read once."""
     python = platform.python_version()
     return {**repository(), "python": python, "packages": packages(), "hardware": hardware()}
@@ -137,7 +138,7 @@ def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
         kind: What was taken: "pictures" or "evaluations".
         makers: The `code` of each; None if it is not known.
     """
-    known, own = read(folder), code()
+    known, own = read(folder) or {}, code()
     others = {json.dumps(maker): maker for maker in makers if maker != own}
     stored = {**known.get("stored", {}), kind: list(others.values())}
     after = {**known, "stored": {kind: codes for kind, codes in stored.items() if codes}}

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from unlearning.errors import UserError
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.batches import Batches, seed_of
 
 AT_ONCE = 16  # images in memory
 
 
-def encoded(model, images: Sequence[np.ndarray]) -> Tensor:
+def encoded(model: DiffusionModel, images: Sequence[np.ndarray]) -> Tensor:
     """Latents (N, C, H, W) of images (height, width, 3) uint8, encoded in small batches.
 
     Raises:

@@ -4,10 +4,11 @@ Either way student and teacher share in memory all that does not move.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import nn
@@ -37,14 +38,15 @@ class Pair:
     erasure: Callable[[], Erasure]
 
 
-class Student(Protocol):
+class Student(ABC):
     """What moves in a training."""
 
+    @abstractmethod
     def of(self, model: DiffusionModel) -> AbstractContextManager[Pair]:
         """Student and teacher while the context lasts; then the model is what it was."""
 
 
-class Weights:
+class Weights(Student):
     """Weights of the model itself; the teacher has their old values and shares all others.
 
     Args:
@@ -85,7 +87,7 @@ class Weights:
                 p.requires_grad_(False)
 
 
-class LoRA:
+class LoRA(Student):
     """W x + alpha B A x beside linear maps (Hu et al., 2022); the teacher is the model without it.
 
     B = 0 at the start. The update is scaled by alpha whatever the rank, not by alpha / rank.
