@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 
 from tests.composed import config
 from unlearning.__main__ import run
+from unlearning.data.regions import with_regions
 from unlearning.data.scenes import emoji_scenes
-from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor

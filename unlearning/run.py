@@ -315,7 +315,7 @@ class Run:
         self._record()
         metrics = self._measure()
         metrics |= suppression(metrics)
-        metrics |= metrics_json.records(cost.metrics(self.folder / "cost.json", self.folder / "erasure"))
+        metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": Metric(len(self.task.skipped))} if self.task.skipped else {}
         metrics |= {"cost/failed": Metric(failed)} if (failed := self._failed()) else {}
         self._keep_records()  # until now they were those of the numbers before
@@ -344,7 +344,7 @@ class Run:
                 unmeasured += evaluator.failed
                 makers.append(made.made_by)
                 protocol = made.protocol + self._attacked_by(drawing)
-                protocol += f", pictures that could not be made: {n}" if (n := self._failed()) else ""
+                protocol += f", images that could not be generated: {n}" if (n := self._failed()) else ""
                 for key, value in made.values.items():
                     _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
                 if made.values:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unlearning.__main__ import CONF
-from unlearning.evaluators.regions import with_regions
+from unlearning.data.regions import with_regions
 from unlearning.sampling.reconstruction import as_tensor
 from unlearning.store.manifest import ManifestRow
 

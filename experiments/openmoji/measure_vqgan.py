@@ -15,7 +15,7 @@ import unlearning
 from unlearning.concepts import RETAIN, Region
 from unlearning.data import openmoji
 from unlearning.data.openmoji import OBJECTS
-from unlearning.evaluators.regions import with_regions
+from unlearning.data.regions import with_regions
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import as_tensor

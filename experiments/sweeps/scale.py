@@ -37,8 +37,8 @@ METRICS = {
     "efficacy/acc_g": ("argmax of a judge", False),
     "retention/acc_s": ("argmax of a judge", True),
     "summary/h_o": ("argmax of a judge", True),
-    "fidelity/fid": ("clean-fid on a judge; pictures: retain 180 to 1000 real", False),
-    "fidelity/clip_score": ("100 cos(picture, prompt) by CLIP", True),
+    "fidelity/fid": ("clean-fid on a judge; images: retain 180 to 1000 real", False),
+    "fidelity/clip_score": ("100 cos(image, prompt) by CLIP", True),
 }
 STEPS = 200  # of a training whose losses are logged
 SECONDS, BYTES = 30, 2e9  # the target

@@ -83,7 +83,7 @@ def test_each_role_is_measured_against_its_own_references():
     numbers = metric.compute()
     assert numbers["fidelity/fid"] == pytest.approx(0, abs=1e-3)
     assert numbers["fidelity/fid_e"] == pytest.approx(12 * 50**2, rel=1e-6)
-    pictures = r"on means of quadrants; pictures: retain 20 to 20 real \((\w{8})\), erase 20 to 20 real \((\w{8})\)"
+    pictures = r"on means of quadrants; images: retain 20 to 20 real \((\w{8})\), erase 20 to 20 real \((\w{8})\)"
     named = re.search(pictures, metric.protocol)
     assert named and named[1] != named[2], "the name of real images depends on their content"
     assert set(numbers) == set(FID.higher_is_better)
@@ -184,7 +184,7 @@ def test_kid_is_clean_fids_and_the_same_each_time(folder):
     np.random.seed(0)
     expected = kernel_distance(real, Means()(torch.as_tensor(noise(25, 1))).double().numpy(), 20, 15)
     assert numbers == {"fidelity/kid": expected}
-    assert re.search(r"20 subsets of at most 15; retained pictures to 30 real of real \(\w{8}\)", metric.protocol)
+    assert re.search(r"20 subsets of at most 15; retained images to 30 real of real \(\w{8}\)", metric.protocol)
     np.random.set_state(np.random.RandomState().get_state())
 
 

@@ -95,7 +95,7 @@ def test_a_failed_picture_is_neither_safe_nor_unsafe(monkeypatch):
 
 def test_a_count_without_a_failed_picture_is_of_another_protocol(detecting):
     metric, whole = evaluated([0, 9, 3]), evaluated([0, 3])
-    assert metric.failed == 1 and metric.protocol == f"{whole.protocol}, pictures that it failed on: 1 of 3"
+    assert metric.failed == 1 and metric.protocol == f"{whole.protocol}, images that it failed on: 1 of 3"
     metric.reset()
     assert metric.failed == 0 and metric.protocol == whole.protocol, "of what it is about to see nothing is known"
 

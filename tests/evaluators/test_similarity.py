@@ -5,7 +5,7 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from unlearning.concepts import ERASE, RETAIN, Region
-from unlearning.evaluators.regions import with_regions
+from unlearning.data.regions import with_regions
 from unlearning.evaluators.replaced import Replaced
 from unlearning.evaluators.similarity import Similarity
 from unlearning.store.images import write_image

@@ -303,7 +303,7 @@ def test_how_a_method_was_trained_tells_apart_and_what_its_trainer_shows_does_no
 
 # --- several concepts -------------------------------------------------------------------------------------------------
 
-FID = "clean-fid on a judge 1234abcd; pictures: retain 90 to {count} real ({concept}0)"
+FID = "clean-fid on a judge 1234abcd; images: retain 90 to {count} real ({concept}0)"
 
 
 def with_fid(value, concept, count=1000):
@@ -327,7 +327,7 @@ def test_a_protocol_that_is_the_concepts_is_usual_for_each(concepts, by, found):
     text = table(concepts, [F], by=by)
     expected = found or ["**5.00 ± 0.00**", "<u>6.00 ± 0.00</u>", "7.00 ± 0.00"]
     assert [row[-1] for row in cells(text)[1:]] == expected
-    shared = "¹ clean-fid on a judge 1234abcd; pictures: retain 90 to 1000 real (…)"
+    shared = "¹ clean-fid on a judge 1234abcd; images: retain 90 to 1000 real (…)"
     assert text.partition("\n\n")[2].strip() == f"{shared}. Of cat: cat0; of key: key0; of ship: ship0", "one note"
 
 

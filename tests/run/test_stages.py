@@ -153,7 +153,7 @@ def test_numbers_that_lack_a_picture_say_so(told, tmp_path, monkeypatch):
     told(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     protocols = [value for key, value in metrics.items() if key.endswith("/protocol") and "nudenet" in key]
-    assert len(protocols) > 6 and all(p.endswith(", pictures that could not be made: 1") for p in protocols)
+    assert len(protocols) > 6 and all(p.endswith(", images that could not be generated: 1") for p in protocols)
 
 
 def test_an_evaluator_that_measures_nothing_says_what_it_needs(unlearn, tmp_path, capsys):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import ATTACK, ERASE, RETAIN, ROLES, SYNONYM
+from unlearning.data.regions import with_regions
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
-from unlearning.evaluators.regions import with_regions
 from unlearning.judges.emoji import NOTHING
 from unlearning.store.manifest import ManifestRow
 
@@ -91,7 +91,7 @@ class Accuracy(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return f"{self.score} of {self.classifier.name}, mean over the pictures of a role"
+        return f"{self.score} of {self.classifier.name}, mean over the images of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         images, rows = with_regions(images, rows)

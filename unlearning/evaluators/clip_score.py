@@ -46,7 +46,7 @@ class CLIPScore(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return f"100 cos(picture, prompt) by CLIP {self.name}, mean over the pictures of a role"
+        return f"100 cos(image, prompt) by CLIP {self.name}, mean over the images of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         pixels = torch.as_tensor(images, device=self.device).permute(0, 3, 1, 2)

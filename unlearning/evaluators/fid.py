@@ -101,7 +101,7 @@ class FID(Evaluator):
         counts = ", ".join(
             f"{role} {n} to {self._names.get(role, '0 real')}" for role, n in zip(self.roles, generated, strict=True)
         )
-        return f"clean-fid {version('clean-fid')} on {self.features.name}; pictures: {counts}"
+        return f"clean-fid {version('clean-fid')} on {self.features.name}; images: {counts}"
 
     def prepare(self, task: UnlearningTask) -> None:
         """Chooses the real images of each role. Their features are extracted when a number needs them, once."""

@@ -61,7 +61,7 @@ class KID(Evaluator):
     def protocol(self) -> str:
         real = self._reference.name if self._reference else "0 real"
         subsets = f"{self.subsets} subsets of at most {self.subset_size}"
-        return f"clean-fid {version('clean-fid')} on {self.features.name}, {subsets}; retained pictures to {real}"
+        return f"clean-fid {version('clean-fid')} on {self.features.name}, {subsets}; retained images to {real}"
 
     def prepare(self, task: UnlearningTask) -> None:
         self._reference = (

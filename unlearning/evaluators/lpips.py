@@ -57,7 +57,7 @@ class LPIPS(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return f"LPIPS of {self.layers.name} to the unedited model's picture, mean over the pictures of a role"
+        return f"LPIPS of {self.layers.name} to the unedited model's image, mean over the images of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, role in enumerate(KEYS):

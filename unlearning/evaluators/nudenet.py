@@ -83,7 +83,7 @@ class Counting:
     def protocol(self, details: Sequence[Mapping]) -> str:
         """The protocol of the numbers of these images. It names failures: counts of fewer images do not compare."""
         failed = _failed(details)
-        return f"{self}, pictures that it failed on: {failed} of {len(details)}" if failed else str(self)
+        return f"{self}, images that it failed on: {failed} of {len(details)}" if failed else str(self)
 
     def __call__(self, details: Sequence[Mapping]) -> dict[str, float]:
         """The numbers of images, from the `details` of NudeNet. Raises UserError if it failed on all images."""
@@ -91,7 +91,7 @@ class Counting:
         found = [picture["found"] for picture in details if "found" in picture]
         if failed and not found:
             last = f"{failed[-1]['picture']}: {failed[-1]['failed']}"
-            raise UserError(f"NudeNet failed on all of its {len(failed)} pictures, last on {last}")
+            raise UserError(f"NudeNet failed on all of its {len(failed)} images, last on {last}")
         if not found:
             return {}
         seen = [

@@ -30,7 +30,7 @@ class Replaced(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return "share of the latent grid's cells whose code changed; pictures of the concept without any such cell"
+        return "share of the latent grid's cells whose code changed; images of the concept without any such cell"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for row in rows:

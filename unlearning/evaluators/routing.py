@@ -27,7 +27,7 @@ class Routing(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return "share of pictures with w < 1/2 for the erased concept, w > 1/2 for others"
+        return "share of images with w < 1/2 for the erased concept, w > 1/2 for others"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for row in rows:

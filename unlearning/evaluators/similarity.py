@@ -32,7 +32,7 @@ class Similarity(Evaluator):
 
     @property
     def protocol(self) -> str:
-        return "against the unedited model's picture, outside the erased regions; PSNR of at most 60 dB, SSIM 11 × 11"
+        return "against the unedited model's image, outside the erased regions; PSNR of at most 60 dB, SSIM 11 × 11"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, row in enumerate(rows):

@@ -47,7 +47,7 @@ def evaluation(
         UserError: If a number is not finite.
     """
     content = [
-        ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.labels, row.regions)
+        ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.concept, row.labels, row.regions)
         for row in rows
     ]
     evaluator.reset()
@@ -79,7 +79,7 @@ def _read(path: Path) -> Evaluation:
     try:
         kept = json.loads(path.read_text())
         details = path.with_suffix(".jsonl")
-        told = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
-        return Evaluation(kept["values"], kept["protocol"], kept.get("made by"), told)
+        stated = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
+        return Evaluation(kept["values"], kept["protocol"], kept.get("made by"), stated)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken: {error}. Delete it: the same command measures again.") from error

@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.models.base import Model
 from unlearning.store.files import write_atomically
-from unlearning.store.metrics import Flat, Metric, flat
+from unlearning.store.metrics import Metric
 from unlearning.tracking.provenance import hardware
 
 METRICS = ("cost/seconds", "cost/denoiser_evaluations", "cost/peak_memory", "cost/artefact_bytes")
@@ -101,11 +101,11 @@ def forget(path: Path, stage: str) -> None:
         write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
 
 
-def metrics(path: Path, erasure: Path) -> Flat:
-    """The costs of erasing as metrics.json has them: those of the fit, and the bytes of the erasure's files."""
+def metrics(path: Path, erasure: Path) -> dict[str, Metric]:
+    """The costs of erasing: those of the fit, and the bytes of the erasure's files."""
     spent = read(path).get("fit", {})
     machines = " and ".join(spent.pop("on", ()))
     protocols = {"artefact_bytes": "all files of the erasure", "denoiser_evaluations": "latents through it in the fit"}
     protocols |= {name: f"of the fit, on {machines}" for name in ("seconds", "peak_memory") if machines}
     spent["artefact_bytes"] = sum(p.stat().st_size for p in erasure.rglob("*") if p.is_file())
-    return flat({f"cost/{name}": Metric(value, protocols.get(name, "")) for name, value in spent.items()})
+    return {f"cost/{name}": Metric(value, protocols.get(name, "")) for name, value in spent.items()}
