@@ -24,7 +24,8 @@ from unlearning.config.naming import register_resolvers
 from unlearning.errors import UserError
 from unlearning.store import finished
 
-CONF = Path(__file__).parents[1] / "conf"
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, of a checkout
 log = logging.getLogger(__name__)
 register_resolvers()
 

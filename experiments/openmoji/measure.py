@@ -107,7 +107,7 @@ def main(overrides: list[str], images_per_prompt: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("override", nargs="*", help="settings, as for unlearn: model.autocast=bfloat16")
+    parser.add_argument("override", nargs="*", help="settings, as for unlearn: sampler.steps=20")
     parser.add_argument("--images-per-prompt", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

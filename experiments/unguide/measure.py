@@ -200,7 +200,7 @@ def render(tables: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("override", nargs="*", help="settings, as for unlearn: model.autocast=bfloat16")
+    parser.add_argument("override", nargs="*", help="settings, as for unlearn: sampler.steps=20")
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     options = parser.parse_args()

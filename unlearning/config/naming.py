@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from unlearning.config.containers import as_written, resolved
 from unlearning.config.decisive import Result, decisive
+from unlearning.config.precision import fast_autocast
 from unlearning.store.files import digest
 
 
@@ -49,4 +50,5 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("joined", joined, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("dashboard_group", dashboard_group, replace=True)
+    OmegaConf.register_new_resolver("fast_autocast", fast_autocast, replace=True)
     OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from unlearning.config.precision import warn_if_slow
 from unlearning.errors import UserError
 from unlearning.models.base import DType, chosen_device, fingerprint
 from unlearning.models.diffusion import Conditioning, DiffusionModel
@@ -55,7 +56,7 @@ class StableDiffusion(DiffusionModel):
         Args:
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
             dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, where it is not the weights' dtype (bfloat16, say).
+            autocast: What the networks compute in, if it is another dtype. The weights keep theirs.
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.
@@ -68,6 +69,7 @@ class StableDiffusion(DiffusionModel):
             UserError: Where there is no such folder, it is a pickled checkpoint, or the hub cannot be reached.
         """
         place = chosen_device(device)
+        warn_if_slow(autocast, place.type)
         _check(path)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)

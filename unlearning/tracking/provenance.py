@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 FILE = "provenance.json"
 MATTERS = ("unlearning", "conf")  # folders whose untracked files can change a result
 PACKAGES = (
-    "unlearning",
     "torch",
     "torchvision",
     "diffusers",
@@ -70,7 +69,7 @@ def packages() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    return {name: installed(name) for name in PACKAGES}
+    return {"unlearning": installed("concept-unlearning"), **{name: installed(name) for name in PACKAGES}}
 
 
 def hardware() -> dict[str, object]:

@@ -1,0 +1,69 @@
+"""bfloat16 where the hardware is fast in it, float32 elsewhere."""
+
+import logging
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from unlearning.__main__ import CONF
+from unlearning.config import precision
+from unlearning.config.naming import config_hash
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(fast): no accelerator, and a processor that is fast in bfloat16 or not."""
+
+    def have(fast: bool) -> None:
+        monkeypatch.setattr(precision, "_has_accelerator", lambda: False)
+        monkeypatch.setattr(precision, "_fast_processor", lambda: fast)
+
+    return have
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, None)])
+def test_the_default_is_what_the_processor_is_fast_in(machine, fast, expected):
+    machine(fast)
+    assert composed("model=sd14").model.autocast == expected
+    assert composed("model=sd14", "model.dtype=float16").model.autocast is None, "weights in half precision need none"
+    assert composed("model=emoji_vqgan").model.autocast is None, "half precision changes codes"
+
+
+def test_the_name_of_a_run_says_what_was_used(machine):
+    machine(True)
+    default, chosen, other = (
+        config_hash(composed(*o)) for o in ((), ("model.autocast=bfloat16",), ("model.autocast=null",))
+    )
+    machine(False)
+    assert default == chosen != other == config_hash(composed())
+
+
+def test_slow_bfloat16_is_warned_of_with_the_factor(machine, monkeypatch, caplog):
+    machine(False)
+    monkeypatch.setattr(precision, "_slowdown", lambda: 15.2)
+    with caplog.at_level(logging.WARNING):
+        precision.warn_if_slow("bfloat16", "cpu")
+        assert "15 times slower" in caplog.text and "model.autocast=null" in caplog.text
+        caplog.clear()
+        precision.warn_if_slow(None, "cpu")
+        precision.warn_if_slow("bfloat16", "cuda")
+        machine(True)
+        precision.warn_if_slow("bfloat16", "cpu")
+    assert not caplog.text
+
+
+def test_the_slowdown_is_a_ratio_of_times():
+    assert 0 < precision._slowdown() < 1e4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without a GPU")
+def test_another_device_than_the_processor_is_not_guessed_about(monkeypatch):
+    monkeypatch.setattr(precision, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(precision, "_fast_processor", lambda: True)
+    assert precision.fast_autocast("float32", "mps") is None

@@ -1,0 +1,44 @@
+"""The package as people install it: from a wheel, used in a folder of their own."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the package unpacked from its wheel, and nothing of the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True)
+    (wheel,) = folder.glob("concept_unlearning-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+def unlearn(installed: Path, folder: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", "unlearning", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_wheel_has_every_file_that_the_package_reads(installed):
+    for folder in ("unlearning", "conf"):
+        tracked = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True)
+        for name in tracked.stdout.splitlines():
+            place = name if folder == "unlearning" else f"unlearning/{name}"
+            assert (installed / place).is_file(), name
+
+
+def test_it_runs_from_any_folder(installed, tmp_path, sd1):
+    assert "method: " in unlearn(installed, tmp_path, "--help")
+    few = ["sampler.steps=2", "dataset.images_per_prompt=1", "logger=none", "evaluator=[]", "model.autocast=null"]
+    unlearn(installed, tmp_path, "concept=cat", "method=uce", f"model.path={sd1}", "stages=[fit]", *few)
+    (erasure,) = tmp_path.glob("outputs/runs/emoji_unet/emoji_objects/cat/uce/*/erasure/erasure.json")
+    assert "unlearning.erasures" in erasure.read_text()
