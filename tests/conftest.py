@@ -69,7 +69,8 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
         scenes = said.get("dataset") == "emoji_scenes"
         few += ["dataset.images=4", "dataset.pictures=12"] if scenes else ["dataset.images_per_prompt=1"]
         places = [f"model.path={model}", f"paths.store={tmp_path}/store", f"hydra.run.dir={tmp_path}/{run}"]
-        defaults = [*few, *places, "model.autocast=null", "logger=none", "evaluator=[]", "method=none", "trainer.accelerator=cpu"]
+        quick = ["model.autocast=null", "logger=none", "evaluator=[]", "method=none", "trainer.accelerator=cpu"]
+        defaults = [*few, *places, *quick]
         named = {o.split("=")[0] for o in overrides}
         asked = [*(o for o in defaults if o.split("=")[0] not in named), *overrides]
         return sorted(asked, key=lambda o: not o.startswith("-"))  # argparse wants -m first
