@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.suppression import suppression
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
+from unlearning.reporting.formats import quantity
 from unlearning.reporting.run_page import report, teaser
 from unlearning.sampling import comeback
 from unlearning.sampling.generation import generate
@@ -121,7 +123,10 @@ class Run:
                 if stage in stages and (first_rank() or stage in SHARED):
                     if stage != "attack" or self.attacks:
                         log.info("%s: %s", self.title, stage)
+                    start = time.perf_counter()
                     getattr(self, stage)()
+                    if (seconds := time.perf_counter() - start) >= 1:
+                        log.info("%s: %s took %s", self.title, stage, quantity("cost/seconds", seconds))
         return metrics_json.flat(metrics_json.read(path)) if path.exists() else {}
 
     def _keep_records(self) -> None:

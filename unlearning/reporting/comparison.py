@@ -16,7 +16,7 @@ from statistics import mean, stdev
 
 from unlearning.config.decisive import decides
 from unlearning.errors import UserError
-from unlearning.reporting.formats import Cell, Note, Table, listed
+from unlearning.reporting.formats import Cell, Note, Table, decimals, listed
 from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 
@@ -133,12 +133,6 @@ def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRu
 
 def concepts(runs: Iterable[FinishedRun]) -> frozenset[str]:
     return frozenset(run.concept for run in runs)
-
-
-def decimals(values: Iterable[float]) -> int:
-    """Decimal places that show the largest of `values` with three or four significant digits."""
-    largest = max(map(abs, values), default=0)
-    return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 3
 
 
 def ranks(values: Mapping[Key, float], by: Sequence[str], higher_is_better: bool) -> dict[Key, int]:

@@ -13,6 +13,11 @@ from unlearning.store.metrics import records
 
 BEST, SECOND = 1, 2  # the ranks that are shown
 LISTED = 6  # names in a footnote, at most
+UNITS = {
+    "cost/seconds": ((1, "s"), (60, "min"), (3600, "h")),
+    "cost/peak_memory": ((1e6, "MB"), (1e9, "GB")),
+    "cost/artefact_bytes": ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB")),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,20 @@ class Table:
         header, *lines = ([show(cell) for cell in line] for line in (self.header, *self.lines))
         align = ["left" if i < self.labels else "right" for i in range(len(header))]
         return tabulate(lines, header, style, colalign=align, disable_numparse=True)
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Decimal places that show the largest of `values` with three or four significant digits."""
+    largest = max(map(abs, values), default=0)
+    return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 3
+
+
+def quantity(metric: str, value: float, error: float = 0.0) -> str:
+    """A number of a metric in `UNITS` with its unit, and with its standard error if it has one: "57.8 ± 0.5 s"."""
+    size, unit = next(((s, u) for s, u in reversed(UNITS[metric]) if value >= s), UNITS[metric][0])
+    shown = [f"{number / size:,.{decimals([value / size])}f}" for number in (value, error)]
+    number, spread = (text if float(text.replace(",", "")) else "0" for text in shown)
+    return f"{number} {unit}" if spread == "0" else f"{number} ± {spread} {unit}"
 
 
 def listed(names: Iterable[str], separator: str = ", ") -> str:
@@ -194,10 +213,10 @@ def csv(table: Table) -> str:
 def summary(metrics: Mapping[str, float | str]) -> str:
     """The numbers of one run's metrics.json, of the base and of the erased model."""
 
-    def show(number: float | None) -> str:
-        return "" if number is None else f"{number:,.4g}"
+    def show(name: str, number: float | None) -> str:
+        return "" if number is None else quantity(name, number) if name in UNITS else f"{number:,.4g}"
 
-    lines = [[name, show(metric.base), show(metric.value)] for name, metric in records(metrics).items()]
+    lines = [[name, show(name, metric.base), show(name, metric.value)] for name, metric in records(metrics).items()]
     return tabulate(lines, ["", "base", "erased"], "plain", disable_numparse=True)
 
 

@@ -24,12 +24,11 @@ from unlearning.reporting.comparison import (
     competitors,
     concepts,
     conditions,
-    decimals,
     group_runs,
     separating,
 )
 from unlearning.reporting.figures import SAMPLES, Sample, samples, thumbnail
-from unlearning.reporting.formats import BEST, Cell, render_page
+from unlearning.reporting.formats import BEST, UNITS, Cell, quantity, render_page
 from unlearning.reporting.plots import Panel, Plot, Point, learning_curves
 from unlearning.reporting.runs import UNEDITED, FinishedRun, by_purpose, purpose, read_runs
 from unlearning.store.files import write_atomically
@@ -39,11 +38,6 @@ IMAGES = 1000  # on a page, at most
 COLUMNS = 8  # of images, besides the base model's
 SAMPLED = 3  # concepts whose images stand beside the plot of all of them
 SIDE, QUALITY = 160, 75  # pixels; WebP's scale: at 60 thin lines fray, 90 doubles the bytes without visible gain
-UNITS = {
-    "cost/seconds": ((1, "s"), (60, "min"), (3600, "h")),
-    "cost/peak_memory": ((1e6, "MB"), (1e9, "GB")),
-    "cost/artefact_bytes": ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB")),
-}
 
 # --- one table with its plot and its answers --------------------------------------------------------------------------
 
@@ -278,15 +272,11 @@ def _columns(scope: Scope) -> list[Line]:
 
 
 def _quantity(metric: str, cell: Cell) -> str:
-    """The text of a cell; a cost with its unit: "57.8 ± 0.5 s", "1.44 GB"."""
+    """The text of a cell; a cost with its unit."""
     mean, error = cell.values[:2]
     if not isinstance(mean, float | int) or metric not in UNITS:
         return cell.text
-    size, unit = next(((s, u) for s, u in reversed(UNITS[metric]) if mean >= s), UNITS[metric][0])
-    numbers = (mean, error if isinstance(error, float) else 0.0)
-    shown = [f"{number / size:,.{decimals([mean / size])}f}" for number in numbers]
-    value, spread = (text if float(text.replace(",", "")) else "0" for text in shown)
-    return f"{value} {unit}" if spread == "0" else f"{value} ± {spread} {unit}"
+    return quantity(metric, mean, error if isinstance(error, float) else 0.0)
 
 
 def _hues(methods: Iterable[str]) -> dict[str, int]:
