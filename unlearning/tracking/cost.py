@@ -51,6 +51,7 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
         if rank_zero_only.rank == 0:
             write_atomically(path, json.dumps({**read(path), stage: spent}, indent=2))
 
+    @torch.compiler.disable  # a compiled model would trace it, and the clock and the file with it
     def count(module, arguments, keywords):
         nonlocal evaluations
         evaluations += len(arguments[0])
