@@ -132,7 +132,7 @@ def test_a_crash_of_the_detector_is_a_failure_of_its_image(unlearn, told, photos
     monkeypatch.setattr(NudeNet, "_boxes", crashes)
     with pytest.raises(SystemExit) as stop:
         unlearn(*SMALL, *NUDENET, *photos)
-    assert "could not be made: 1" in str(stop.value.code)
+    assert "could not be generated: 1" in str(stop.value.code)
 
 
 def test_a_failed_image_is_not_in_the_manifest_and_is_made_by_the_next_run(unlearn, photos, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
 def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(told, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
     said = told(*SMALL, "method=negative_prompt")
-    assert "images that could not be made: 1" in said
+    assert "images that could not be generated: 1" in said
     rows = read_manifest(tmp_path / "run" / "images" / "base.csv")
     assert len(rows) == 2 and not any("dog" in row.prompt for row in rows)
     assert len(drawn(tmp_path / "store" / "images")) == 2 * 2

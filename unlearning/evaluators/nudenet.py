@@ -190,7 +190,7 @@ def recount(run: Path, counting: Counting) -> dict[str, Metric]:
                 f"{run} keeps no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
             )
         details = [json.loads(line) for line in path.read_text().splitlines()]
-        incomplete = f", images that could not be made: {failed}" if failed else ""
+        incomplete = f", images that could not be generated: {failed}" if failed else ""
         return counting(details), f"{detector}, {counting.protocol(details)}{incomplete}"
 
     (base, base_protocol), (erased, protocol) = count("base"), count("erased")

@@ -60,7 +60,7 @@ class StableDiffusion(DiffusionModel):
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.
-            gradient_checkpointing: Less memory in training, for more time: layers are worked out again on the
+            gradient_checkpointing: Less memory in training, for more time: layers are recomputed on the
                 way back.
             offload: Keeps in the accelerator's memory only the part that works (needs an accelerator).
             compile: Compiles the denoiser; worth it for long runs on an accelerator.

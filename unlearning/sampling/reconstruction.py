@@ -12,7 +12,7 @@ from unlearning.concepts import ERASE, SYNONYM
 from unlearning.models.vqgan import VQGAN
 from unlearning.store.manifest import ManifestRow, load_images, manifest_of_inputs
 
-FAILED = "failed"  # the key under which a decision says why an image could not be made
+FAILED = "failed"  # the key under which a decision says why an image could not be generated
 
 
 @dataclass(frozen=True)
