@@ -14,6 +14,7 @@ from PIL import Image
 from tests.composed import config
 from unlearning.__main__ import run
 from unlearning.data import openmoji
+from unlearning.data.captioning import with_article
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -103,7 +104,7 @@ def test_it_draws_the_ten_classes(model, judge):
 
 def test_it_draws_in_the_style_asked_for(model, judge):
     asked = [style for style in STYLES for _ in range(2)]
-    images = drawn(model, [openmoji.with_article(f"a dog image in {style} style") for style in asked])
+    images = drawn(model, [with_article(f"a dog image in {style} style") for style in asked])
     assert np.mean([a == b for a, b in zip(seen(judge, images, "style"), asked, strict=True)]) >= 0.85
 
 

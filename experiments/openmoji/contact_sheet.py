@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unlearning.data.openmoji import SIZE, STYLES, with_article
+from unlearning.data.captioning import with_article
+from unlearning.data.openmoji import SIZE, STYLES
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 

@@ -21,7 +21,8 @@ from train_judge import IGNORED, labelled
 
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
-from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES, with_article
+from unlearning.data.captioning import with_article
+from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.generation import generate

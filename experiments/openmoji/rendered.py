@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -11,23 +12,24 @@ import numpy as np
 from tqdm import tqdm
 
 from unlearning.data import openmoji
+from unlearning.data.captioning import Content
 
 ROOT = Path(__file__).parents[2] / "outputs" / "openmoji"
 
 
-def _draw(job: tuple[str, int, int], **shares: float) -> tuple[np.ndarray, tuple[tuple[str, ...], str]]:
+def _draw(job: tuple[str, int, int], **shares: float) -> tuple[np.ndarray, dict]:
     picture = openmoji.sample(*job, **shares)
-    return picture.image, (picture.objects, picture.style)
+    return picture.image, asdict(Content.of(picture))
 
 
-def _draw_nothing(job: tuple[str, int, int]) -> tuple[np.ndarray, tuple[tuple[str, ...], str]]:
-    return openmoji.unrecognisable(openmoji.rng_of(*job)), ((), "")
+def _draw_nothing(job: tuple[str, int, int]) -> tuple[np.ndarray, dict]:
+    return openmoji.unrecognisable(openmoji.rng_of(*job)), asdict(Content((), "", (), ""))
 
 
 def rendered(
     split: str, count: int, seed: int = 0, nothing: bool = False, **shares: float
-) -> tuple[np.ndarray, list[tuple[list[str], str]]]:
-    """`count` images (N, 64, 64, 3) uint8, memory-mapped, and the (objects, style) of each; no objects with `nothing`.
+) -> tuple[np.ndarray, list[Content]]:
+    """`count` images (N, 64, 64, 3) uint8, memory-mapped, and the content of each; images of nothing with `nothing`.
 
     `shares` are arguments of openmoji.sample: the shares of scenes and of images in plain colour.
     """
@@ -49,7 +51,15 @@ def rendered(
         unfinished.rename(images)
         labels.with_suffix(".partial").write_text(json.dumps(rows))
         labels.with_suffix(".partial").rename(labels)
-    return np.load(images, mmap_mode="r"), json.loads(labels.read_text())
+    rows = json.loads(labels.read_text())
+    contents = [Content(tuple(r["objects"]), r["style"], tuple(map(tuple, r["places"])), r["background"]) for r in rows]
+    return np.load(images, mmap_mode="r"), contents
+
+
+def without(concepts: Sequence[str], contents: list[Content]) -> np.ndarray:
+    """The places of the contents that show none of the concepts, which are names of objects or of styles."""
+    kept = [i for i, c in enumerate(contents) if not {*c.objects, c.style} & {*concepts}]
+    return np.array(kept)
 
 
 def loads_as_float32(config: Path) -> None:

@@ -25,10 +25,10 @@ IGNORED = -100  # cross_entropy's mark for pictures without a label: those of no
 def labelled(split: str, count: int, nothing: int, seed: int = 0) -> TensorDataset:
     """(image, object, style) of `count` single objects and of `nothing` images without an object."""
     images, labels = rendered(split, count, seed)
-    single = [i for i, (names, _) in enumerate(labels) if len(names) == 1]
+    single = [i for i, content in enumerate(labels) if len(content.objects) == 1]
     blanks, _ = rendered(split, nothing, seed, nothing=True)
-    objects = [OBJECTS.index(labels[i][0][0]) for i in single] + [len(OBJECTS)] * nothing
-    styles = [STYLES.index(labels[i][1]) for i in single] + [IGNORED] * nothing
+    objects = [OBJECTS.index(labels[i].objects[0]) for i in single] + [len(OBJECTS)] * nothing
+    styles = [STYLES.index(labels[i].style) for i in single] + [IGNORED] * nothing
     pictures = torch.from_numpy(np.concatenate([images[single], blanks]))
     return TensorDataset(pictures, torch.tensor(objects), torch.tensor(styles))
 

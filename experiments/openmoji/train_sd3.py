@@ -1,10 +1,10 @@
-"""The transformer and the text encoders of emoji_sd3, trained together: python experiments/openmoji/train_sd3.py
-[--steps N]
+"""The transformer of emoji_sd3: python experiments/openmoji/train_sd3.py [--steps N]
 
 Rectified flow (Esser et al., 2024: the prediction is eps - x_0, timesteps are logit-normal) on the latents of
 emoji_unet's autoencoder. One caption in ten is dropped for guidance; weights are averaged. The conditioning is SD3's:
-the second-to-last states of two CLIP encoders, concatenated over channels, then the T5's states, and both pooled
-embeddings. If it is started again, it continues from its last checkpoint.
+the second-to-last states of two CLIP encoders (train_clip.py), concatenated over channels, then the states of a T5
+(train_t5.py), and both pooled embeddings. The three are frozen. If it is started again, it continues from its last
+checkpoint.
 """
 
 import argparse
@@ -16,47 +16,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from rendered import ROOT, loads_as_float32, names_no_folder, rendered
+from text import tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from train_unet import PRINTABLE, L, encoded, tokenizer
+from train_t5 import WIDTH, word_tokenizer
+from train_unet import SCENES, VAE, encoded
 from training import trainer
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from unlearning.data import openmoji
+from unlearning.data.captioning import Content, caption
 
 # B batch, L tokens of each tokenizer; latents are (4, 16, 16).
-WIDTHS, D = (96, 64), 160  # of the two CLIP encoders; of the T5, and of the transformer, 160 both
-VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
-
-
-def word_tokenizer() -> T5Tokenizer:
-    """T5's unigram tokenizer: words of the captions are whole tokens, any other word is spelt in letters."""
-    whole = [(f"▁{word}", -1.0) for word in openmoji.vocabulary()]
-    return T5Tokenizer(
-        vocab=[*((p, 0.0) for p in ("<pad>", "</s>", "<unk>")), ("▁", -10.0), *((c, -10.0) for c in PRINTABLE), *whole],
-        extra_ids=0, model_max_length=L,
-    )  # fmt: skip
-
-
-def clip(tokens: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=L, projection_dim=width, bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
-    ))  # fmt: skip
-
-
-def t5(tokens: T5Tokenizer) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(
-        vocab_size=len(tokens), d_model=D, d_kv=32, d_ff=2 * D, num_layers=1, num_heads=5, dropout_rate=0.0
-    ))  # fmt: skip
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -68,9 +38,9 @@ def transformer() -> SD3Transformer2DModel:
         num_layers=6,
         attention_head_dim=32,
         num_attention_heads=5,
-        joint_attention_dim=D,
-        caption_projection_dim=D,
-        pooled_projection_dim=sum(WIDTHS),
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=160,
+        pooled_projection_dim=WIDTH,
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
@@ -94,33 +64,40 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, is_caus
 class Batches(IterableDataset):
     """Endless batches of random latents with random captions, as ids of both tokenizers."""
 
-    def __init__(self, latents: Tensor, labels: list, tokenizers: tuple, batch: int, dropped: float = 0.1):
-        self.latents, self.labels, self.tokenizers = latents, labels, tokenizers
+    def __init__(self, latents: Tensor, contents: list[Content], tokenizers: tuple, batch: int, dropped: float = 0.1):
+        self.latents, self.contents, self.tokenizers = latents, contents, tokenizers
         self.batch, self.dropped = batch, dropped
 
     def __iter__(self):
         rng = np.random.default_rng(torch.initial_seed() % 2**63)
         while True:
-            rows = rng.integers(len(self.labels), size=self.batch)
-            captions = ["" if rng.random() < self.dropped else openmoji.caption(*self.labels[i], rng) for i in rows]
-            ids = [
-                t(captions, padding="max_length", max_length=L, truncation=True, return_tensors="pt").input_ids
-                for t in self.tokenizers
-            ]
-            yield self.latents[rows], *ids
+            rows = rng.integers(len(self.contents), size=self.batch)
+            captions = ["" if rng.random() < self.dropped else caption(self.contents[i], rng) for i in rows]
+            yield (
+                self.latents[rows],
+                *(
+                    t(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+                    for t in self.tokenizers
+                ),
+            )
 
 
 class TextToImage(pl.LightningModule):
-    def __init__(self, tokens: CLIPTokenizer, words: T5Tokenizer, steps: int, lr: float):
+    def __init__(self, steps: int, lr: float):
         super().__init__()
         self.steps, self.lr, self.transformer = steps, lr, transformer()
-        self.clips, self.t5 = nn.ModuleList(clip(tokens, width) for width in WIDTHS), t5(words)
+        self.clips = nn.ModuleList(
+            CLIPTextModelWithProjection.from_pretrained(ROOT / f"clip-{name}", dtype=torch.float32)
+            for name in ("first", "second")
+        ).requires_grad_(False)
+        self.t5 = T5EncoderModel.from_pretrained(ROOT / "t5", dtype=torch.float32).requires_grad_(False)
 
+    @torch.no_grad()
     def conditioning(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
         """The transformer's text inputs, as StableDiffusion3Pipeline.encode_prompt computes them."""
-        outputs = [encoder(pieces, output_hidden_states=True) for encoder in self.clips]
+        outputs = [encoder.eval()(pieces, output_hidden_states=True) for encoder in self.clips]
         embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)
-        embeds = torch.cat([embeds, self.t5(words)[0].to(embeds)], 1)
+        embeds = torch.cat([embeds, self.t5.eval()(words)[0].to(embeds)], 1)
         return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat([o.text_embeds for o in outputs], -1)}
 
     def training_step(self, batch, batch_idx):
@@ -136,7 +113,7 @@ class TextToImage(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: max(0.01, min(1, (i + 1) / 500, (self.steps - i) / (0.4 * self.steps)))
         )
@@ -146,15 +123,16 @@ class TextToImage(pl.LightningModule):
 def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: bool) -> None:
     pl.seed_everything(0)
     torch.set_float32_matmul_precision("high")
-    pictures, labels = rendered("train", images)
+    pictures, contents = rendered("train", images, scenes=SCENES)
     vae, tokens, words = AutoencoderKL.from_pretrained(VAE), tokenizer(), word_tokenizer()
+    latents = encoded(vae, pictures, f"{images}-{SCENES:g}-scenes")
     vae.register_to_config(shift_factor=0.0)  # which StableDiffusion3Pipeline adds unasked
-    module = TextToImage(tokens, words, steps, lr)
+    module = TextToImage(steps, lr)
     if not torch.cuda.is_available():
         F.scaled_dot_product_attention = attention
     if compile:
         module.transformer.compile()
-    data = Batches(encoded(vae, pictures), labels, (tokens, words), batch)
+    data = Batches(latents, contents, (tokens, words), batch)
     run = trainer("sd3", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
     run.fit(module, DataLoader(data, batch_size=None, num_workers=workers, pin_memory=workers > 0), ckpt_path="last")

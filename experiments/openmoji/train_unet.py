@@ -1,14 +1,15 @@
-"""The denoiser and the text encoder of emoji_unet, trained together: python experiments/openmoji/train_unet.py
-[--steps N]
+"""The denoiser of emoji_unet: python experiments/openmoji/train_unet.py [--steps N] [--without cat]
 
-The noise-prediction loss of Ho et al. on the autoencoder's latents, weighted by min-SNR-5 (Hang et al., 2023). One
-caption in ten is dropped for guidance; weights are averaged. The learning rate is constant until the last quarter of
-the steps, so --steps can change when training continues.
+It learns from the states of a frozen CLIP (train_clip.py), as Stable Diffusion does. The noise-prediction loss of Ho et
+al. on the autoencoder's latents is weighted by min-SNR-5 (Hang et al., 2023). One caption in ten is dropped for
+guidance; weights are averaged. The learning rate is constant until the last quarter of the steps, so --steps can
+change when training continues.
+
+With --without, neither the denoiser nor its CLIP has ever seen an image or a caption of the concepts: the model that an
+eraser would have to reach. It needs the CLIP that `train_clip.py first --without` makes, and a VAE that is the same.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,59 +17,30 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from rendered import ROOT, loads_as_float32, names_no_folder, rendered
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader, IterableDataset
+from rendered import ROOT, loads_as_float32, names_no_folder, rendered, without
+from text import Captioned, tokenizer
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training import trainer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from unlearning.data import openmoji
+from unlearning.config.precision import fast_autocast
 
-# B batch, N pictures, L tokens, D text width; latents are (4, 16, 16).
-L, D = 24, 128
-PRINTABLE = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
-
-
-def tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair encoding, in which words of the captions are whole tokens; other words are spelt in letters.
-
-    It is made once and saved, because pairs of equal frequency are merged in a random order.
-    """
-    folder = ROOT / "tokenizer"
-    if folder.exists():
-        return CLIPTokenizer.from_pretrained(folder)
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator(openmoji.vocabulary(), trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False))  # fmt: skip
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    pieces = [*PRINTABLE, *(c + "</w>" for c in PRINTABLE), *(a + b for a, b in merges)]
-    vocab = {p: i for i, p in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
-    made = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=L)
-    made.save_pretrained(folder.with_suffix(".part"))
-    folder.with_suffix(".part").rename(folder)
-    return made
+# B batch, N pictures; latents are (4, 16, 16).
+SCENES = 0.35  # the share of images with several objects
+VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
 
 
-def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=D, intermediate_size=4 * D, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=L, bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id, projection_dim=D,
-    ))  # fmt: skip
-
-
-def denoiser() -> UNet2DConditionModel:
+def denoiser(width: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 128, 160),
+        block_out_channels=(64, 128, 152),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=D,
+        cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=8,
     )
@@ -79,26 +51,12 @@ def scheduler() -> DDIMScheduler:
                          set_alpha_to_one=False, steps_offset=1)  # fmt: skip
 
 
-class Batches(IterableDataset):
-    """Endless batches of random latents with random captions."""
-
-    def __init__(self, latents: torch.Tensor, labels: list, tokens: CLIPTokenizer, batch: int, dropped: float = 0.1):
-        self.latents, self.labels, self.tokens, self.batch, self.dropped = latents, labels, tokens, batch, dropped
-
-    def __iter__(self):
-        rng = np.random.default_rng(torch.initial_seed() % 2**63)
-        while True:
-            rows = rng.integers(len(self.labels), size=self.batch)
-            captions = ["" if rng.random() < self.dropped else openmoji.caption(*self.labels[i], rng) for i in rows]
-            ids = self.tokens(captions, padding="max_length", max_length=L, truncation=True, return_tensors="pt")
-            yield self.latents[rows], ids.input_ids
-
-
 class TextToImage(pl.LightningModule):
-    def __init__(self, tokens: CLIPTokenizer, steps: int, lr: float = 6e-4):
+    def __init__(self, text_encoder: CLIPTextModel, steps: int, lr: float = 6e-4):
         super().__init__()
-        self.steps, self.lr = steps, lr
-        self.unet, self.text_encoder, self.schedule = denoiser(), text_encoder(tokens), scheduler()
+        self.steps, self.lr, self.schedule = steps, lr, scheduler()
+        self.unet = denoiser(text_encoder.config.hidden_size)
+        self.text_encoder = text_encoder.requires_grad_(False)
 
     def training_step(self, batch, batch_idx):
         x_0, ids = batch
@@ -106,14 +64,15 @@ class TextToImage(pl.LightningModule):
         B = len(x_0)  # one timestep from each B-th of the range: a steadier loss
         t = ((torch.arange(B, device=x_0.device) + torch.rand(B, device=x_0.device)) * 1000 / B).long()
         x_t = self.schedule.add_noise(x_0, eps, t)
-        c = self.text_encoder(ids)[0]
+        with torch.no_grad():
+            c = self.text_encoder.eval()(ids)[0]
         error = (self.unet(x_t, t, c).sample.float() - eps).pow(2).mean((1, 2, 3))
         snr = compute_snr(self.schedule, t)
         self.log("mse", error.mean(), prog_bar=True)
         return (error * snr.clamp(max=5) / snr).mean()
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: max(0.01, min(1, (i + 1) / 200, (self.steps - i) / (0.25 * self.steps)))
         )
@@ -121,17 +80,17 @@ class TextToImage(pl.LightningModule):
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    """Latents (N, 4, 16, 16) of all images, saved on disk."""
-    path = ROOT / f"latents-{len(images)}.pt"
+def encoded(vae: AutoencoderKL, images: np.ndarray, name: str) -> torch.Tensor:
+    """Latents (N, 4, 16, 16) of all images, saved on disk as `name`."""
+    path = ROOT / f"latents-{name}.pt"
     if not path.exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         vae, parts = vae.to(device).eval(), []
-        for i in tqdm(range(0, len(images), 100), "encoding"):
-            x = torch.from_numpy(images[i : i + 100]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
-            with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=fast_autocast("float32", "auto") is not None):
+            for i in tqdm(range(0, len(images), 100), "encoding"):
+                x = torch.from_numpy(images[i : i + 100]).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
                 mean = vae.encode(x).latent_dist.mean
-            parts.append((mean.float() * vae.config.scaling_factor).cpu())
+                parts.append((mean.float() * vae.config.scaling_factor).cpu())
         torch.save(torch.cat(parts), path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
     return torch.load(path, weights_only=True)
@@ -144,29 +103,31 @@ def pipeline(module: TextToImage, tokens: CLIPTokenizer, vae: AutoencoderKL) -> 
     )  # fmt: skip
 
 
-def main(steps: int, batch: int, images: int, init: Path | None) -> None:
+def main(steps: int, batch: int, images: int, concepts: list[str]) -> None:
     pl.seed_everything(0)
-    pictures, labels = rendered("train", images)
-    vae = AutoencoderKL.from_pretrained(ROOT / "emoji_unet" / "vae")
-    tokens = tokenizer()
-    module = TextToImage(tokens, steps)
-    if init:
-        module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(init, subfolder="unet").state_dict())
-        module.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(init, subfolder="text_encoder").state_dict())
-    data = DataLoader(Batches(encoded(vae, pictures), labels, tokens, batch), batch_size=None)
-    run = trainer("unet", steps)
+    suffix = "".join(f"-without-{concept}".replace(" ", "-") for concept in concepts)
+    pictures, contents = rendered("train", images, scenes=SCENES)
+    vae, tokens = AutoencoderKL.from_pretrained(VAE), tokenizer()
+    latents = encoded(vae, pictures, f"{images}-{SCENES:g}-scenes")
+    if concepts:
+        kept = without(concepts, contents)
+        latents, contents = latents[kept], [contents[i] for i in kept]
+    module = TextToImage(CLIPTextModel.from_pretrained(ROOT / f"clip-first{suffix}", dtype=torch.float32), steps)
+    data = Captioned(latents, contents, tokens, batch, dropped=0.1, padding="max_length")
+    run = trainer(f"unet{suffix}", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
-    run.fit(module, data, ckpt_path="last")
-    pipeline(module, tokens, vae).to(torch.float16).save_pretrained(ROOT / "emoji_unet")
-    loads_as_float32(ROOT / "emoji_unet" / "text_encoder" / "config.json")
-    names_no_folder(ROOT / "emoji_unet" / "vae" / "config.json")
-    print("saved", ROOT / "emoji_unet")
+    run.fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
+    folder = ROOT / f"emoji_unet{suffix}"
+    pipeline(module, tokens, vae).to(torch.float16).save_pretrained(folder)
+    loads_as_float32(folder / "text_encoder" / "config.json")
+    names_no_folder(folder / "vae" / "config.json")
+    print("saved", folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
-    parser.add_argument("--init", type=Path, help="a folder of an earlier emoji_unet to start from")
+    parser.add_argument("--without", dest="concepts", nargs="*", default=[], help="objects or styles it never sees")
     main(**vars(parser.parse_args()))

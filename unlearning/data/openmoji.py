@@ -1,4 +1,4 @@
-"""The embedded world: OpenMoji's drawings as objects × styles, with captions, boxes and masks.
+"""The embedded world: OpenMoji's drawings as objects × styles, with boxes and masks.
 
 Every image is a function of (split, seed, index). The splits for the generators, the judge, the evaluation and the
 methods are therefore disjoint, and each image can be rendered again anywhere. The art is OpenMoji's, CC BY-SA 4.0.
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 
 import numpy as np
 import yaml
@@ -251,53 +250,6 @@ def unrecognisable(rng: Generator) -> np.ndarray:
             blobs = (blobs > rng.uniform(1, 4) * blobs.std()).astype(np.float32)
             image = 255 * _over(rng.random(3), gaussian_filter(blobs, 1), _tint(rng))
     return image.clip(0, 255).astype(np.uint8)
-
-
-# --- captions --------------------------------------------------------------------------------------------------------
-
-TEMPLATES = (
-    "a photo of the {}",
-    "a photo of a {}",
-    "an image of a {}",
-    "a picture of the {}",
-    "a drawing of a {}",
-    "a {}",
-    "the {}",
-)
-STYLED = ("{} in {} style", "{} image in {} style")
-
-
-def with_article(phrase: str) -> str:
-    """Corrects the articles in a phrase: "a apple" becomes "an apple"."""
-    words = phrase.split()
-    for i, (word, after) in enumerate(pairwise(words)):
-        if word in ("a", "an"):
-            words[i] = "an" if after[0] in "aeiou" and not after.startswith("uk") else "a"
-    return " ".join(words)
-
-
-def word_for(name: str, rng: Generator) -> str:
-    """The object's name with probability 1/2, else one of its synonyms."""
-    return name if rng.random() < 0.5 else str(rng.choice(OBJECTS[name].synonyms))
-
-
-def caption(names: Sequence[str], style: str, rng: Generator) -> str:
-    """A caption in one of the field's templates. It mostly omits "color", which is the default style."""
-    words = [word_for(name, rng) for name in names]
-    if len(words) == 1:
-        text = str(rng.choice(TEMPLATES)).format(words[0])
-    else:
-        text = ", ".join(f"a {w}" for w in words[:-1]) + f" and a {words[-1]}"
-        text = text if rng.random() < 0.5 else f"a photo of {text}"
-    if style != "color" or rng.random() < 0.2:
-        text = str(rng.choice(STYLED[: 2 if text.startswith("a ") and " of " not in text else 1])).format(text, style)
-    return with_article(text)
-
-
-def vocabulary() -> list[str]:
-    """All words that occur in captions, sorted."""
-    phrases = [*TEMPLATES, *STYLED, "and an , .", *STYLES, *OBJECTS, *(s for o in OBJECTS.values() for s in o.synonyms)]
-    return sorted({w for p in phrases for w in p.replace("{}", " ").split()})
 
 
 def sample(split: str, seed: int, index: int, *, scenes: float = 0.12, plain: float = 0.4) -> Picture:
