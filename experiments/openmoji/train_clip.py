@@ -29,8 +29,8 @@ SEEDS = {"judge": 2, "first": 3, "second": 4}
 # (width, layers, heads) of the text tower and of the image tower, and the width of their common space.
 SIZES = {
     "judge": ((96, 2, 4), (96, 5, 4), 64),
-    "first": ((256, 4, 8), (192, 5, 6), 256),
-    "second": ((192, 4, 6), (192, 5, 6), 192),
+    "first": ((256, 4, 8), (128, 5, 4), 256),
+    "second": ((192, 4, 6), (128, 5, 4), 192),
 }
 SCENES = 0.35  # the share of images with several objects
 
