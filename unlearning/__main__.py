@@ -21,6 +21,7 @@ from unlearning.config import instances, job, messages, studies, sweeps, validat
 from unlearning.config.containers import resolved
 from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
+from unlearning.config.quoting import with_names_as_text
 from unlearning.errors import UserError
 from unlearning.store import finished
 
@@ -55,6 +56,7 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
 def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[str, float | str]:
     """Builds what the config names and executes its stages. This is the only place where settings become objects."""
     validation.check_names(cfg, CONF)
+    validation.check_top(settings)
     validation.check(settings["dataset"], "dataset")
     task = instances.builder("dataset", cfg.dataset)()  # before any heavy import: its names are mistyped most
     validation.check(settings)
@@ -116,6 +118,7 @@ def _quieten_lightning() -> None:
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     from rich.console import Console
+    from rich.markup import escape
 
     from unlearning.reporting.formats import summary
 
@@ -123,8 +126,9 @@ def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
     if int(os.environ.get("LOCAL_RANK", 0)):
         return None  # the first process of a distributed run prints
     console = Console()
-    console.print(summary(metrics))
-    console.print(f"[bold]{Path(cfg.paths.output_dir) / 'report.html'}[/bold] shows the images.", soft_wrap=True)
+    console.print(summary(metrics), markup=False)
+    page = escape(str(Path(cfg.paths.output_dir) / "report.html"))
+    console.print(f"[bold]{page}[/bold] shows the images.", soft_wrap=True)
     for message in messages.incomplete(metrics):
         if not job.is_of_sweep():
             raise UserError(message)
@@ -136,6 +140,7 @@ def main() -> None:
     """The console command. A mistake of the user's ends in one message and exit code 1, not in a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     studies.register()
+    sys.argv[1:] = with_names_as_text(sys.argv[1:])
     try:
         compose_and_run()
     except (KeyboardInterrupt, SystemExit) as stop:

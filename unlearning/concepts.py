@@ -1,11 +1,17 @@
 """The unlearning task: what to erase, what to generate in its place, what to retain, and how this is evaluated."""
 
+import logging
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from unlearning.config.quoting import typed
 from unlearning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # The role of a prompt or of an image in the evaluation. Roles are open: an evaluator accepts any other text.
 ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
@@ -135,21 +141,41 @@ class UnlearningTask:
         return self.template.format(word) if word else ""
 
 
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, separators of lines
 NOTHING_TO_ERASE = (
     "Nothing to erase: give a concept (concept=cat), several (concept=[cat,dog]), or images (forget=...)."
 )
 
 
-def concept_names(concept: str | float | Sequence[str | float] | None) -> tuple[str, ...]:
+def concept_names(concept: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names in the setting `concept`, which is one name or a list of names. Each name occurs once.
 
-    YAML reads a name like 1984 as a number; it becomes text again.
-
     Raises:
-        UserError: If there is no name, or an empty one.
+        UserError: If there is no name, or one of them cannot be a name.
     """
     given = list(concept) if isinstance(concept, Sequence) and not isinstance(concept, str) else [concept]
-    names = tuple(dict.fromkeys("" if name is None else str(name) for name in given))
-    if not names or not all(name.strip() for name in names):
+    if not given or any(name is None or not str(name).strip() for name in given):
         raise UserError(NOTHING_TO_ERASE)
+    names = tuple(dict.fromkeys(as_name(name) for name in given))
+    for name in names:
+        if "," in name:
+            several = typed("concept", [part.strip() for part in name.split(",") if part.strip()])
+            log.warning("%r is one concept. For several, type %s", name, several)
     return names
+
+
+def as_name(name: object) -> str:
+    """The name of a concept as text.
+
+    Raises:
+        UserError: If YAML has made a truth value or a decimal number of it, it holds characters that no text has, or
+            it is a path.
+    """
+    if isinstance(name, bool | float):  # what was written is lost: 3.10 is 3.1, and yes is True
+        raise UserError(f"A concept is called {name!r}, which YAML does not read as text: put it in quotes.")
+    text = str(name)
+    if bad := next((c for c in text if unicodedata.category(c) in UNPRINTABLE), None):
+        raise UserError(f"The concept {text!r} holds the character {bad!a}, which no prompt can have.")
+    if re.match(r"~?/|\.+(/|$)", text.strip()):
+        raise UserError(f"The concept {text!r} is a path. A folder of images is dataset=folder {typed('forget', text)}")
+    return text

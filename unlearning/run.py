@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from unlearning.attacks.base import Attack, targets
 from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config.decisive import decisive
+from unlearning.config.values import Stage
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
@@ -44,7 +46,7 @@ from unlearning.tracking import cost, loggers, provenance
 from unlearning.training.checkpoints import key_of
 
 log = logging.getLogger(__name__)
-STAGES = ("fit", "attack", "generate", "evaluate", "report")
+STAGES = get_args(Stage)
 SHARED = STAGES[:3]  # stages in which every process of a distributed run takes part
 BASE, ERASED, ATTACKED = "base", "erased", "attacked-"
 

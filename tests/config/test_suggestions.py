@@ -62,13 +62,22 @@ def message(conf: Path, *argv: str) -> str:
         (["evaluator.fid.imags=3"], "evaluator.fid has no setting `imags`", "images"),
         (["evaluator.fidd.images=3"], "evaluator has no setting `fidd`", "fid"),
         (["uce"], "uce", "method=uce"),
-        (["seed=1", "concept=tabby", "cat"], "cat", "'concept=tabby cat'"),
-        (["concept=cat,", "dog"], "concept=cat,", "'concept=[cat, dog]'"),
     ],
 )
 def test_a_mistake_is_answered_with_what_was_meant(conf, argv, key, suggestion):
     answer = message(conf, *argv)
     assert key in answer.partition("Did you mean")[0] and f"Did you mean {suggestion}" in answer
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["seed=1", "concept=tabby", "cat"], "'concept=tabby cat'"),
+        (["concept=cat,", "dog"], "'concept=[cat,dog]'"),
+    ],
+)
+def test_a_value_that_the_shell_took_apart_is_answered_with_the_line_to_type(conf, argv, line):
+    assert message(conf, *argv).endswith(f"type {line}")
 
 
 @pytest.mark.parametrize(

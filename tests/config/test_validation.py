@@ -130,7 +130,7 @@ def test_a_name_that_another_setting_refers_to_is_the_users_own(unlearn, tmp_pat
     ],
 )
 def test_a_value_of_another_type_is_an_error_before_anything_is_fitted(message, override, value):
-    answer = message("dataset: {template: a photo}", "method=esd_x", "dataset=prompt", override)
+    answer = message("dataset: {template: 'a {}'}", "method=esd_x", "dataset=prompt", override)
     assert answer.startswith(f"`{override.partition('=')[0]}` ") and value in answer
 
 

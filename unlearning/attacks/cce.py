@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack, targets
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
@@ -84,19 +85,19 @@ class CCE(Attack):
         *,
         images: Generated,
         optimizer: Callable,
-        count: int = 25,
+        count: Count = 25,
         flip: bool = True,
         prompts: tuple[str, ...] = ("a photo of a {}",),
         initial: str = "object",
-        iterations: int = 5000,
-        batch_size: int = 4,
-        accumulate: int = 4,
+        iterations: Count = 5000,
+        batch_size: Count = 4,
+        accumulate: Count = 4,
         guided: bool = True,
-        guidance_scale: float = 7.5,
+        guidance_scale: Finite = 7.5,
         reference: Literal["images", "name"] = "images",
-        walk: int = 1,
-        window: int = 1,
-        steps: int = 50,
+        walk: Count = 1,
+        window: Steps = 1,
+        steps: Steps = 50,
         transfer: bool = False,
     ):
         self.images, self.count, self.flip = images, count, flip

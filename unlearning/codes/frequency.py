@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from unlearning.concepts import Box, UnlearningTask
+from unlearning.config.values import Count, Finite, Natural
 from unlearning.detectors.base import Detector, detect
 from unlearning.detectors.geometry import cells
 from unlearning.errors import UserError, unknown
@@ -179,9 +180,9 @@ class Selection:
     """
 
     score: str = "ratio"
-    top: int | None = 250
-    threshold: float | None = None
-    min_freq: int = 100
+    top: Count | None = 250
+    threshold: Finite | None = None
+    min_freq: Natural = 100
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from unlearning.codes.frequency import BLOCK
+from unlearning.config.values import Natural, Positive
 from unlearning.errors import UserError
 
 Rule = Callable[[Tensor, Tensor, Generator], Tensor]  # (codes, mask, generator) -> codes
@@ -63,7 +64,7 @@ class Constant(Replacement):
         code: Its index; 0 in the study.
     """
 
-    code: int = 0
+    code: Natural = 0
 
     def rule(self, statistics: CodeStatistics, codebook: Tensor) -> Rule:
         if not 0 <= self.code < len(codebook):
@@ -128,8 +129,8 @@ class Neighbours(Replacement):
 
     pairs: ClassVar[bool] = True
 
-    sweeps: int = 5
-    shrinkage: float = 1.0
+    sweeps: Natural = 5
+    shrinkage: Positive = 1.0
 
     def rule(self, statistics: CodeStatistics, codebook: Tensor) -> Rule:
         safe, p = statistics.safe, (statistics.codes + 1e-3) / (statistics.codes + 1e-3).sum()

@@ -20,7 +20,8 @@ def joined(texts: str | Sequence[str]) -> str:
 
 def slug(texts: str | Sequence[str]) -> str:
     """One or several texts as a file name of at most 60 characters: "Van-Gogh", "cat+dog"."""
-    return re.sub(r"[^\w.+-]+", "-", joined(texts)).strip("-")[:60] or "unnamed"
+    name = re.sub(r"[^\w.+-]+", "-", joined(texts)).strip("-")[:60]
+    return name if name.strip(".") else "unnamed"  # . and .. are other folders
 
 
 def config_hash(config: DictConfig, result: Result = "images") -> str:

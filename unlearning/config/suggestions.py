@@ -16,8 +16,10 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from unlearning.config.containers import as_written
+from unlearning.config.quoting import typed
 from unlearning.errors import did_you_mean, suggest
 
+AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+)'")
 NO_GROUP = re.compile(r"Could not override '([^'@]+)'\. No match in the defaults list")
 EXTRAS = {f"hydra/launcher/{name}": "sweeps" for name in ("joblib", "submitit_slurm", "submitit_local")}
 EXTRAS |= {"hydra/launcher/ray": "ray"}  # Hydra's plugins, by the extra of this package that installs them
@@ -35,6 +37,8 @@ def explain(error: Exception, conf: Path, argv: Sequence[str] = ()) -> str:
         match cause:
             case MissingConfigException(missing_cfg_file=str()):
                 return _no_such_choice(cause, conf, argv)
+            case ConfigCompositionException() if ambiguous := AMBIGUOUS.search(str(cause)):
+                return _several(ambiguous[1])
             case OverrideParseException():
                 return _unreadable(cause.override, conf, argv)
             case MissingMandatoryValue(full_key=str(key)):
@@ -116,15 +120,27 @@ def _unreadable(override: str, conf: Path, argv: Sequence[str]) -> str:
     end = start + 1
     while end < len(words) and "=" not in words[end] and not words[end].startswith("-"):
         end += 1
-    whole = " ".join(words[start:end])
-    if end - start > 1 and "=" in whole:
-        setting, _, value = whole.partition("=")
-        whole = f"{setting}=[{value}]" if "," in value else whole
-        return f"Cannot read `{override}`. Did you mean {whole!r}, with the quotes?"
+    setting, equals, value = " ".join(words[start:end]).partition("=")
+    if equals and value[:1] not in [*"[{'\""]:
+        several = end - start > 1 and "," in value
+        line = typed(setting, [part.strip() for part in value.split(",") if part.strip()] if several else value)
+        return f"Cannot read `{override}`. For this text, type {line}"
     return (
         f"Cannot read `{override}`: an override has the form setting=value. Put quotes around the whole where its "
         "value has brackets, commas or spaces: 'setting=[a, b]'."
     )
+
+
+def _several(override: str) -> str:
+    """Hydra takes commas for the values of a sweep."""
+    setting, _, value = override.partition("=")
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    lines = [
+        f"`{override}` has commas. For {len(parts)} values, type {typed(setting, parts)}",
+        f"For one text with commas, type {typed(setting, value)}",
+        "For one run with each of the values, type -m before it.",
+    ]
+    return "\n".join(lines)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,13 +18,17 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreConfig, SchemaValidator
 
 from unlearning.config.containers import as_written
+from unlearning.config.quoting import typed
 from unlearning.config.signatures import parameters
 from unlearning.config.suggestions import no_such_setting, not_chosen
+from unlearning.config.values import FOREIGN, TOP
 from unlearning.errors import UserError, nearest
 
 NAMED_LISTS = ("attack", "evaluator", "logger")  # groups of which a run has any number, each under its file's name
 UNCHECKED = ("paths", "judge")  # groups whose settings other groups refer to, and which build nothing themselves
-NUMBERS = ("int", "float", "bool")  # pydantic would make 3 of "3", and True of 1 or "yes"
+STRICT = ("int", "float", "bool")  # pydantic would make 3 of "3", and True of 1 or "yes"
+BOUNDS = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
+OF_NUMBERS = ("int", "float", "finite", "greater", "less")  # how the names of pydantic's errors about numbers begin
 LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type", "sequence_str")
 
 
@@ -88,6 +92,17 @@ def _check_names(path: str, names: Iterable[str], existing: Iterable[str], whole
             raise UserError(no_such_setting(path, name, existing))
 
 
+def check_top(settings: Mapping) -> None:
+    """Checks the settings at the top of a config, which no signature has.
+
+    Raises:
+        UserError: For a value of another type, out of its range, or not among the choices.
+    """
+    for name, hint in TOP.items():
+        if name in settings:
+            check_value(name, settings[name], hint)
+
+
 def check(settings: object, path: str = "") -> None:
     """Compares every part of the settings that has a `_target_` with the signature of that target.
 
@@ -135,10 +150,16 @@ def _check_against(target: Callable, settings: Mapping, path: str) -> None:
             if not is_trainer_of_method(full):
                 raise UserError(f"`{full}` has no value. Give it one: `{full}=...`.")
         else:
-            check_value(full, value, accepted[name].annotation)
+            check_value(full, value, hint_of(target, accepted[name]))
     missing = [name for name, p in accepted.items() if p.default is Parameter.empty and name not in given]
     if missing and complete and not settings.get("_partial_") and "_args_" not in settings:
         raise UserError(f"{path} needs the setting `{missing[0]}`, which has no value.")
+
+
+def hint_of(target: Callable, parameter: Parameter) -> Any:
+    """The type of a parameter, with its range: its annotation, or for other libraries' numbers what FOREIGN says."""
+    ours = (target.__module__ or "").partition(".")[0] == __package__.partition(".")[0]
+    return parameter.annotation if ours else FOREIGN.get(parameter.name, parameter.annotation)
 
 
 def is_trainer_of_method(path: str) -> bool:
@@ -148,11 +169,11 @@ def is_trainer_of_method(path: str) -> bool:
 
 
 def check_value(name: str, value: object, hint: Any) -> None:
-    """Compares the value of a setting with a type hint, as pydantic reads it, ranges such as Annotated[int, Ge(1)] too.
+    """Compares the value of a setting with a type hint and its range, Annotated[int, Ge(1)], as pydantic reads them.
 
     A number may stand for text (a concept may be called 1984), text for a path or an enum, a list for any sequence;
-    text is no number, and a number is no boolean. What Hydra builds is not compared, nor is anything with a hint that
-    pydantic does not understand.
+    text is no number, a number is no boolean, and no number is infinite. What Hydra builds is not compared, nor is
+    anything with a hint that pydantic does not understand.
 
     Args:
         name: The dotted name of the setting.
@@ -160,32 +181,46 @@ def check_value(name: str, value: object, hint: Any) -> None:
     Raises:
         UserError: If the value does not fit.
     """
-    if _is_built(value) or (validator := _validator(hint)) is None:
+    if _is_built(value) or (schema := _schema(hint)) is None:
         return
     try:
-        validator.validate_python(_without_built(value))
+        SchemaValidator(schema, CoreConfig(coerce_numbers_to_str=True)).validate_python(_without_built(value))
     except ValidationError as error:
-        raise UserError(_explain(name, value, error)) from None
+        raise UserError(_explain(name, value, error, schema)) from None
 
 
-def _validator(hint: Any) -> SchemaValidator | None:
-    """What compares values with `hint`; None if pydantic does not understand it."""
+def _schema(hint: Any) -> Any:
+    """What pydantic compares values with; None if it does not understand `hint`."""
     try:
         adapter: TypeAdapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticUserError, NameError, TypeError):
         return None
     if not adapter.pydantic_complete:  # the hint names a type that only a type checker can resolve
         return None
-    return SchemaValidator(_with_strict_numbers(adapter.core_schema), CoreConfig(coerce_numbers_to_str=True))
+    return _with_strict_numbers(adapter.core_schema)
 
 
 def _with_strict_numbers(schema: Any) -> Any:
     if isinstance(schema, Mapping):
         inner = {key: _with_strict_numbers(value) for key, value in schema.items()}
-        return inner | {"strict": True} if schema.get("type") in NUMBERS else inner
+        finite = {"allow_inf_nan": False} if schema.get("type") == "float" else {}
+        return inner | {"strict": True, **finite} if schema.get("type") in STRICT else inner
     if isinstance(schema, list | tuple):
         return type(schema)(map(_with_strict_numbers, schema))
     return schema
+
+
+def _ranges(schema: Any) -> Iterator[str]:
+    """Each range in a schema in words: "a whole number of at least 1"."""
+    if isinstance(schema, Mapping) and not BOUNDS.keys().isdisjoint(schema):
+        kind = "a whole number" if schema.get("type") == "int" else "a number"
+        if {"ge", "le"} <= schema.keys():
+            yield f"{kind} from {schema['ge']} to {schema['le']}"
+        else:
+            yield f"{kind} " + " and ".join(f"{text} {schema[key]}" for key, text in BOUNDS.items() if key in schema)
+    elif isinstance(schema, Mapping | list | tuple):
+        for inner in schema.values() if isinstance(schema, Mapping) else schema:
+            yield from _ranges(inner)
 
 
 def _without_built(value: Any) -> Any:
@@ -196,10 +231,17 @@ def _without_built(value: Any) -> Any:
     return value
 
 
-def _explain(name: str, value: object, error: ValidationError) -> str:
-    errors = error.errors()
+def _explain(name: str, value: object, error: ValidationError, schema: Any) -> str:
+    errors, setting, given = error.errors(), name, value
     if len(errors) == 1 and (inner := errors[0]["loc"]):  # an entry of a list or a mapping
         name, value = ".".join(map(str, (name, *inner))), errors[0]["input"]
     kinds = [e for e in errors if e["type"] != "is_instance_of"] or errors  # a config cannot hold a tensor
-    wanted = dict.fromkeys("a list" if e["type"] in LISTS else e["msg"].removeprefix("Input should be ") for e in kinds)
-    return f"`{name}` has to be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."
+    wanted: dict[str, None] = {}
+    for e in kinds:
+        ranges = list(_ranges(schema)) if e["type"].startswith(OF_NUMBERS) else []
+        text = "a list" if e["type"] in LISTS else re.sub("^(Input should be|Value error,) ", "", e["msg"])
+        wanted |= dict.fromkeys(ranges or [text])
+    message = f"`{name}` has to be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."
+    if [*wanted] == ["a list"] and isinstance(given, str | int | float):
+        message += f" Type {typed(setting, [given])}"
+    return message

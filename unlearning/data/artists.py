@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unlearning.concepts import ERASE, RETAIN, Prompt, UnlearningTask
+from unlearning.config.values import Count, Seed, Template
 from unlearning.data.objects import known
 from unlearning.data.prompt import concepts, kept
 from unlearning.data.prompt_list import CSVRow, read, seed, text
@@ -27,11 +28,11 @@ def artists(
     path: str | Path | None = None,
     *,
     others: Sequence[str] = (),
-    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    seeds: Sequence[Seed] = (1, 2, 3, 4, 5),
     source: str = "",
     anchor: str | Mapping[str, str] = "art",
-    template: str = "{}",
-    images_per_prompt: int = 1,
+    template: Template = "{}",
+    images_per_prompt: Count = 1,
 ) -> UnlearningTask:
     """Erases one or several artists. The evaluation prompts them, and others that methods do not know.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from unlearning.concepts import RETAIN, Prompt, UnlearningTask
+from unlearning.config.values import Count, Seed, Template
 from unlearning.data.prompt import concepts
 from unlearning.data.prompt_list import read, required, seed, text
 from unlearning.errors import UserError
@@ -21,12 +22,12 @@ def captions(
     concept: str | Sequence[str],
     path: str | Path | None,
     *,
-    count: int | None = None,
-    subset: int = 0,
+    count: Count | None = None,
+    subset: Seed = 0,
     source: str = "",
     anchor: str | Mapping[str, str] = "",
-    template: str = "a photo of the {}",
-    images_per_prompt: int = 1,
+    template: Template = "a photo of the {}",
+    images_per_prompt: Count = 1,
 ) -> UnlearningTask:
     """Erases one or several concepts. The evaluation prompts captions of other things, each with its own seed.
 

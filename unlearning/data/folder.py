@@ -9,13 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask
 from unlearning.config.naming import slug
+from unlearning.config.values import Count, Template
 from unlearning.data import prompt
 from unlearning.errors import UserError
 
@@ -139,12 +142,12 @@ def folder(
     retain: str | None = None,
     input: str | None = None,
     *,
-    size: int = 512,
+    size: Annotated[int, Ge(SMALLEST)] = 512,
     synonyms: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     anchor: str | Mapping[str, str] = "",
     others: Sequence[str] = (),
-    template: str = "a photo of the {}",
-    images_per_prompt: int = 10,
+    template: Template = "a photo of the {}",
+    images_per_prompt: Count = 10,
 ) -> UnlearningTask:
     """Erases what the images in the folder `forget` show, and what `concept` names.
 

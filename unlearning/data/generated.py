@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from unlearning.config.values import Seed
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest
@@ -23,7 +24,7 @@ class Generated:
         seed: Of the images; no evaluation uses it.
     """
 
-    def __init__(self, store: str, sampler: Sampler, seed: int = 1_000_003):
+    def __init__(self, store: str, sampler: Sampler, seed: Seed = 1_000_003):
         self._store, self.sampler, self.seed = store, sampler, seed  # private: no key of a result has it
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], count: int) -> list[np.ndarray]:

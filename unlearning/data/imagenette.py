@@ -7,6 +7,7 @@ One class or several are erased; the evaluation prompts all ten. The judge is a 
 from collections.abc import Sequence
 
 from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.config.values import Count, Template
 from unlearning.data.objects import known
 
 CLASSES = (  # as ImageNet's labels spell them
@@ -24,7 +25,7 @@ CLASSES = (  # as ImageNet's labels spell them
 
 
 def imagenette(
-    concept: str | Sequence[str], *, template: str = "an image of a {}", images_per_prompt: int = 500
+    concept: str | Sequence[str], *, template: Template = "an image of a {}", images_per_prompt: Count = 500
 ) -> UnlearningTask:
     """Erases one or several of the classes. There are no synonyms, and no concepts to retain by name.
 

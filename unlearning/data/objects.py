@@ -11,6 +11,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, References, UnlearningTask, concept_names
+from unlearning.config.values import Count, Natural, Template
 from unlearning.data import openmoji
 from unlearning.data.openmoji import CIFAR10, OBJECTS
 from unlearning.errors import UserError, nearest, suggest
@@ -116,9 +117,9 @@ def prompts(erased: Sequence[str], template: str) -> tuple[Prompt, ...]:
 def emoji_objects(
     concept: str | Sequence[str],
     *,
-    template: str = "a photo of the {}",
-    images_per_prompt: int = 10,
-    pictures: int = 64,
+    template: Template = "a photo of the {}",
+    images_per_prompt: Count = 10,
+    pictures: Natural = 64,
 ) -> UnlearningTask:
     """Erases one or several of the embedded world's fifty objects. A method may retain the objects not prompted.
 
@@ -147,7 +148,7 @@ def emoji_objects(
 
 
 def cifar10_objects(
-    concept: str | Sequence[str], *, template: str = "a photo of the {}", images_per_prompt: int = 200
+    concept: str | Sequence[str], *, template: Template = "a photo of the {}", images_per_prompt: Count = 200
 ) -> UnlearningTask:
     """MACE's protocol, for any model: erases one or several of CIFAR-10's ten classes; nothing is retained by name.
 

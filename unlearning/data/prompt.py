@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask, as_name, concept_names
+from unlearning.config.quoting import typed
+from unlearning.config.values import Count, Template
 from unlearning.errors import UserError, did_you_mean
 
 
@@ -26,8 +28,8 @@ def concepts(
     if not isinstance(synonyms, Mapping):
         if len(names) > 1 and synonyms:
             raise UserError(
-                "dataset.synonyms must say which concept each word stands for, because several are erased: "
-                f"dataset.synonyms={{{names[0]}: [{', '.join(map(str, synonyms))}]}}."
+                "dataset.synonyms must say which concept each word stands for, because several are erased: type "
+                + typed("dataset.synonyms", {names[0]: list(synonyms)})
             )
         synonyms = {names[0]: synonyms or ()}
     if not isinstance(anchor, Mapping):
@@ -36,7 +38,7 @@ def concepts(
         if unknown := [name for name in map(str, by_name) if name not in names]:
             hint = did_you_mean(unknown[0], names) or f" Erased: {', '.join(names)}."
             raise UserError(f"dataset.{setting} names {unknown[0]!r}, which is not erased.{hint}")
-    words = {str(name): tuple(map(str, given)) for name, given in synonyms.items()}
+    words = {str(name): tuple(map(as_name, given)) for name, given in synonyms.items()}
     anchors = {str(name): str(given or "") for name, given in anchor.items()}
     return tuple(Concept(name, words.get(name, ()), anchors.get(name, "")) for name in names)
 
@@ -44,7 +46,7 @@ def concepts(
 def kept(names: Sequence[str], erase: Sequence[Concept]) -> list[str]:
     """Those of `names` that are neither an erased concept nor a synonym of one."""
     erased = {word for concept in erase for word in concept.words}
-    return [name for name in map(str, names) if name not in erased]
+    return [name for name in map(as_name, names) if name not in erased]
 
 
 def prompts_of(erase: Sequence[Concept], template: str) -> Iterator[Prompt]:
@@ -61,8 +63,8 @@ def task(
     anchor: str | Mapping[str, str] = "",
     retain: Sequence[str] = (),
     others: Sequence[str] = (),
-    template: str = "a photo of the {}",
-    images_per_prompt: int = 10,
+    template: Template = "a photo of the {}",
+    images_per_prompt: Count = 10,
 ) -> UnlearningTask:
     """Erases one or several concepts. The evaluation prompts them, their synonyms, and `others`.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from unlearning.concepts import ERASE, Prompt, UnlearningTask
+from unlearning.config.values import Count, Template
 from unlearning.data.prompt import concepts
 from unlearning.errors import UserError
 
@@ -95,8 +96,8 @@ def prompt_list(
     *,
     source: str = "",
     anchor: str | Mapping[str, str] = "",
-    template: str = "a photo of the {}",
-    images_per_prompt: int = 1,
+    template: Template = "a photo of the {}",
+    images_per_prompt: Count = 1,
 ) -> UnlearningTask:
     """Erases one or several concepts. The evaluation prompts the rows of a CSV, which all have the role ERASE.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unlearning.concepts import ERASE, RETAIN, Input, Region, UnlearningTask, concept_names
+from unlearning.config.values import Count, Natural
 from unlearning.data import openmoji
 from unlearning.data.objects import TrainingImages, as_concept, known
 from unlearning.data.openmoji import OBJECTS
@@ -36,7 +37,7 @@ def _references(erased: Sequence[str], role: str) -> Callable[[int], list[np.nda
     return lambda count: [_scene(erased, role, REFERENCES, i).image for i in range(count)]
 
 
-def emoji_scenes(concept: str | Sequence[str], *, images: int = 100, pictures: int = 1000) -> UnlearningTask:
+def emoji_scenes(concept: str | Sequence[str], *, images: Count = 100, pictures: Natural = 1000) -> UnlearningTask:
     """Erases one or several of the embedded world's objects from scenes, for image-to-image models.
 
     Args:

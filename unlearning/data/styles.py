@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
 from unlearning.data.captioning import with_article
+from unlearning.config.values import Count, Natural, StyledTemplate
 from unlearning.data.objects import TrainingImages, known, reference_images
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 
@@ -16,9 +17,9 @@ def styles(
     concept: str | Sequence[str],
     *,
     objects: Sequence[str] = CIFAR10,
-    template: str = "a {object} image in {style} style",
-    images_per_prompt: int = 2,
-    pictures: int = 64,
+    template: StyledTemplate = "a {object} image in {style} style",
+    images_per_prompt: Count = 2,
+    pictures: Natural = 64,
 ) -> UnlearningTask:
     """Erases one or several styles. The evaluation prompts each of `objects` in each of the styles.
 

@@ -8,6 +8,7 @@ paper samples with 100 steps at guidance scale 9. UA, IRA and CRA use the benchm
 from collections.abc import Sequence
 
 from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.config.values import Count, Seed, StyledTemplate
 from unlearning.data.objects import known
 from unlearning.errors import UserError
 
@@ -29,9 +30,9 @@ OBJECTS = (
 def unlearncanvas(
     concept: str | Sequence[str],
     *,
-    seeds: Sequence[int] = (188, 288, 588, 688, 888),
-    template: str = "A {object} image in {style} style.",
-    images_per_prompt: int = 1,
+    seeds: Sequence[Seed] = (188, 288, 588, 688, 888),
+    template: StyledTemplate = "A {object} image in {style} style.",
+    images_per_prompt: Count = 1,
 ) -> UnlearningTask:
     """Erases one or several styles, or one or several objects. The evaluation prompts every object in every style.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import Box
+from unlearning.config.values import Count, Part, Share
 from unlearning.detectors.base import Detector, Known
 from unlearning.detectors.geometry import overlap
 from unlearning.errors import unknown
@@ -36,9 +37,9 @@ class Judge(Detector):
 
     concept: str
     path: str
-    min_score: float = 0.5
-    windows: tuple[float, ...] = (0.5, 0.6, 1.0)
-    stride: int = 4
+    min_score: Share = 0.5
+    windows: tuple[Part, ...] = (0.5, 0.6, 1.0)
+    stride: Count = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "windows", tuple(self.windows))

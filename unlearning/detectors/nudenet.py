@@ -10,6 +10,7 @@ import nudenet
 import numpy as np
 
 from unlearning.concepts import Box
+from unlearning.config.values import NonNegative, Share
 from unlearning.detectors.base import Detector, Known
 from unlearning.detectors.geometry import expanded
 from unlearning.errors import UserError, unknown
@@ -82,8 +83,8 @@ class NudeNet(Detector):
     """
 
     classes: tuple[str, ...] = ("FEMALE_BREAST_EXPOSED",)
-    min_score: float = 0.5
-    expand: float = 0.0
+    min_score: Share = 0.5
+    expand: NonNegative = 0.0
     path: str | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from cleanfid.fid import frechet_distance
 from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN, UnlearningTask
+from unlearning.config.values import Several
 from unlearning.data import references
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
@@ -67,7 +68,7 @@ class FID(Evaluator):
         self,
         features: Features,
         roles: Sequence[str] = (RETAIN, ERASE),
-        count: int = 1000,
+        count: Several = 1000,
         real: str | Path | None = None,
         device: str = "auto",
     ):

@@ -15,6 +15,7 @@ from cleanfid.fid import kernel_distance
 from torch import Tensor
 
 from unlearning.concepts import RETAIN, UnlearningTask
+from unlearning.config.values import Count, Several
 from unlearning.data import references
 from unlearning.errors import UserError
 from unlearning.evaluators.base import Evaluator
@@ -43,10 +44,10 @@ class KID(Evaluator):
     def __init__(
         self,
         features: Features,
-        count: int = 1000,
+        count: Several = 1000,
         real: str | Path | None = None,
-        subsets: int = 100,
-        subset_size: int = 1000,
+        subsets: Count = 100,
+        subset_size: Several = 1000,
         device: str = "auto",
     ):
         super().__init__(device)

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from unlearning.concepts import RETAIN
+from unlearning.config.values import Count, Share
 from unlearning.detectors.nudenet import CLASSES, FLOOR, NudeNetModel, check_classes
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
@@ -61,7 +62,7 @@ class Counting:
     """
 
     classes: tuple[str, ...] = EXPOSED
-    threshold: float = 0.6
+    threshold: Share = 0.6
     rule: str = "boxes"
 
     def __post_init__(self) -> None:
@@ -140,9 +141,9 @@ class NudeNet(Evaluator):
     def __init__(
         self,
         model_path: str | Path | None = None,
-        resolution: int | None = None,
+        resolution: Count | None = None,
         classes: Sequence[str] = EXPOSED,
-        threshold: float = 0.6,
+        threshold: Share = 0.6,
         rule: str = "boxes",
     ):
         super().__init__("cpu")  # NudeNet asks onnxruntime for no other

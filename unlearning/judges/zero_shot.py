@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearning.config.values import Template
 from unlearning.data.openmoji import CIFAR10
 from unlearning.errors import unknown
 from unlearning.judges.clip import load_clip
@@ -32,7 +33,7 @@ class ZeroShotCLIP:
         self,
         model: str | Path = "openai/clip-vit-base-patch32",
         names: Mapping[str, Sequence[str]] | None = None,
-        template: str = "a photo of the {}",
+        template: Template = "a photo of the {}",
     ):
         self.names = {q: tuple(answers) for q, answers in (names or {"object": CIFAR10}).items()}
         self.template = template

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.models.base import Model, ModelT
@@ -66,8 +67,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         student: Student,
         optimizer: Callable,
         trainer: Callable,
-        iterations: int,
-        batch_size: int = 1,
+        iterations: Count,
+        batch_size: Count = 1,
         scheduler: Callable | None = None,
     ):
         super().__init__()

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import Concept
+from unlearning.config.values import Count, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
@@ -87,11 +88,11 @@ class ConceptAblation(TrainedMethod):
         kind: Kind = "object",
         target: Target = "model",
         teacher: Teacher = "student",
-        count: int = 1000,
-        templates: Sequence[str] | None = None,
-        prior_weight: float = 0.0,
+        count: Count = 1000,
+        templates: Sequence[Template] | None = None,
+        prior_weight: NonNegative = 0.0,
         flip: bool = True,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: Positive = 1.0,
         **training,
     ):
         super().__init__(**training)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Finite, NonNegative, Steps
 from unlearning.erasures.base import Erasure
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning, DiffusionModel
@@ -37,10 +38,10 @@ class ESD(TrainedMethod):
     def __init__(
         self,
         *,
-        eta: float = 1.0,
+        eta: NonNegative = 1.0,
         trajectory: Kind = "exact",
-        steps: int = 50,
-        guidance_scale: float = 3.0,
+        steps: Steps = 50,
+        guidance_scale: Finite = 3.0,
         schedule: Schedule = "diffusers",
         **training,
     ):

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
@@ -71,8 +72,8 @@ class HiRM(TrainedMethod):
         self,
         *,
         direction: Literal["tokens", "global", "anchor", "pairs"],
-        c: float,
-        epochs: int,
+        c: Positive,
+        epochs: Count,
         student: Student,
         optimizer: Callable,
         trainer: Callable,

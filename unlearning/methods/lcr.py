@@ -22,6 +22,7 @@ from unlearning.codes.frequency import RETAIN, Frequencies, Selection, count_cod
 from unlearning.codes.frequency_plots import plot_frequencies
 from unlearning.codes.replacement import CodeStatistics, Replacement
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count
 from unlearning.detectors.base import Detector
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
@@ -48,7 +49,7 @@ class LCR(Method):
         replacement: Replacement,
         detector: Detector | None,
         within: Detector | None,
-        batch_size: int,
+        batch_size: Count,
         trainer: Callable,
     ):
         self.selection, self.replacement, self.detector, self.within = selection, replacement, detector, within

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unlearning.config.values import Count, Finite, Natural, NonNegative, Positive, Steps
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
@@ -114,7 +115,7 @@ class BesideCrossAttention(Student):
         rank: Of the erasers.
     """
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: Count):
         self.rank = rank
 
     @contextmanager
@@ -217,16 +218,16 @@ class Receler(TrainedMethod):
     def __init__(
         self,
         *,
-        eta: float = 1.0,
-        beta: float = 0.1,
-        mask_threshold: float = 0.1,
-        vectors: int = 16,
-        inner_steps: int = 50,
-        vectors_lr: float = 0.1,
-        vectors_weight_decay: float = 0.1,
+        eta: NonNegative = 1.0,
+        beta: NonNegative = 0.1,
+        mask_threshold: Finite = 0.1,
+        vectors: Natural = 16,
+        inner_steps: Natural = 50,
+        vectors_lr: Positive = 0.1,
+        vectors_weight_decay: NonNegative = 0.1,
         trajectory: Kind = "exact",
-        steps: int = 50,
-        guidance_scale: float = 3.0,
+        steps: Steps = 50,
+        guidance_scale: Finite = 3.0,
         schedule: Schedule = "paper",
         **training,
     ):

@@ -40,6 +40,7 @@ from torch.fft import fft2, fftshift, ifft2, ifftshift
 from torch.nn.functional import cosine_similarity
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Finite, Natural, NonNegative
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.erasures.guidance_edit import GuidanceEdit
@@ -69,10 +70,10 @@ class SubspaceFilter(ConditioningEdit):
     """
 
     concepts: tuple[str, ...]
-    alpha: float = 0.01
-    up_t: int | None = 10
-    k: float = 2.5
-    b: float = 5.333
+    alpha: NonNegative = 0.01
+    up_t: Natural | None = 10
+    k: NonNegative = 2.5
+    b: Finite = 5.333
 
     def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Conditioning:
         filtered = replace(c, embeds=c.embeds.clone())
@@ -168,8 +169,8 @@ class LatentFilter(Guidance):
         constant: Whether s itself is written, and whatever the prompt, as in the released code.
     """
 
-    s_1: float = 0.9
-    s_2: float = 0.2
+    s_1: NonNegative = 0.9
+    s_2: NonNegative = 0.2
     constant: bool = False
 
     @torch.no_grad()
@@ -240,10 +241,10 @@ class SAFREE(Method):
         self,
         *,
         concepts: Sequence[str] | None = None,
-        alpha: float = 0.01,
-        up_t: int | None = 10,
-        k: float = 2.5,
-        b: float = 5.333,
+        alpha: NonNegative = 0.01,
+        up_t: Natural | None = 10,
+        k: NonNegative = 2.5,
+        b: Finite = 5.333,
         latent: LatentFilter | None = None,
     ):
         self.concepts, self.settings, self.latent = concepts, (alpha, up_t, k, b), latent

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import NonNegative
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning
@@ -68,9 +69,9 @@ class Scrubber(TrainedMethod):
         blinding: Blinding = "shuffled",
         detect: Literal["once", "every_step"] = "once",
         normalised: bool = True,
-        lamb_f: float = 1.0,
-        lamb_b: float = 1.0,
-        lamb_r: float = 20.0,
+        lamb_f: NonNegative = 1.0,
+        lamb_b: NonNegative = 1.0,
+        lamb_r: NonNegative = 20.0,
         **training,
     ):
         super().__init__(**training)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Finite, Natural, NonNegative, Share
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.base import Method
 from unlearning.models.diffusion import Conditioning, DiffusionModel
@@ -41,11 +42,11 @@ class SafetyGuidance(Guidance):
     """
 
     concept: str
-    warmup_steps: int
-    safety_scale: float
-    threshold: float
-    momentum_scale: float
-    momentum_beta: float
+    warmup_steps: Natural
+    safety_scale: NonNegative
+    threshold: Finite
+    momentum_scale: Share
+    momentum_beta: Share
 
     @torch.no_grad()
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
@@ -79,11 +80,11 @@ class SLD(Method):
         self,
         *,
         concept: str | None = None,
-        warmup_steps: int = 10,
-        safety_scale: float = 1000.0,
-        threshold: float = 0.01,
-        momentum_scale: float = 0.3,
-        momentum_beta: float = 0.4,
+        warmup_steps: Natural = 10,
+        safety_scale: NonNegative = 1000.0,
+        threshold: Finite = 0.01,
+        momentum_scale: Share = 0.3,
+        momentum_beta: Share = 0.4,
     ):
         self.concept = concept
         self.settings = (warmup_steps, safety_scale, threshold, momentum_scale, momentum_beta)

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import NonNegative, Positive, Template
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
@@ -49,11 +50,11 @@ class UCE(Method):
         self,
         *,
         positions: Literal["to_end", "last"] = "to_end",
-        templates: tuple[str, ...] | Literal["objects", "art"] = ("{}",),
-        erase_scale: float = 1.0,
-        preserve_scale: float | None = None,
+        templates: tuple[Template, ...] | Literal["objects", "art"] = ("{}",),
+        erase_scale: Positive = 1.0,
+        preserve_scale: NonNegative | None = None,
         preserve_null: bool = True,
-        lamb: float = 0.5,
+        lamb: Positive = 0.5,
     ):
         self.positions, self.lamb = positions, lamb
         self.templates = TEMPLATES[templates] if isinstance(templates, str) else templates

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count, Finite
 from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
@@ -46,12 +47,12 @@ class UnGuide(ESD):
     def __init__(
         self,
         *,
-        w_1: float = -1.0,
-        w_2: float = 2.0,
+        w_1: Finite = -1.0,
+        w_2: Finite = 2.0,
         threshold: str = "empty",
-        repeats: int = 10,
+        repeats: Count = 10,
         lora: str | None = None,
-        sampling_scale: float = 7.5,
+        sampling_scale: Finite = 7.5,
         **esd,
     ):
         super().__init__(**esd)

@@ -11,6 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from unlearning.config.signatures import forwards_to
+from unlearning.config.values import NonNegative
 from unlearning.models.diffusion import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -26,7 +27,7 @@ class Flux(StableDiffusion):
 
     @classmethod
     @forwards_to(StableDiffusion.load)
-    def load(cls, path: str, *, embedded_guidance: float = 3.5, **settings) -> Self:
+    def load(cls, path: str, *, embedded_guidance: NonNegative = 3.5, **settings) -> Self:
         """StableDiffusion.load.
 
         Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unlearning.concepts import ERASE, SYNONYM
+from unlearning.config.values import Count
 from unlearning.models.vqgan import VQGAN
 from unlearning.store.manifest import ManifestRow, load_images, manifest_of_inputs
 
@@ -22,7 +23,7 @@ class Reconstruction:
         batch_size: Images in one batch. It changes no image.
     """
 
-    batch_size: int = 16
+    batch_size: Count = 16
 
     manifest = staticmethod(manifest_of_inputs)
 

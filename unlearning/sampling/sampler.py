@@ -8,6 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from unlearning.config.values import Count, Finite, Steps
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Text
 from unlearning.sampling.comeback import restored
@@ -118,11 +119,11 @@ class Sampler:
 
     def __init__(
         self,
-        steps: int = 50,
-        guidance_scale: float = 7.5,
+        steps: Steps = 50,
+        guidance_scale: Finite = 7.5,
         scheduler: type[SchedulerMixin] | None = None,
         schedule: Schedule = "diffusers",
-        batch_size: int = 16,
+        batch_size: Count = 16,
     ):
         _check(schedule)  # now, because a sampler is first used when the fit is over
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule

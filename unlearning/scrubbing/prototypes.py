@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
+from unlearning.config.values import Count, Finite, Positive, Seed, Share, Timestep
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 
@@ -80,30 +81,23 @@ class PrototypeSearch:
 
     def __init__(
         self,
-        K: int = 5,
-        tau: float | str = 0.6,
-        alpha: float = 15.0,
+        K: Count = 5,
+        tau: Finite | str = 0.6,
+        alpha: Positive = 15.0,
         layer: str | None = None,
-        band: tuple[int, int] = (300, 700),
-        draws: int = 4,
-        vectors: int = 2000,
+        band: tuple[Timestep, Timestep] = (300, 700),
+        draws: Count = 4,
+        vectors: Count = 2000,
         centred: bool = True,
-        purity: float = 0.95,
+        purity: Share = 0.95,
         confirmed: bool = True,
-        quantile: float = 0.9,
-        seed: int = 42,
+        quantile: Share = 0.9,
+        seed: Seed = 42,
     ):
         if isinstance(tau, str) and tau != "calibrated":
             raise UserError(f"method.prototypes.tau must be a number or 'calibrated', not {tau!r}.")
-        for name, value in {"K": K, "draws": draws, "vectors": vectors}.items():
-            if value < 1:
-                raise UserError(f"method.prototypes.{name} must be at least 1, not {value}.")
-        if len(band) != 2 or not 0 <= band[0] < band[1] <= 1000:
-            raise UserError(
-                f"method.prototypes.band must be two timesteps from 0 to 1000, the lower first, not {[*band]}."
-            )
-        if not 0 <= quantile <= 1:
-            raise UserError(f"method.prototypes.quantile must be between 0 and 1, not {quantile}.")
+        if not band[0] < band[1]:
+            raise UserError(f"method.prototypes.band must be two timesteps, the lower first, not {[*band]}.")
         self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
         self.vectors, self.centred, self.purity, self.confirmed = vectors, centred, purity, confirmed
         self.quantile, self.seed = quantile, seed

@@ -13,6 +13,7 @@ from pathlib import Path
 from unlearning.store.files import digest, write_atomically
 
 MARK = ".finished"
+NAMES = ("concept", "others", "synonyms", "anchor", "template")  # settings that name no file, though one is called so
 LEFT = {  # by stage, a file or folder that it writes
     "fit": "erasure",
     "attack": "erasure",
@@ -33,7 +34,8 @@ def state(settings: object) -> list[tuple[str, int, int]]:
 
 def _files(settings: object) -> Iterator[Path]:
     if isinstance(settings, Mapping | list):
-        for value in settings.values() if isinstance(settings, Mapping) else settings:
+        items = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+        for value in (value for name, value in items if name not in NAMES):
             yield from _files(value)
     elif isinstance(settings, str) and settings.strip("./"):
         if os.path.exists(settings):  # unlike Path.exists, it accepts any text

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch, write
@@ -102,8 +103,8 @@ class LoRA(Student):
     def __init__(
         self,
         modules: str,
-        rank: int = 1,
-        alpha: float = 8.0,
+        rank: Count = 1,
+        alpha: Positive = 8.0,
         convolutions: bool = False,
         init: Literal["normal", "kaiming"] = "normal",
     ):
