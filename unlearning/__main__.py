@@ -21,7 +21,7 @@ from unlearning.config import instances, job, messages, studies, sweeps, validat
 from unlearning.config.containers import resolved
 from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
-from unlearning.config.quoting import with_names_as_text
+from unlearning.config.quoting import readable
 from unlearning.errors import UserError
 from unlearning.store import finished
 
@@ -70,6 +70,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
     logger = loggers.build(cfg.get("logger"))
     trainer = instantiate(cfg.trainer, logger=logger)
+    _check_trainer(trainer, cfg)
     folder, runs = Path(cfg.paths.output_dir), Path(cfg.paths.runs).absolute()
     work = Run(
         folder=folder,
@@ -103,6 +104,17 @@ def _check_family(cfg: DictConfig) -> None:
         kind: Any = get_object(node._target_)
         if not issubclass(load.__self__, kind.works_on):
             raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {load.__self__.__name__} is none.")
+
+
+def _check_trainer(trainer: Callable, cfg: DictConfig) -> None:
+    """Raises UserError for a Trainer that cannot be built: most often for an accelerator that is not there."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    try:
+        trainer(logger=False)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        chosen = ", ".join(f"trainer.{name}={cfg.trainer.get(name)}" for name in ("accelerator", "devices", "strategy"))
+        raise UserError(f"{chosen}: {' '.join(str(error).split())}") from error
 
 
 def _as_list(value: Any) -> list:
@@ -140,7 +152,7 @@ def main() -> None:
     """The console command. A mistake of the user's ends in one message and exit code 1, not in a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     studies.register()
-    sys.argv[1:] = with_names_as_text(sys.argv[1:])
+    sys.argv[1:] = readable(sys.argv[1:])
     try:
         compose_and_run()
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -9,7 +9,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from unlearning.__main__ import CONF
-from unlearning.config.quoting import typed, with_names_as_text
+from unlearning.config.quoting import readable, typed
 from unlearning.config.suggestions import explain
 
 NAMES = [
@@ -43,7 +43,7 @@ def test_a_line_to_type_gives_the_value_in_a_real_shell():
 def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
     override = f"concept={name}"
     with pytest.raises(OverrideParseException) as error:
-        OverridesParser.create().parse_overrides(with_names_as_text([override]))
+        OverridesParser.create().parse_overrides(readable([override]))
     [line] = words(explain(error.value, CONF, [override]).partition("type ")[2])
     assert read(line) == name
 
@@ -82,10 +82,22 @@ def test_a_list_of_one_is_explained(told, several):
     ],
 )
 def test_a_name_is_text_from_the_start(word, value):
-    assert [read(w) for w in with_names_as_text([word])] == [value]
+    assert [read(w) for w in readable([word])] == [value]
 
 
 def test_every_name_of_a_sweep_is_text():
-    [word] = with_names_as_text(["concept=cat,1984,3.10"])
+    [word] = readable(["concept=cat,1984,3.10"])
     [override] = OverridesParser.create().parse_overrides([word])
     assert [shlex.split(value)[0] for value in override.sweep_string_iterator()] == ["cat", "1984", "3.10"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("model.path=~/sd", "{}/sd"), ("after=[~/a,b,~/c]", ["{}/a", "b", "{}/c"]), ("x=a~/b", None)]
+)
+def test_the_home_folder_may_begin_a_path(monkeypatch, word, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    [again] = readable([word])
+    if value is None:
+        assert again == word
+    else:
+        assert str(read(again)) == str(value).replace("{}", "/home/me")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlearning.data.folder import folder
+from unlearning.data import references
+from unlearning.data.folder import folder, read
+from unlearning.errors import UserError
 
 SCRUB = [
     "method=scrubber", "dataset=folder", "dataset.size=16", "dataset.images_per_prompt=1", "method.iterations=1",
@@ -101,3 +103,58 @@ def test_one_of_ten_thousand_images_is_broken(tmp_path):
     (tmp_path / "04321.bmp").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"^1 of 10000 images .*04321\.bmp"):
         assert len(folder("cat", str(tmp_path), size=8).forget_images) == 8000
+
+
+def test_a_file_of_another_format_is_not_opened_whatever_it_is_called(folders):
+    """Pillow would hand PostScript to Ghostscript."""
+    forget, _ = folders
+    (forget / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
+    with pytest.warns(UserWarning, match=r"0\.png \(cannot identify image file"):
+        assert len(read(forget, 16)) == 5
+
+
+def test_heic_images_get_a_hint(folders):
+    forget, _ = folders
+    (forget / "photo.HEIC").touch()
+    with pytest.warns(UserWarning, match="JPEG"):
+        read(forget, 16)
+    for path in forget.glob("*.png"):
+        path.unlink()
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="HEIC"):
+        read(forget, 16)
+
+
+@pytest.fixture
+def spoiled(folders, monkeypatch):
+    """spoiled(how) -> a JPEG among a folder's images that cannot be read."""
+
+    def call(how: str):
+        image = folders[0] / "photo.jpg"
+        noise(1).resize((64, 64)).save(image)
+        if how == "bomb":
+            monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 40 * 40)
+        else:
+            image.write_bytes(image.read_bytes()[:-700] if how == "truncated" else b"no image")
+        return image
+
+    return call
+
+
+@pytest.mark.parametrize("how", ["broken", "bomb", "truncated"])
+def test_a_real_image_that_cannot_be_read_is_named(spoiled, how):
+    image = spoiled(how)
+    with pytest.raises(UserError, match=image.name):
+        references.check(image.parent)
+
+
+@pytest.mark.parametrize("metric", ["fid", "kid"])
+def test_it_is_named_before_anything_is_drawn(told, spoiled, tmp_path, metric):
+    image = spoiled("truncated")
+    message = told("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
+    assert str(image) in message and not (tmp_path / "store").exists()
+
+
+def test_real_images_are_read_once_more_when_they_are_measured(folders):
+    forget, _ = folders
+    references.check(forget)
+    assert sum(map(len, references.of_folder(forget).batches())) == 6

@@ -38,6 +38,19 @@ def test_markdown(table):
     assert notes == ["¹ score >= 0.6 & w < 1/2", "† odd: argmax", "of all"]
 
 
+def test_the_end_of_a_line_does_not_end_a_markdown_cell():
+    lines = [[Cell("two\nlines", aside="\r\n")]]
+    text = FORMATS["markdown"](Table(1, [Cell("na\nme")], lines, [Note("a\nnote")]))
+    assert [line.strip("| ") for line in text.splitlines()[::2]] == ["na me", "two lines", "a note"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "@SUM(A1)", "-cat", "\t=1"])
+def test_a_name_is_no_formula_of_a_spreadsheet(text):
+    cells = [[Cell(text), Cell("-0.5 ± 0.1"), Cell("", values=(-0.5, "-0.5"))]]
+    [_, row] = csv.reader(io.StringIO(FORMATS["csv"](Table(1, [Cell("name")] * 4, cells))))
+    assert row == [f"'{text}", "-0.5 ± 0.1", "-0.5", "-0.5"]
+
+
 def test_a_bar_does_not_end_a_markdown_cell(hostile):
     row = FORMATS["markdown"](hostile).splitlines()[2]
     assert len(re.findall(r"(?<!\\)\|", row)) == 2

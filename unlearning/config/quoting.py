@@ -1,5 +1,6 @@
 """Settings as a user types them in a shell: what needs quotes gets them, and a name is text from the start."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -55,18 +56,22 @@ def _is_plain(text: str) -> bool:
         return False
 
 
-def with_names_as_text(argv: Sequence[str]) -> list[str]:
-    """The command line, with quotes around every name that Hydra would read as a number or as a truth value.
+def readable(argv: Sequence[str]) -> list[str]:
+    """The command line as Hydra should read it.
 
-    Names are the values of the settings in NAMES: of concept=3.10 Hydra would make 3.1, and of concept=true True.
+    A name that Hydra would read as a number or a truth value gets quotes: of concept=3.10 it would make 3.1, of
+    concept=true True. Names are the values of the settings in NAMES. In any other setting, ~/ at the beginning of a
+    value is the home folder, which a shell puts there at the beginning of a word only.
     """
     return [_as_text(word) for word in argv]
 
 
 def _as_text(word: str) -> str:
     setting, equals, value = word.partition("=")
-    if not equals or setting.lstrip("+") not in NAMES:
+    if not equals or word.startswith("-"):
         return word
+    if setting.lstrip("+") not in NAMES:
+        return re.sub(r"(?<=[=\[,])~(?=/)", lambda _: os.path.expanduser("~"), word)
     colon = ":" if value.startswith("{") else ""
 
     def quoted(m: re.Match) -> str:

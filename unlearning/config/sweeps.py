@@ -25,7 +25,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearning.config.decisive import groups
@@ -56,6 +56,8 @@ class Failures(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         _end_with_parent()
+        if OmegaConf.select(config, "trainer.devices") == 1:
+            _take_one_gpu()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         folder = Path(config.hydra.runtime.output_dir)
@@ -147,6 +149,20 @@ def _values(config: DictConfig) -> list[list[str]]:
             values = [override.get_value_element_as_str()]
         settings.append([f"{key}={value}" for value in values])
     return settings
+
+
+@cache
+def _take_one_gpu() -> None:
+    """Lets this process, if it is one of a launcher's workers, see one of the GPUs: the first worker the first."""
+    number = multiprocessing.current_process().name.rpartition("-")[2]  # of a worker of joblib: LokyProcess-1, ...
+    if multiprocessing.parent_process() is None or not number.isdigit():
+        return
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[(int(number) - 1) % len(gpus)]  # read when CUDA is first used
 
 
 @cache

@@ -23,6 +23,7 @@ from unlearning.data import prompt
 from unlearning.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # Pillow's; it hands PostScript to Ghostscript
 SMALLEST = 8  # pixels a side
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Images(Sequence):
             ValueError: If the image has less than `SMALLEST` pixels a side.
             Exception: Whatever the decoder raises for a file that is not an image.
         """
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             with suppress(SyntaxError, ValueError, OSError):  # EXIF data may be broken in a valid image
                 image = ImageOps.exif_transpose(image)
             side = min(image.size)
@@ -97,7 +98,10 @@ def read(folder: str | Path, size: int) -> Images:
             stacklevel=2,
         )
     if len(broken) == len(paths):
-        raise UserError(f"{folder} has no image that can be read ({', '.join(SUFFIXES)}).")
+        raise UserError(
+            f"{folder} has no image that can be read ({', '.join(SUFFIXES)}). Images of another format, as HEIC, have "
+            "to be saved as one of these."
+        )
     return Images(tuple(path for path in paths if path not in broken), size, messages)
 
 
@@ -105,7 +109,8 @@ def _warn_of_others(folder: Path, files: Sequence[Path]) -> None:
     if files:
         kinds = Counter(p.suffix.lower() or "without a suffix" for p in files)
         counted = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
-        warnings.warn(f"files in {folder} that are not images are ignored: {counted}", stacklevel=3)
+        hint = ". Save HEIC images as JPEG to use them" if {".heic", ".heif"} & kinds.keys() else ""
+        warnings.warn(f"files in {folder} that are not images are ignored: {counted}{hint}", stacklevel=3)
 
 
 def _check_disjoint(forget: Images, retain: Images) -> None:

@@ -3,6 +3,7 @@
 # B batch, H W height and width.
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unlearning.concepts import UnlearningTask
-from unlearning.data.folder import SUFFIXES
+from unlearning.data.folder import FORMATS, SUFFIXES
 from unlearning.errors import UserError
 
 BATCH = 64  # images in a batch
@@ -43,15 +44,33 @@ def of_task(task: UnlearningTask, role: str, count: int) -> Reference | None:
     return Reference(f"{len(images)} real ({content})", batches)
 
 
+def check(folder: Path) -> None:
+    """Decodes each image below a folder once, a JPEG at an eighth of its size.
+
+    Raises:
+        UserError: If there are none, or one of them is broken or too large to be decoded.
+    """
+    paths = _paths(folder)
+    for path in tqdm(paths, f"checking {folder.name}", leave=False, disable=len(paths) < 1000):
+        with _opened(path) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
+
+
+def _paths(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} holds no images to measure against ({', '.join(SUFFIXES)}).")
+    return paths
+
+
 def of_folder(folder: Path) -> Reference:
     """All images below a folder, in their own sizes.
 
     Raises:
         UserError: If there are none; when the batches are read, if an image is broken.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise UserError(f"{folder} holds no images to measure against ({', '.join(SUFFIXES)}).")
+    paths = _paths(folder)
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -66,8 +85,14 @@ def of_folder(folder: Path) -> Reference:
 
 
 def _pixels(path: Path) -> np.ndarray:
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"The real image {path} cannot be read ({error}). Repair or remove it.") from error

@@ -84,6 +84,8 @@ class FID(Evaluator):
                 f"There is no {self.given}. Set `evaluator.fid.real` to a folder of real images, or to the .npz of "
                 "their statistics."
             )
+        if self.given and self.given.is_dir():
+            references.check(self.given)  # before anything is generated
         self._real: dict[str, Callable[[], Gaussian | None]] = {}
         self._names: dict[str, str] = {}  # of the real images of each role
         self._generated: list[float] = []

@@ -55,6 +55,8 @@ class KID(Evaluator):
         self.given = Path(real).expanduser() if real else None
         if self.given and not self.given.is_dir():
             raise UserError(f"There is no folder {self.given}. Set `evaluator.kid.real` to a folder of real images.")
+        if self.given:
+            references.check(self.given)  # before anything is generated
         self._reference: references.Reference | None = None
         self.add_state("generated", [], "cat")
 

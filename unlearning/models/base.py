@@ -89,11 +89,26 @@ class Model(ABC):
 
 
 def chosen_device(device: str) -> torch.device:
-    """The device for "auto": the accelerator if there is one; each process of a distributed run takes its own."""
-    if device != "auto":
-        return torch.device(device)
+    """The device called `device`; "auto" is the accelerator if there is one.
+
+    Of several, each process of a distributed run takes its own.
+
+    Raises:
+        UserError: If there is no such device on this machine.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device(f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu")
+    there = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] if accelerator else []
+    if device == "auto":
+        return torch.device(f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu")
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise ValueError("a device without memory")
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        why, known = next(iter(str(error).splitlines()), ""), ", ".join(["cpu", *there])
+        raise UserError(f"There is no device {device!r} here. Devices: {known}. ({why})") from error
+    return chosen
 
 
 def fingerprint(folder: Path) -> str:

@@ -93,10 +93,14 @@ def markdown(table: Table) -> str:
     def show(cell: Cell) -> str:
         text = {BEST: f"**{cell.text}**", SECOND: f"<u>{cell.text}</u>"}.get(cell.rank, cell.text)
         text += "".join(cell.marks).translate(_RAISED)
-        return f"{text} {cell.aside}".rstrip().replace("|", "\\|")
+        return _one_line(f"{text} {cell.aside}").replace("|", "\\|")
 
-    notes = [f"{note.mark.translate(_RAISED)} {note.text}".lstrip() for note in table.notes]
+    notes = [_one_line(f"{note.mark.translate(_RAISED)} {note.text}") for note in table.notes]
     return "\n\n".join([table.drawn("pipe", show), *notes]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())  # the end of a line would be that of the cell
 
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------
@@ -203,8 +207,13 @@ def csv(table: Table) -> str:
     text = io.StringIO()
     writer = comma_separated.writer(text, lineterminator="\n")
     for line in (table.header, *table.lines):
-        writer.writerow([value for cell in line for value in cell.values or (cell.text,)])
+        writer.writerow([_no_formula(value) for cell in line for value in cell.values or (cell.text,)])
     return text.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    """Text that a spreadsheet would compute gets an apostrophe before it, which spreadsheets do not show."""
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=+@\t\r]|-(?![\d.])", value) else value
 
 
 # --- terminal ---------------------------------------------------------------------------------------------------------

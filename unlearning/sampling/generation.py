@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from unlearning.errors import UserError
 from unlearning.models.base import Model
 from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
@@ -32,6 +33,7 @@ class Generation(pl.LightningModule):
         self.model: Any = model
         self.sampler = sampler
         self.left: list[ManifestRow] = []  # rows that another process was drawing already
+        self.halved = False  # whether memory was too small for a batch
 
     def transfer_batch_to_device(self, batch: list[ManifestRow], device, dataloader_idx: int) -> list[ManifestRow]:
         return batch  # rows hold no tensors
@@ -41,9 +43,13 @@ class Generation(pl.LightningModule):
         with claimed(rows) as mine:
             self.draw(mine)
         self.left += missing(row for row in rows if row not in mine)
-        if self.trainer.received_sigterm:  # Lightning reacts to it in training only
-            raise SIGTERMException
+        self.heed_sigterm()
         return len(mine)
+
+    def heed_sigterm(self, *_: object) -> None:
+        """Ends the prediction once the signal was sent; Lightning itself reacts to it in training only."""
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
 
     @torch.inference_mode()
     def finish(self) -> None:
@@ -53,9 +59,32 @@ class Generation(pl.LightningModule):
                 self.draw(mine)
 
     def draw(self, rows: list[ManifestRow]) -> None:
-        """Generates the rows' images and saves those that are finite."""
-        if not rows:
+        """Generates the rows' images and saves those that are finite.
+
+        Raises:
+            UserError: If memory is too small, even for half of a batch.
+        """
+        size = self.sampler.batch_size
+        size = (size + 1) // 2 if self.halved else size
+        try:
+            for i in range(0, len(rows), size):
+                self._draw(rows[i : i + size])
             return
+        except torch.OutOfMemoryError as error:
+            if self.halved or len(rows) == 1:
+                raise UserError(
+                    f"The accelerator's memory is too small for {min(size, len(rows))} images at once. Less is needed "
+                    "with a smaller sampler.batch_size, model.attention_slicing=true or model.offload=true."
+                ) from error
+        self.halved = True  # outside of the handler, whose traceback holds tensors
+        log.warning(
+            "The accelerator's memory is too small for %d images at once; half as many are generated at once from here "
+            "on: sampler.batch_size=%d. It changes no image.", len(rows), (size + 1) // 2,
+        )  # fmt: skip
+        torch.cuda.empty_cache()
+        self.draw(missing(rows))
+
+    def _draw(self, rows: list[ManifestRow]) -> None:
         images, decisions = self.sampler.draw(self.model, rows)
         whole = images.isfinite().flatten(1).all(1).tolist()
         images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -79,6 +108,10 @@ def generate(
     if todo:
         generation = Generation(model, sampler)
         loader: DataLoader = DataLoader(todo, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
-        trainer().predict(generation, loader, return_predictions=False)
+        hook = model.network.register_forward_pre_hook(generation.heed_sigterm)  # within a batch, too
+        try:
+            trainer().predict(generation, loader, return_predictions=False)
+        finally:
+            hook.remove()
         generation.finish()
     return len(todo)

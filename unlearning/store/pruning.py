@@ -151,6 +151,7 @@ def delete(chosen: Iterable[StoredImage]) -> None:
 
 def listing(images: Iterable[StoredImage], title: str):
     """A rich.table.Table of images by model, erasure and sampler, the largest total size first."""
+    from rich.markup import escape
     from rich.table import Table
 
     groups: dict[Path, list[StoredImage]] = defaultdict(list)
@@ -161,7 +162,7 @@ def listing(images: Iterable[StoredImage], title: str):
         table.add_column(name, justify="right", no_wrap=True)
     for folder, own in sorted(groups.items(), key=lambda item: -_total(item[1])):
         about = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else {}
-        names = [about.get(name, "?") for name in ("model", "erasure", "sampler")]
+        names = [escape(str(about.get(name, "?"))) for name in ("model", "erasure", "sampler")]
         newest = time.strftime("%Y-%m-%d", time.localtime(max(image.time for image in own)))
         table.add_row(*names, folder.name, f"{len(own):,}", in_units(_total(own)), newest)
     return table
@@ -193,10 +194,11 @@ def report(store: Path, runs: Sequence[Path], prune: bool, older_than: float, do
         UserError: If there is no store, a folder of runs does not exist, or a run is at work.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     console, images = Console(), stored_images(store)
     if not prune:
-        console.print(listing(images, str(store)))
+        console.print(listing(images, escape(str(store))))
         console.print(f"{len(images):,} images, {in_units(_total(images))}")
         return
     runs = [*runs, *noted(store)]

@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.config.sweeps.commands import FEW, in_a_process
+from unlearning.config import sweeps
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
@@ -28,6 +31,30 @@ def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher)
     assert "Traceback" not in done.stderr
     assert [p.parent.parent.parent.name for p in tmp_path.rglob("erasure")] == ["cat"]
     assert [p.parent.parent.parent.name for p in tmp_path.rglob("failed.json")] == ["kat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "sees"),
+    [("LokyProcess-1", None, "0"), ("LokyProcess-2", None, "1"), ("LokyProcess-4", None, "0"),
+     ("LokyProcess-2", "2,5", "5"), ("LokyProcess-2", "7", "7"), ("MainProcess", None, None)],
+)  # fmt: skip
+def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, name, visible, sees):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: name != "MainProcess" or None)
+    monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(name=name))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("unlearning.config.sweeps._end_with_parent", lambda: None)
+    sweeps._take_one_gpu.cache_clear()
+    sweeps.Failures().on_job_start(OmegaConf.create({"trainer": {"devices": 1}}))
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == sees
+
+
+def test_a_job_that_trains_on_several_gpus_sees_them_all(monkeypatch):
+    monkeypatch.setattr("unlearning.config.sweeps._take_one_gpu", None)  # calling it would be an error
+    monkeypatch.setattr("unlearning.config.sweeps._end_with_parent", lambda: None)
+    sweeps.Failures().on_job_start(OmegaConf.create({"trainer": {"devices": -1}}))
 
 
 def held(folder: Path) -> bool:

@@ -1,0 +1,76 @@
+"""Generation under pressure: too little memory, and a signal in the middle of a batch."""
+
+import signal
+import time
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+
+from unlearning.errors import UserError
+from unlearning.sampling.generation import generate
+from unlearning.store.manifest import ManifestRow, missing
+
+
+class Model:
+    """A model whose network is called at each step."""
+
+    def __init__(self):
+        self.network = nn.Identity()
+
+
+class Steps:
+    """A sampler of grey images, for whose larger batches there is no memory."""
+
+    batch_size = 8
+
+    def __init__(self, most: int = 100, step=lambda i: None, steps: int = 1):
+        self.most, self.step, self.steps, self.sizes = most, step, steps, []
+
+    def draw(self, model, rows):
+        self.sizes.append(len(rows))
+        if len(rows) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        for i in range(self.steps):
+            self.step(i)
+            model.network(torch.zeros(1))
+        return torch.full((len(rows), 3, 8, 8), 0.5), [{}] * len(rows)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return [ManifestRow(tmp_path / f"{i}.png", "a cat", "erase", {}, i) for i in range(20)]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return partial(pl.Trainer, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+
+
+def test_where_memory_is_too_small_half_a_batch_is_drawn_at_once_and_this_is_said(rows, trainer, caplog):
+    sampler = Steps(most=4)
+    generate(Model(), sampler, rows, trainer)
+    assert not missing(rows) and sampler.sizes == [8, 4, 4, 4, 4, 4]
+    [warning] = [record for record in caplog.records if record.name == "unlearning.sampling.generation"]
+    assert "sampler.batch_size=4" in warning.getMessage()
+
+
+def test_where_memory_is_too_small_for_half_a_batch_the_setting_is_named(rows, trainer):
+    with pytest.raises(UserError, match=r"sampler\.batch_size"):
+        generate(Model(), Steps(most=3), rows, trainer)
+
+
+def test_sigterm_ends_a_batch_at_its_next_step(rows, trainer):
+    def step(i: int) -> None:
+        if i == 3:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        assert i <= 3, "it went on"
+
+    with pytest.raises(SIGTERMException):
+        generate(Model(), Steps(step=step, steps=50), rows, trainer)
+    assert len(missing(rows)) == len(rows)
