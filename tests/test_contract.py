@@ -2,11 +2,13 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 
 from tests.composed import config
 from tests.tiny import shrunk
@@ -55,6 +57,13 @@ def built(folder, *chosen: str) -> tuple[DictConfig, Model, object, object]:
     return cfg, model, shrunk(task, model) if isinstance(model, DiffusionModel) else task, instantiate(cfg.sampler)
 
 
+def erased_elsewhere(pipeline: Path, folder: Path) -> Path:
+    """A file with new weights of the UNet, as other code saves them."""
+    weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({n: 1.1 * v for n, v in weights.items() if "attn2" in n}, folder / "erased.safetensors")
+    return folder / "erased.safetensors"
+
+
 def weights_of(model: Model) -> dict[str, torch.Tensor]:
     """Every weight and buffer of every part."""
     return {f"{part}.{k}": v.clone() for part, module in model.parts.items() for k, v in module.state_dict().items()}
@@ -73,6 +82,8 @@ def fitted(request, sd1, vqgan, tmp_path_factory):
     chosen = [f"method={request.param}", f"model.path={sd1}", "concept=cat", "sampler.steps=2"]
     if not issubclass(StableDiffusion, get_class(config(folder, *chosen).method._target_).works_on):
         chosen[1:] = ["model=emoji_vqgan", f"model.path={vqgan}", "concept=cat"]
+    if request.param == "weights":
+        chosen.append(f"method.path={erased_elsewhere(sd1, folder)}")
     cfg, model, task, sampler = built(folder, *chosen)
     trainer = instantiate(cfg.trainer)
     method = instantiate(cfg.method, **instances.trainers(OmegaConf.to_container(cfg.method), trainer))

@@ -36,7 +36,8 @@ from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.store import metrics as metrics_json
 from unlearning.store.evaluations import evaluation, lines
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, file_digest, write_atomically
+from unlearning.store.finished import state
 from unlearning.store.images import figure_paths, write_figures
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow, link_outputs, missing, read_manifest, with_decided, write_manifest
@@ -193,7 +194,9 @@ class Run:
         decided = decisive(self.settings, "erasure")
         settings = (decided.get("method"), decided.get("trainer"))
         before = [erasure.digest for erasure in self._before]
-        return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, self._images, before)
+        files = [file_digest(Path(path)) for path, *_ in state(decided.get("method"))]  # which a method reads
+        data = (self._images, before, files) if files else (self._images, before)
+        return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, *data)
 
     def _data_key(self) -> str:
         """A digest of all that the dataset gives: what a method may know, and the evaluation."""

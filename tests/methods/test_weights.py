@@ -1,0 +1,271 @@
+"""Erased weights of other code, in every format that is read, and what is refused of them."""
+
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+
+from tests import tiny
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.module_edit import Adapter
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.methods.weights import SavedWeights
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.stable_diffusion_xl import StableDiffusionXL
+
+TASK = UnlearningTask((Concept("cat"),))
+K = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+LAYERS = [f"unet.{K}", "unet.mid_block.attentions.0.proj_in", "unet.down_blocks.0.resnets.0.conv1",
+          "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0",
+          "text_encoder.encoder.layers.0.self_attn.q_proj", "text_encoder.encoder.layers.0.mlp.fc1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def edited(model):
+    """New values of all weights of UNet and text encoder, by full name."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = {n: p for n, p in model.named_parameters().items() if n.startswith(("unet.", "text_encoder."))}
+    return {n: p + 0.1 * torch.randn(p.shape, generator=generator) for n, p in chosen.items()}
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name in LAYERS:
+        out, into, *kernel = model.layer(name).weight.shape
+        weights[f"{name}.lora_A.weight"] = torch.randn(2, into, *kernel, generator=generator)
+        weights[f"{name}.lora_B.weight"] = torch.randn(out, 2, *[1] * len(kernel), generator=generator)
+    return Adapter(weights)
+
+
+def read(path, model, **more) -> Erasure:
+    return SavedWeights(path=str(path), **more).fit(model, TASK)
+
+
+def predicted(model, erasure=None) -> torch.Tensor:
+    with erasure.applied_to(model) if erasure else nullcontext(), torch.no_grad():
+        return model.predict(model.noise([5]), torch.tensor([400]), model.encode_prompts(["a cat"]))
+
+
+def of(part: str, weights: dict, prefix: str = "") -> dict:
+    return {prefix + n.removeprefix(f"{part}."): v.contiguous() for n, v in weights.items() if n.startswith(f"{part}.")}
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+LDM = {"mid_block.attentions.0": "middle_block.1", "down_blocks.1.attentions.0": "input_blocks.4.1"}
+
+
+def in_ldm(edited: dict) -> dict:
+    return {
+        f"model.diffusion_model.{ldm}.{n.removeprefix(f'unet.{ours}.')}": v
+        for ours, ldm in LDM.items() for n, v in edited.items() if n.startswith(f"unet.{ours}.") and "attn2" in n
+    }  # fmt: skip
+
+
+STATES = {
+    "a whole UNet": lambda e: of("unet", e),
+    "some of a UNet": lambda e: {n: v for n, v in of("unet", e).items() if "attn2" in n},
+    "by full name": lambda e: {n: v for n, v in e.items() if "attn2" in n},
+    "nested": lambda e: {"unet": {n: v for n, v in of("unet", e).items() if "attn2" in n}},
+    "a trainer's": lambda e: {"state_dict": of("unet", e), "epoch": 3},
+    "ldm's": in_ldm,
+    "a text encoder": lambda e: of("text_encoder", e),
+    "a text encoder of earlier transformers": lambda e: (
+        of("text_encoder", e, "text_model.") | {"text_model.embeddings.position_ids": torch.arange(32)[None]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_dict_becomes_new_values(model, edited, tmp_path, name):
+    state = STATES[name](edited)
+    torch.save(state, tmp_path / "erased.pt")
+    erasure = read(tmp_path / "erased.pt", model)
+    assert isinstance(erasure, WeightPatch) and erasure.weights
+    assert all(torch.equal(v, edited[n]) for n, v in erasure.weights.items())
+    flat = state.get("state_dict", state.get("unet", state))
+    assert len(erasure.weights) == len([n for n in flat if not n.endswith("position_ids")])
+    assert not torch.equal(predicted(model, erasure), predicted(model))
+
+
+def test_safetensors_in_half_precision_are_read_and_the_same_weights_are_left_out(model, edited, tmp_path):
+    state = {n: p.detach() for n, p in of("unet", model.named_parameters()).items()}
+    state[f"{K}.weight"] = edited[f"unet.{K}.weight"].half()
+    save_file(state, tmp_path / "erased.safetensors")
+    assert [*read(tmp_path / "erased.safetensors", model).weights] == [f"unet.{K}.weight"]
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+def kohya(weights: dict) -> dict:
+    """As kohya and SPM save them: with the alpha of each layer, here half of its rank."""
+    state = convert_state_dict_to_kohya(dict(weights))
+    state = {n.replace("lora_te1_encoder", "lora_te_text_model_encoder"): v for n, v in state.items()}
+    return {n: torch.tensor(1.0) if n.endswith(".alpha") else 2 * v if "lora_up" in n else v for n, v in state.items()}
+
+
+def renamed(weights: dict, down: str, up: str) -> dict:
+    return {n.replace(".lora_A", down).replace(".lora_B", up): v for n, v in weights.items()}
+
+
+def old(weights: dict) -> dict:
+    """As diffusers saved attention processors in 2023."""
+    state = {n: v for n, v in weights.items() if "attn" in n and n.startswith("unet.")}
+    state = {n.replace("attn2.", "attn2.processor.").replace("attn1.", "attn1.processor."): v for n, v in state.items()}
+    return {n.replace(".to_out.0", ".to_out"): v for n, v in renamed(state, "_lora.down", "_lora.up").items()}
+
+
+LORAS = {
+    "diffusers": dict,
+    "diffusers of 2024": lambda w: (
+        renamed(of("unet", w, "unet."), ".lora.down", ".lora.up")
+        | renamed(of("text_encoder", w, "text_encoder."), ".lora_linear_layer.down", ".lora_linear_layer.up")
+    ),
+    "diffusers of 2023": old,
+    "peft": lambda w: {f"base_model.model.{n}": v for n, v in of("unet", w).items()},
+    "peft with a name": lambda w: renamed(of("unet", w, "base_model.model."), ".lora_A.default", ".lora_B.default"),
+    "kohya": kohya,
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_becomes_an_adapter(model, adapter, tmp_path, name):
+    state = LORAS[name](adapter.weights)
+    save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "lora.safetensors")
+    erasure = read(tmp_path / "lora.safetensors", model)
+    assert isinstance(erasure, Adapter) and len(erasure.weights) >= 4
+    there = {n: v for n, v in adapter.weights.items() if n in erasure.weights}
+    assert len(there) == len(erasure.weights)
+    torch.testing.assert_close(predicted(model, erasure), predicted(model, Adapter(there)))
+    assert not torch.allclose(predicted(model, erasure), predicted(model))
+
+
+def test_alpha_and_scale_count(model, adapter, tmp_path):
+    state = of("unet", adapter.weights, "base_model.model.")
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8, "r": 2}')
+    weights = read(tmp_path / "adapter_model.safetensors", model, scale=0.5).weights
+    name = f"unet.{K}.lora_B.weight"
+    torch.testing.assert_close(weights[name], 0.5 * 8 / 2 * adapter.weights[name])
+    metadata = {"lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.r": 2}'}
+    save_file(of("unet", adapter.weights, "unet."), tmp_path / "diffusers.safetensors", metadata)
+    (tmp_path / "adapter_config.json").unlink()
+    torch.testing.assert_close(
+        read(tmp_path / "diffusers.safetensors", model).weights[name], 8 / 2 * adapter.weights[name]
+    )
+
+
+def test_unguides_lora_is_an_adapter(model, tmp_path):
+    A, B = torch.randn(16, 1), torch.randn(1, 16)
+    torch.save({f"middle_block.1.transformer_blocks.0.attn2.to_k.lora.{n}": v for n, v in (("A", A), ("B", B))},
+               tmp_path / "lora.pth")  # fmt: skip
+    weights = read(tmp_path / "lora.pth", model, scale=8.0).weights
+    assert torch.equal(weights[f"unet.{K}.lora_A.weight"], A.T)
+    assert torch.equal(weights[f"unet.{K}.lora_B.weight"], 8 * B.T)
+
+
+def test_sdxls_second_text_encoder_has_its_own(tmp_path):
+    sdxl = StableDiffusionXL.load(str(tiny.save("sdxl", tmp_path)), device="cpu")
+    layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    A, B = torch.randn(2, 16), torch.randn(16, 2)
+    flat = layer.replace("text_encoder_2", "lora_te2").replace(".", "_")
+    save_file({f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(2.0)},
+              tmp_path / "lora.safetensors")  # fmt: skip
+    weights = read(tmp_path / "lora.safetensors", sdxl).weights
+    assert {n.partition(".")[0] for n in weights} == {"text_encoder_2"} and len(weights) == 2
+    assert not torch.equal(predicted(sdxl, Adapter(weights)), predicted(sdxl))
+
+
+# --- our own ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_erasure_of_an_earlier_run_is_read_and_only_for_its_model(model, edited, adapter, tmp_path):
+    for i, erasure in enumerate((WeightPatch({n: v for n, v in edited.items() if K in n}), adapter)):
+        erasure.save(tmp_path / str(i), base=model)
+        assert read(tmp_path / str(i), model).digest == erasure.digest
+    other = StableDiffusion.load(str(tiny.save("sd2", tmp_path)), device="cpu")
+    with pytest.raises(UserError, match="another model"):
+        read(tmp_path / "0", other)
+
+
+def test_a_finished_erasure_is_measured_on_another_dataset(unlearn):
+    first = unlearn("dataset=prompt", "method=uce", "stages=[fit]", run="first")
+    chosen = ["method=weights", f"method.path={first}/erasure", "dataset=prompt", "concept=dog", "evaluator=clip_score"]
+    second = unlearn(*chosen, run="second")
+    assert (second / "metrics.json").exists()
+    weights = [folder / "erasure" / "weights.safetensors" for folder in (first, second)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_another_file_at_the_same_path_is_another_erasure(unlearn, sd1, tmp_path):
+    command = ["dataset=prompt", "method=weights", f"method.path={tmp_path}/erased.safetensors", "stages=[fit]"]
+    kept = []
+    for factor in (2.0, 3.0):
+        save_file({"conv_in.bias": torch.full((8,), factor)}, tmp_path / "erased.safetensors")
+        kept.append((unlearn(*command) / "erasure" / "weights.safetensors").read_bytes())
+    assert kept[0] != kept[1]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that writes a file if it is loaded."""
+
+    def __init__(self, witness):
+        self.witness = str(witness)
+
+    def __reduce__(self):
+        return open, (self.witness, "w")
+
+
+def test_a_pickle_of_more_than_tensors_is_refused_unopened(model, tmp_path):
+    (tmp_path / "erased.pt").write_bytes(pickle.dumps({"conv_in.bias": Bomb(tmp_path / "witness")}))
+    with pytest.raises(UserError, match=r"erased\.pt"):
+        read(tmp_path / "erased.pt", model)
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"conv_in.bais": torch.ones(8)}, ["conv_in.bais", "Did you mean unet.conv_in.bias?"]),
+        ({"conv_in.bias": torch.ones(9)}, ["unet.conv_in.bias", "(9,)", "(8,)"]),
+        ({"conv_in.bias": torch.full((8,), torch.nan)}, ["not finite", "conv_in.bias"]),
+        ({"conv_in.bias": torch.ones(8), "note": "cat"}, ["'note'"]),
+        ([torch.ones(8)], ["no tensors"]),
+        ({f"{K}.lora_A.weight": torch.ones(2, 16)}, ["A or B"]),
+        ({f"unet.{K}x.lora_{n}.weight": torch.ones(2, 2) for n in "AB"}, [f"{K}x", f"Did you mean unet.{K}"]),
+        ({f"{K}.lora_A.weight": torch.ones(2, 17), f"{K}.lora_B.weight": torch.ones(16, 2)}, [K, "17"]),
+        ({f"{K}.hada_w1_a": torch.ones(2, 2)}, ["hada_w1_a"]),
+    ],
+)
+def test_what_does_not_go_with_the_model_is_refused_by_name(model, tmp_path, state, words):
+    torch.save(state, tmp_path / "erased.pt")
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "erased.pt", model)
+    assert all(word in str(error.value) for word in ("erased.pt", *words)) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_file_of_weights_or_changes_nothing_is_named(model, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"junk")
+    (tmp_path / "empty.pt").touch()
+    save_file({"conv_in.bias": model.layer("unet.conv_in").bias.detach()}, tmp_path / "same.safetensors")
+    for name in ("nothing.pt", "broken.safetensors", "empty.pt", "same.safetensors", "."):
+        with pytest.raises(UserError, match=str(tmp_path / name).rstrip(".")):
+            read(tmp_path / name, model)
+    with pytest.raises(UserError, match=r"method\.path"):
+        SavedWeights(path=None).fit(model, TASK)

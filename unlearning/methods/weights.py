@@ -1,0 +1,36 @@
+"""Erased weights from a file: what someone else's code has saved, or the erasure of an earlier run.
+
+Nothing is trained. The file is read as an erasure (erasures/foreign.py lists the formats), so that it is attacked,
+drawn and measured like any other, on any dataset.
+
+Deviation: files of other code hold weights only. SPM's gates are not in them, so that every prompt gets all of each
+adapter; nor is UnGuide's guidance (`method=unguide method.lora=` has it).
+"""
+
+from pathlib import Path
+
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Finite
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.foreign import read
+from unlearning.errors import UserError
+from unlearning.methods.base import Method
+from unlearning.models.base import Model
+
+
+class SavedWeights(Method):
+    """
+    Args:
+        path: The file, or the folder `erasure/` of a run.
+        scale: Factor of a LoRA's update, beside the alpha / r that the file states.
+    """
+
+    works_on = Model
+
+    def __init__(self, *, path: str | None, scale: Finite = 1.0):
+        self.path, self.scale = path, scale
+
+    def fit(self, model: Model, task: UnlearningTask) -> Erasure:
+        if self.path is None:
+            raise UserError("method=weights needs method.path=/the/erased/weights: a file, or the erasure/ of a run.")
+        return read(Path(self.path).expanduser(), model, self.scale)
