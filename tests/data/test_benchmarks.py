@@ -77,10 +77,10 @@ def test_a_subset_is_chosen_by_its_seed_and_keeps_the_order(listed):
 
 def test_coco_says_where_it_comes_from_and_which_column_is_missing(tmp_path, listed):
     for name in ("coco30k", "coco10k"):
-        with pytest.raises(Exception, match=r"dataset\.path=.*prompt, evaluation_seed.*coco_30k\.csv"):
+        with pytest.raises(Exception, match=r"dataset\.path=.*prompt.*coco_30k\.csv"):
             composed(tmp_path, f"dataset={name}")
-    with pytest.raises(Exception, match="no column 'evaluation_seed'"):
-        composed(tmp_path, "dataset=coco30k", f"dataset.path={listed('prompt,seed')}")
+    with pytest.raises(Exception, match="no column 'prompt'"):
+        composed(tmp_path, "dataset=coco30k", f"dataset.path={listed('words,seed')}")
     settings = ["dataset=coco10k", f"dataset.path={listed(coco(12))}"]
     with pytest.raises(Exception, match=r"12 .*dataset\.count=10000"):
         composed(tmp_path, *settings)
@@ -146,5 +146,5 @@ def test_names_are_put_into_maces_prompts_and_drawn_with_its_seeds(tmp_path):
 
 
 def test_artists_say_what_they_need():
-    with pytest.raises(UserError, match=r"dataset\.others=.*dataset\.path=.*artist, prompt, evaluation_seed"):
+    with pytest.raises(UserError, match=r"dataset\.others=.*dataset\.path=.*artist, prompt"):
         artists("Monet")

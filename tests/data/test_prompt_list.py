@@ -1,6 +1,7 @@
 """Lists of prompts in I2P's format: their own seeds and scales, bad rows, and going on after an interruption."""
 
 import csv
+import gzip
 
 import pytest
 from hydra.utils import instantiate
@@ -63,12 +64,58 @@ def test_rows_belong_to_the_concept_that_their_column_names(listed):
 
 
 def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
-    with pytest.raises(UserError, match="no column 'evaluation_seed'"):
-        prompt_list("cat", listed("a cat", header="prompt\n"))
+    with pytest.raises(UserError, match="no column 'prompt'.*caption.*promt,evaluation_seed".replace(",", ", ")):
+        prompt_list("cat", listed("a cat,1", header="promt,evaluation_seed\n"))
     with pytest.raises(UserError, match="line 2"):
         prompt_list("cat", listed(",x,1,7"))
     with pytest.raises(UserError, match=r"none\.csv"):
         prompt_list("cat", tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "seed", "scale"),
+    [
+        ("prompt", "a cat", None, None),
+        ("prompt,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height", "a cat,7,8.5,512,768", 7, 8.5),
+        ("case_number,prompt,evaluation_seed,evaluation_guidance", "3,a cat,7,8.5", 7, 8.5),
+        (" Prompt , Seed ,Guidance Scale", "a cat,7,8.5", 7, 8.5),
+        ("Sensitive Prompt", "a cat", None, None),
+        ("id;caption;seed", "1;a cat;7", 7, None),
+        ("id\ttext", "1\ta cat", None, None),
+        ("target_prompt,adv_prompt", "x,a cat", None, None),
+        ("evaluation_seed,sd_seed,prompt", "7,8,a cat", 7, None),
+    ],
+)
+def test_lists_of_the_field_are_read(listed, header, row, seed, scale):
+    [prompt] = prompt_list("cat", listed(row, header=f"{header}\n")).prompts
+    assert (prompt.text, prompt.seed, prompt.guidance_scale) == ("a cat", seed, scale)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_of_any_encoding_are_read(tmp_path, encoding, packed):
+    text = 'prompt;seed\r\na café;1\r\n\r\n"two\r\nlines";2\r\n'.encode(encoding)
+    path = tmp_path / ("list.csv.gz" if packed else "list.csv")
+    path.write_bytes(gzip.compress(text) if packed else text)
+    assert [(p.text, p.seed) for p in prompt_list("cat", path).prompts] == [("a café", 1), ("two\r\nlines", 2)]
+
+
+def test_a_file_that_is_not_utf_8_is_said_to_be_read_as_another(listed, tmp_path, caplog):
+    (tmp_path / "list.csv").write_bytes("prompt\na cat\na café\n".encode("latin-1"))
+    prompt_list("cat", tmp_path / "list.csv")
+    assert "line 3" in caplog.text and "utf-8" in caplog.text
+
+
+def test_a_long_prompt_is_read(listed):
+    task = prompt_list("cat", listed(f"{'cat ' * 50_000},1", header="prompt,seed\n"))
+    assert len(task.prompts[0].text) == 199_999
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    for name, content in (("a.csv.gz", b"no gzip"), ("b.csv", b"\xff\xfea"), ("c.csv", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            prompt_list("cat", tmp_path / name)
 
 
 def test_i2p_says_where_it_comes_from(tmp_path):

@@ -10,10 +10,10 @@ from unlearning.concepts import ERASE, RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
 from unlearning.data.objects import known
 from unlearning.data.prompt import concepts, kept
-from unlearning.data.prompt_list import CSVRow, read, seed, text
+from unlearning.data.prompt_list import Row, read
 from unlearning.errors import UserError
 
-COLUMNS = ("artist", "prompt", "evaluation_seed")
+COLUMNS = ("artist", "prompt")
 TEMPLATES = (  # MACE's; it generates each with five seeds
     "Image in the style of {}",
     "Art inspired by {}",
@@ -38,8 +38,8 @@ def artists(
 
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
-        path: A CSV with the columns `artist`, `prompt` and `evaluation_seed`. Artists in it that are not erased are to
-            be retained.
+        path: A CSV with columns of artists and prompts and, if it has one, of seeds. Artists in it that are not erased
+            are to be retained.
         others, seeds: If there is no CSV: the artists to retain, and the seeds of each prompt.
         source: Where to get a CSV, for the error message if there is neither a CSV nor others.
         template: How an artist's name becomes a prompt, for the methods.
@@ -51,18 +51,17 @@ def artists(
     erase = concepts(concept, anchor=anchor)
     erased = [one.name for one in erase]
 
-    def prompt(text: str, artist: str, seed: int) -> Prompt:
+    def prompt(text: str, artist: str, seed: int | None) -> Prompt:
         role, of = (ERASE, artist) if artist in erased else (RETAIN, "")
         return Prompt(text, role, seed=seed, concept=of)
 
     if path is not None:
         named: dict[str, None] = {}
 
-        def parse(row: CSVRow) -> Prompt:
-            if not (artist := (row["artist"] or "").strip()):
-                raise ValueError("the artist is missing")
+        def parse(row: Row) -> Prompt:
+            artist = row.text("artist")
             named[artist] = None
-            return prompt(text(row), artist, seed(row))
+            return prompt(row.text(), artist, row.seed)
 
         prompts, skipped = read(path, COLUMNS, parse)
         for artist in erased:

@@ -12,10 +12,10 @@ import numpy as np
 from unlearning.concepts import RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
 from unlearning.data.prompt import concepts
-from unlearning.data.prompt_list import read, required, seed, text
+from unlearning.data.prompt_list import read, required
 from unlearning.errors import UserError
 
-COLUMNS = ("prompt", "evaluation_seed")
+COLUMNS = ("prompt",)
 
 
 def captions(
@@ -33,7 +33,7 @@ def captions(
 
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
-        path: The CSV, with the columns `prompt` and `evaluation_seed`.
+        path: The CSV, with a column of prompts and, if it has one, of seeds (`unlearning.data.prompt_list.COLUMNS`).
         count: Number of captions; None takes all.
         subset: The seed that chooses the captions if the CSV has more.
         source: Where to get the CSV, for the error message if there is no path.
@@ -44,7 +44,7 @@ def captions(
         UserError: If the path is missing, the CSV cannot be used, or it has fewer than `count` captions.
     """
     path = required(path, COLUMNS, source)
-    prompts, skipped = read(path, COLUMNS, lambda row: Prompt(text(row), RETAIN, seed=seed(row)))
+    prompts, skipped = read(path, COLUMNS, lambda row: Prompt(row.text(), RETAIN, seed=row.seed))
     if count is not None:
         if count > len(prompts):
             raise UserError(f"{path} has {len(prompts)} valid captions, fewer than dataset.count={count}.")

@@ -1,13 +1,16 @@
-"""A CSV of prompts in I2P's format: `prompt`, `evaluation_seed` and `evaluation_guidance`.
+"""A CSV of prompts, with the columns of any of the field's lists: I2P, COCO, UnlearnDiffAtk, Ring-A-Bell, MMA.
 
-I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Other columns are ignored, but for `concept`, which
-says which of several erased concepts a prompt belongs to.
+I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Seed and guidance scale are optional. A column
+`concept` says which of several erased concepts a prompt belongs to; columns of other names are ignored.
 """
 
 import csv
+import gzip
+import io
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from unlearning.concepts import ERASE, Prompt, UnlearningTask
@@ -15,45 +18,141 @@ from unlearning.config.values import Count, Template
 from unlearning.data.prompt import concepts
 from unlearning.errors import UserError
 
-COLUMNS = ("prompt", "evaluation_seed", "evaluation_guidance")
+# What a column holds, by the names that lists give it, in any case and with blanks for underscores; the first counts.
+COLUMNS = {
+    "prompt": ("prompt", "text", "caption", "sensitive_prompt", "adv_prompt", "prompts"),
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance", "cfg_scale"),
+    "width": ("sd_image_width", "image_width", "width"),
+    "height": ("sd_image_height", "image_height", "height"),
+    "artist": ("artist", "artist_name"),
+    "concept": ("concept",),
+}
+DELIMITERS = ",\t;|"
 log = logging.getLogger(__name__)
+csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is an error
 
-CSVRow = Mapping[str, str | None]  # a value by column
 
-
-def read(path: str | Path, columns: Sequence[str], parse: Callable[[CSVRow], Prompt]) -> tuple[list[Prompt], list[str]]:
-    """Reads the prompts of a CSV.
+@dataclass(frozen=True)
+class Row:
+    """A row of a list.
 
     Args:
-        path: The CSV. A prompt may span lines.
-        columns: The columns that it must have.
+        cells: What the columns hold, by the keys of COLUMNS; None where a row is too short.
+        names: What the file calls these columns.
+    """
+
+    cells: Mapping[str, str | None]
+    names: Mapping[str, str]
+
+    def text(self, column: str = "prompt") -> str:
+        """The text in a column. Raises ValueError if it is empty."""
+        if not (text := (self.cells[column] or "").strip()):
+            raise ValueError(f"the {column} is missing")
+        return text
+
+    def number(self, column: str) -> float | None:
+        """The number in a column; None if there is no such column. Raises ValueError for anything else."""
+        if column not in self.cells:
+            return None
+        try:
+            value = float(self.cells[column] or "")
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{self.names[column]} is {self.cells[column]!r}, not a number")
+        return value
+
+    @property
+    def seed(self) -> int | None:
+        """The seed; None if there is no such column. Raises ValueError if it is not a whole number >= 0."""
+        value = self.number("seed")
+        if value is not None and (value < 0 or value != int(value)):
+            raise ValueError(f"{self.names['seed']} is {value:g}, not a whole number >= 0")
+        return None if value is None else int(value)
+
+
+def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt]) -> tuple[list[Prompt], list[str]]:
+    """Reads the prompts of a CSV.
+
+    Commas, semicolons, tabs or bars separate its columns. It is UTF-8 or UTF-16, otherwise it is read as Windows-1252;
+    a name that ends in .gz is unpacked. A prompt may span lines.
+
+    Args:
+        path: The CSV.
+        columns: The keys of COLUMNS that it must have.
         parse: Makes a prompt of a row, or raises ValueError with what is wrong.
 
     Returns:
         The prompts, and one message for each row that `parse` rejects, with the row's last line number.
 
     Raises:
-        UserError: If there is no such file, a column is missing, or no row can be used.
+        UserError: If there is no such file, it cannot be read, a column is missing, or no row can be used.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"There is no file {path}. Set dataset.path to a CSV with the columns {', '.join(columns)}.")
-    prompts, skipped = [], []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        missing = [column for column in columns if column not in (rows.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}. It needs the columns {', '.join(columns)}.")
-        for row in rows:
+    prompts: list[Prompt] = []
+    skipped = []
+    header, rows = _table(path, columns)
+    names = _columns(header)
+    place = {column: header.index(name) for column, name in names.items()}
+    try:
+        for cells in filter(None, rows):
+            row = Row({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
             try:
                 prompts.append(parse(row))
             except ValueError as error:
                 skipped.append(f"{path}, line {rows.line_num}: {error}")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
     if not prompts:
         raise UserError("\n".join([f"{path} has no valid prompt.", *skipped]))
     for message in skipped:
         log.warning("skipped: %s", message)
+    if "width" in names or "height" in names:
+        log.info("%s states sizes of images, which are left aside: all images have the model's size.", path)
     return prompts, skipped
+
+
+def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], "csv._reader"]:
+    """The header and the rows, with the delimiter that makes the columns. Raises UserError if none does."""
+    text = _decoded(path)
+    for delimiter in DELIMITERS:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        header = next(rows, [])
+        if set(columns) <= _columns(header).keys():
+            return header, rows
+    header = next(csv.reader(io.StringIO(text, newline="")), [])
+    missing = next(column for column in columns if column not in _columns(header))
+    raise UserError(
+        f"{path} has no column {missing!r}, under any of the names {', '.join(COLUMNS[missing])}. Its columns: "
+        f"{', '.join(header)[:200]}."
+    )
+
+
+def _columns(header: Iterable[str]) -> dict[str, str]:
+    """The names in a header by what their columns hold."""
+    given = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in header}
+    found = {column: next((given[n] for n in names if n in given), None) for column, names in COLUMNS.items()}
+    return {column: name for column, name in found.items() if name is not None}
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be unpacked: {error}") from error
+    encodings = ["utf-16"] if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252", "latin-1"]
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError as error:
+            line, why = content[: error.start].count(b"\n") + 1, error.reason
+            log.warning("%s, line %d: it is not %s (%s).", path, line, encoding.removesuffix("-sig"), why)
+    raise UserError(f"{path} is no text, as line {line} shows. Save it as UTF-8.")
 
 
 def required(path: str | Path | None, columns: Sequence[str], source: str) -> str | Path:
@@ -63,31 +162,6 @@ def required(path: str | Path | None, columns: Sequence[str], source: str) -> st
             f"Set dataset.path=/path/to/the/prompts.csv, a file with the columns {', '.join(columns)}. {source}".strip()
         )
     return path
-
-
-def text(row: CSVRow) -> str:
-    """The prompt of a row. Raises ValueError if it is empty."""
-    if not (prompt := (row["prompt"] or "").strip()):
-        raise ValueError("the prompt is missing")
-    return prompt
-
-
-def seed(row: CSVRow) -> int:
-    """The seed of a row. Raises ValueError if it is not a whole number >= 0."""
-    value = _number(row, "evaluation_seed")
-    if value < 0 or value != int(value):
-        raise ValueError(f"evaluation_seed is {value:g}, not a whole number >= 0")
-    return int(value)
-
-
-def _number(row: CSVRow, column: str) -> float:
-    try:
-        value = float(row[column] or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{column} is {row[column]!r}, not a number")
-    return value
 
 
 def prompt_list(
@@ -109,7 +183,8 @@ def prompt_list(
         path: The CSV.
         source: Where to get the CSV, for the error message if there is no path.
         template: How a concept's name becomes a prompt, for the methods.
-        images_per_prompt: The first image of a prompt has the row's seed, the next one the seed plus one, ...
+        images_per_prompt: The first image of a prompt has the row's seed, the next one the seed plus one, ... Without
+            seeds in the CSV, seeds are derived from the run's.
 
     Raises:
         UserError: If the path is missing or the CSV cannot be used.
@@ -117,17 +192,17 @@ def prompt_list(
     erase = concepts(concept, anchor=anchor)
     names = [one.name for one in erase]
 
-    def belongs_to(row: CSVRow) -> str:
-        name = names[0] if len(names) == 1 else (row.get("concept") or "").strip()
+    def belongs_to(row: Row) -> str:
+        name = names[0] if len(names) == 1 else (row.cells.get("concept") or "").strip()
         if name and name not in names:
             raise ValueError(f"concept is {name!r}, not one of {', '.join(names)}")
         return name
 
-    def prompt(row: CSVRow) -> Prompt:
-        scale = _number(row, "evaluation_guidance")
-        return Prompt(text(row), ERASE, seed=seed(row), guidance_scale=scale, concept=belongs_to(row))
+    def prompt(row: Row) -> Prompt:
+        scale = row.number("guidance")
+        return Prompt(row.text(), ERASE, seed=row.seed, guidance_scale=scale, concept=belongs_to(row))
 
-    prompts, skipped = read(required(path, COLUMNS, source), COLUMNS, prompt)
+    prompts, skipped = read(required(path, ["prompt"], source), ["prompt"], prompt)
     return UnlearningTask(
         erase=erase,
         template=template,

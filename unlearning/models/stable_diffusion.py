@@ -3,6 +3,9 @@
 What later families share with them is inherited from here.
 """
 
+import json
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,13 +16,25 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPPreTrainedModel, PreTrainedTokenizerBase
 
 from unlearning.config.precision import warn_if_slow
 from unlearning.errors import UserError
 from unlearning.models.base import DType, chosen_device, fingerprint
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
+FAMILIES = {  # model= by the name of the pipeline
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "PixArtSigmaPipeline": "pixart",
+    "PixArtAlphaPipeline": "pixart",
+    "DiffusionPipeline": "pixart",  # which takes either
+    "SanaPipeline": "sana",
+    "DiTPipeline": "dit",
+}
+VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.([a-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
 AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
 
 
@@ -54,7 +69,8 @@ class StableDiffusion(DiffusionModel):
         """Loads a diffusers pipeline.
 
         Args:
-            path: A folder that diffusers saved, or a repository's name on the Hugging Face hub.
+            path: A folder that diffusers saved, or a repository's name on the Hugging Face hub. Weights of a variant
+                ("fp16") are read if there are no others.
             dtype: Of the weights: float32, bfloat16 or float16.
             autocast: What the networks compute in, if it is another dtype. The weights keep theirs.
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
@@ -66,15 +82,20 @@ class StableDiffusion(DiffusionModel):
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
 
         Raises:
-            UserError: Where there is no such folder, it is a pickled checkpoint, or the hub cannot be reached.
+            UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, or the
+                hub cannot be reached.
         """
-        place = chosen_device(device)
+        place, path = chosen_device(device), str(Path(path).expanduser())
         warn_if_slow(autocast, place.type)
-        _check(path)
+        _check(path, cls.pipeline_class)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)
             pipeline = cls.pipeline_class.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, **cls.load_options
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                variant=_variant(Path(folder) / cls.component),
+                **cls.load_options,
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
@@ -82,6 +103,7 @@ class StableDiffusion(DiffusionModel):
                 f"download it first: hf download {path}"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
+        _limit_lengths(pipeline)
         if attention_slicing:
             pipeline.enable_attention_slicing()
         if gradient_checkpointing:
@@ -166,15 +188,64 @@ class StableDiffusion(DiffusionModel):
         return (x_t, t, c.embeds), {}
 
 
-def _check(path: str) -> None:
+def _check(path: str, pipeline_class: type[DiffusionPipeline]) -> None:
     """Raises UserError for what can be seen to fail before anything is loaded."""
-    if Path(path).suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    folder = Path(path)
+    if folder.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
             f"{path} is a pickled checkpoint, and loading one can run whatever code it holds. Convert it once to a "
             "diffusers folder (diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py, with "
             "--to_safetensors) and give that folder with model.path=..."
         )
-    if not Path(path).is_dir() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") != 1):
+    if folder.suffix == ".safetensors" and folder.is_file():
+        raise UserError(
+            f"{path} is a single file, without the configurations of its parts, which diffusers downloads. Convert it "
+            f"once: {_conversion(pipeline_class, 'from_single_file', folder)}\nand give that folder with model.path=..."
+        )
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise UserError(f"There is no model folder at {path}. Set model.path to a folder that diffusers saved.")
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").exists():
+    if not folder.is_dir():
+        return  # a repository of the hub
+    if not (folder / "model_index.json").exists():
         raise UserError(f"{path} holds no model_index.json: it is not a folder that diffusers saved a pipeline to.")
+    there = _pipeline_of(folder)
+    if there in FAMILIES and FAMILIES[there] != FAMILIES.get(pipeline_class.__name__):
+        raise UserError(f"{path} holds a {there}: model={FAMILIES[there]} model.path={shlex.quote(path)}")
+    for part in (p for p in sorted(folder.iterdir()) if p.is_dir()):
+        if list(part.glob("*.bin")) and not list(part.glob("*.safetensors")):
+            raise UserError(
+                f"No model could be loaded from {path!r}: its {part.name} holds pickled weights only, and loading them "
+                "can run whatever code they hold. If you trust them, convert them once: "
+                f"{_conversion(pipeline_class, 'from_pretrained', folder)}\nand give that folder with model.path=..."
+            )
+
+
+def _pipeline_of(folder: Path) -> str:
+    """The name of the pipeline that a folder's model_index.json states; "" without one."""
+    try:
+        return json.loads((folder / "model_index.json").read_text()).get("_class_name", "")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'model_index.json'} is broken: {error}. Copy the folder again.") from error
+
+
+def _conversion(pipeline_class: type[DiffusionPipeline], load: str, source: Path) -> str:
+    """The command that saves a pipeline as a folder of safetensors."""
+    name, target = pipeline_class.__name__, source.with_name(f"{source.stem}-diffusers")
+    code = f"from diffusers import {name}; {name}.{load}({str(source)!r}).save_pretrained({str(target)!r})"
+    return f"python -c {shlex.quote(code)}"
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights in a part's folder, "fp16" say; None if it has weights without a variant."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    found = [VARIANT.search(name) for name in names]
+    return next((match[1] for match in found if match), None) if all(found) else None
+
+
+def _limit_lengths(pipeline: DiffusionPipeline) -> None:
+    """Gives CLIP's tokenizers that state no largest length that of their text encoders."""
+    for name, tokens in pipeline.components.items():
+        encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
+        if isinstance(tokens, PreTrainedTokenizerBase) and isinstance(encoder, CLIPPreTrainedModel):
+            positions = encoder.config.max_position_embeddings
+            tokens.model_max_length = min(tokens.model_max_length, positions)

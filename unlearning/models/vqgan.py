@@ -59,7 +59,7 @@ class VQGAN(Model):
         Raises:
             UserError: If there is no model at `path`, or it cannot be read.
         """
-        target, folder, kept = chosen_device(device), Path(path), getattr(torch, dtype)
+        target, folder, kept = chosen_device(device), Path(path).expanduser(), getattr(torch, dtype)
         if folder.is_dir():
             try:
                 vq, logits = VQModel.from_pretrained(folder, dtype=kept, use_safetensors=True), None
