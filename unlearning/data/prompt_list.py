@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unlearning.concepts import ERASE, Prompt, UnlearningTask
 from unlearning.config.values import Count, Template
@@ -115,7 +116,7 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
     return prompts, skipped
 
 
-def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], "csv._reader"]:
+def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], Any]:
     """The header and the rows, with the delimiter that makes the columns. Raises UserError if none does."""
     text = _decoded(path)
     for delimiter in DELIMITERS:
