@@ -7,8 +7,8 @@ CRA whether the objects are.
 from collections.abc import Sequence
 
 from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
-from unlearning.data.captioning import with_article
 from unlearning.config.values import Count, Natural, StyledTemplate
+from unlearning.data.captioning import with_article
 from unlearning.data.objects import TrainingImages, known, reference_images
 from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
 
