@@ -4,6 +4,7 @@ What later families share with them is inherited from here.
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,7 @@ class StableDiffusion(DiffusionModel):
             UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, or the
                 hub cannot be reached.
         """
-        place, path = chosen_device(device), str(Path(path).expanduser())
+        place, path = chosen_device(device), os.path.expanduser(path)
         warn_if_slow(autocast, place.type)
         _check(path, cls.pipeline_class)
         try:
