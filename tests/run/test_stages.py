@@ -109,7 +109,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[evaluate]", "run the generate stage first"),
         ("[generate]", "run the fit stage first"),
         ("[report]", "run the evaluate stage"),
-        ("[fitt]", "There is no stage 'fitt'. Stages: fit, attack, generate, evaluate, report."),
+        ("[fitt]", "'report', and is 'fitt'"),
     ],
 )
 def test_a_stage_whose_turn_has_not_come_says_which_is_missing(told, stages, answer):
