@@ -153,7 +153,7 @@ def caption(content: Content, rng: Generator) -> str:
 
 
 def _one_of(options: Sequence[str], rng: Generator) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _noun(word: str, rng: Generator) -> str:
