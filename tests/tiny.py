@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -254,6 +255,14 @@ def drawn_by_diffusers(
     told = TOLD[family](usual) if family in TOLD else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipeline(**told, num_inference_steps=steps, generator=generators, output_type="pt").images
+
+
+def lose_a_weight(file: Path) -> str:
+    """Removes the last weight of a .safetensors file; returns its name."""
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    save_file({n: w for n, w in weights.items() if n != name}, file, {"format": "pt"})
+    return name
 
 
 def vqgan(seed: int = 0) -> VQModel:

@@ -1,5 +1,7 @@
 """CLIP as a score and as a zero-shot classifier, with random weights."""
 
+import re
+import shutil
 import string
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from tests import tiny
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.evaluators.clip_score import CLIPScore
@@ -137,6 +140,14 @@ def test_zero_shot_defaults_to_cifar10(path, images):
 def test_missing_weights_name_the_setting(kind, setting, tmp_path):
     with pytest.raises(UserError, match=rf"`{setting}`"):
         kind(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", [CLIPScore, ZeroShotCLIP])
+def test_a_clip_that_lacks_a_weight_is_refused(kind, path, tmp_path):
+    folder = shutil.copytree(path, tmp_path / "clip")
+    name = tiny.lose_a_weight(folder / "model.safetensors")
+    with pytest.raises(UserError, match=re.escape(name)):
+        kind(str(folder))
 
 
 # --- an image's own prompt --------------------------------------------------------------------------------------------

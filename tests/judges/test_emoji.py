@@ -1,9 +1,13 @@
 """The judge as a classifier and as a feature extractor, with random weights."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from tests import tiny
 from unlearning.concepts import ERASE, RETAIN
 from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy
@@ -68,6 +72,13 @@ def test_accuracy_uses_the_judge(path, images):
 def test_missing_weights_name_the_setting(kind, tmp_path):
     with pytest.raises(UserError, match=r"paths\.weights"):
         kind(tmp_path / "none")
+
+
+def test_a_judge_that_lacks_a_weight_is_refused(path, tmp_path):
+    folder = shutil.copytree(path, tmp_path / "judge")
+    name = tiny.lose_a_weight(folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=re.escape(name)):
+        EmojiJudge(folder)
 
 
 def test_images_may_be_arrays(path, images):

@@ -1,6 +1,7 @@
 """Every family through its own YAML, with a tiny random pipeline in the place of the real weights."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -347,3 +348,11 @@ def test_a_fingerprint_is_of_all_that_is_in_a_file_which_is_read_once(tmp_path, 
 def test_a_path_that_holds_no_model_is_answered_with_what_to_do(path, says):
     with pytest.raises(UserError, match=says):
         StableDiffusion.load(path)
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_pipeline_that_lacks_a_weight_is_refused(sd1, tmp_path, file):
+    folder = shutil.copytree(sd1, tmp_path / "model")
+    name = tiny.lose_a_weight(folder / f"{file}.safetensors")
+    with pytest.raises(UserError, match=rf"{folder / file.partition('/')[0]} .*{re.escape(name)}"):
+        StableDiffusion.load(str(folder), device="cpu")

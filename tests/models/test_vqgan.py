@@ -1,6 +1,7 @@
 """VQ-GANs: codes and images equal diffusers', in any batch."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ def test_a_missing_or_broken_model_is_an_error(vqgan, tmp_path):
     broken = tmp_path / "broken"
     tiny.vqgan().save_pretrained(broken)
     weights = broken / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=re.escape(tiny.lose_a_weight(weights))):
+        VQGAN.load(str(broken))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="broken"):
         VQGAN.load(str(broken))

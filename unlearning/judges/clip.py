@@ -4,10 +4,12 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from unlearning.errors import UserError
+from unlearning.models.base import load_complete
 from unlearning.store.files import file_digest
 
 
@@ -32,15 +34,15 @@ def load_clip(model: str | Path, setting: str) -> tuple[TensorCLIP, CLIPProcesso
         The model, its processor, and a name that identifies its weights.
 
     Raises:
-        UserError: If there is no CLIP at `model`.
+        UserError: If there is no CLIP at `model`, or it lacks weights.
     """
     try:
-        clip = TensorCLIP.from_pretrained(model, dtype=torch.float32).eval()
+        clip = load_complete(TensorCLIP, model, dtype=torch.float32).eval()
         processor = CLIPProcessor.from_pretrained(model)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"No CLIP at {model}. Set `{setting}` to a folder that CLIPModel.save_pretrained wrote, or to a name on "
-            "the Hugging Face Hub (openai/clip-vit-base-patch32, ...) that is in the local cache or can be downloaded. "
+            f"No CLIP could be loaded from {model}. Set `{setting}` to a folder that CLIPModel.save_pretrained wrote, "
+            "or to a name on the Hugging Face Hub (openai/clip-vit-base-patch32, ...) that is in the local cache or can be downloaded. "
             "The CLIP of the embedded models is in unlearning/weights/judge/clip (`paths.weights` is the folder above "
             "`judge/`); `python experiments/openmoji/train_clip.py` makes it."
         ) from error

@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from unlearning.errors import UserError, unknown
+from unlearning.models.base import load_complete
 from unlearning.store.files import file_digest
 
 NOTHING = "nothing"  # the class of images without a recognisable object
@@ -94,7 +95,7 @@ class _PretrainedJudge:
         path: The folder that `Judge.save_pretrained` wrote.
 
     Raises:
-        UserError: If there is no judge at `path`.
+        UserError: If there is no judge at `path`, or it lacks weights.
     """
 
     def __init__(self, path: str | Path):
@@ -104,7 +105,7 @@ class _PretrainedJudge:
                 f"No judge at {path}. The project has one in unlearning/weights/judge/classifier (`paths.weights` is "
                 "the folder above `judge/`); `python experiments/openmoji/train_judge.py` makes it."
             )
-        self.judge = Judge.from_pretrained(path, torch_dtype=torch.float32).eval()
+        self.judge = load_complete(Judge, path, torch_dtype=torch.float32).eval()
         self.name = f"emoji judge {file_digest(weights)[:12]}"
 
     @torch.no_grad()

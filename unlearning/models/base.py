@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -109,6 +109,28 @@ def chosen_device(device: str) -> torch.device:
         why, known = next(iter(str(error).splitlines()), ""), ", ".join(["cpu", *there])
         raise UserError(f"There is no device {device!r} here. Devices: {known}. ({why})") from error
     return chosen
+
+
+def load_complete(kind: Any, path: str | Path, **options: Any) -> Any:
+    """A network, with the weights that `save_pretrained` wrote: `kind.from_pretrained(path, **options)`.
+
+    diffusers and transformers fill in weights that the files lack at random, and only log it.
+
+    Args:
+        kind: A class of diffusers or transformers.
+        options: Its `from_pretrained`'s.
+
+    Raises:
+        UserError: If the files lack a weight of the network.
+    """
+    network, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{path} has no weight {missing[0]}"
+            + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
+            + f" of {kind.__name__}. Copy or download the model again."
+        )
+    return network
 
 
 def fingerprint(folder: Path) -> str:

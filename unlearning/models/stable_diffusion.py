@@ -21,7 +21,7 @@ from transformers import CLIPPreTrainedModel, PreTrainedTokenizerBase
 
 from unlearning.config.precision import warn_if_slow
 from unlearning.errors import UserError
-from unlearning.models.base import DType, chosen_device, fingerprint
+from unlearning.models.base import DType, chosen_device, fingerprint, load_complete
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 FAMILIES = {  # model= by the name of the pipeline
@@ -83,8 +83,8 @@ class StableDiffusion(DiffusionModel):
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
 
         Raises:
-            UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, or the
-                hub cannot be reached.
+            UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, it lacks
+                weights, or the hub cannot be reached.
         """
         place, path = chosen_device(device), os.path.expanduser(path)
         warn_if_slow(autocast, place.type)
@@ -98,7 +98,10 @@ class StableDiffusion(DiffusionModel):
                 variant=_variant(Path(folder) / cls.component),
                 **cls.load_options,
             )
-        except (OSError, ValueError, SafetensorError) as error:
+            for name, part in pipeline.components.items():
+                if isinstance(part, nn.Module):  # on "meta", which takes no memory: for the report of what is missing
+                    load_complete(type(part), Path(folder) / name, device_map="meta", use_safetensors=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
                 f"download it first: hf download {path}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unlearning.errors import UserError
 from unlearning.models import taming
-from unlearning.models.base import DType, Model, chosen_device, fingerprint
+from unlearning.models.base import DType, Model, chosen_device, fingerprint, load_complete
 
 # Two codes whose values differ by less are a tie, because rounding can swap them. In units of the squared length of an
 # image's longest latent, and of its largest logit.
@@ -62,7 +62,7 @@ class VQGAN(Model):
         target, folder, kept = chosen_device(device), Path(path).expanduser(), getattr(torch, dtype)
         if folder.is_dir():
             try:
-                vq, logits = VQModel.from_pretrained(folder, dtype=kept, use_safetensors=True), None
+                vq, logits = load_complete(VQModel, folder, dtype=kept, use_safetensors=True), None
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"No VQModel could be loaded from {path}: {error}") from error
         else:
