@@ -75,3 +75,13 @@ def test_a_missing_or_broken_model_is_an_error(vqgan, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="broken"):
         VQGAN.load(str(broken))
+
+
+@pytest.mark.parametrize("part", ["encoder.conv_in.weight", "quantize.embedding.weight"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_values_that_are_not_finite_have_no_codes(vqgan, part, value):
+    model = VQGAN.load(str(vqgan), device="cpu")
+    model.vq.get_parameter(part).data.view(-1)[0] = float(value)
+    model.encoder = model.vq.encoder
+    with pytest.raises(UserError, match="not finite"):
+        model.encode(IMAGES)

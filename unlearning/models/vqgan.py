@@ -95,7 +95,7 @@ class VQGAN(Model):
         """Codes (B, h, w) of images (B, 3, H, W) in [0, 1]. In float32 on a CPU they equal diffusers', for any batch.
 
         Raises:
-            UserError: If the images are smaller than the cell of one code.
+            UserError: If the images are smaller than the cell of one code, or the encoder's values are not finite.
         """
         if min(images.shape[-2:]) < (cell := self.size // self.grid[0]):
             raise UserError(
@@ -125,6 +125,11 @@ class VQGAN(Model):
             far = torch.addmm(codebook.square().sum(1), flat, codebook.T, alpha=-2)
             tie = TIE_OF_DISTANCES * flat.square().sum(1).max()
         nearest, codes = far.min(1)
+        if not nearest.isfinite().all():  # the argmin of NaN is a code like any other
+            raise UserError(
+                f"The encoder of {self.name} gives values that are not finite. In float16 and bfloat16, "
+                "model.dtype=float32 model.autocast=null helps; in float32 the weights are damaged."
+            )
         second = far.scatter_(1, codes[:, None], torch.inf).amin(1)
         return codes.view(values.shape[:2]), (second <= nearest + tie).any()
 
