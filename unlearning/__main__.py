@@ -90,6 +90,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
         settings=settings,
         records=job.records(cfg),
         done=done if job.is_of_sweep() else None,
+        all_must_measure=job.chooses("evaluator"),
     )
     try:
         return work.execute(cfg.stages)

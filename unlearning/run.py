@@ -4,6 +4,7 @@ import hashlib
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,7 @@ class Run:
         settings: The resolved config.
         records: Texts by file name, kept beside the numbers: the settings that made them.
         done: Says whether another run has done all of it. With it, a run at work in the folder is waited for.
+        all_must_measure: Whether evaluators that measure nothing are counted as missing ("cost/silent").
     """
 
     folder: Path
@@ -103,6 +105,7 @@ class Run:
     settings: dict = field(default_factory=dict)
     records: Mapping[str, str] = field(default_factory=dict)
     done: Callable[[], bool] | None = None
+    all_must_measure: bool = False
 
     @cached_property
     def model(self) -> Model:
@@ -275,9 +278,14 @@ class Run:
         edits = [erasure.digest for erasure in drawing.erasures if not erasure.empty]
         return self.store / "images" / digest(self.model.fingerprint, numerics, edits, self.sampler.protocol)
 
+    @cached_property
+    def _requested(self) -> list[ManifestRow]:
+        """The images that the task asks for; the folder of their paths is that of no drawing."""
+        return self.sampler.manifest(self.store / "images" / "requested", self.task, self.seed)
+
     def _rows(self, drawing: Drawing, base: Sequence[ManifestRow] | None) -> list[ManifestRow]:
         place = self._place(drawing)
-        rows = self.sampler.manifest(place, self.task, self.seed)
+        rows = [replace(row, path=place / row.path.name) for row in self._requested]
         if drawing.attack:
             return comeback.attacked(drawing.attack, [row for row in rows if row.role == ERASE])
         pairs = zip(rows, base or rows, strict=True)
@@ -323,26 +331,39 @@ class Run:
     def evaluate(self) -> None:
         """Measures the images; an evaluation that some run has made before is read from the store."""
         self._record()
-        metrics = self._measure()
+        manifests = self._manifests()
+        metrics = self._measure(manifests)
         metrics |= suppression(metrics)
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": Metric(len(self.task.skipped))} if self.task.skipped else {}
         metrics |= {"cost/failed": Metric(failed)} if (failed := self._failed()) else {}
         self._keep_records()  # until now they were those of the numbers before
         metrics_json.write(self.folder / "metrics.json", metrics)
-        base, erased = (self._manifest(name) for name in (BASE, ERASED))
         images = {caption: [Image.open(path)] for caption, path in figure_paths(self.folder).items()}
-        pairs = list(zip(base, erased, strict=True))
+        pairs = list(zip(manifests[BASE], manifests[ERASED], strict=True))
         loggers.log(self.logger, metrics_json.flat(metrics), images, self.settings, pairs)
 
-    def _measure(self) -> dict[str, Metric]:
+    def _manifests(self) -> dict[str, list[ManifestRow]]:
+        """The manifests of all drawings. Raises UserError if base or erased is not what the task asks for."""
+        names = (BASE, ERASED, *(f"{ATTACKED}{name}" for name in self.attacks))
+        manifests = {name: self._manifest(name) for name in names}
+        base, erased = ([row.path.name for row in manifests[name]] for name in (BASE, ERASED))
+        requested, listed = Counter(row.path.name for row in self._requested), Counter(base)
+        if base != erased or listed - requested or (requested - listed).total() > self._failed():
+            raise UserError(
+                f"The manifests in {self.folder / 'images'} do not list the images that the settings ask for: "
+                f"{len(base)} of the base model, {len(erased)} of the erased one, {requested.total()} asked for. "
+                "The generate stage writes them again."
+            )
+        return manifests
+
+    def _measure(self, manifests: Mapping[str, Sequence[ManifestRow]]) -> dict[str, Metric]:
         """The numbers of all evaluators on all drawings. An evaluator that measured nothing is named in a warning."""
         metrics: dict[str, Metric] = {}
         makers, unmeasured, silent = [], 0, dict(self.evaluators)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
-        for drawing in (BASE, ERASED, *(f"{ATTACKED}{name}" for name in self.attacks)):
-            rows = self._manifest(drawing)
+        for drawing, rows in manifests.items():
             for label, evaluator in self.evaluators.items():
                 about = f"{label} of {drawing}"
                 made = evaluation(
@@ -362,7 +383,8 @@ class Run:
         provenance.reuse(self.folder, "evaluations", makers)
         for label, evaluator in silent.items():
             log.warning("%s measured nothing: it needs %s.", label, evaluator.needs)
-        return metrics | ({"cost/unmeasured": Metric(unmeasured)} if unmeasured else {})
+        metrics |= {"cost/unmeasured": Metric(unmeasured)} if unmeasured else {}
+        return metrics | ({"cost/silent": Metric(len(silent))} if silent and self.all_must_measure else {})
 
     def _attacked_by(self, drawing: str) -> str:
         """What a protocol says of the attack that a drawing comes from: its name, version and settings."""

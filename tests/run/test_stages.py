@@ -156,16 +156,38 @@ def test_numbers_that_lack_a_picture_say_so(told, tmp_path, monkeypatch):
     assert len(protocols) > 6 and all(p.endswith(", images that could not be generated: 1") for p in protocols)
 
 
-def test_an_evaluator_that_measures_nothing_says_what_it_needs(unlearn, tmp_path, capsys):
-    unlearn(*SMALL, "evaluator=[accuracy,fid,clip_score]")
+def test_an_evaluator_that_measures_nothing_says_what_it_needs(told, tmp_path, capsys):
+    """And one that was chosen on the command line makes the run end with an error."""
+    assert "measured nothing: 2" in told(*SMALL, "evaluator=[accuracy,fid,clip_score]")
     said = capsys.readouterr().out
     assert said.count("measured nothing") == 2
     assert "accuracy measured nothing: it needs a dataset" in said
     assert "fid measured nothing: it needs" in said and "evaluator.fid.real=/a/folder" in said
     (tmp_path / "coco.csv").write_text("prompt,evaluation_seed\na dog,1\n")
     captions = ["dataset=coco30k", f"dataset.path={tmp_path}/coco.csv", "dataset.count=1"]
-    unlearn(*captions, "evaluator=[clip_score,nudenet]", run="captions")
+    assert "measured nothing: 1" in told(*captions, "evaluator=[clip_score,nudenet]", run="captions")
     assert capsys.readouterr().out.count("nudenet measured nothing") == 1
+
+
+def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, told):
+    run = unlearn(*SMALL, "method=negative_prompt", "evaluator=nudenet")
+    before = (run / "metrics.json").read_bytes()
+    manifests = {name: run / "images" / f"{name}.csv" for name in ("base", "erased")}
+    whole = {name: path.read_text() for name, path in manifests.items()}
+    again = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "evaluator.nudenet.threshold=0.5"]
+    for short in (["base"], ["erased"], ["base", "erased"]):
+        for name, path in manifests.items():
+            path.write_text("".join(whole[name].splitlines(keepends=True)[: -1 if name in short else None]))
+        assert "3 asked for" in told(*again, "stages=[evaluate]")
+        assert (run / "metrics.json").read_bytes() == before
+    unlearn(*again)
+    assert (run / "metrics.json").read_bytes() != before, "the generate stage has mended them"
+
+
+def test_an_evaluation_of_no_picture_is_refused_and_not_kept(unlearn, told, tmp_path):
+    unlearn(*SMALL)
+    assert "no images" in told(*SMALL, "evaluator=nudenet", "sampler.batch_size=-4")
+    assert not list((tmp_path / "store").rglob("evaluations/*"))
 
 
 class Colours:

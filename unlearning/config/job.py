@@ -1,5 +1,7 @@
 """The job that Hydra is running in this process."""
 
+import re
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -8,6 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 def is_of_sweep() -> bool:
     """Whether it is one of the jobs of a sweep or a study, which go on after it."""
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def chooses(group: str) -> bool:
+    """Whether the command line chooses from a Hydra group."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    return any(re.match(rf"\+?{group}(@[^=]*)?=", override) for override in overrides)
 
 
 def records(cfg: DictConfig) -> dict[str, str]:

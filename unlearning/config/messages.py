@@ -14,6 +14,7 @@ INTERRUPTED = f"Interrupted. {AGAIN}"
 INCOMPLETE = {  # by the number in metrics.json that counts what is missing
     "cost/skipped": "images or rows that were skipped: {}. The warnings above name them.",
     "cost/failed": "images that could not be generated: {}. The warnings above say why.",
+    "cost/silent": "evaluators that measured nothing: {}. The warnings above say what they need.",
     "cost/unmeasured": "measurements that failed: {}. The warnings above say why; the same command tries again.",
 }
 RETRIED = {"cost/failed", "cost/unmeasured"}  # the same command may still complete these

@@ -44,8 +44,10 @@ def evaluation(
         label: Names evaluator and images in messages.
 
     Raises:
-        UserError: If a number is not finite.
+        UserError: If there are no images, or a number is not finite.
     """
+    if not rows or batch_size < 1:
+        raise UserError(f"{label}: there are no images to measure ({len(rows)}, sampler.batch_size={batch_size}).")
     content = [
         ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.concept, row.labels, row.regions)
         for row in rows
