@@ -63,13 +63,14 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
 
     from unlearning.run import Run, metrics_of
     from unlearning.tracking import loggers
+    from unlearning.training import trainers
 
     _quieten_lightning()
     _check_family(cfg)
     evaluators = {name: instances.builder(f"evaluator {name}", node)() for name, node in cfg.evaluator.items()}
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
     logger = loggers.build(cfg.get("logger"))
-    trainer = instantiate(cfg.trainer, logger=logger)
+    trainer = trainers.prepared(instantiate(cfg.trainer, logger=logger))
     _check_trainer(trainer, cfg)
     folder, runs = Path(cfg.paths.output_dir), Path(cfg.paths.runs).absolute()
     work = Run(

@@ -6,10 +6,13 @@ An accident is the real thing where it can be: a SIGINT, a limit on the size of 
 import errno
 import json
 import resource
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from tests.run.small import (
     EXACT,
@@ -273,3 +276,45 @@ def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
         told(*SMALL)
     with alone_in(tmp_path / "run"):
         pass
+
+
+# --- processes of one launcher that have nothing to do with each other ------------------------------------------------
+
+
+def test_a_run_that_srun_starts_beside_others_is_a_run_of_its_own(unlearn, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID when it is imported
+    for name, value in {"NTASKS": 2, "PROCID": 1, "LOCALID": 1, "NODEID": 0, "JOB_ID": 7, "NNODES": 1}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    command = [*SMALL, *TRAIN, "method.iterations=3"]
+    with monkeypatch.context() as patch:
+        at_call(patch, ESD, "loss", 3, ctrl_c)
+        told(*command)
+    assert step_of(last_checkpoint(tmp_path / "run")) == 2
+    with alone_in(tmp_path / "run"):
+        assert "Another run is at work" in told(*command)
+    assert {"metrics.json", "report.html", ".finished", "cost.json"} <= files(unlearn(*command)).keys()
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(unlearn, told, tmp_path, monkeypatch, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]"]
+    with monkeypatch.context() as patch:
+        at_call(patch, ESD, "loss", 3, ctrl_c)
+        told(*command)
+    last = last_checkpoint(tmp_path / "run")
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    evaluations()
+    assert (unlearn(*command) / "erasure").exists()
+    assert evaluations() == 3 * FIT
+
+
+def test_checkpoints_are_written_beside_their_target(unlearn, told, tmp_path, monkeypatch):
+    """And not into TMPDIR, which may be on another file system."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    (tmp_path / "full").mkdir(mode=0o500)
+    at_call(monkeypatch, ESD, "loss", 3, ctrl_c)
+    monkeypatch.setattr(shutil, "move", lambda *a, **k: 1 / 0)
+    assert "Interrupted" in told(*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]")
+    assert step_of(last_checkpoint(tmp_path / "run")) == 2 and not list((tmp_path / "full").iterdir())

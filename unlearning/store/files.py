@@ -1,12 +1,18 @@
-"""Digests of content, and files that are written completely or not at all."""
+"""Digests of content, files that are written completely or not at all, and what is done with damaged ones."""
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import uuid4
 
 DIGITS = 16  # hexadecimal digits of a digest
+ASIDE = ".damaged"  # suffix of a damaged file that is kept for a look
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def digest(*parts: object) -> str:
@@ -20,7 +26,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file under a temporary name and renames it. If writing fails, `path` is as before."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # unique across machines, as a process id is not
     try:
@@ -30,3 +36,31 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
+    """What a JSON file that this package writes holds; None without the file.
+
+    A damaged file is set aside, so that what it held is made anew, and None is returned.
+
+    Args:
+        parse: Makes the result of the parsed JSON. It raises ValueError, TypeError, KeyError or AttributeError for
+            anything else than what it expects.
+    """
+    try:
+        return parse(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # also what is no JSON, and no text
+        set_aside(path, str(error) if isinstance(error, ValueError) else repr(error))
+        return None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Renames a damaged file to `path` with the suffix ".damaged", with a warning. Where that fails, it stays."""
+    kept = path.with_name(path.name + ASIDE)
+    try:
+        path.replace(kept)
+        log.warning("%s is damaged (%s). It is kept as %s and made anew.", path, why, kept.name)
+    except OSError:
+        log.warning("%s is damaged (%s) and is not used.", path, why)

@@ -1,12 +1,31 @@
 """Where an interrupted fit goes on: a folder of checkpoints for everything that the fit depends on."""
 
 import functools
+import io
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from unlearning.erasures.base import path_of
-from unlearning.store.files import digest
+from unlearning.store.files import digest, set_aside, write_atomically
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, written beside their target and renamed.
+
+    Lightning itself writes them into TMPDIR first. Where that is on another file system, moving them is a copy, which a
+    full disk interrupts.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), content.getbuffer())
 
 
 def folder_of(trainer: pl.Trainer) -> Path | None:
@@ -22,10 +41,19 @@ def keep_under(trainer: pl.Trainer, key: str) -> None:
 
 
 def last(trainer: pl.Trainer) -> Path | None:
-    """The checkpoint from which an interrupted fit goes on, if there is one."""
+    """The checkpoint from which an interrupted fit goes on, if there is one. A damaged one is set aside."""
     folder = folder_of(trainer)
     path = folder / "last.ckpt" if folder else None
-    return path if path and path.exists() else None
+    if path is None or not path.exists():
+        return None
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except BadZipFile as error:
+        damaged = str(error)
+    if damaged:
+        set_aside(path, damaged)
+    return None if damaged else path
 
 
 def key_of(*parts: object) -> str:

@@ -1,0 +1,28 @@
+"""The Lightning Trainer of a run, as each of its stages makes it."""
+
+from functools import partial
+
+import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities import rank_zero_only
+
+from unlearning.training.checkpoints import AtomicCheckpoints
+
+
+def prepared(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
+    """The trainer, with checkpoints that are written completely or not at all, and on one device as a run of its own.
+
+    A launcher such as `srun` numbers the processes that it starts, and Lightning takes them for ranks of one
+    distributed run. They are only if the trainer has several devices or nodes.
+    """
+    plugins = [*(trainer.keywords.get("plugins") or ()), AtomicCheckpoints()]
+    if _is_alone(trainer):
+        rank_zero_only.rank = 0
+        plugins.append(LightningEnvironment())
+    return partial(trainer, plugins=plugins)
+
+
+def _is_alone(trainer: partial[pl.Trainer]) -> bool:
+    devices = trainer.keywords.get("devices")
+    one = len(devices) == 1 if isinstance(devices, list | tuple) else devices in (1, "1")
+    return one and trainer.keywords.get("num_nodes", 1) == 1
