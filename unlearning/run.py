@@ -265,8 +265,12 @@ class Run:
         note(self.store, self.runs or self.folder)
         rows: dict[str, list[ManifestRow]] = {}
         makers: list[dict] = []
-        for drawing in self._drawings():
+        drawings = self._drawings()
+        for drawing in drawings:
             rows[drawing.name] = self._rows(drawing, rows.get(BASE))
+            with _applied(drawing.erasures, self.model):
+                self.sampler.check(self.model, rows[drawing.name])
+        for drawing in drawings:
             makers += self._generate(drawing, rows[drawing.name])
         if first_rank():
             provenance.reuse(self.folder, "pictures", makers)

@@ -1,6 +1,6 @@
 """The negative prompt: the concept's name in the place of the null prompt of classifier-free guidance.
 
-Nothing is learned; every baseline table has it. It needs a guidance scale above 1.
+Nothing is learned; every baseline table has it. It needs a guidance scale above 1, and is refused at 1.
 """
 
 from unlearning.concepts import UnlearningTask

@@ -9,10 +9,12 @@ that the same rule serves epsilon, v and flow.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 Scale = float | Tensor  # the guidance scale: a number, or one for each row, (B, 1, 1, 1)
@@ -48,6 +50,13 @@ class Walk:
 
 
 class Guidance(ABC):
+    """
+    Attributes:
+        needs_null: Whether it acts on the null prompt's branch alone, which a guidance scale of 1 leaves out.
+    """
+
+    needs_null: ClassVar[bool] = False
+
     @abstractmethod
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
         """A walk for the prompts of c."""
@@ -58,8 +67,24 @@ class Guidance(ABC):
 
 
 def begin(model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
-    """A walk of the model's own guidance, which is classifier-free unless an erasure has changed it."""
-    return (model.guidance or ClassifierFree()).begin(model, c, scale)
+    """A walk of the model's own guidance, which is classifier-free unless an erasure has changed it.
+
+    Raises:
+        UserError: If the guidance changes nothing at this scale.
+    """
+    guidance = model.guidance or ClassifierFree()
+    check_scale(guidance, scale)
+    return guidance.begin(model, c, scale)
+
+
+def check_scale(guidance: Guidance | None, scale: Scale) -> None:
+    """Raises UserError for a guidance that changes nothing at a guidance scale of 1, and is given one."""
+    if guidance and guidance.needs_null and torch.as_tensor(scale).eq(1).any():
+        raise UserError(
+            f"{type(guidance).__name__} acts in the place of the null prompt, which a guidance scale of 1 leaves out: "
+            "the images would be those of the unedited model. Set sampler.guidance_scale above 1; a model with a "
+            "guidance scale of its own as an input (model.embedded_guidance) then takes twice the time."
+        )
 
 
 def classifier_free(
@@ -106,6 +131,7 @@ class NegativePrompt(Guidance):
     """
 
     prompt: str
+    needs_null: ClassVar[bool] = True
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
         negative = model.encode_prompts([self.prompt])

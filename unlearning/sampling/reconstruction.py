@@ -31,6 +31,9 @@ class Reconstruction:
     def protocol(self) -> str:
         return "codes of the nearest vectors, decoded"
 
+    def check(self, model: VQGAN, rows: Sequence[ManifestRow]) -> None:
+        """Nothing is known to fail."""
+
     @torch.no_grad()
     def draw(self, model: VQGAN, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict]]:
         """The reconstructed inputs of a manifest's rows, (B, 3, H, W) in [0, 1], and what was replaced in each."""

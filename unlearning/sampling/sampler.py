@@ -12,7 +12,7 @@ from unlearning.config.values import Count, Finite, Steps
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Text
 from unlearning.sampling.comeback import restored
-from unlearning.sampling.guidance import Walk, begin
+from unlearning.sampling.guidance import Walk, begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
 
 Schedule = Literal["diffusers", "paper"]
@@ -141,6 +141,11 @@ class Sampler:
         return self.sample(model, prompts, model.noise(seeds))[0]
 
     manifest = staticmethod(manifest)
+
+    def check(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> None:
+        """Raises UserError if the rows cannot be drawn with the model's guidance. It takes no time."""
+        for scale in {self.guidance_scale if row.guidance_scale is None else row.guidance_scale for row in rows}:
+            check_scale(model.guidance, scale)
 
     def draw(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict[str, float]]]:
         """The images of a manifest's rows, and what the guidance decided about each."""
