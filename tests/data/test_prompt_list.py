@@ -68,6 +68,9 @@ def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
         prompt_list("cat", listed("a cat,1", header="promt,evaluation_seed\n"))
     with pytest.raises(UserError, match="line 2"):
         prompt_list("cat", listed(",x,1,7"))
+    for unclosed in (['"a cat,x,1,7', *ROWS[1:]], ['"a cat,x,1,7', *ROWS], ['a ""cat"",x,1,7', '"a dog" or two,x,1,7']):
+        with pytest.raises(UserError, match=r"list\.csv, line \d: its quotes"):
+            prompt_list("cat", listed(*unclosed))
     with pytest.raises(UserError, match=r"none\.csv"):
         prompt_list("cat", tmp_path / "none.csv")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from tests.tiny import FAMILIES
 from unlearning.errors import UserError
@@ -28,6 +28,21 @@ def test_a_trajectory_starts_at_its_noise_and_ends_at_the_picture(model):
     torch.testing.assert_close(points[0][1], noise)
     times = [int(t) for t, _ in points]
     assert times == sorted(times, reverse=True) and times[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "solver"),
+    [
+        (FlowMatchEulerDiscreteScheduler, DDIMScheduler),
+        (EDMEulerScheduler, DDIMScheduler),
+        (DDIMScheduler, FlowMatchEulerDiscreteScheduler),
+    ],
+)
+def test_a_scheduler_for_another_kind_of_noise_schedule_is_refused(sd1, own, solver):
+    model = StableDiffusion.load(str(sd1), device="cpu")
+    model.scheduler = own()
+    with pytest.raises(UserError, match=own.__name__):
+        next(denoise(model, model.noise([0]), walk(model, model.encode_prompts(["a cat"])), steps=2, scheduler=solver))
 
 
 def test_skimming_every_timestep_is_denoising(any_pipeline):

@@ -12,6 +12,7 @@ from unlearning.store.manifest import (
     ManifestRow,
     image_path,
     image_seed,
+    link_outputs,
     load_images,
     manifest,
     missing,
@@ -101,6 +102,17 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
     ]
     write_manifest(tmp_path / "run" / "images" / "base.csv", rows)
     assert read_manifest(tmp_path / "run" / "images" / "base.csv") == rows
+
+
+def test_every_input_has_an_output_of_its_own(tmp_path):
+    names = ["x.jpg", "x.jpg.png", "x.png", "in/x.jpg", "y.webp"]
+    rows = [ManifestRow(tmp_path / f"{i}.png", name, "erase", {}, 0) for i, name in enumerate(names)]
+    for row in rows:
+        row.path.write_text(row.prompt)
+    link_outputs(tmp_path / "out", rows)
+    outputs = {str(p.relative_to(tmp_path / "out")): p.read_text() for p in (tmp_path / "out").rglob("*.png")}
+    assert sorted(outputs.values()) == sorted(names)
+    assert outputs["x.png"] == "x.png" and outputs["x.jpg.png"] == "x.jpg.png" and outputs["y.webp.png"] == "y.webp"
 
 
 def test_a_manifest_of_an_earlier_version_is_read(tmp_path):

@@ -72,7 +72,7 @@ class Images(Sequence):
 
 
 def read(folder: str | Path, size: int) -> Images:
-    """The images in a folder and its subfolders. Warns of files that cannot be read or are not images, and omits them.
+    """The images in a folder and its subfolders. Warns of what cannot be read or is no image, and omits it.
 
     Raises:
         UserError: If there is no such folder, or it has no image that can be read.
@@ -80,10 +80,12 @@ def read(folder: str | Path, size: int) -> Images:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = sorted(folder.rglob("*"))
+    files = [p for p in entries if p.is_file()]
     paths = [p for p in files if p.suffix.lower() in SUFFIXES]
     _warn_of_others(folder, [p for p in files if p.suffix.lower() not in SUFFIXES and not p.name.startswith(".")])
-    images, broken = Images((), size), {}
+    images = Images((), size)
+    broken: dict[Path, object] = {p: _no_file(p) for p in entries if not p.is_file() and _no_file(p)}
     for path in tqdm(paths, f"checking {folder.name}", leave=False, disable=len(paths) < 1000):
         try:
             images.load(path)
@@ -94,15 +96,23 @@ def read(folder: str | Path, size: int) -> Images:
     messages = tuple(f"{path} ({error})" for path, error in broken.items())
     if messages:
         warnings.warn(
-            f"{len(messages)} of {len(paths)} images cannot be read and are skipped: {'; '.join(messages)}",
+            f"{len(messages)} of {len({*paths, *broken})} images cannot be read and are skipped: {'; '.join(messages)}",
             stacklevel=2,
         )
-    if len(broken) == len(paths):
+    whole = tuple(path for path in paths if path not in broken)
+    if not whole:
         raise UserError(
             f"{folder} has no image that can be read ({', '.join(SUFFIXES)}). Images of another format, as HEIC, have "
             "to be saved as one of these."
         )
-    return Images(tuple(path for path in paths if path not in broken), size, messages)
+    return Images(whole, size, messages)
+
+
+def _no_file(path: Path) -> str:
+    """What is in a folder in the place of a file; "" for a folder."""
+    if path.is_symlink():
+        return "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
+    return "" if path.is_dir() else "no regular file"
 
 
 def _warn_of_others(folder: Path, files: Sequence[Path]) -> None:

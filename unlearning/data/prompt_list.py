@@ -88,7 +88,8 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
         The prompts, and one message for each row that `parse` rejects, with the row's last line number.
 
     Raises:
-        UserError: If there is no such file, it cannot be read, a column is missing, or no row can be used.
+        UserError: If there is no such file, it cannot be read, a column is missing, a quote is not closed, or no row can
+            be used.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -98,15 +99,18 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
     header, rows = _table(path, columns)
     names = _columns(header)
     place = {column: header.index(name) for column, name in names.items()}
+    end = 0
     try:
+        next(rows)
         for cells in filter(None, rows):
+            end = rows.line_num
             row = Row({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
             try:
                 prompts.append(parse(row))
             except ValueError as error:
-                skipped.append(f"{path}, line {rows.line_num}: {error}")
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+                skipped.append(f"{path}, line {end}: {error}")
+    except csv.Error as error:  # a quote that is not closed would swallow the rows after it
+        raise UserError(f"{path}, line {end + 1}: its quotes are not closed or not doubled ({error}).") from error
     if not prompts:
         raise UserError("\n".join([f"{path} has no valid prompt.", *skipped]))
     for message in skipped:
@@ -117,13 +121,12 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
 
 
 def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], Any]:
-    """The header and the rows, with the delimiter that makes the columns. Raises UserError if none does."""
+    """The header, and the rows with it, by the delimiter that makes the columns. Raises UserError if none does."""
     text = _decoded(path)
     for delimiter in DELIMITERS:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        header = next(rows, [])
+        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         if set(columns) <= _columns(header).keys():
-            return header, rows
+            return header, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = next(csv.reader(io.StringIO(text, newline="")), [])
     missing = next(column for column in columns if column not in _columns(header))
     raise UserError(

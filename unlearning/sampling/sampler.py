@@ -37,7 +37,8 @@ def denoise(
             repositories do: of 50 DDIM steps 49 are taken, from 961 on, and not from 981.
 
     Raises:
-        UserError: For an unknown schedule, or "paper" for a model of flow matching.
+        UserError: For an unknown schedule, "paper" for a model of flow matching, or a scheduler for another kind of
+            noise schedule than the model's.
     """
     noise = _timesteps(model, scheduler or model.solver, steps, schedule)
     flow = model.prediction_type == "flow"  # whose schedulers take noise and latents as they are
@@ -78,7 +79,14 @@ def _timesteps(
     _check(schedule)
     if schedule == "paper" and model.prediction_type == "flow":
         raise UserError("schedule=paper is defined for DDIM only; a model of flow matching takes schedule=diffusers.")
-    noise = scheduler.from_config(model.scheduler.config)
+    noise, own = scheduler.from_config(model.scheduler.config), model.scheduler
+    diffusion, of_diffusion = (hasattr(one, "alphas_cumprod") for one in (noise, own))
+    fits = of_diffusion if diffusion else model.prediction_type == "flow"
+    if not (fits or isinstance(noise, type(own))):  # it would take defaults for what the model's config lacks
+        raise UserError(
+            f"{scheduler.__name__} does not know the noise schedule of {model.name}, which is of a "
+            f"{type(own).__name__}: sampler.scheduler.path=diffusers.{type(own).__name__}."
+        )
     # DDIM clips by default, which is meant for pixels; the config of a model made for another solver may not say so.
     noise.register_to_config(clip_sample=model.scheduler.config.get("clip_sample", False))
     model.set_timesteps(noise, steps)

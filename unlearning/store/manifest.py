@@ -161,10 +161,16 @@ def with_decided(row: ManifestRow) -> ManifestRow:
 def link_outputs(folder: Path, rows: Iterable[ManifestRow]) -> None:
     """Puts the outputs of an image-to-image model into `folder`, under the names of the inputs.
 
-    They are hard links; copies if the store is on another disk.
+    They are hard links; copies if the store is on another disk. An input "x.jpg" has the output "x.jpg.png", or, if
+    there is an input of that name, "x.jpg.png.png".
     """
+    rows = list(rows)
+    taken = {row.prompt for row in rows if row.prompt.endswith(".png")}
     for row in rows:
-        name = folder / (row.prompt if row.prompt.endswith(".png") else f"{row.prompt}.png")
+        output = row.prompt
+        while not output.endswith(".png") or (output in taken and output != row.prompt):
+            output += ".png"
+        name = folder / output
         name.parent.mkdir(parents=True, exist_ok=True)
         partial = name.with_name(f".{name.name}.{os.getpid()}.partial")
         try:
