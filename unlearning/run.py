@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -265,11 +265,11 @@ class Run:
         note(self.store, self.runs or self.folder)
         rows: dict[str, list[ManifestRow]] = {}
         makers: list[dict] = []
-        drawings = self._drawings()
+        drawings, model = self._drawings(), cast(Any, self.model)  # of the family that the sampler is for
         for drawing in drawings:
             rows[drawing.name] = self._rows(drawing, rows.get(BASE))
-            with _applied(drawing.erasures, self.model):
-                self.sampler.check(self.model, rows[drawing.name])
+            with _applied(drawing.erasures, model):
+                self.sampler.check(model, rows[drawing.name])
         for drawing in drawings:
             makers += self._generate(drawing, rows[drawing.name])
         if first_rank():

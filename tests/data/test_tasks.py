@@ -457,7 +457,9 @@ def test_pictures_to_clean_that_cannot_be_read_are_told_of(mugs, tmp_path):
 
 def test_without_words_prompts_call_what_a_folder_shows_as_the_folder_is_called(tmp_path, mugs, caplog):
     caplog.set_level(logging.INFO)
-    task = instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}/").dataset)
+    cfg = config(tmp_path, "dataset=folder", f"forget={mugs}/")
+    assert cfg.concept == "mugs", "tables and the run's folder take it from here"
+    task = instantiate(cfg.dataset)
     assert task.name == "mugs" and [p.text for p in task.prompts] == ["a photo of the mugs"]
     [said] = caplog.messages
     assert "'mugs'" in said and "concept=" in said

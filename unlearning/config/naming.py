@@ -24,6 +24,11 @@ def slug(texts: str | Sequence[str]) -> str:
     return name if name.strip(".") else "unnamed"  # . and .. are other folders
 
 
+def folder_name(path: str | None) -> str:
+    """The own name of a folder at a path: "mugs" for "pictures/of/mugs/"; "" without a path."""
+    return Path(path).expanduser().absolute().name if path else ""
+
+
 def config_hash(config: DictConfig, result: Result = "images") -> str:
     """Eight hexadecimal digits that stand for the settings that a result depends on, by default a run's images.
 
@@ -48,6 +53,7 @@ def register_resolvers() -> None:
     """Registers the resolvers that conf/ uses: ${package:folder}, ${slug:texts}, ${config_hash:}, and so on."""
     OmegaConf.register_new_resolver("package", lambda name: str(Path(__file__).parents[1] / name), replace=True)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("joined", joined, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("dashboard_group", dashboard_group, replace=True)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from unlearning.concepts import ERASE, RETAIN, Input, UnlearningTask
-from unlearning.config.naming import slug
+from unlearning.config.naming import folder_name
 from unlearning.config.values import Count, Template
 from unlearning.data import prompt
 from unlearning.errors import UserError
@@ -170,7 +170,7 @@ def folder(
 
     Args:
         concept: The word for it in prompts, or several; methods that learn from text need it. The config's default is
-            `forget` as a file name, which stands for the folder's own name.
+            the name of the folder `forget`.
         forget, retain: Folders of images that show the concepts, and of images that do not.
         input: A folder of input images for an image-to-image model; what they show is not known.
         size: Side in pixels to which the images are cropped and resized: the model's.
@@ -185,8 +185,7 @@ def folder(
         raise UserError("dataset=folder needs forget=/path/to/a/folder of images that show what to erase.")
     if not concept:
         raise UserError("dataset=folder needs concept='...', the word in prompts for what the images show.")
-    if concept == slug(forget):
-        concept = Path(forget).expanduser().absolute().name
+    if concept == folder_name(forget):
         log.info("The images in %s stand for %r in prompts, the folder's name. Change it with concept='...'.",
                  forget, concept)  # fmt: skip
     text = prompt.task(

@@ -100,9 +100,8 @@ class StableDiffusion(DiffusionModel):
             )
             for name, part in pipeline.components.items():
                 if isinstance(part, nn.Module):  # on "meta", which takes no memory: for the report of what is missing
-                    place_of = Path(folder) / name
-                    variant = _variant(place_of)
-                    load_complete(type(part), place_of, device_map="meta", use_safetensors=True, variant=variant)
+                    own = Path(folder) / name
+                    load_complete(type(part), own, device_map="meta", use_safetensors=True, variant=_variant(own))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
