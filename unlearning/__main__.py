@@ -3,7 +3,6 @@
 Nothing heavy is imported before the settings are checked, so that --help and typos are answered at once.
 """
 
-import json
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ from unlearning.config.naming import register_resolvers
 from unlearning.config.quoting import readable
 from unlearning.errors import UserError
 from unlearning.store import finished
+from unlearning.store.files import read_state
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, of a checkout
@@ -39,8 +39,7 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
     done = partial(finished.finished, folder, key, cfg.stages)
     if done():
         log.info("%s: nothing is left to do", cfg.title)
-        path = folder / "metrics.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_state(folder / "metrics.json", dict) or {}
     try:
         metrics = _execute(cfg, settings, done)
     except BaseException:

@@ -37,7 +37,7 @@ from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.store import metrics as metrics_json
 from unlearning.store.evaluations import evaluation, lines
-from unlearning.store.files import digest, file_digest, write_atomically
+from unlearning.store.files import digest, file_digest, read_state, set_aside, write_atomically
 from unlearning.store.finished import state
 from unlearning.store.images import figure_paths, write_figures
 from unlearning.store.locks import alone_in
@@ -153,7 +153,11 @@ class Run:
             cost.forget(self.folder / "cost.json", "fit")
             write_atomically(begun, self._fit_key())
         if target.exists():
-            return
+            try:
+                Erasure.base_of(target)
+                return
+            except UserError as error:  # its erasure.json cannot be read: nothing says what the tensors are
+                set_aside(target, str(error))
         pl.seed_everything(self.seed, workers=True, verbose=False)
         with _applied(self._before, self.model), cost.measured(self.folder / "cost.json", "fit", self.model):
             erasure = self.method.fit(self.model, self.task)
@@ -327,8 +331,7 @@ class Run:
 
     def _failed(self) -> int:
         """Images that could not be generated."""
-        path = self.folder / "images" / "failed"
-        return int(path.read_text()) if path.exists() else 0
+        return read_state(self.folder / "images" / "failed", int) or 0
 
     # evaluate
 

@@ -39,7 +39,7 @@ def test_a_real_config_is_read_as_omegaconf_reads_it(tmp_path):
     found = read_settings(tmp_path / "run")
     for key, value in flat(resolved):
         assert value == "???" or str(value).startswith("/") or key in choices or found[key] == value
-    assert found["rates"] == "1e-05+2.0" and found["off"] == "no" and found["concept"] == "of-mugs"
+    assert found["rates"] == "1e-05+2.0" and found["off"] == "no" and found["concept"] == "mugs"
     assert (found["method"], found["dataset"]) == ("scrubber", "folder")
 
 

@@ -117,11 +117,11 @@ def test_the_unedited_model_neither_wins_nor_comes_second(finished, runs):
     assert [row[-1] for row in rates[1:]] == ["1.0", "<u>21.0 ± 1.0</u>", "**7.0 ± 2.1**", "50.0"]
 
 
-def test_a_mean_over_protocols_is_marked_even_where_it_is_the_only_cell(finished, tmp_path):
-    for seed, protocol in enumerate(("argmax", "softmax")):
-        finished(f"mixed/{seed}", measured(5.0, protocol), seed=seed)
+def test_values_of_different_protocols_are_not_averaged_and_the_row_is_marked(finished, tmp_path):
+    for seed, (value, protocol) in enumerate([(9.0, "softmax"), (5.0, "argmax"), (7.0, "argmax")]):
+        finished(f"mixed/{seed}", measured(value, protocol), seed=seed)
     text = table(tmp_path / "mixed", [E])
-    assert cells(text)[1][-1] == "5.00 ± 0.00†" and "argmax | softmax" in note(text, "†")
+    assert cells(text)[1][-1] == "6.00 ± 1.00 (n=2)†" and "softmax | argmax" in note(text, "†")
 
 
 def test_the_runs_say_themselves_what_is_better(finished, tmp_path):

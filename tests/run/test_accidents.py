@@ -28,6 +28,7 @@ from tests.run.small import (
     partial,
     pictures,
 )
+from unlearning.erasures.base import Erasure
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
@@ -318,3 +319,53 @@ def test_checkpoints_are_written_beside_their_target(unlearn, told, tmp_path, mo
     monkeypatch.setattr(shutil, "move", lambda *a, **k: 1 / 0)
     assert "Interrupted" in told(*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]")
     assert step_of(last_checkpoint(tmp_path / "run")) == 2 and not list((tmp_path / "full").iterdir())
+
+
+# --- damaged state files, edits, a store that can only be read --------------------------------------------------------
+
+
+def test_damaged_state_files_are_made_anew(unlearn, tmp_path):
+    command = [*SMALL, "method=uce", "evaluator=nudenet"]
+    run = unlearn(*command)
+    metrics = {k: v for k, v in json.loads((run / "metrics.json").read_text()).items() if not k.startswith("cost/")}
+    state = [run / name for name in (".finished", "cost.json", "provenance.json", "metrics.json")]
+    state += [path for place in ("evaluations", "images") for path in (tmp_path / "store" / place).rglob("*.json")]
+    assert {"about.json"} < {path.name for path in state}
+    for i, path in enumerate([*state, run / "erasure" / "erasure.json"]):
+        path.write_text(("", "{", "[1]")[i % 3])
+    unlearn(*command)
+    again = json.loads((run / "metrics.json").read_text())
+    assert metrics.items() <= again.items() and Erasure.load(run / "erasure").weights
+    assert (run / "erasure.damaged").exists() and (run / "cost.json.damaged").exists()
+    for path in state:
+        assert path.name == "about.json" or json.loads(path.read_text()), f"{path} is whole"
+
+
+def test_an_edited_metrics_json_is_measured_again(unlearn):
+    command = [*SMALL, "evaluator=nudenet"]
+    run = unlearn(*command)
+    whole = (run / "metrics.json").read_bytes()
+    (run / "metrics.json").write_text(json.dumps({"efficacy/nudenet_total": 0}))
+    unlearn(*command)
+    assert (run / "metrics.json").read_bytes() == whole
+
+
+def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, tmp_path, monkeypatch):
+    unlearn(*SMALL, run="runs/first")
+    open_, mkdir = Path.write_bytes, Path.mkdir
+
+    def guarded(original):
+        def call(self, *arguments, **keywords):
+            if self.is_relative_to(tmp_path / "store") and not (original is mkdir and self.exists()):
+                raise OSError(errno.EROFS, "Read-only file system", str(self))
+            return original(self, *arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Path, "write_bytes", guarded(open_))
+    monkeypatch.setattr(Path, "mkdir", guarded(mkdir))
+    assert (unlearn(*SMALL, f"paths.runs={tmp_path}/other", run="other/second") / "report.html").exists()
+
+
+def test_a_training_without_an_end_is_refused(told):
+    assert "method.iterations=-1" in told(*SMALL, *TRAIN, "method.iterations=-1", "stages=[fit]")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, read_state, set_aside, write_atomically
 from unlearning.store.images import write_image
 
 
@@ -52,3 +52,35 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "numbers.json", "[]")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"other": 1}', b'{"number": "many"}', b"\xff\xfe"])
+def test_a_damaged_state_file_is_named_and_set_aside(tmp_path, caplog, content):
+    path = tmp_path / "state.json"
+
+    def read() -> int | None:
+        return read_state(path, lambda state: int(state["number"]))
+
+    assert read() is None, "there is none"
+    path.write_text('{"number": 3}')
+    assert read() == 3 and not caplog.messages
+    path.write_bytes(content)
+    assert read() is None and not path.exists()
+    [said] = caplog.messages
+    assert str(path) in said and "state.json.damaged" in said
+    assert (tmp_path / "state.json.damaged").read_bytes() == content
+
+
+def test_a_folder_is_set_aside_once_more(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "erasure").mkdir()
+        (tmp_path / "erasure" / "weights").write_text(content)
+        set_aside(tmp_path / "erasure", "it is broken")
+    assert [p.name for p in tmp_path.iterdir()] == ["erasure.damaged"]
+    assert (tmp_path / "erasure.damaged" / "weights").read_text() == "second"
+
+
+def test_what_cannot_be_set_aside_is_not_used(tmp_path, monkeypatch, caplog):
+    (tmp_path / "state.json").write_text("{")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EROFS, "read-only")))
+    assert read_state(tmp_path / "state.json", dict) is None and "state.json" in caplog.text

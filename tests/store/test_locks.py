@@ -1,5 +1,7 @@
 """One of several processes generates an image, and a run has its folder alone, even if one of them is killed."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from unlearning.errors import UserError
+from unlearning.store import locks
 from unlearning.store.images import write_image
 from unlearning.store.locks import alone_in, claimed, in_use
 from unlearning.store.manifest import ManifestRow
@@ -123,6 +126,23 @@ def test_a_run_waits_for_another(tmp_path):
     with alone_in(tmp_path, wait=True):
         assert release.is_set()
     other.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_once_and_worked_on(tmp_path, monkeypatch, caplog, number):
+    locks._warn_of_no_locks.cache_clear()
+
+    def flock(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    wanted = rows(tmp_path / "images", 2)
+    for _ in range(2):
+        with alone_in(tmp_path), claimed(wanted) as mine:
+            assert mine == wanted
+    assert not in_use(tmp_path) and hidden(tmp_path / "images") == []
+    [said] = caplog.messages
+    assert os.strerror(number) in said
 
 
 def test_the_locks_need_no_unix():

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 
 import numpy as np
 import pytest
@@ -89,6 +90,18 @@ def test_the_protocol_names_every_machine(fitted, threads, tmp_path):
         metrics = fitted()
     assert metrics["cost/seconds"].protocol.count(" torch thread") == 2
     assert len(json.loads((tmp_path / "a.json").read_text())["fit"]["on"]) == 2
+
+
+def test_the_protocol_says_how_often_a_fit_began_and_what_a_kill_lost(fitted, tmp_path):
+    once, twice = fitted()["cost/seconds"].protocol, fitted()["cost/denoiser_evaluations"].protocol
+    assert "begun" not in once and "begun 2 times" in twice and "killed" not in twice
+    if (pid := os.fork()) == 0:
+        with cost.measured(tmp_path / "a.json", "fit", Model()):
+            os._exit(1)
+    os.waitpid(pid, 0)
+    for sitting in (4, 5):
+        protocol = fitted()["cost/seconds"].protocol
+        assert f"begun {sitting} times" in protocol and "killed" in protocol
 
 
 def test_costs_of_an_older_record_are_read_without_a_protocol(tmp_path):

@@ -164,7 +164,10 @@ def uneven_coverage(covered: Mapping[Key, frozenset[str]], by: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of a metric over `n` runs of a row, its standard error (None for one run), and how it was measured."""
+    """The mean of a metric over `n` runs of a row, its standard error (None for one run), and how it was measured.
+
+    Runs of one place that were measured by different protocols are not averaged: those of the usual one count.
+    """
 
     value: float
     error: float | None
@@ -174,12 +177,13 @@ class Mean:
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metric: str, by: Sequence[str]) -> "Mean":
         """Of runs that all have the metric."""
-        values = [value for run in runs if (value := run.value(metric)) is not None]
         names = dict.fromkeys((*conditions(by), "concept"))
-        protocols: dict[Place, list[str]] = {}
+        measured: dict[Place, dict[str, list[float]]] = {}
         for run in runs:
-            ways = protocols.setdefault(tuple(run[name] for name in names), [])
-            ways += [protocol] if (protocol := run.metrics[metric].protocol) not in ways else []
+            ways = measured.setdefault(tuple(run[name] for name in names), {})
+            ways.setdefault(run.metrics[metric].protocol, []).append(run.metrics[metric].value or 0.0)
+        values = [value for ways in measured.values() for value in max(ways.values(), key=len)]
+        protocols = {place: list(ways) for place, ways in measured.items()}
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         return cls(mean(values), error, len(values), protocols)
 

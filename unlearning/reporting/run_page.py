@@ -22,7 +22,7 @@ from unlearning.reporting.comparison import decimals
 from unlearning.reporting.figures import data_uri, encode, thumbnail
 from unlearning.reporting.formats import render_page
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run
-from unlearning.store.files import write_atomically
+from unlearning.store.files import read_state, write_atomically
 from unlearning.store.images import figure_paths
 from unlearning.store.manifest import ManifestRow, read_manifest
 from unlearning.store.metrics import Metric
@@ -112,7 +112,7 @@ def latent_differences(run: Path, rows: Iterable[ManifestRow]) -> dict | None:
     ...]}, the largest D first; None if the images were made by another guidance.
     """
     decided = {row.prompt: row for row in rows if "D" in row.decided}
-    guidance = _with_threshold(json.loads(_read(run / "erasure" / "erasure.json", "fit"))) if decided else None
+    guidance = _with_threshold(read_state(run / "erasure" / "erasure.json", dict)) if decided else None
     if guidance is None:
         return None
     prompts = [{"prompt": row.prompt, "role": row.role, **row.decided} for row in decided.values()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from unlearning.concepts import ATTACK
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Embedded, Text
-from unlearning.store.files import write_atomically
+from unlearning.store.files import read_state, write_atomically
 from unlearning.store.manifest import ManifestRow, image_path
 
 NAME = "comeback.json"
@@ -76,7 +76,12 @@ class Comeback:
 
 def exists(folder: Path) -> bool:
     """Whether a finished attack is kept in the folder."""
-    return (folder / NAME).exists()
+    return _rows(folder) is not None
+
+
+def _rows(folder: Path) -> dict[str, dict] | None:
+    """The rows of a finished attack by their targets; None without one."""
+    return read_state(folder / NAME, lambda saved: {row["target"]: row for row in saved["rows"]})
 
 
 def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
@@ -87,9 +92,8 @@ def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     Raises:
         UserError: If the folder holds no finished attack.
     """
-    if not exists(folder):
+    if (results := _rows(folder)) is None:
         raise UserError(f"There is no finished attack in {folder}: run the attack stage first.")
-    results = {row["target"]: row for row in json.loads((folder / NAME).read_text())["rows"]}
     return [_attacked(folder, row, results[row.prompt]) for row in rows if row.prompt in results]
 
 

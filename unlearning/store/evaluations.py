@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from unlearning.errors import UserError
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, read_state, write_atomically
 from unlearning.store.manifest import ManifestRow, load_images
 
 
@@ -54,8 +54,8 @@ def evaluation(
     ]
     evaluator.reset()
     path = store / "evaluations" / f"{digest(about, content, evaluator.protocol)}.json"
-    if path.exists():
-        return _read(path)
+    if stored := read_state(path, lambda kept: _restored(kept, path.with_suffix(".jsonl"))):
+        return stored
     for i in tqdm(range(0, len(rows), batch_size), label, leave=False):
         evaluator.update(load_images(rows[i : i + batch_size]), rows[i : i + batch_size])
     values = evaluator.compute()
@@ -77,11 +77,10 @@ def lines(details: Sequence[dict]) -> str:
     return "".join(json.dumps(one) + "\n" for one in details)
 
 
-def _read(path: Path) -> Evaluation:
-    try:
-        kept = json.loads(path.read_text())
-        details = path.with_suffix(".jsonl")
-        stated = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
-        return Evaluation(kept["values"], kept["protocol"], kept.get("made by"), stated)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken: {error}. Delete it: the same command measures again.") from error
+def _restored(kept: Mapping, details: Path) -> Evaluation:
+    """Raises ValueError, KeyError or TypeError if the files are not those of an evaluation."""
+    values = {name: float(value) for name, value in kept["values"].items()}
+    if not all(map(math.isfinite, values.values())):
+        raise ValueError("a number is not finite")
+    stated = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
+    return Evaluation(values, kept["protocol"], kept.get("made by"), stated)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,9 +58,11 @@ def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Renames a damaged file to `path` with the suffix ".damaged", with a warning. Where that fails, it stays."""
+    """Renames a damaged file or folder to `path` with the suffix ".damaged", with a warning. It stays if that fails."""
     kept = path.with_name(path.name + ASIDE)
     try:
+        if kept.is_dir():
+            shutil.rmtree(kept)
         path.replace(kept)
         log.warning("%s is damaged (%s). It is kept as %s and made anew.", path, why, kept.name)
     except OSError:

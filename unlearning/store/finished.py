@@ -1,7 +1,8 @@
 """Whether a run has nothing left to do, checked in milliseconds: nothing heavy is imported and no model is loaded.
 
-A finished run leaves a hash of its settings and of the state of every file that they name. The same settings over the
-same files are the same run. After any change, each stage finds out itself what is left to do.
+A finished run leaves a hash of its settings and of the state of every file that they name, and a digest of a file that
+each stage wrote. The same settings over the same files are the same run. After any change, each stage finds out itself
+what is left to do.
 """
 
 import json
@@ -10,13 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, file_digest, read_state, write_atomically
 
 MARK = ".finished"
 NAMES = ("concept", "others", "synonyms", "anchor", "template")  # settings that name no file, though one is called so
-LEFT = {  # by stage, a file or folder that it writes
-    "fit": "erasure",
-    "attack": "erasure",
+LEFT = {  # by stage, a file that it writes
+    "fit": "erasure/erasure.json",
+    "attack": "erasure/erasure.json",
     "generate": "images/erased.csv",
     "evaluate": "metrics.json",
     "report": "report.html",
@@ -63,19 +64,24 @@ def key(settings: Mapping, files: object) -> str:
 
 
 def finished(folder: Path, key: str, stages: Sequence[str]) -> bool:
-    """Whether `stages` have ended in `folder` with the settings of `key`, and their files are still there."""
-    done = _read(folder / MARK)
-    return done.get("key") == key and all(
-        stage in done["stages"] and (folder / LEFT[stage]).exists() for stage in stages
+    """Whether `stages` have ended in `folder` with the settings of `key`, and their files are still what they were."""
+    done = _read(folder / MARK, key)
+    return done is not None and all(
+        stage in done and done[stage] == _digest(folder, stage) is not None for stage in stages
     )
 
 
 def finish(folder: Path, key: str, stages: Sequence[str]) -> None:
     """Records in `folder` that `stages` have ended with the settings of `key`."""
-    done = _read(folder / MARK)
-    before = done["stages"] if done.get("key") == key else []
-    write_atomically(folder / MARK, json.dumps({"key": key, "stages": sorted({*before, *stages})}))
+    left = {**(_read(folder / MARK, key) or {}), **{stage: _digest(folder, stage) for stage in stages}}
+    write_atomically(folder / MARK, json.dumps({"key": key, "left": left}, indent=2))
 
 
-def _read(mark: Path) -> dict:
-    return json.loads(mark.read_text()) if mark.exists() else {}
+def _read(mark: Path, key: str) -> dict[str, str] | None:
+    """The digest of its file for each stage that has ended with the settings of `key`; None if none has."""
+    return read_state(mark, lambda done: dict(done.get("left", {})) if done["key"] == key else None)
+
+
+def _digest(folder: Path, stage: str) -> str | None:
+    path = folder / LEFT[stage]
+    return file_digest(path) if path.is_file() else None

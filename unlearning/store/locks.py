@@ -1,21 +1,25 @@
 """File locks: which of several processes generates an image, and which one works in a run's folder.
 
 The locks are those of the operating system (filelock), so they end with the process that holds them, even if it is
-killed. A lock file on disk does not mean that anyone holds the lock.
+killed. A lock file on disk does not mean that anyone holds the lock. Where a file system has no locks, or lets no lock
+file be written, the first time gives a warning and work goes on without.
 """
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
-from filelock import FileLock, Timeout, lock_descriptor
+from filelock import BaseFileLock, FileLock, Timeout, lock_descriptor
 
 from unlearning.errors import UserError
 from unlearning.store.manifest import ManifestRow, missing
 
 RUN_LOCK = ".lock"  # in a run's folder
 CLAIM = ".claim"  # suffix of the lock file next to an image that is being generated
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EROFS, errno.EACCES, errno.EPERM}
 log = logging.getLogger(__name__)
 
 
@@ -42,14 +46,16 @@ def claimed(rows: Sequence[ManifestRow], wait: bool = False) -> Iterator[list[Ma
 @contextmanager
 def _claim(path: Path, wait: bool) -> Iterator[None]:
     """Holds the lock of one image. Raises Timeout if another process holds it and `wait` is False."""
-    with FileLock(path.with_name(f".{path.name}{CLAIM}"), blocking=wait) as lock:
-        try:
-            yield
-        finally:
-            # Before the release, so that the file of a lock that another process takes next is never removed.
-            # Windows does not remove an open file; there filelock removes it itself.
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
+    lock = FileLock(path.with_name(f".{path.name}{CLAIM}"), fallback_to_soft=False)
+    _acquire(lock, wait)
+    try:
+        yield
+    finally:
+        # Before the release, so that the file of a lock that another process takes next is never removed.
+        # Windows does not remove an open file; there filelock removes it itself.
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 @contextmanager
@@ -67,18 +73,38 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
     if not _first_rank():
         yield
         return
-    lock = FileLock(folder / RUN_LOCK, blocking=False)
+    lock = FileLock(folder / RUN_LOCK, poll_interval=0.5, fallback_to_soft=False)
     try:
-        lock.acquire()
+        _acquire(lock, wait=False)
     except Timeout:
         if not wait:
             raise UserError(f"Another run is at work in {folder}. Wait until it ends, or change a setting.") from None
         log.info("Another run is at work in %s: waiting for it.", folder)
-        lock.acquire(blocking=True, poll_interval=0.5)
+        _acquire(lock, wait=True)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: BaseFileLock, wait: bool) -> None:
+    """Takes the lock, unless there are no locks where its file is, of which it warns once.
+
+    Raises Timeout if another process holds it and `wait` is False.
+    """
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(str(error.strerror))
+
+
+@cache
+def _warn_of_no_locks(why: str) -> None:
+    log.warning("Files cannot be locked (%s): start no two runs that share a folder or images at the same time.", why)
 
 
 def in_use(folder: Path) -> bool:
@@ -87,6 +113,11 @@ def in_use(folder: Path) -> bool:
         with (folder / RUN_LOCK).open() as file:
             return not lock_descriptor(file.fileno(), blocking=False)  # closing the file releases it
     except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(str(error.strerror))
         return False
 
 

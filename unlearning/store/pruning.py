@@ -8,6 +8,7 @@ unlearn-store --prune --older-than 30 --down-to 5GB --delete
 
 import argparse
 import csv
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unlearning.errors import UserError
-from unlearning.store.files import digest, write_atomically
+from unlearning.store.files import digest, read_state, write_atomically
 from unlearning.store.locks import RUN_LOCK, in_use
 
 ABOUT = "about.json"
@@ -32,8 +33,7 @@ COLUMNS = ("path", "base", "source")  # the columns of a manifest that name imag
 def describe(folder: Path, about: Mapping[str, str]) -> None:
     """Writes what a folder's images were generated with, once: its name is a digest, which cannot be read back."""
     if not (folder / ABOUT).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ABOUT, json.dumps(about, indent=2))
+        _write(folder / ABOUT, json.dumps(about, indent=2))
 
 
 def sign(folder: Path, names: Sequence[str], code: Mapping) -> None:
@@ -45,17 +45,26 @@ def sign(folder: Path, names: Sequence[str], code: Mapping) -> None:
 
 def signed(folder: Path) -> dict[str, dict]:
     """The code that generated each image of a folder, by the image's file name. The latest record counts."""
-    paths = sorted((folder / SIGNED).glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
-    records = [json.loads(path.read_text()) for path in paths]
-    return {name: record["code"] for record in records for name in record["pictures"]}
+    paths = sorted((folder / SIGNED).glob("[!.]*.json"), key=lambda path: path.stat().st_mtime_ns)
+    records = [read_state(path, lambda record: dict.fromkeys(record["pictures"], record["code"])) for path in paths]
+    return {name: code for record in records if record for name, code in record.items()}
 
 
 def note(store: Path, runs: Path) -> None:
     """Records in a store that runs in this folder refer to its images."""
     path = store / NOTED / digest(str(runs.resolve()))
     if not path.exists():
+        _write(path, str(runs.resolve()))
+
+
+def _write(path: Path, content: str) -> None:
+    """Writes a file about the store, unless the store can only be read: then nothing in it can be pruned either."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, str(runs.resolve()))
+        write_atomically(path, content)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
 
 
 def noted(store: Path) -> list[Path]:
@@ -161,7 +170,7 @@ def listing(images: Iterable[StoredImage], title: str):
     for name in ("images", "size", "newest"):
         table.add_column(name, justify="right", no_wrap=True)
     for folder, own in sorted(groups.items(), key=lambda item: -_total(item[1])):
-        about = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else {}
+        about = read_state(folder / ABOUT, dict) or {}
         names = [escape(str(about.get(name, "?"))) for name in ("model", "erasure", "sampler")]
         newest = time.strftime("%Y-%m-%d", time.localtime(max(image.time for image in own)))
         table.add_row(*names, folder.name, f"{len(own):,}", in_units(_total(own)), newest)

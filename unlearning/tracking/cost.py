@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.models.base import Model
-from unlearning.store.files import write_atomically
+from unlearning.store.files import read_state, write_atomically
 from unlearning.store.metrics import Metric
 from unlearning.tracking.provenance import hardware
 
@@ -25,7 +25,8 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
 
     An evaluation is one latent that goes through the denoiser once: a guided step with a batch of 16 counts 32. Memory
     is the peak allocation of the accelerator, or without one the peak resident size of the process, which only Linux
-    reports; both in bytes. A distributed run counts its first process. A killed process loses its last seconds.
+    reports; both in bytes. A distributed run counts its first process. A killed process loses its last seconds, which
+    the record then says ("lost"), as it says in how many "sittings" a stage was run.
 
     Args:
         path: The run's cost file.
@@ -39,7 +40,7 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
     before, evaluations, start = read(path).get(stage, {}), 0, time.perf_counter()
     written = start
 
-    def write() -> None:
+    def write(ended: bool = False) -> None:
         nonlocal written
         written = time.perf_counter()
         spent = {"seconds": before.get("seconds", 0.0) + written - start}
@@ -47,6 +48,8 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
         peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if tracked else None
         if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
             spent["peak_memory"] = max(peaks)
+        spent |= {"sittings": before.get("sittings", 0) + 1, "ended": ended}
+        spent["lost"] = before.get("lost", False) or not before.get("ended", True)
         spent["on"] = list(dict.fromkeys([*before.get("on", ()), machine(model.device)]))
         if rank_zero_only.rank == 0:
             write_atomically(path, json.dumps({**read(path), stage: spent}, indent=2))
@@ -59,11 +62,12 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
             write()
 
     hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
+    write()
     try:
         yield
     finally:
         hook.remove()
-        write()
+        write(ended=True)
 
 
 def machine(device: torch.device) -> str:
@@ -93,7 +97,7 @@ def _peak_resident() -> int | None:
 
 def read(path: Path) -> dict[str, dict]:
     """The costs by stage, with the machines they were measured on; empty if there are none yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_state(path, lambda costs: {stage: dict(spent) for stage, spent in costs.items()}) or {}
 
 
 def forget(path: Path, stage: str) -> None:
@@ -103,10 +107,17 @@ def forget(path: Path, stage: str) -> None:
 
 
 def metrics(path: Path, erasure: Path) -> dict[str, Metric]:
-    """The costs of erasing: those of the fit, and the bytes of the erasure's files."""
-    spent = read(path).get("fit", {})
-    machines = " and ".join(spent.pop("on", ()))
-    protocols = {"artefact_bytes": "all files of the erasure", "denoiser_evaluations": "latents through it in the fit"}
-    protocols |= {name: f"of the fit, on {machines}" for name in ("seconds", "peak_memory") if machines}
+    """The costs of erasing: those of the fit, and the bytes of the erasure's files.
+
+    After an interruption a fit repeats what its last checkpoint lacks, so the protocol says how often it began.
+    """
+    record = read(path).get("fit", {})
+    begun = f", begun {record['sittings']} times" if record.get("sittings", 1) > 1 else ""
+    begun += ", without the last seconds before it was killed" if record.get("lost") else ""
+    machines = " and ".join(record.get("on", ()))
+    protocols = {"artefact_bytes": "all files of the erasure"}
+    protocols["denoiser_evaluations"] = f"latents through it in the fit{begun}"
+    protocols |= {name: f"of the fit, on {machines}{begun}" for name in ("seconds", "peak_memory") if machines}
+    spent = {name: record[name] for name in ("seconds", "denoiser_evaluations", "peak_memory") if name in record}
     spent["artefact_bytes"] = sum(p.stat().st_size for p in erasure.rglob("*") if p.is_file())
     return {f"cost/{name}": Metric(value, protocols.get(name, "")) for name, value in spent.items()}

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unlearning.store.files import write_atomically
+from unlearning.store.files import read_state, write_atomically
 
 ROOT = Path(__file__).parents[2]
 FILE = "provenance.json"
@@ -147,8 +147,7 @@ def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
 
 def read(folder: Path) -> dict | None:
     """A run's record; None if it has none."""
-    path = folder / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_state(folder / FILE, lambda record: {**record, "sittings": list(record.get("sittings", ()))})
 
 
 def facts(sitting: Mapping) -> dict[str, object]:
