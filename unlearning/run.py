@@ -156,8 +156,9 @@ class Run:
             try:
                 Erasure.base_of(target)
                 return
-            except UserError as error:  # its erasure.json cannot be read: nothing says what the tensors are
-                set_aside(target, str(error))
+            except UserError:
+                set_aside(target, "its erasure.json is missing or cannot be read")
+                cost.forget(self.folder / "cost.json", "fit")
         pl.seed_everything(self.seed, workers=True, verbose=False)
         with _applied(self._before, self.model), cost.measured(self.folder / "cost.json", "fit", self.model):
             erasure = self.method.fit(self.model, self.task)

@@ -79,7 +79,7 @@ def lines(details: Sequence[dict]) -> str:
 
 def _restored(kept: Mapping, details: Path) -> Evaluation:
     """Raises ValueError, KeyError or TypeError if the files are not those of an evaluation."""
-    values = {name: float(value) for name, value in kept["values"].items()}
+    values = dict(kept["values"])
     if not all(map(math.isfinite, values.values())):
         raise ValueError("a number is not finite")
     stated = [json.loads(line) for line in details.read_text().splitlines()] if details.exists() else []
