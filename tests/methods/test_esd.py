@@ -21,13 +21,16 @@ def model(sd1):
 
 
 def esd(
-    *, iterations=2, lr=1e-2, parameters=ESD_X, eta=1.0, steps=4, trajectory="exact", batch_size=1, **trainer
-) -> ESD:
+    *, iterations=2, lr=1e-2, parameters=ESD_X, eta=1.0, steps=4, trajectory="exact", batch_size=1,
+    trajectory_model="student", template=None, **trainer,
+) -> ESD:  # fmt: skip
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     return ESD(
         eta=eta,
         trajectory=trajectory,
         steps=steps,
+        trajectory_model=trajectory_model,
+        template=template,
         batch_size=batch_size,
         student=Weights(parameters),
         iterations=iterations,
@@ -48,6 +51,40 @@ def test_the_target_is_guidance_away_from_the_concept(model):
     eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
     expected = (3 * (eps_c - eps_0)).pow(2).mean()
     torch.testing.assert_close(method.loss(["a photo of the cat"]), expected, atol=1e-6, rtol=1e-3)
+
+
+def test_the_authors_script_calls_eta_plus_one_negative_guidance(model):
+    method = esd(eta=1.5)
+    method.student, method.teacher = model, model.snapshot([])
+    x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["a photo of the cat"])
+    eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
+    target = eps_c - (1.5 + 1) * (eps_c - eps_0)
+    torch.testing.assert_close(method.erasing(x_t, t, c), (eps_c - target).pow(2).mean(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("drawn_by", ["student", "teacher"])
+def test_trajectories_are_the_students_or_the_frozen_teachers(model, drawn_by):
+    method, models = esd(trajectory_model=drawn_by, template="{}"), []
+    draw = method.points.__call__
+
+    def points(model, prompts):
+        assert prompts == ["cat"], "the bare name"
+        models.append(model)
+        return draw(model, prompts)
+
+    points.restore = points.state = lambda *_: []
+    method.points = points
+    method.fit(model, TASK)
+    assert len(models) == 2 and all((drawn is model) == (drawn_by == "student") for drawn in models)
+
+
+def test_the_authors_esd_u_is_a_regular_expression(model):
+    """All linear maps and convolutions outside of cross-attention."""
+    layers = {name: m for name, m in model.named_modules().items() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    theirs = {f"{n}.{p}" for n, m in layers.items() for p in dict(m.named_parameters()) if n.startswith("unet")}
+    theirs = {name for name in theirs if "attn2" not in name}
+    with Weights(r"^unet\.(?!.*attn2)(?!.*norm)").of(model) as pair:
+        assert set(pair.parameters) == theirs
 
 
 def test_training_brings_the_concepts_prediction_to_the_target(model):

@@ -8,8 +8,25 @@ The bracket is classifier-free guidance at scale -eta, and is written so below. 
 on its way to an image of c. ESD-x trains the cross-attention's weights, ESD-u the others: a regular expression in the
 config.
 
-By default t is the timestep at which x_t lies; schedule="paper" draws it as the authors' script does.
+By default t is the timestep at which x_t lies; schedule="paper" draws it as the authors' script of 2023 does.
+
+Definitions that differ between sources, and change the numbers:
+
+- The authors' script of 2025 writes the target as eps*_c - g (eps*_c - eps*_0): its negative_guidance g is eta + 1. Its
+  default g = 2 is eta = 1.
+- It draws x_t from the frozen model: trajectory_model="teacher". The paper and the script of 2023 draw it from the
+  model being trained.
+- It prompts with the bare name: template="{}". The default is the task's template.
+- Its esd-u trains all linear maps and convolutions outside of cross-attention, 388 tensors of Stable Diffusion 1.4:
+  student.parameters='^unet\\.(?!.*attn2)(?!.*norm)'. The script of 2023 trains all that is outside of cross-attention,
+  the time embedding and the output, norms included, 598 tensors: the default. Its esd-x trains the default's 80.
+- Its 200 iterations at a learning rate of 5e-5 take the place of 1000 at 1e-5.
+
+So `method=esd_x method.trajectory_model=teacher method.template='{}' method.iterations=200 method.optimizer.lr=5e-5` is
+the script of 2025, which also draws x_t at 1024 pixels where the model's own size is 512.
 """
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +35,16 @@ from torch import Tensor
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, NonNegative, Steps
 from unlearning.erasures.base import Erasure
+from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
-from unlearning.sampling.trajectories import Kind
+from unlearning.sampling.trajectories import Kind, Points
 from unlearning.sampling.trajectories import trajectory as make_trajectory
+from unlearning.training.batches import Prompts
+
+TrajectoryModel = Literal["student", "teacher"]
 
 
 class ESD(TrainedMethod):
@@ -32,6 +53,8 @@ class ESD(TrainedMethod):
         eta: Strength of the negative guidance.
         trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".
         steps, guidance_scale, schedule: Of the trajectories.
+        trajectory_model: Whose trajectories: "student", the model being trained, or "teacher", the frozen one.
+        template: How the name of a concept becomes a prompt in training; None for the task's template.
         training: TrainedMethod's arguments.
     """
 
@@ -43,9 +66,14 @@ class ESD(TrainedMethod):
         steps: Steps = 50,
         guidance_scale: Finite = 3.0,
         schedule: Schedule = "diffusers",
+        trajectory_model: TrajectoryModel = "student",
+        template: str | None = None,
         **training,
     ):
         super().__init__(**training)
+        if trajectory_model not in get_args(TrajectoryModel):
+            raise unknown("trajectory_model", trajectory_model, get_args(TrajectoryModel))
+        self.trajectory_model, self.template = trajectory_model, template
         self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale, schedule)
 
     def anchors(self, prompts: tuple[str, ...]) -> list[str]:
@@ -56,8 +84,22 @@ class ESD(TrainedMethod):
         self.points.restore([])  # no points of an earlier fit
         return super().fit(model, task)
 
+    def prompt(self, word: str) -> str:
+        """The prompt for a word in training; "" for no word."""
+        return self.template.format(word) if self.template and word else self.task.prompt(word)
+
+    def data(self) -> Prompts:
+        return Prompts([self.prompt(concept.name) for concept in self.task.erase], self.batch_size)
+
+    def draw(self, prompts: list[str]) -> Points:
+        """A point (x_t, t) for each prompt, with the student's conditioning c."""
+        if self.trajectory_model == "student":
+            return self.points(self.student, prompts)
+        x_t, t, c = self.points(self.teacher, prompts)
+        return x_t, t, self.student.encode_prompts(c.prompts)
+
     def loss(self, prompts: list[str]) -> Tensor:
-        return self.erasing(*self.points(self.student, prompts))
+        return self.erasing(*self.draw(prompts))
 
     def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The objective () of eq. 6 at points (x_t, t)."""

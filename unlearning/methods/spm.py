@@ -37,7 +37,6 @@ from unlearning.erasures.module_edit import Adapter, Gate
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
-from unlearning.training.batches import Prompts
 
 POOLED = ("text_embeds", "pooled")  # of Conditioning.extra: what else is text
 
@@ -71,11 +70,14 @@ class SPM(ESD):
     Args:
         lamb: Weight of latent anchoring.
         anchor_count: J, anchors in a step; of a larger batch, each x_t gets its share of them.
+        template: How the name of a concept becomes a prompt in training; the bare name, as in the authors' code.
         esd: ESD's arguments, the student being a LoRA.
     """
 
-    def __init__(self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, **esd):
-        super().__init__(**esd)
+    def __init__(
+        self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: str | None = "{}", **esd
+    ):
+        super().__init__(template=template, **esd)
         self.lamb, self.anchor_count = lamb, anchor_count
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
@@ -89,11 +91,8 @@ class SPM(ESD):
             raise UserError("SPM trains a LoRA: student@method.student=lora.")
         return replace(adapter, gate=FacilitatedTransport(concept.name))
 
-    def data(self) -> Prompts:
-        return Prompts([concept.name for concept in self.task.erase], self.batch_size)
-
     def loss(self, prompts: list[str]) -> Tensor:
-        x_t, t, c = self.points(self.student, prompts)
+        x_t, t, c = self.draw(prompts)
         return self.erasing(x_t, t, c) + self.lamb * self.anchoring(x_t, t, c)
 
     def anchoring(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:

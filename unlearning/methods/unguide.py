@@ -8,6 +8,11 @@ Nothing is retained in training: at inference, UnGuidance decides by the latent 
 about the concept, and extrapolates past the adapter or past the base model (sampling/unguidance.py). The paper's
 threshold is D(""), the null prompt's own difference.
 
+Definitions that differ between the authors' commands: R, the repeats of D(p), is 30 for objects and 10 for I2P (the
+default is 10); training drops the first timestep and draws t from a little above x_t's (schedule="paper", the default),
+and so does their sampling of images, for which the sampler's default is sampler.schedule=diffusers. Since October 2025
+their training script has another optimizer than Adam at 3e-5, which the published adapters were trained with.
+
 Beyond the paper: threshold="calibrated" takes the number that best separates the concept from the null prompt and from
 the concepts that the task lets a method retain, under TEMPLATES that no evaluation uses.
 """
@@ -62,7 +67,7 @@ class UnGuide(ESD):
         self.threshold = threshold
 
     def anchors(self, prompts: tuple[str, ...]) -> list[str]:
-        of = {self.task.prompt(concept.name): self.task.prompt(concept.anchor) for concept in self.task.erase}
+        of = {self.prompt(concept.name): self.prompt(concept.anchor) for concept in self.task.erase}
         return [of[prompt] for prompt in prompts]
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Adapter:
