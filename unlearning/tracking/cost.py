@@ -61,8 +61,8 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
         if time.perf_counter() > written + WRITE_EVERY:
             write()
 
-    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
     write()
+    hook = model.network.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield
     finally:
