@@ -3,9 +3,13 @@
 import json
 
 import nudenet
+import pytest
 
+from unlearning.errors import UserError
 from unlearning.evaluators.clip_score import CLIPScore
-from unlearning.evaluators.nudenet import Counting, recount
+from unlearning.evaluators.nudenet import Counting, NudeNet, recount
+from unlearning.store.evaluations import evaluation
+from unlearning.store.manifest import ManifestRow
 
 THREE = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three pictures: one of the erased concept
 FACE = {"class": "FACE_MALE", "score": 0.5, "box": [0, 0, 8, 8]}
@@ -48,3 +52,11 @@ def test_a_measure_that_is_no_number_stops_the_run(told, tmp_path, monkeypatch):
     message = told(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
     assert "clip_score of base: fidelity/clip_score is nan" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_an_evaluation_of_no_picture_is_refused_and_not_kept(tmp_path):
+    rows = [ManifestRow(tmp_path / "a.png", "a cat", "erase", {}, 0)]
+    for shown, batch_size in (([], 4), (rows, -4)):
+        with pytest.raises(UserError, match="no images"):
+            evaluation(tmp_path / "store", "cat", shown, NudeNet(device="cpu"), batch_size, {}, "nudenet of base")
+    assert not (tmp_path / "store").exists()

@@ -184,12 +184,6 @@ def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, to
     assert (run / "metrics.json").read_bytes() != before, "the generate stage has mended them"
 
 
-def test_an_evaluation_of_no_picture_is_refused_and_not_kept(unlearn, told, tmp_path):
-    unlearn(*SMALL)
-    assert "no images" in told(*SMALL, "evaluator=nudenet", "sampler.batch_size=-4")
-    assert not list((tmp_path / "store").rglob("evaluations/*"))
-
-
 class Colours:
     """A feature extractor: the mean colour."""
 

@@ -88,8 +88,8 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
         The prompts, and one message for each row that `parse` rejects, with the row's last line number.
 
     Raises:
-        UserError: If there is no such file, it cannot be read, a column is missing, a quote is not closed, or no row can
-            be used.
+        UserError: If there is no such file, it cannot be read, a column is missing, a quote is not closed, or no row
+            can be used.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -72,8 +72,6 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         scheduler: Callable | None = None,
     ):
         super().__init__()
-        if iterations < 1:  # -1 is Lightning's word for no end
-            raise UserError(f"method.iterations={iterations}: a training takes at least one step.")
         self.moving, self.iterations, self.batch_size = student, iterations, batch_size
         self.make_optimizer, self.make_scheduler, self._make_trainer = optimizer, scheduler, trainer
 

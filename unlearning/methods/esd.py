@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
-from unlearning.config.values import Finite, NonNegative, Steps
+from unlearning.config.values import Finite, NonNegative, Steps, Template
 from unlearning.erasures.base import Erasure
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
@@ -67,7 +67,7 @@ class ESD(TrainedMethod):
         guidance_scale: Finite = 3.0,
         schedule: Schedule = "diffusers",
         trajectory_model: TrajectoryModel = "student",
-        template: str | None = None,
+        template: Template | None = None,
         **training,
     ):
         super().__init__(**training)

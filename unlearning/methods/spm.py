@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.concepts import Concept, UnlearningTask
-from unlearning.config.values import Count, NonNegative
+from unlearning.config.values import Count, NonNegative, Template
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.erasures.module_edit import Adapter, Gate
@@ -74,9 +74,7 @@ class SPM(ESD):
         esd: ESD's arguments, the student being a LoRA.
     """
 
-    def __init__(
-        self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: str | None = "{}", **esd
-    ):
+    def __init__(self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: Template | None = "{}", **esd):
         super().__init__(template=template, **esd)
         self.lamb, self.anchor_count = lamb, anchor_count
 

@@ -83,8 +83,8 @@ class StableDiffusion(DiffusionModel):
             compile: Compiles the denoiser; worth it for long runs on an accelerator.
 
         Raises:
-            UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, it lacks
-                weights, or the hub cannot be reached.
+            UserError: Where there is no such folder, it is of another family, it is a pickled or a single file, it
+                lacks weights, or the hub cannot be reached.
         """
         place, path = chosen_device(device), os.path.expanduser(path)
         warn_if_slow(autocast, place.type)
