@@ -1,7 +1,7 @@
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test types everything install
+.PHONY: demo test types everything gpu install
 
 demo: install
 	.venv/bin/unlearn concept=cat method=esd_x
@@ -20,6 +20,10 @@ everything: install
 	.venv/bin/unlearn-table outputs/runs || failed=1; \
 	.venv/bin/unlearn-report outputs/runs || failed=1; \
 	exit $$failed
+
+# Installs nothing: a machine with a GPU may have no internet. out=FOLDER writes the results there.
+gpu:
+	$(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON)) -m experiments.gpu $(if $(out),--out $(out))
 
 install: .venv/.installed
 

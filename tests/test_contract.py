@@ -112,6 +112,11 @@ def test_an_erasure_changes_the_images_while_it_is_applied_and_no_longer(fitted)
     assert unchanged(model, weights)
 
 
+def test_a_method_says_whether_weights_can_hold_what_it_leaves(fitted):
+    _, _, _, _, _, method, erasure, _ = fitted
+    assert method.writable == erasure.writable
+
+
 def test_an_erasure_is_undone_when_something_fails_inside(fitted):
     _, model, _, images, before, _, erasure, _ = fitted
     with pytest.raises(RuntimeError, match="inside"), erasure.applied_to(model):

@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
 
 from experiments.readme import with_tables
+from tests import tiny
 from unlearning.__main__ import CONF
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +42,25 @@ def test_every_command_it_shows_composes():
                 w.partition("=")[0] + "=" + w.partition("=")[2].split(",")[0] if "[" not in w else w for w in words
             ]
             compose("config", overrides=first)
+
+
+def test_its_python_runs(tmp_path, monkeypatch):
+    """On a tiny pipeline, in few steps."""
+    code = re.search(r"## From Python\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert 10 <= len(code.splitlines()) <= 14
+    short = code.replace('"iterations": 100', '"iterations": 1, "steps": 2').replace(
+        'the cat")', 'the cat", num_inference_steps=2)'
+    )
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda path: tiny.pipeline("sd1"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(short, names)
+    monkeypatch.undo()
+    assert (tmp_path / "erased.png").exists() and (tmp_path / "cat" / "erasure.json").exists()
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "erased").unet.state_dict()
+    before, now = tiny.pipeline("sd1").unet.state_dict(), names["pipe"].unet.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in again.items())
+    assert any("attn2" in name and not torch.equal(value, before[name]) for name, value in now.items())
 
 
 def test_the_first_screen_is_a_picture_and_the_command_that_made_it():

@@ -64,7 +64,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     from unlearning.tracking import loggers
     from unlearning.training import trainers
 
-    _quieten_lightning()
+    quieten_lightning()
     _check_family(cfg)
     evaluators = {name: instances.builder(f"evaluator {name}", node)() for name, node in cfg.evaluator.items()}
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
@@ -122,7 +122,7 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _quieten_lightning() -> None:
+def quieten_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # importing them sets INFO
     warnings.filterwarnings("ignore", ".*LeafSpec")  # from Lightning's use of PyTorch, at every stage

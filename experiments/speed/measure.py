@@ -1,4 +1,4 @@
-"""Speed and memory of our code against the published way: python experiments/speed/measure.py [--quick]
+"""Speed and memory of our code against the published way: python -m experiments.speed.measure [--quick]
 
 Both sides of a comparison alternate in one process (A B A B ...), so that other load affects both. Times are medians
 over turns; a ratio is the median of the ratios of each turn. Writes results.json and the tables of README.md; --quick
@@ -16,25 +16,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import diffusers
-import published
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from subject import EXACT, Watch, config, fit, sd14
 
+from experiments.speed import published
+from experiments.speed.subject import EXACT, Watch, config, fit
 from unlearning.data.openmoji import CIFAR10
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.manifest import image_seed
+from unlearning.training.batches import seed_of
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "unlearning" / "weights"
 BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"
-NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup", "gpu")
+NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup")
 
 
 class Bench:
@@ -110,8 +110,10 @@ def generation(bench: Bench) -> list[dict]:
     def keep(name: str, draw: Callable[[], torch.Tensor]) -> Callable[[], None]:
         return lambda: pictures.update({name: draw()})
 
+    settings = {"num_inference_steps": steps, "guidance_scale": 7.5}
+
     def theirs(dtype: str, batch: int) -> Callable[[], torch.Tensor]:
-        return lambda: published.draw(pipes[dtype], prompts, noise, steps, batch)
+        return lambda: published.draw(pipes[dtype], prompts, batch, latents=noise, **settings)
 
     draws = {
         "ours": lambda: sampler(model, prompts, seeds),
@@ -156,11 +158,11 @@ def esd(bench: Bench) -> list[dict]:
     model = bench.model()
     seconds, worst = {"ours": [], "published": []}, 0.0
     for turn in range(turns):
-        seeds = range(1000 * turn, 1000 * turn + iterations)
-        cfg, watch = bench.config(*EXACT, f"method.iterations={iterations}"), Watch(seeds)
+        cfg, watch = bench.config(*EXACT, f"method.iterations={iterations}"), Watch()
+        torch.manual_seed(turn)
         fit(cfg, model, watch)
         plain, times, losses = plain_esd(cfg, model), [], []
-        for loss in plain.iterate(seeds):
+        for loss in plain.iterate([seed_of(turn, 0, k, 0) for k in range(iterations)]):
             losses.append(loss)
             times.append(time.perf_counter())
         for name, ends in (("ours", watch.times), ("published", times)):  # the first iteration is the warm-up
@@ -179,8 +181,8 @@ def esd(bench: Bench) -> list[dict]:
 def plain_esd(cfg, model) -> published.ESD:
     trajectory = {"steps": cfg.method.steps, "guidance_scale": cfg.method.guidance_scale}
     prompt = instantiate(cfg.dataset).prompt(cfg.concept)
-    trained = {"parameters": cfg.method.student.parameters, "lr": cfg.method.optimizer.lr}
-    return published.ESD(model, prompt, **trained, **trajectory)
+    trained = published.weights(cfg.method.student.parameters)
+    return published.ESD(model, prompt, trained=trained, lr=cfg.method.optimizer.lr, **trajectory)
 
 
 class Erased(pl.Callback):
@@ -265,8 +267,8 @@ def memory(bench: Bench) -> list[dict]:
             continue
         sides = {}
         for side in ("ours", "published"):
-            command = [sys.executable, HERE / "memory.py", side, size, bench.options.model, bench.device]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [sys.executable, "-m", "experiments.speed.memory", side, size, bench.options.model, bench.device]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parents[1])
             sides[side] = json.loads(done.stdout.strip().splitlines()[-1])
         for what, target in (("peak", "≤ 0.7"), ("growth", ""), ("exact", "≤ 0.7")):
             ours, theirs = sides["ours"][what] / 2**20, sides["published"][what] / 2**20
@@ -308,50 +310,7 @@ def startup(bench: Bench) -> list[dict]:
     return rows
 
 
-def gpu(bench: Bench) -> list[dict]:
-    """The size of SD1.4 with random weights: images and iterations a second, peak memory; only with CUDA."""
-    if not torch.cuda.is_available():
-        return []
-    rows, count = [], 4 if bench.quick else 16
-    steps = 10 if bench.quick else 50
-    prompts, seeds, _ = (rows_[:count] for rows_ in wanted(2))
-    for dtype in ("float32", "bfloat16"):
-        model = sd14(bench.options.model, side=64, device="cuda", dtype=dtype)
-        for compiled in (False, True):
-            if compiled:
-                model.denoiser.compile()
-            sampler, noise = Sampler(steps=steps, batch_size=count), model.noise(seeds)
-            pipe, cfg = (
-                published.pipeline(model),
-                bench.config(*EXACT, "method.iterations=12", f"model.dtype={dtype}"),
-            )
-            draws = {
-                "ours": lambda s=sampler, m=model: s(m, prompts, seeds),
-                "theirs": lambda p=pipe, z=noise: published.draw(p, prompts, z, steps, count),
-            }
-            seconds = {k: statistics.median(v) for k, v in bench.turns(draws, 3).items()}
-            speed, peak = {}, {}
-            for side in ("ours", "theirs"):
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                if side == "ours":
-                    watch = Watch(range(12))
-                    fit(cfg, model, watch)
-                    times = watch.times
-                else:
-                    times = [time.perf_counter() for _ in plain_esd(cfg, model).iterate(range(12))]
-                speed[side] = statistics.median(1 / (b - a) for a, b in pairwise(times))
-                peak[side] = torch.cuda.max_memory_allocated() / 2**20
-            rows.append({
-                "dtype": dtype, "compiled": compiled,
-                "images / s, ours": count / seconds["ours"], "images / s, diffusers": count / seconds["theirs"],
-                "ESD iterations / s, ours": speed["ours"], "published loop": speed["theirs"],
-                "peak ours (MiB)": peak["ours"], "peak published (MiB)": peak["theirs"],
-            })  # fmt: skip
-    return rows
-
-
-MEASURES = dict(zip(NAMES, (generation, judged, esd, erasure, memory, startup, gpu), strict=True))
+MEASURES = dict(zip(NAMES, (generation, judged, esd, erasure, memory, startup), strict=True))
 
 
 def machine(device: str) -> str:
@@ -380,9 +339,6 @@ def render(results: dict) -> str:
     parts = [f"Machine: {results['machine']}."]
     for name, rows in results["tables"].items():
         text = MEASURES[name].__doc__.splitlines()[0]
-        if not rows:
-            parts.append(f"**{name}.** {text}\n\nEmpty until a machine with a GPU has run it.")
-            continue
         columns = [c for c in rows[0] if c != "curves"]
         lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(cell(row[c]) for c in columns) + " |" for row in rows]

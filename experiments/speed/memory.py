@@ -1,4 +1,6 @@
-"""Peak memory of one side, in a process of its own: python memory.py {ours,published} {model,sd14} MODEL DEVICE
+"""Peak memory of one side, in a process of its own.
+
+    python -m experiments.speed.memory {ours,published} {model,sd14} MODEL DEVICE
 
 Prints JSON, in bytes. On a CPU, `baseline` is the resident size after all imports and after loading the model, and
 `peak` the largest resident size in two iterations of ESD-x (trajectories of one step, because longer ones need no
@@ -15,11 +17,13 @@ import tempfile
 from pathlib import Path
 
 import diffusers
-import published
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from subject import EXACT, config, fit, sd14
+
+from experiments.gpu import architectures
+from experiments.speed import published
+from experiments.speed.subject import EXACT, config, fit
 
 
 def resident(what: str) -> int:
@@ -52,7 +56,8 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
         "method=esd_x", *EXACT, "method.iterations=2", "method.steps=1",
     )  # fmt: skip
     # On a CPU, half of SD1.4's latent side to save time: this makes the activations of both sides smaller.
-    model = instantiate(cfg.model) if size == "model" else sd14(path, side=32 if device == "cpu" else 64, device=device)
+    side14 = 32 if device == "cpu" else 64
+    model = instantiate(cfg.model) if size == "model" else architectures.diffusion("SD1.4", device=device, side=side14)
     baseline = resident("VmRSS")
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -61,8 +66,9 @@ def main(side: str, size: str, path: str, device: str) -> dict[str, int]:
         fit(cfg, model, weigh)
         counted = weigh.bytes
     else:
-        trained = {"parameters": cfg.method.student.parameters, "lr": cfg.method.optimizer.lr}
-        esd = published.ESD(model, "a photo of the cat", **trained, steps=1, guidance_scale=3)
+        settings = {"lr": cfg.method.optimizer.lr, "steps": 1, "guidance_scale": 3}
+        trained = published.weights(cfg.method.student.parameters)
+        esd = published.ESD(model, "a photo of the cat", trained=trained, **settings)
         list(esd.iterate(range(2)))
         counted = exact([*esd.teacher.parameters(), *esd.student.parameters()], esd.optimizer)
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else resident("VmHWM")

@@ -1,15 +1,16 @@
 """What a method leaves behind: a frozen edit that can be applied to a model and undone, composed, saved and loaded."""
 
+import copy
 import hashlib
 import importlib
 import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,9 @@ from unlearning.errors import UserError
 from unlearning.models.base import Model, ModelT
 from unlearning.store.files import digest, write_atomically
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 HEADER = """\
 # {title}
 
@@ -30,6 +34,22 @@ Made by `unlearning` from `{base}`.
 """
 SETTINGS, WEIGHTS = "erasure.json", "weights.safetensors"
 T = TypeVar("T")
+NOT_IN_NETWORKS = (
+    "This erasure is not in the networks alone, and a pipeline of diffusers does not know of it. Generate with "
+    '`with erasure.applied_to(pipe) as model: images = Sampler()(model, ["a prompt"], seeds=[0])`; Sampler is in '
+    "unlearning.sampling.sampler."
+)
+NOT_WRITABLE = (
+    "This erasure cannot be written into the weights of a model: it acts while images are generated. Take the erasure "
+    "(return_erasure=True), and apply it: `with erasure.applied_to(pipe) as model: ...`."
+)
+
+
+class Base(NamedTuple):
+    """What an erasure remembers of the model that it was made from."""
+
+    name: str = "the model that it was made from"
+    fingerprint: str = ""
 
 
 class Erasure(ABC, Generic[ModelT]):
@@ -38,14 +58,27 @@ class Erasure(ABC, Generic[ModelT]):
     `with erasure.applied_to(model):` the model is the erased one; afterwards it is, to the bit, what it was before.
     """
 
+    _base = Base()
+
     @contextmanager
-    def applied_to(self, model: ModelT) -> Iterator:
+    def applied_to(self, model: "ModelT | DiffusionPipeline") -> Iterator:
         """Within it `model` is the erased model, which it yields.
+
+        Args:
+            model: A model, or a pipeline of diffusers; of a pipeline, it yields the model of its family. If the erasure
+                is not `in_networks`, a call of the pipeline itself raises UserError within the context.
 
         Raises:
             UserError: If the erasure is not for this model.
         """
-        with self._applied(model):
+        if not isinstance(model, Model):
+            from unlearning.models.families import as_model, refusing_calls
+
+            refusing = nullcontext() if self.in_networks else refusing_calls(model, NOT_IN_NETWORKS)
+            with as_model(model) as wrapped, refusing, self.applied_to(cast(ModelT, wrapped)):
+                yield wrapped
+            return
+        with self._applied(cast(ModelT, model)):
             model.applied = (*model.applied, self.digest)
             try:
                 yield model
@@ -71,6 +104,37 @@ class Erasure(ABC, Generic[ModelT]):
         """Whether it changes nothing, so that the erased model is the unedited one."""
         return False
 
+    @property
+    def writable(self) -> bool:
+        """Whether new values of the model's weights are all of it."""
+        return False
+
+    @property
+    def in_networks(self) -> bool:
+        """Whether the networks alone generate as the erased model does, while it is applied."""
+        return self.writable
+
+    def write_into(self, model: ModelT) -> None:
+        """Writes the erasure into the model's weights for good.
+
+        Raises:
+            UserError: If it is not `writable`, or not for this model.
+        """
+        if not self.writable:
+            raise UserError(NOT_WRITABLE)
+        with self._applied(model):  # raises, before anything is written, if it is not for this model
+            pass
+        self._write(model)
+
+    def _write(self, model: ModelT) -> None:
+        raise NotImplementedError
+
+    def made_from(self, base: Model) -> Self:
+        """This erasure, which remembers for `save` what model it was made from."""
+        made = copy.copy(self)
+        object.__setattr__(made, "_base", Base(base.name, base.fingerprint))
+        return made
+
     @classmethod
     @abstractmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "Erasure": ...
@@ -80,12 +144,14 @@ class Erasure(ABC, Generic[ModelT]):
         """A digest of its content: class, settings and every tensor."""
         return digest(path_of(type(self)), self._settings(), _digests(self._tensors()))
 
-    def save(self, folder: Path, *, base: Model, title: str = "An erased concept") -> None:
+    def save(self, folder: str | Path, *, base: Model | None = None, title: str = "An erased concept") -> None:
         """Writes erasure.json, weights.safetensors if there are tensors, and a README that says how to use them.
 
         Args:
-            base: The model that was erased from. The README has its name, erasure.json its fingerprint.
+            base: The model that was erased from, if the erasure does not remember it. The README has its name,
+                erasure.json its fingerprint.
         """
+        folder, base = Path(folder), base or cast(Model, self._base)
         folder.mkdir(parents=True, exist_ok=True)
         if self._tensors():
             weights = serialised({k: v.contiguous().cpu() for k, v in self._tensors().items()})
@@ -95,12 +161,13 @@ class Erasure(ABC, Generic[ModelT]):
         write_atomically(folder / SETTINGS, json.dumps({**settings, "settings": self._settings()}, indent=2))
 
     @staticmethod
-    def load(folder: Path) -> "Erasure":
+    def load(folder: str | Path) -> "Erasure":
         """Reads what `save` wrote.
 
         Raises:
             UserError: If there is no erasure, it is broken or incomplete, or this version does not know its class.
         """
+        folder = Path(folder)
         saved = _read(folder)
         tensors = _read_tensors(folder / WEIGHTS) if saved["tensors"] else {}
         for name, expected in saved["tensors"].items():

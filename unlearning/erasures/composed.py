@@ -28,6 +28,19 @@ class Composed(Erasure):
                 stack.enter_context(part.applied_to(model))
             yield
 
+    @property
+    def writable(self) -> bool:
+        return all(part.writable for part in self.parts)
+
+    @property
+    def in_networks(self) -> bool:
+        return all(part.in_networks for part in self.parts)
+
+    def _write(self, model: Model) -> None:
+        # New weights first: an adapter adds to the weights that there are, also to those of a later patch.
+        for part in sorted(self.parts, key=lambda part: not isinstance(part, WeightPatch)):
+            part._write(model)
+
     def usage(self, base: Model) -> str:
         steps = (f"### Step {i + 1}\n\n{part.usage(base)}" for i, part in enumerate(self.parts))
         prefixed = "Tensors of step n have the prefix `n.` here, from `0.` on; without it they are named as below."

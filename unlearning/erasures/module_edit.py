@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from unlearning.erasures.base import Erasure, as_json, from_json
 from unlearning.erasures.guidance_edit import GuidanceEdit
+from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
 from unlearning.models.side_modules import LowRank, SideModule, SideModules
@@ -63,6 +65,10 @@ class ModuleEdit(Erasure):
                     yield
             finally:
                 model.text_edits = before
+
+    @property
+    def in_networks(self) -> bool:
+        return self.gate is None and self.guidance is None
 
     def _module(self, model: DiffusionModel, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         layer = model.layer(name)
@@ -120,6 +126,17 @@ class Adapter(ModuleEdit):
     """
 
     kind: ClassVar[type[SideModule]] = LowRank
+
+    @property
+    def writable(self) -> bool:
+        return self.in_networks
+
+    def _write(self, model: DiffusionModel) -> None:
+        for name, state in self._by_layer().items():
+            W = cast(Tensor, model.layer(name).weight)
+            A, B = (state[own].to(W.device, torch.float32) for own in LowRank.names)
+            update = torch.einsum("or,r...->o...", B.flatten(1), A)
+            WeightPatch({f"{name}.weight": W.detach().float() + update})._write(model)
 
     def usage(self, base: Model) -> str:
         how = (

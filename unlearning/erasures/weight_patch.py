@@ -24,6 +24,23 @@ class WeightPatch(Erasure):
 
     @contextmanager
     def _applied(self, model: Model) -> Iterator[None]:
+        parameters = self._checked(model)
+        before = {name: parameters[name].detach().clone() for name in self.weights}
+        try:
+            write(parameters, self.weights)
+            yield
+        finally:
+            write(parameters, before)
+
+    @property
+    def writable(self) -> bool:
+        return True
+
+    def _write(self, model: Model) -> None:
+        write(self._checked(model), self.weights)
+
+    def _checked(self, model: Model) -> Mapping[str, Tensor]:
+        """The model's parameters. Raises UserError if it lacks one of the patch's, or has it in another shape."""
         parameters = model.named_parameters()
         for name, value in self.weights.items():
             if name not in parameters:
@@ -31,12 +48,7 @@ class WeightPatch(Erasure):
             if parameters[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)}, not {tuple(parameters[name].shape)}"
                 raise UserError(f"This erasure is not for this model: its {name} is {shapes}.")
-        before = {name: parameters[name].detach().clone() for name in self.weights}
-        try:
-            write(parameters, self.weights)
-            yield
-        finally:
-            write(parameters, before)
+        return parameters
 
     @property
     def empty(self) -> bool:

@@ -31,10 +31,12 @@ class Method(ABC, Generic[ModelT]):
 
     Attributes:
         works_on: The class of models that it can edit; any other is refused before weights are loaded.
+        writable: Whether its erasures can be written into the weights of a model (`Erasure.write_into`).
         figures: Images that explain the last fit, by caption; the run keeps them and the report shows them.
     """
 
     works_on: type[Model] = DiffusionModel
+    writable: bool = True
     figures: Mapping[str, Image.Image] = MappingProxyType({})
 
     @abstractmethod

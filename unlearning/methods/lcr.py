@@ -41,6 +41,7 @@ class LCR(Method):
     """
 
     works_on = VQGAN
+    writable = False
 
     def __init__(
         self,

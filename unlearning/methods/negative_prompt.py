@@ -11,5 +11,7 @@ from unlearning.sampling.guidance import NegativePrompt
 
 
 class NegativePrompting(Method):
+    writable = False
+
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> GuidanceEdit:
         return GuidanceEdit(NegativePrompt(", ".join(concept.name for concept in task.erase)))

@@ -215,6 +215,8 @@ class Receler(TrainedMethod):
         training: TrainedMethod's arguments, the student being BesideCrossAttention.
     """
 
+    writable = False
+
     def __init__(
         self,
         *,

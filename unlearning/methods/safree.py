@@ -237,6 +237,8 @@ class SAFREE(Method):
         latent: The latent filter; None for the text alone.
     """
 
+    writable = False
+
     def __init__(
         self,
         *,

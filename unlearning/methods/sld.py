@@ -76,6 +76,8 @@ class SLD(Method):
             strengths (weak, medium, strong, max) differ in these numbers only.
     """
 
+    writable = False
+
     def __init__(
         self,
         *,

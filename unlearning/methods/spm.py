@@ -74,6 +74,8 @@ class SPM(ESD):
         esd: ESD's arguments, the student being a LoRA.
     """
 
+    writable = False
+
     def __init__(self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: Template | None = "{}", **esd):
         super().__init__(template=template, **esd)
         self.lamb, self.anchor_count = lamb, anchor_count

@@ -18,6 +18,7 @@ class Stages(Method):
 
     def __init__(self, stages: Mapping[str, Method]):
         self.stages = dict(stages)
+        self.writable = all(method.writable for method in self.stages.values())
 
     def fit(self, model: Model, task: UnlearningTask) -> Erasure:
         first, *rest = self.stages.values()

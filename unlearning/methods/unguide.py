@@ -49,6 +49,8 @@ class UnGuide(ESD):
         esd: ESD's arguments; the student is a LoRA.
     """
 
+    writable = False
+
     def __init__(
         self,
         *,

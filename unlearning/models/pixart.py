@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from unlearning.models.diffusion import Conditioning
@@ -15,6 +15,10 @@ class PixArt(StableDiffusion):
     solver = DPMSolverMultistepScheduler
     pipeline_class: type[DiffusionPipeline] = DiffusionPipeline  # alpha's or Sigma's, as the folder says
     load_options: ClassVar[dict] = {}
+
+    @classmethod
+    def pipelines(cls) -> tuple[type[DiffusionPipeline], ...]:
+        return PixArtAlphaPipeline, PixArtSigmaPipeline
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, mask, _, _ = self.pipeline.encode_prompt(

@@ -124,6 +124,16 @@ class StableDiffusion(DiffusionModel):
         model.autocast = getattr(torch, autocast) if autocast else None
         return model
 
+    @classmethod
+    def pipelines(cls) -> tuple[type[DiffusionPipeline], ...]:
+        """The pipelines of this family."""
+        return (cls.pipeline_class,)
+
+    @classmethod
+    def generates_with(cls, pipeline: DiffusionPipeline) -> bool:
+        """Whether a pipeline is one of this family."""
+        return isinstance(pipeline, cls.pipelines())
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         size = self.denoiser.config.sample_size

@@ -36,7 +36,7 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    tracked = not on_cuda and _reset_peak()
+    tracked = not on_cuda and reset_peak_resident()
     before, evaluations, start = read(path).get(stage, {}), 0, time.perf_counter()
     written = start
 
@@ -45,7 +45,7 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
         written = time.perf_counter()
         spent = {"seconds": before.get("seconds", 0.0) + written - start}
         spent["denoiser_evaluations"] = before.get("denoiser_evaluations", 0) + evaluations
-        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else _peak_resident() if tracked else None
+        peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else peak_resident() if tracked else None
         if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
             spent["peak_memory"] = max(peaks)
         spent |= {"sittings": before.get("sittings", 0) + 1, "ended": ended}
@@ -80,7 +80,7 @@ def machine(device: torch.device) -> str:
     return f"{name}, {threads} torch thread{'s' if threads > 1 else ''}{processes}"
 
 
-def _reset_peak() -> bool:
+def reset_peak_resident() -> bool:
     """Resets the process's peak resident size, which otherwise only rises. Returns whether that was possible."""
     try:
         (PROCESS / "clear_refs").write_text("5")
@@ -89,8 +89,8 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak_resident() -> int | None:
-    """The peak in bytes since `_reset_peak`; None if it is not known."""
+def peak_resident() -> int | None:
+    """The peak in bytes since `reset_peak_resident`; None if it is not known."""
     lines = (PROCESS / "status").read_text().splitlines()
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 

@@ -1,0 +1,168 @@
+"""One call for a pipeline of diffusers that is in memory: erase(pipe, "cat", method="uce")."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast, overload
+
+import torch
+from diffusers import DiffusionPipeline
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from unlearning.__main__ import CONF, quieten_lightning
+from unlearning.concepts import UnlearningTask
+from unlearning.config import instances, validation
+from unlearning.config.containers import as_written, resolved
+from unlearning.config.suggestions import choices, explain, no_such_setting
+from unlearning.data import prompt
+from unlearning.erasures.base import NOT_WRITABLE, Erasure, path_of
+from unlearning.erasures.composed import composed
+from unlearning.errors import UserError, unknown
+from unlearning.methods.base import Method
+from unlearning.models.base import Model
+from unlearning.models.families import as_model
+
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))  # what a config holds
+
+
+@overload
+def erase(
+    pipeline: DiffusionPipeline,
+    concept: str | Sequence[str] | UnlearningTask,
+    *,
+    method: str | Method,
+    return_erasure: Literal[False] = False,
+    **settings: Any,
+) -> DiffusionPipeline: ...
+
+
+@overload
+def erase(
+    pipeline: DiffusionPipeline,
+    concept: str | Sequence[str] | UnlearningTask,
+    *,
+    method: str | Method,
+    return_erasure: Literal[True],
+    **settings: Any,
+) -> Erasure: ...
+
+
+def erase(
+    pipeline: DiffusionPipeline,
+    concept: str | Sequence[str] | UnlearningTask,
+    *,
+    method: str | Method,
+    return_erasure: bool = False,
+    after: Erasure | None = None,
+    anchor: str | Mapping[str, str] = "",
+    retain: Sequence[str] = (),
+    synonyms: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    template: str = "a photo of the {}",
+    seed: int = 0,
+    **settings: Any,
+) -> DiffusionPipeline | Erasure:
+    """Erases concepts from a pipeline that is in memory. Nothing is reloaded or copied to disk.
+
+    Args:
+        pipeline: Of any family in models/families.py. Device, dtype and scheduler stay as they are.
+        concept: One name or several, or a whole task (of images: unlearning.data.folder.folder).
+        method: A name as on the command line, with the defaults of conf/method, or an instance.
+        return_erasure: Whether the erasure is returned, and the pipeline left as it was.
+        after: An earlier erasure of this pipeline, on top of which is erased; the result has both.
+        anchor, synonyms: See unlearning.data.prompt.concepts.
+        retain: Concepts that the method may use to retain the rest.
+        template: How a name becomes a prompt.
+        seed: Of the training.
+        settings: Of the method: iterations=200, optimizer={"lr": 1e-4}, student=LoRA("attn2").
+
+    Returns:
+        The pipeline, with the erasure in its weights: `save_pretrained` then writes a plain folder of diffusers. Or the
+        erasure, for `with erasure.applied_to(pipeline):` and `erasure.save(folder)`.
+
+    Raises:
+        UserError: For an unknown method or setting, for a pipeline or a task that the method cannot work with, and for
+            an erasure that weights cannot hold, if it is not returned.
+    """
+    with as_model(pipeline) as model, TemporaryDirectory() as folder:
+        chosen = _chosen(method, settings, model, Path(folder))
+        if not return_erasure and not (chosen.writable and (after is None or after.writable)):
+            raise UserError(NOT_WRITABLE)
+        task = concept
+        if not isinstance(task, UnlearningTask):
+            task = prompt.task(task, anchor=anchor, retain=retain, synonyms=synonyms, template=template)
+        quieten_lightning()
+        with _seeded(seed, model.device), after.applied_to(model) if after else nullcontext():
+            erasure = chosen.fit(model, task)
+        erasure = composed(after, erasure) if after else erasure
+        if return_erasure:
+            return erasure.made_from(model)
+        erasure.write_into(model)
+    return pipeline
+
+
+def _chosen(method: str | Method, settings: Mapping[str, Any], model: Model, folder: Path) -> Method:
+    """The method itself, or one of conf/method with its defaults and these settings.
+
+    Args:
+        folder: For what the method keeps while it works.
+    """
+    if not isinstance(method, str):
+        if settings:
+            first, name = next(iter(settings)), type(method).__name__
+            raise UserError(f"Settings belong to the method itself: method={name}({first}=...).")
+        _check_kind(model, type(method))
+        return method
+    if method not in (known := choices(CONF, "method")):
+        raise unknown("method", method, known)
+    chosen = [f"method={method}", f"model={_config_of(model)}", "dataset=prompt", "evaluator=[]", "logger=none"]
+    quiet = ["trainer.callbacks=[]", "+trainer.enable_checkpointing=false", "+trainer.logger=false"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[*chosen, *quiet])
+    place = model.device
+    devices = 1 if place.index is None else [place.index]
+    cfg.merge_with({"paths": {"store": str(folder), "output_dir": str(folder)}})
+    cfg.merge_with({"trainer": {"accelerator": place.type, "devices": devices}})
+    if strange := [name for name in settings if name not in cfg.method]:
+        raise UserError(
+            no_such_setting("method", strange[0], [str(k) for k in cfg.method if not str(k).startswith("_")])
+        )
+    objects = {name: value for name, value in settings.items() if not isinstance(value, PLAIN)}
+    try:
+        cfg.merge_with({"method": {name: value for name, value in settings.items() if name not in objects}})
+        wanted = resolved(cfg.method)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, CONF)) from None
+    _check_kind(model, get_class(wanted["_target_"]))
+    validation.check(wanted, "method")
+    trainers = instances.trainers(wanted, instantiate(cfg.trainer))
+    with open_dict(cfg):
+        for name in objects:
+            del cfg.method[name]
+    return instantiate(cfg.method, **objects, **trainers)
+
+
+def _config_of(model: Model) -> str:
+    """A file of conf/model for the model's family, which chooses the sampler; the embedded ones are left out."""
+    load = f"{path_of(type(model))}.load"
+    for name in choices(CONF, "model"):
+        settings = as_written(cast(DictConfig, OmegaConf.load(CONF / "model" / f"{name}.yaml")))
+        if settings.get("_target_") == load and "${" not in settings["path"]:
+            return name
+    raise UserError(f"conf/model has no file for a {type(model).__name__}.")
+
+
+def _check_kind(model: Model, kind: type[Method]) -> None:
+    if not isinstance(model, kind.works_on):
+        raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {type(model).__name__} is none.")
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it torch's generators begin with the seed; afterwards they are what they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
