@@ -4,27 +4,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import DiffusionPipeline
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearning.__main__ import CONF, quieten_lightning
 from unlearning.concepts import UnlearningTask
 from unlearning.config import instances, validation
-from unlearning.config.containers import as_written, resolved
+from unlearning.config.containers import resolved
 from unlearning.config.suggestions import choices, explain, no_such_setting
 from unlearning.data import prompt
-from unlearning.erasures.base import NOT_WRITABLE, Erasure, path_of
+from unlearning.erasures.base import NOT_WRITABLE, Erasure
 from unlearning.erasures.composed import composed
 from unlearning.errors import UserError, unknown
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
 from unlearning.models.families import as_model
+from unlearning.models.folders import MODELS
+from unlearning.models.stable_diffusion import StableDiffusion
 
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))  # what a config holds
 
@@ -104,7 +106,7 @@ def erase(
     return pipeline
 
 
-def _chosen(method: str | Method, settings: Mapping[str, Any], model: Model, folder: Path) -> Method:
+def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiffusion, folder: Path) -> Method:
     """The method itself, or one of conf/method with its defaults and these settings.
 
     Args:
@@ -118,7 +120,13 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: Model, fol
         return method
     if method not in (known := choices(CONF, "method")):
         raise unknown("method", method, known)
-    chosen = [f"method={method}", f"model={_config_of(model)}", "dataset=prompt", "evaluator=[]", "logger=none"]
+    chosen = [
+        f"method={method}",
+        f"model={MODELS[model.pipeline_class.__name__]}",
+        "dataset=prompt",
+        "evaluator=[]",
+        "logger=none",
+    ]
     quiet = ["trainer.callbacks=[]", "+trainer.enable_checkpointing=false", "+trainer.logger=false"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[*chosen, *quiet])
@@ -143,16 +151,6 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: Model, fol
         for name in objects:
             del cfg.method[name]
     return instantiate(cfg.method, **objects, **trainers)
-
-
-def _config_of(model: Model) -> str:
-    """A file of conf/model for the model's family, which chooses the sampler; the embedded ones are left out."""
-    load = f"{path_of(type(model))}.load"
-    for name in choices(CONF, "model"):
-        settings = as_written(cast(DictConfig, OmegaConf.load(CONF / "model" / f"{name}.yaml")))
-        if settings.get("_target_") == load and "${" not in settings["path"]:
-            return name
-    raise UserError(f"conf/model has no file for a {type(model).__name__}.")
 
 
 def _check_kind(model: Model, kind: type[Method]) -> None:

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from tests import tiny
 from unlearning.__main__ import CONF
 from unlearning.errors import UserError
+from unlearning.models.folders import MODELS
 from unlearning.models.pixart import PixArt
-from unlearning.models.stable_diffusion import FAMILIES, StableDiffusion
+from unlearning.models.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture
@@ -68,10 +69,10 @@ def test_a_folder_of_another_family_is_named(folder):
 
 
 def test_every_family_is_one_of_the_configuration():
-    for pipeline, name in FAMILIES.items():
+    for pipeline, name in MODELS.items():
         target = OmegaConf.load(CONF / "model" / f"{name}.yaml")["_target_"]
         own = get_object(target).__self__.pipeline_class.__name__
-        assert FAMILIES[own] == name and (own == pipeline or name == "pixart")
+        assert MODELS[own] == name and (own == pipeline or name == "pixart")
 
 
 def test_a_tokenizer_that_states_no_length_takes_the_text_encoders(sd1, folder):

@@ -14,8 +14,8 @@ from torch import nn
 from tests import tiny
 from tests.composed import config
 from unlearning.errors import UserError
-from unlearning.models.base import fingerprint
 from unlearning.models.diffusion import Conditioning
+from unlearning.models.folders import fingerprint
 from unlearning.models.side_modules import LowRank, SideModules
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler

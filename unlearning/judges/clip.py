@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from unlearning.errors import UserError
-from unlearning.models.base import load_complete
+from unlearning.models.folders import load_complete
 from unlearning.store.files import file_digest
 
 

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from unlearning.errors import UserError, unknown
-from unlearning.models.base import load_complete
+from unlearning.models.folders import load_complete
 from unlearning.store.files import file_digest
 
 NOTHING = "nothing"  # the class of images without a recognisable object

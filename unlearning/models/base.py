@@ -1,13 +1,10 @@
 """What every model is, whatever it generates: a name, a digest of its weights, and networks that erasures edit."""
 
-import hashlib
 import os
 from abc import ABC
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -109,39 +106,3 @@ def chosen_device(device: str) -> torch.device:
         why, known = next(iter(str(error).splitlines()), ""), ", ".join(["cpu", *there])
         raise UserError(f"There is no device {device!r} here. Devices: {known}. ({why})") from error
     return chosen
-
-
-def load_complete(kind: Any, path: str | Path, **options: Any) -> Any:
-    """A network, with the weights that `save_pretrained` wrote: `kind.from_pretrained(path, **options)`.
-
-    diffusers and transformers fill in weights that the files lack at random, and only log it.
-
-    Args:
-        kind: A class of diffusers or transformers.
-        options: Its `from_pretrained`'s.
-
-    Raises:
-        UserError: If the files lack a weight of the network.
-    """
-    network, report = kind.from_pretrained(path, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{path} has no weight {missing[0]}"
-            + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
-            + f" of {kind.__name__}. Copy or download the model again."
-        )
-    return network
-
-
-def fingerprint(folder: Path) -> str:
-    """A digest of a file, or of all weights and configs below a folder: their names, and every byte of them."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.is_file())
-    files = [folder] if folder.is_file() else files
-    states = [(p, p.stat()) for p in files]
-    return digest([(str(p.relative_to(folder)), _content(p.resolve(), s.st_size, s.st_mtime_ns)) for p, s in states])
-
-
-@cache  # one process reads gigabytes once, however many runs it makes
-def _content(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

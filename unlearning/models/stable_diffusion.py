@@ -3,10 +3,7 @@
 What later families share with them is inherited from here.
 """
 
-import json
 import os
-import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,25 +14,14 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPPreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from unlearning.config.precision import warn_if_slow
 from unlearning.errors import UserError
-from unlearning.models.base import DType, chosen_device, fingerprint, load_complete
+from unlearning.models.base import DType, chosen_device
 from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.folders import check, fingerprint, limit_lengths, load_complete, variant
 
-FAMILIES = {  # model= by the name of the pipeline
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "PixArtSigmaPipeline": "pixart",
-    "PixArtAlphaPipeline": "pixart",
-    "DiffusionPipeline": "pixart",  # which takes either
-    "SanaPipeline": "sana",
-    "DiTPipeline": "dit",
-}
-VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.([a-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
 AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
 
 
@@ -88,27 +74,27 @@ class StableDiffusion(DiffusionModel):
         """
         place, path = chosen_device(device), os.path.expanduser(path)
         warn_if_slow(autocast, place.type)
-        _check(path, cls.pipeline_class)
+        check(path, cls.pipeline_class)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)
             pipeline = cls.pipeline_class.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
-                variant=_variant(Path(folder) / cls.component),
+                variant=variant(Path(folder) / cls.component),
                 **cls.load_options,
             )
             for name, part in pipeline.components.items():
                 if isinstance(part, nn.Module):  # on "meta", which takes no memory: for the report of what is missing
                     own = Path(folder) / name
-                    load_complete(type(part), own, device_map="meta", use_safetensors=True, variant=_variant(own))
+                    load_complete(type(part), own, device_map="meta", use_safetensors=True, variant=variant(own))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
                 f"download it first: hf download {path}"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
-        _limit_lengths(pipeline)
+        limit_lengths(pipeline)
         if attention_slicing:
             pipeline.enable_attention_slicing()
         if gradient_checkpointing:
@@ -201,66 +187,3 @@ class StableDiffusion(DiffusionModel):
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         return (x_t, t, c.embeds), {}
-
-
-def _check(path: str, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Raises UserError for what can be seen to fail before anything is loaded."""
-    folder = Path(path)
-    if folder.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise UserError(
-            f"{path} is a pickled checkpoint, and loading one can run whatever code it holds. Convert it once to a "
-            "diffusers folder (diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py, with "
-            "--to_safetensors) and give that folder with model.path=..."
-        )
-    if folder.suffix == ".safetensors" and folder.is_file():
-        raise UserError(
-            f"{path} is a single file, without the configurations of its parts, which diffusers downloads. Convert it "
-            f"once: {_conversion(pipeline_class, 'from_single_file', folder)}\nand give that folder with model.path=..."
-        )
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") != 1):
-        raise UserError(f"There is no model folder at {path}. Set model.path to a folder that diffusers saved.")
-    if not folder.is_dir():
-        return  # a repository of the hub
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"{path} holds no model_index.json: it is not a folder that diffusers saved a pipeline to.")
-    there = _pipeline_of(folder)
-    if there in FAMILIES and FAMILIES[there] != FAMILIES.get(pipeline_class.__name__):
-        raise UserError(f"{path} holds a {there}: model={FAMILIES[there]} model.path={shlex.quote(path)}")
-    for part in (p for p in sorted(folder.iterdir()) if p.is_dir()):
-        if list(part.glob("*.bin")) and not list(part.glob("*.safetensors")):
-            raise UserError(
-                f"No model could be loaded from {path!r}: its {part.name} holds pickled weights only, and loading them "
-                "can run whatever code they hold. If you trust them, convert them once: "
-                f"{_conversion(pipeline_class, 'from_pretrained', folder)}\nand give that folder with model.path=..."
-            )
-
-
-def _pipeline_of(folder: Path) -> str:
-    """The name of the pipeline that a folder's model_index.json states; "" without one."""
-    try:
-        return json.loads((folder / "model_index.json").read_text()).get("_class_name", "")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'model_index.json'} is broken: {error}. Copy the folder again.") from error
-
-
-def _conversion(pipeline_class: type[DiffusionPipeline], load: str, source: Path) -> str:
-    """The command that saves a pipeline as a folder of safetensors."""
-    name, target = pipeline_class.__name__, source.with_name(f"{source.stem}-diffusers")
-    code = f"from diffusers import {name}; {name}.{load}({str(source)!r}).save_pretrained({str(target)!r})"
-    return f"python -c {shlex.quote(code)}"
-
-
-def _variant(folder: Path) -> str | None:
-    """The variant of the weights in a part's folder, "fp16" say; None if it has weights without a variant."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    found = [VARIANT.search(name) for name in names]
-    return next((match[1] for match in found if match), None) if all(found) else None
-
-
-def _limit_lengths(pipeline: DiffusionPipeline) -> None:
-    """Gives CLIP's tokenizers that state no largest length that of their text encoders."""
-    for name, tokens in pipeline.components.items():
-        encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
-        if isinstance(tokens, PreTrainedTokenizerBase) and isinstance(encoder, CLIPPreTrainedModel):
-            positions = encoder.config.max_position_embeddings
-            tokens.model_max_length = min(tokens.model_max_length, positions)

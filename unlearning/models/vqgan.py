@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unlearning.errors import UserError
 from unlearning.models import taming
-from unlearning.models.base import DType, Model, chosen_device, fingerprint, load_complete
+from unlearning.models.base import DType, Model, chosen_device
+from unlearning.models.folders import fingerprint, load_complete
 
 # Two codes whose values differ by less are a tie, because rounding can swap them. In units of the squared length of an
 # image's longest latent, and of its largest logit.
