@@ -64,7 +64,7 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     from unlearning.tracking import loggers
     from unlearning.training import trainers
 
-    quieten_lightning()
+    _quieten()
     _check_family(cfg)
     evaluators = {name: instances.builder(f"evaluator {name}", node)() for name, node in cfg.evaluator.items()}
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
@@ -122,6 +122,16 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def _quieten() -> None:
+    """Leaves the terminal to this package: no bars for the loading of weights, which takes a moment."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    quieten_lightning()
+
+
 def quieten_lightning() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # importing them sets INFO
@@ -130,6 +140,15 @@ def quieten_lightning() -> None:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
+    try:
+        return _run_and_print(cfg)
+    except Exception as error:
+        if job.is_of_sweep():
+            raise
+        sys.exit(messages.error_message(error, CONF, sys.argv[1:]))  # Hydra would print all overrides before it
+
+
+def _run_and_print(cfg: DictConfig) -> float | list[float] | None:
     from rich.console import Console
     from rich.markup import escape
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -15,11 +16,14 @@ def prepared(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
     A launcher such as `srun` numbers the processes that it starts, and Lightning takes them for ranks of one
     distributed run. They are only if the trainer has several devices or nodes.
     """
+    callbacks = list(trainer.keywords.get("callbacks") or ())
+    if not trainer.keywords.get("enable_progress_bar", True):  # Lightning takes one of them for a contradiction
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     plugins = [*(trainer.keywords.get("plugins") or ()), AtomicCheckpoints()]
     if _is_alone(trainer):
         rank_zero_only.rank = 0
         plugins.append(LightningEnvironment())
-    return partial(trainer, plugins=plugins)
+    return partial(trainer, plugins=plugins, callbacks=callbacks)
 
 
 def _is_alone(trainer: partial[pl.Trainer]) -> bool:
