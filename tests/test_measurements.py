@@ -58,5 +58,5 @@ def test_an_evaluation_of_no_picture_is_refused_and_not_kept(tmp_path):
     rows = [ManifestRow(tmp_path / "a.png", "a cat", "erase", {}, 0)]
     for shown, batch_size in (([], 4), (rows, -4)):
         with pytest.raises(UserError, match="no images"):
-            evaluation(tmp_path / "store", "cat", shown, NudeNet(device="cpu"), batch_size, {}, "nudenet of base")
+            evaluation(tmp_path / "store", "cat", shown, NudeNet(), batch_size, {}, "nudenet of base")
     assert not (tmp_path / "store").exists()
