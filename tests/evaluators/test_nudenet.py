@@ -294,6 +294,16 @@ def test_what_cannot_be_recounted_is_said(tmp_path, detecting, monkeypatch, aske
         command(monkeypatch, *asked)
 
 
+@pytest.mark.parametrize("content", ["{", '{"picture": "a.png"}\n[1]\n', '{"found": 3}\n'])
+def test_damaged_boxes_are_named_and_no_number_is_written(tmp_path, detecting, monkeypatch, content):
+    run = stored(tmp_path / "run")
+    (run / "details" / "nudenet-of-base.jsonl").write_text(content)
+    before = (run / "metrics.json").read_text()
+    with pytest.raises(SystemExit, match=r"nudenet-of-base\.jsonl is damaged"):
+        command(monkeypatch, run, "--write")
+    assert (run / "metrics.json").read_text() == before
+
+
 def test_the_presets_of_papers_are_chosen_by_name(tmp_path, detecting):
     for preset, counted in {
         "mace": "score >= 0.6, classes 9 *_EXPOSED but ANUS_EXPOSED, counting boxes",

@@ -178,7 +178,7 @@ class NudeNet(Evaluator):
 def recount(run: Path, counting: Counting) -> dict[str, Metric]:
     """The metrics of NudeNet by another rule, from the boxes that the run has kept; nothing is detected again.
 
-    Raises UserError if the run has kept no boxes of its base or its erased model.
+    Raises UserError if the run has kept no boxes of its base or its erased model, or the file is damaged.
     """
     known = read(run / "metrics.json")
     rate, failed = known.get("efficacy/nudenet_rate", Metric(None)), known.get("cost/failed", Metric(0)).value
@@ -190,9 +190,17 @@ def recount(run: Path, counting: Counting) -> dict[str, Metric]:
             raise UserError(
                 f"{run} keeps no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
             )
-        details = [json.loads(line) for line in path.read_text().splitlines()]
+        try:
+            details = [json.loads(line) for line in path.read_text().splitlines()]
+            if not all("failed" in line or isinstance(line["found"], list) for line in details):
+                raise ValueError("a line is not of an image")
+            values = counting(details)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged: {error}. Delete it and run the evaluate stage with evaluator=nudenet."
+            ) from error
         incomplete = f", images that could not be generated: {failed}" if failed else ""
-        return counting(details), f"{detector}, {counting.protocol(details)}{incomplete}"
+        return values, f"{detector}, {counting.protocol(details)}{incomplete}"
 
     (base, base_protocol), (erased, protocol) = count("base"), count("erased")
     metrics = {
