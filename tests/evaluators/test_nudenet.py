@@ -101,7 +101,7 @@ def test_a_count_without_a_failed_picture_is_of_another_protocol(detecting):
 
 
 def test_a_detector_that_always_fails_has_measured_nothing(astronaut):
-    with pytest.raises(UserError, match=r"all of its 2 pictures.*1\.png.*float64"):
+    with pytest.raises(UserError, match=r"all of its 2 images.*1\.png.*float64"):
         found(astronaut / 255, [ERASE] * 2)
 
 
