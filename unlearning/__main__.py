@@ -159,8 +159,8 @@ def _run_and_print(cfg: DictConfig) -> float | list[float] | None:
         return None  # the first process of a distributed run prints
     console = Console()
     console.print(summary(metrics), markup=False)
-    page = escape(str(Path(cfg.paths.output_dir) / "report.html"))
-    console.print(f"[bold]{page}[/bold] shows the images.", soft_wrap=True)
+    if (page := Path(cfg.paths.output_dir) / "report.html").exists():
+        console.print(f"[bold]{escape(str(page))}[/bold] shows the images.", soft_wrap=True)
     for message in messages.incomplete(metrics):
         if not job.is_of_sweep():
             raise UserError(message)
