@@ -1,5 +1,6 @@
 """What a user meets in a terminal: quick answers, and for every mistake one message and an exit code other than 0."""
 
+import errno
 import logging
 import pickle
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -342,3 +344,20 @@ def test_what_is_recorded_is_what_made_the_numbers(unlearn):
     unlearn("dataset=prompt", "evaluator=nudenet", "stages=[evaluate]")
     for name in ("config", "resolved"):
         assert {*yaml.safe_load((folder / ".hydra" / f"{name}.yaml").read_text())["evaluator"]} == {"nudenet"}
+
+
+def test_a_finished_run_in_a_folder_that_can_only_be_read_is_shown(unlearn, monkeypatch, capsys):
+    settings = ["method=uce", "dataset=prompt", "evaluator=clip_score"]
+    run = unlearn(*settings)
+    (run / "__main__.log").unlink(missing_ok=True)
+    before = files(run)
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(logging.FileHandler, "_open", refused)
+    monkeypatch.setattr(Path, "replace", refused)
+    capsys.readouterr()
+    unlearn(*settings)
+    assert "efficacy/clip_score_e" in capsys.readouterr().out
+    assert files(run) == before

@@ -1,10 +1,25 @@
 """The job that Hydra is running in this process."""
 
+import logging
+import os
 import re
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+
+class LogFile(logging.FileHandler):
+    """The log in a run's folder, made with its first line. A folder that can only be read has none."""
+
+    def __init__(self, filename: str):
+        super().__init__(filename, delay=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.setStream(open(os.devnull, "w"))  # noqa: SIM115 (closed with the handler)
 
 
 def is_of_sweep() -> bool:
