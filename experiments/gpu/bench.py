@@ -560,7 +560,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models: whether it runs, not how fast")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    quieten()
     bench = Bench(options.device, options.tiny)
     card = torch.cuda.get_device_name() if options.device == "cuda" else str(hardware()["cpu"])
     file = options.out / f"{'tiny-' * options.tiny}{re.sub(r'[^a-zA-Z0-9]+', '-', card).strip('-')}.json"
