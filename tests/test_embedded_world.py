@@ -34,7 +34,7 @@ if erasure != "none":
     assert not unexpected
 import torch
 generators = [torch.Generator().manual_seed(i) for i in range(12)]
-for i, image in enumerate(pipe(["a photo of the cat"] * 12, generator=generators).images):
+for i, image in enumerate(pipe(["a photo of the cat"] * 12, num_inference_steps=25, generator=generators).images):
     image.save(f"{out}/{i}.png")
 assert "unlearning" not in sys.modules
 """
@@ -67,7 +67,7 @@ def seen(judge, images: np.ndarray, question: str = "object") -> list[str]:
 
 
 def drawn(model, prompts) -> np.ndarray:
-    images = Sampler(batch_size=20)(model, prompts, range(len(prompts)))
+    images = Sampler(steps=20, batch_size=20)(model, prompts, range(len(prompts)))
     return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
