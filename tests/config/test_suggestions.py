@@ -102,7 +102,7 @@ def test_a_mistake_without_a_near_name_is_explained(conf, argv, words):
 
 def test_a_missing_plugin_names_the_extra_that_installs_it(conf):
     error = MissingConfigException("", missing_cfg_file="hydra/launcher/joblib", options=["basic"])
-    assert "pip install 'unlearning[sweeps]'" in explain(error, conf)
+    assert "pip install 'concept-unlearning[sweeps]'" in explain(error, conf)
 
 
 def test_any_other_error_keeps_its_own_words(conf):

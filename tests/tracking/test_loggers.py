@@ -163,7 +163,7 @@ def test_missing_images_are_left_out(tmp_path, pairs, caplog):
 
 
 def test_tensorboard_has_metrics_and_images(tmp_path, pairs):
-    pytest.importorskip("tensorboard", reason="pip install 'unlearning[tensorboard]'")
+    pytest.importorskip("tensorboard", reason="pip install 'concept-unlearning[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     built = build(tmp_path, "tensorboard")
@@ -181,7 +181,7 @@ def test_without_tensorboard_the_warning_says_what_to_install(tmp_path, caplog, 
 
     monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger.__init__", missing)
     assert build(tmp_path, "tensorboard") == []
-    assert "unlearning[tensorboard]" in caplog.text
+    assert "concept-unlearning[tensorboard]" in caplog.text
 
 
 def test_two_runs_of_one_process_do_not_mix(offline, tmp_path):

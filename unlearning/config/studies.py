@@ -101,7 +101,7 @@ class Study(Sweeper):
         try:
             import optuna
         except ImportError:
-            raise UserError("A study needs Optuna: pip install 'unlearning[sweeps]'") from None
+            raise UserError("A study needs Optuna: pip install 'concept-unlearning[sweeps]'") from None
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it would log each of its plugins
         Path(self._config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         fixed = config_hash(self._config, "numbers")

@@ -79,7 +79,7 @@ def _no_such_choice(error: MissingConfigException, conf: Path, argv: Sequence[st
     if existing:
         text += f" {(group or 'config').rpartition('/')[2].capitalize()}s: {', '.join(existing)}."
     if extra := EXTRAS.get(file):
-        text += f" Install it with pip install 'unlearning[{extra}]'."
+        text += f" Install it with pip install 'concept-unlearning[{extra}]'."
     refers = re.match(r"In '(.+?)'", str(error))
     if refers and not any(name in argument for argument in argv):
         text += f" (`{refers[1]}` refers to it.)"

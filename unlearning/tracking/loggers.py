@@ -155,7 +155,7 @@ class TensorBoard(TensorBoardLogger):
         try:
             super().__init__(save_dir, name="tensorboard", version="")
         except ModuleNotFoundError:
-            raise UserError("TensorBoard is not installed: pip install 'unlearning[tensorboard]'") from None
+            raise UserError("TensorBoard is not installed: pip install 'concept-unlearning[tensorboard]'") from None
 
     def log_image(self, key: str, images: list[np.ndarray | Image.Image]) -> None:
         for i, image in enumerate(images):

@@ -21,7 +21,7 @@ from unlearning.config import sweeps
 def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher):
     """One of two jobs fails, and the process that launched them reports it."""
     plugin = f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher"
-    pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'unlearning[sweeps,ray]'")
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'concept-unlearning[sweeps,ray]'")
     command = [sys.executable, "-m", "unlearning", "-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
     command += ["method=uce", "stages=[fit]", "evaluator=[]", "logger=none", f"model.path={sd1}"]
     command += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
