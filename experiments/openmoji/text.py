@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 from unlearning.data.captioning import Content, caption, vocabulary
 
 LENGTH = 77  # tokens of a prompt, as in Stable Diffusion
+SCENES = 0.35  # the share of images with several objects
 PRINTABLE = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
 
 

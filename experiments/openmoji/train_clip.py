@@ -15,7 +15,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from rendered import ROOT, loads_as_float32, rendered, without
-from text import LENGTH, Captioned, tokenizer
+from text import LENGTH, SCENES, Captioned, tokenizer
 from torch.utils.data import DataLoader
 from train_judge import degraded
 from training import trainer
@@ -32,7 +32,6 @@ SIZES = {
     "first": ((256, 4, 8), (128, 5, 4), 256),
     "second": ((192, 4, 6), (128, 5, 4), 192),
 }
-SCENES = 0.35  # the share of images with several objects
 
 
 def build(name: str, tokens: CLIPTokenizer) -> CLIPModel:

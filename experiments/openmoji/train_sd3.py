@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from rendered import ROOT, loads_as_float32, names_no_folder, rendered
-from text import tokenizer
+from text import SCENES, tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from train_t5 import WIDTH, word_tokenizer
-from train_unet import SCENES, VAE, encoded
+from train_unet import VAE, encoded
 from training import trainer
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from rendered import ROOT, rendered
-from text import PRINTABLE
+from text import PRINTABLE, SCENES
 from torch.utils.data import DataLoader, IterableDataset
 from training import trainer
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
@@ -94,7 +94,7 @@ def main(steps: int, batch: int, images: int) -> None:
     pl.seed_everything(5)
     words = word_tokenizer()
     module = Filling(build(words), steps)
-    _, contents = rendered("train", images, scenes=0.35)
+    _, contents = rendered("train", images, scenes=SCENES)
     data = DataLoader(Gapped(contents, words, batch), batch_size=None)
     trainer("t5", steps).fit(module, data, ckpt_path="last")
     module.t5.eval().save_pretrained(ROOT / "t5")

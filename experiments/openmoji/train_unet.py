@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from rendered import ROOT, loads_as_float32, names_no_folder, rendered, without
-from text import Captioned, tokenizer
+from text import SCENES, Captioned, tokenizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from training import trainer
@@ -27,7 +27,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from unlearning.config.precision import fast_autocast
 
 # B batch, N pictures; latents are (4, 16, 16).
-SCENES = 0.35  # the share of images with several objects
 VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
 
 

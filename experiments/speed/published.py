@@ -9,6 +9,7 @@ of this side.
 # B batch, C H W latent shape, L tokens, D text width, J anchors.
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -71,7 +72,7 @@ def low_rank(pattern: str, rank: int) -> Trained:
     return add
 
 
-class Loop:
+class Loop(ABC):
     """Two copies of a denoiser: `teacher` is the model's own, frozen; a part of `student`, a deep copy, is trained."""
 
     def __init__(self, model: DiffusionModel, trained: Trained, lr: float):
@@ -83,8 +84,9 @@ class Loop:
         arguments, keywords = self.model._denoiser_inputs(x_t.to(self.model.dtype), t, c)  # the family's own
         return self.model._unpacked(denoiser(*arguments, **keywords).sample, x_t.shape).float()
 
+    @abstractmethod
     def loss(self) -> Tensor:
-        raise NotImplementedError
+        """The objective of one iteration."""
 
     def iterate(self, seeds: Sequence[int]) -> Iterator[float]:
         """Runs an iteration for each seed and yields its loss."""

@@ -118,14 +118,14 @@ def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRu
     Runs that differ in nothing but the method share one.
     """
     known = {run.concept for run in runs if run["method"] == UNEDITED}
-    found: dict[tuple, FinishedRun] = {}
+    of_base: dict[tuple, FinishedRun] = {}
     for run in runs:
         metrics = {name: metric.of_base() for name, metric in run.metrics.items() if metric.base is not None}
         if run.concept not in known and metrics:
             settings = {name: value for name, value in run.settings.items() if group_of(name) not in METHOD}
             same = (run.concept, run["seed"], *(settings.get(name) for name in by))
-            found.setdefault(same, FinishedRun(run.folder, {**settings, "method": UNEDITED}, metrics))
-    return list(found.values())
+            of_base.setdefault(same, FinishedRun(run.folder, {**settings, "method": UNEDITED}, metrics))
+    return list(of_base.values())
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -140,26 +140,26 @@ def ranks(values: Mapping[Key, float], by: Sequence[str], higher_is_better: bool
 
     Rows that are all equal have no rank, and the last of several has none.
     """
-    found: dict[Key, int] = {}
+    places_of_all: dict[Key, int] = {}
     for keys in competitors(values, by):
         own = [values[key] if higher_is_better else -values[key] for key in keys]
         if min(own) < max(own):
             places = {key: 1 + sum(other > value for other in own) for key, value in zip(keys, own, strict=True)}
-            found |= {key: place for key, place in places.items() if place < len(keys)}
-    return found
+            places_of_all |= {key: place for key, place in places.items() if place < len(keys)}
+    return places_of_all
 
 
 def uneven_coverage(covered: Mapping[Key, frozenset[str]], by: Sequence[str]) -> dict[Key, str]:
     """The rows that are means over other concepts than most of their competitors, and the difference: "without dog"."""
-    found = {}
+    differences = {}
     for keys in competitors(covered, by):
         counts = Counter(covered[key] for key in keys)
         usual = max(counts, key=lambda own: (counts[own], len(own)))
         for key in keys:
             parts = {"without": usual - covered[key], "with": covered[key] - usual}
             if any(parts.values()):
-                found[key] = " and ".join(f"{word} {listed(sorted(of))}" for word, of in parts.items() if of)
-    return found
+                differences[key] = " and ".join(f"{word} {listed(sorted(of))}" for word, of in parts.items() if of)
+    return differences
 
 
 @dataclass(frozen=True)
@@ -418,9 +418,9 @@ def shortened(protocols: Mapping[Place, str]) -> str:
         text, gaps = "", _SPECIFIC.split(protocol)
         for gap, value, d in zip(gaps, [*first, ""], [*differs, False], strict=True):
             text += gap + ("…" if d else value)
-        for way, found in values.items() if any(differs) else ():
+        for way, numbers in values.items() if any(differs) else ():
             names = listed(place for place, other in places.items() if other == way)
-            own = ", ".join(value for value, d in zip(found, differs, strict=True) if d)
+            own = ", ".join(value for value, d in zip(numbers, differs, strict=True) if d)
             text += f"{'. Of' if way == protocol else '; of'} {names}: {own}"
         texts.append(text if any(differs) or len(kinds) == 1 else f"of {listed(places)}: {text}")
     return " | ".join(texts)

@@ -74,17 +74,17 @@ def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sam
     first = next(iter(manifests.values()))
     chosen = _chosen(first["base"], count) if "base" in first else []
     after = {key: _find(of["erased"], chosen) for key, of in manifests.items() if "erased" in of}
-    found = []
+    sampled = []
     for line in chosen:
         images = {key: after.get(key, {}).get(_identity(line)) for key in rows}
-        found.append(Sample(line["prompt"], line["role"], line["path"], images))
+        sampled.append(Sample(line["prompt"], line["role"], line["path"], images))
     others = dict.fromkeys(name for of in manifests.values() for name in of if name not in DRAWINGS)
-    for name in list(others)[: count - len(found)]:
+    for name in list(others)[: count - len(sampled)]:
         shown = next((line for of in manifests.values() if name in of for line in _lines(of[name])), None)
         if shown:
             images = {key: _of_seed(manifests.get(key, {}).get(name), shown) for key in rows}
-            found.append(Sample(shown["prompt"], name, _of_seed(first.get("base"), shown, ERASE), images))
-    return found
+            sampled.append(Sample(shown["prompt"], name, _of_seed(first.get("base"), shown, ERASE), images))
+    return sampled
 
 
 def _of_seed(manifest: Path | None, line: Mapping, role: str = ATTACK) -> Path | None:
@@ -125,11 +125,11 @@ def _chosen(manifest: Path, count: int) -> list[dict]:
 
 def _find(manifest: Path, chosen: Sequence[Mapping]) -> dict[tuple[str, str], Path]:
     """The images of the chosen prompts and seeds; reads no further than the last of them."""
-    missing, found = {_identity(line) for line in chosen}, {}
+    missing, paths = {_identity(line) for line in chosen}, {}
     for line in _lines(manifest) if missing else ():
         if _identity(line) in missing:
-            found[_identity(line)] = line["path"]
+            paths[_identity(line)] = line["path"]
             missing.remove(_identity(line))
         if not missing:
             break
-    return found
+    return paths

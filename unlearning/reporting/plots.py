@@ -192,7 +192,7 @@ def learning_curves(runs: Sequence[FinishedRun]) -> tuple[list[Panel], list[str]
 
 def logged(run: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of all that the CSV logger wrote more than once, by name; without the metrics of the evaluation."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(run.glob("logs/csv/version_*/metrics.csv"), key=lambda p: (len(p.parent.name), p.parent.name)):
         with path.open(newline="") as file:
             lines = csv.DictReader(file)
@@ -201,8 +201,8 @@ def logged(run: Path) -> dict[str, list[tuple[int, float]]]:
             for line in lines:
                 for name in names:
                     with suppress(TypeError, ValueError):  # an empty cell
-                        found.setdefault(name, []).append((int(line["step"]), float(line[name])))
-    return {name: sorted(values) for name, values in found.items() if len(values) > 1}
+                        curves.setdefault(name, []).append((int(line["step"]), float(line[name])))
+    return {name: sorted(values) for name, values in curves.items() if len(values) > 1}
 
 
 def _panel(method: str, name: str, curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], runs: int) -> Panel:

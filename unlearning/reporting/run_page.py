@@ -96,13 +96,13 @@ def sections(frames: Sequence[Frame]) -> Sections:
     answers = {role: {(q, a) for row in labels[role] for q, a in row.items()} for role in labels}
     common = {question for question, _ in answers[ERASE] & answers[RETAIN]}
     question = next((q for row in labels[ERASE] for q in row if q not in common), None)
-    found: Sections = {role: {} for role in ROLES}
+    grouped: Sections = {role: {} for role in ROLES}
     for frame in frames:
-        concepts = found.setdefault(frame.row.role, {})
+        concepts = grouped.setdefault(frame.row.role, {})
         label = frame.row.labels.get(question) if question else None
         prompts = concepts.setdefault(frame.attack or label or frame.row.concept, {})
         prompts.setdefault(frame.row.prompt, []).append(frame)
-    return {role: concepts for role, concepts in found.items() if concepts}
+    return {role: concepts for role, concepts in grouped.items() if concepts}
 
 
 def latent_differences(run: Path, rows: Iterable[ManifestRow]) -> dict | None:
@@ -125,7 +125,7 @@ def _with_threshold(settings: object) -> dict | None:
     if isinstance(settings, dict) and settings.keys() >= {"threshold", "empty"}:
         return settings
     parts = settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ()
-    return next((found for part in parts if (found := _with_threshold(part))), None)
+    return next((named for part in parts if (named := _with_threshold(part))), None)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def teaser(run: Path, out: Path, columns: int = 8) -> None:
     The columns are shared among the erased concept, its synonyms and retained concepts; the first images of each prompt
     come first. Raises UserError if an image is missing.
     """
-    found = sections([frame for frame in read_frames(run) if not frame.attack])
-    shown = _share({role: found[role] for role in ROLES if role in found}, columns)
+    grouped = sections([frame for frame in read_frames(run) if not frame.attack])
+    shown = _share({role: grouped[role] for role in ROLES if role in grouped}, columns)
     count = sum(map(len, shown.values()))
     width = 2 * _MARGIN + _SIDE + count * (_TILE + _GAP) - _GAP + (len(shown) - 1) * (_SPACE - _GAP)
     strip = Image.new("RGB", (width, 2 * _MARGIN + _HEAD + 2 * _TILE + _GAP + _FOOT), _PAPER)
@@ -229,10 +229,10 @@ def teaser(run: Path, out: Path, columns: int = 8) -> None:
     write_atomically(out, encode(strip))
 
 
-def _share(found: Sections, columns: int) -> dict[str, list[Frame]]:
+def _share(grouped: Sections, columns: int) -> dict[str, list[Frame]]:
     """`columns` frames, from the roles in turn. In a role, concepts vary before prompts, and prompts before seeds."""
     waiting = {}
-    for role, concepts in found.items():
+    for role, concepts in grouped.items():
         ranked = [
             (seed, prompt, frame)
             for prompts in concepts.values()

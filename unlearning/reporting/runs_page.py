@@ -176,17 +176,17 @@ class Scope:
     def answers(self) -> list[Answer]:
         """What the page opens with."""
         forgets, keeps = self.axes
-        found = [self._answer("forgets most", forgets), self._answer("best of both", self.first("summary"))]
+        answers = [self._answer("forgets most", forgets), self._answer("best of both", self.first("summary"))]
         if self._gain(self.base, forgets) is None:
-            found.append(self._answer("harms least", keeps))
+            answers.append(self._answer("harms least", keeps))
         else:
             competing = [line for line in self.lines if forgets and self.competes(line, forgets)]
             gains = [(self._gain(line, forgets) or 0.0, line) for line in competing]
             best = max((gain for gain, _ in gains), default=0.0)
             able = [line for gain, line in gains if best and gain >= best / 2]
-            found.append(self._answer("harms least of those that forget", keeps, able))
-            found.append(self._answer("cheapest of those that forget", "cost/seconds", able, higher=False))
-        return [answer for answer in found if answer]
+            answers.append(self._answer("harms least of those that forget", keeps, able))
+            answers.append(self._answer("cheapest of those that forget", "cost/seconds", able, higher=False))
+        return [answer for answer in answers if answer]
 
     def _gain(self, line: Line | None, metric: str | None) -> float | None:
         """How much better than the unedited model."""
@@ -238,9 +238,9 @@ class World:
     def samples(self) -> list[Sample]:
         """Some of each kind, beside the plot of all concepts."""
         single = [scope.samples for scope in self.scopes if scope.concept and scope.samples]
-        kept = [sample for found in single for sample in found if sample.role == RETAIN]
-        other = [sample for found in single for sample in found if sample.role not in SAMPLES]
-        return [*(found[0] for found in single[:SAMPLED]), *kept[:1], *other[:1]]
+        kept = [sample for own in single for sample in own if sample.role == RETAIN]
+        other = [sample for own in single for sample in own if sample.role not in SAMPLES]
+        return [*(own[0] for own in single[:SAMPLED]), *kept[:1], *other[:1]]
 
 
 def _worlds(runs: Sequence[FinishedRun]) -> Iterator[World]:
@@ -257,8 +257,8 @@ def _worlds(runs: Sequence[FinishedRun]) -> Iterator[World]:
         for i, part in enumerate(parts):
             rows = group_runs(part, by)
             shown = {line.key: rows[line.key] for line in columns if line.key in rows}
-            found = samples(shown, count if i < room else 0)
-            scopes.append(Scope(part[0].concept, [*part, *base_runs(part, by)], by, found))
+            shown_images = samples(shown, count if i < room else 0)
+            scopes.append(Scope(part[0].concept, [*part, *base_runs(part, by)], by, shown_images))
         explicit = any("nudenet" in name for run in group for name in run.metrics)
         yield World(str(model), str(dataset), scopes, *learning_curves(group), columns, explicit)
 

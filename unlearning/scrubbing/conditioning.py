@@ -46,7 +46,7 @@ class ConditioningRows:
     Attributes:
         null: One row: the null prompt.
         forget, retain: The student's rows for forget and for retain images.
-        words: The words that were found, for conditioning=words.
+        words: The words that describe the forget images, for conditioning=words.
     """
 
     null: Conditioning
@@ -93,8 +93,8 @@ def conditioning_rows(
             others = [concept.name for concept in task.retain]
             return ConditioningRows(null, with_null(_prompts(names)), with_null(_prompts(others)))
         case "words":
-            found, others = find_words(teacher, forget, retain, M, _candidates(words, teacher.vocabulary()))
-            return ConditioningRows(null, with_null(_prompts(found)), with_null(_prompts(others)), tuple(found))
+            chosen, others = find_words(teacher, forget, retain, M, _candidates(words, teacher.vocabulary()))
+            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(_prompts(others)), tuple(chosen))
         case "inverted":
             return ConditioningRows(null, inverted(teacher, forget, M, batch=batch), null)
     raise unknown("conditioning", kind, get_args(ConditioningKind))
@@ -139,8 +139,8 @@ def find_words(
         return gain(words, samples) - on_retain.quantile(SUITED, dim=1, keepdim=True).clamp(max=0)
 
     for evidence in (gain, gain_without_loss):
-        if found := _search(evidence, words, samples):
-            return found
+        if chosen := _search(evidence, words, samples):
+            return chosen
     raise UserError(
         "No word of the vocabulary helps the teacher to denoise the forget images. Give other candidates "
         "(method.words=[...]), or use the concept's name (method.conditioning=caption) or an embedding "
@@ -168,12 +168,12 @@ def _search(
     best = mean[ranked[0]]
     if best <= 0:
         return None
-    found = [word for word in ranked if mean[word] >= best / 2]
-    if rivals := ranked[len(found) :]:
+    chosen = [word for word in ranked if mean[word] >= best / 2]
+    if rivals := ranked[len(chosen) :]:
         _warn_if_close(ranked[0], rivals[0], dict(zip(left, measured, strict=True)))
     others = sorted((word for word in words if word not in ranked), key=lambda word: mean[word])
     spread = np.linspace(0, len(others) - 1, min(RETAIN_WORDS, len(others))).round().astype(int)
-    return found, [others[i] for i in spread]
+    return chosen, [others[i] for i in spread]
 
 
 def _warn_if_close(best: str, rival: str, evidence: dict[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unlearning.concepts import UnlearningTask
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.scrubbing.first_phase import FirstPhase
 from unlearning.scrubbing.prototypes import PrototypeSearch
 from unlearning.tracking.figures import COLOURS, COLUMNS, as_image, as_uint8, grid, mask_overlays, subplots
@@ -17,23 +19,28 @@ MAX_ROWS = 32  # of patches
 
 @torch.no_grad()
 def plot_first_phase(
-    search: PrototypeSearch, found: FirstPhase, teacher, task, forget: Tensor, retain: Tensor
+    search: PrototypeSearch,
+    phase: FirstPhase,
+    teacher: DiffusionModel,
+    task: UnlearningTask,
+    forget: Tensor,
+    retain: Tensor,
 ) -> dict[str, Image.Image]:
     """The plots by caption; `forget` and `retain` are the latents (N, C, H, W) of the task's images."""
-    some, K = slice(0, COLUMNS), len(found.prototypes.directions)
-    S = search.similarities(found.prototypes, teacher, forget)
+    some, K = slice(0, COLUMNS), len(phase.prototypes.directions)
+    S = search.similarities(phase.prototypes, teacher, forget)
     each = "each prototype" if K <= MAX_ROWS else f"{MAX_ROWS} of {K} prototypes"
-    blinded = (1 - found.M[some]) * forget[some] + found.M[some] * found.eta[some]
+    blinded = (1 - phase.M[some]) * forget[some] + phase.M[some] * phase.eta[some]
     plots = {
-        "masks of forget images": mask_overlays(task.forget_images[some], found.M[some]),
+        "masks of forget images": mask_overlays(task.forget_images[some], phase.M[some]),
         f"patches most similar to {each}": plot_patches(task.forget_images, S),
         "blinded forget images": grid(as_uint8(teacher.decode(blinded))),
     }
     if len(retain):
-        S_r = search.similarities(found.prototypes, teacher, retain).amax(1)
-        M_r = found.prototypes.mask(S_r, retain.shape[-2:])
+        S_r = search.similarities(phase.prototypes, teacher, retain).amax(1)
+        M_r = phase.prototypes.mask(S_r, retain.shape[-2:])
         plots["masks of retain images"] = mask_overlays(task.retain_images[some], M_r[some])
-        plots["similarity to the nearest prototype"] = plot_similarities(S.amax(1), S_r, found.prototypes.tau)
+        plots["similarity to the nearest prototype"] = plot_similarities(S.amax(1), S_r, phase.prototypes.tau)
     return plots
 
 
