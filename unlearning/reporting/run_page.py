@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.data import openmoji
 from unlearning.errors import UserError
-from unlearning.reporting.comparison import decimals
 from unlearning.reporting.figures import data_uri, encode, thumbnail
-from unlearning.reporting.formats import render_page
+from unlearning.reporting.formats import decimals, render_page
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run
 from unlearning.store.files import read_state, write_atomically
 from unlearning.store.images import figure_paths
