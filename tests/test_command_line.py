@@ -19,12 +19,12 @@ from diffusers import StableDiffusionPipeline
 from tests import tiny
 from tests.run.small import files
 from unlearning import run
-from unlearning.attacks.base import Attack, targets
+from unlearning.attacks.base import Attack, prompts_of
 from unlearning.config.precision import _has_accelerator
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.comeback import Comeback, Found
 from unlearning.store import locks
 
 QUICK = "import hydra, numpy, PIL"
@@ -230,9 +230,8 @@ class Echo(Attack):
     def __init__(self, *, times: Annotated[int, Ge(1)] = 1):
         self.times = times
 
-    def find(self, model, task, observed):
-        prompts = tuple(prompt.text for prompt in targets(task))
-        return Comeback(prompts, tuple(" ".join([prompt] * self.times) for prompt in prompts))
+    def find(self, model, task, rows, observed):
+        return Comeback(tuple(Found(row.prompt, " ".join([row.prompt] * self.times)) for row in prompts_of(rows)))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.composed import config
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
-from unlearning.attacks.base import targets
-from unlearning.concepts import Concept
+from unlearning.attacks.base import Access
+from unlearning.concepts import ATTACK, ERASE, Concept
 from unlearning.config import instances
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.weight_patch import WeightPatch
@@ -154,16 +155,19 @@ def test_a_bare_concept_is_erased_on_top_of_another_erasure_or_refused(fitted):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_gives_a_row_for_every_target_and_leaves_the_model_bit_identical(name, sd1, tmp_path):
+def test_an_attack_gives_every_image_something_and_leaves_the_model_bit_identical(name, sd1, tmp_path):
     chosen = [f"attack=[{name}]", f"model.path={sd1}", "concept=cat", "sampler.steps=2", "method=none"]
     cfg, model, task, sampler = built(tmp_path, *chosen)
     attack, weights = instantiate(cfg.attack[name]), weights_of(model)
-    before = sampler(model, ["a cat"], [0])
-    found = attack.find(model, task, attack.observe(model, task))
-    assert found.targets == tuple(prompt.text for prompt in targets(task)) and len(found.prompts) == len(found.targets)
+    rows = [row for row in sampler.manifest(tmp_path / "images", task, 0) if row.role == ERASE]
+    before = sampler.draw(model, rows[:1])[0]
+    found = attack.find(model, task, rows, attack.observe(model, task, rows))
+    assert {one.target for one in found.found} <= {row.prompt for row in rows}
     assert unchanged(model, weights)
-    assert torch.equal(sampler(model, ["a cat"], [0]), before)
+    assert torch.equal(sampler.draw(model, rows[:1])[0], before)
     found.save(tmp_path / "kept")
-    rows = comeback.attacked(tmp_path / "kept", sampler.manifest(tmp_path / "images", task, 0))
-    assert {row.role for row in rows} == {"attack"} and len(rows) == len(found.targets) * task.images_per_prompt
-    assert not torch.equal(sampler.draw(model, rows[:1])[0], before), "it starts from what the attack found"
+    attacked = comeback.attacked(tmp_path / "kept", rows)
+    assert {row.role for row in attacked} == {ATTACK} and len(attacked) == len(rows)
+    drawn = attack.sampler(sampler).draw(model, attacked[:1])[0]
+    assert drawn.isfinite().all() and not torch.equal(drawn, before), "it starts from what the attack found"
+    assert attack.access in get_args(Access)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_only
 
-from unlearning.attacks.base import Attack, targets
+from unlearning.attacks.base import Attack
 from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config.decisive import decisive
 from unlearning.config.values import Stage
@@ -60,11 +60,13 @@ class Drawing:
     Args:
         name: "base", "erased" or "attacked-NAME"; the manifest is images/NAME.csv.
         erasures: Applied to the model, in this order.
+        sampler: Draws it.
         attack: The folder of what an attack found; None for the task's own prompts.
     """
 
     name: str
-    erasures: tuple[Erasure, ...] = ()
+    erasures: tuple[Erasure, ...]
+    sampler: Sampler | Reconstruction
     attack: Path | None = None
 
 
@@ -234,9 +236,11 @@ class Run:
             pl.seed_everything(self.seed, workers=True, verbose=False)
             stage = f"attack {name}"
             cost.forget(self.folder / "cost.json", stage)
-            observed = attack.observe(self.model, self.task)
+            if not (rows := self._targets):
+                raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
+            observed = attack.observe(self.model, self.task, rows)
             with cost.measured(self.folder / "cost.json", stage, self.model), erasure.applied_to(self.model):
-                result = attack.find(self.model, self.task, observed)
+                result = attack.find(self.model, self.task, rows, observed)
             record = {"attack": name, "version": attack.version, "access": attack.access, "seed": self.seed}
             record |= {"victim": erasure.digest, "base": self.model.fingerprint}
             record |= {"cost": cost.read(self.folder / "cost.json").get(stage, {}), **result.record}
@@ -246,7 +250,8 @@ class Run:
     def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
         """The attack's place in the store: a digest of all that its result depends on."""
         victim = (self.model.fingerprint, self.model.numerics, erasure.digest)
-        task = (self.task.erase, self.task.template, targets(self.task))
+        rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self._targets]
+        task = (self.task.erase, self.task.template, rows)
         return self.store / "attacks" / key_of(attack, attack.version, victim, self.seed, task, self._images)
 
     # generate
@@ -254,11 +259,17 @@ class Run:
     def _drawings(self) -> list[Drawing]:
         """What this run generates and evaluates: base and erased first."""
         erasure = self._erasure()
+        own = self.sampler
         attacked = [
-            Drawing(f"{ATTACKED}{name}", (erasure,), self._attack_folder(attack, erasure))
+            Drawing(
+                f"{ATTACKED}{name}",
+                (erasure,),
+                attack.sampler(cast(Sampler, own)),
+                self._attack_folder(attack, erasure),
+            )
             for name, attack in self.attacks.items()
         ]
-        return [Drawing(BASE), Drawing(ERASED, (erasure,)), *attacked]
+        return [Drawing(BASE, (), own), Drawing(ERASED, (erasure,), own), *attacked]
 
     def generate(self) -> None:
         """Generates the evaluation's images: with the base model, unless some run has, with the erased one, attacked.
@@ -272,9 +283,9 @@ class Run:
         makers: list[dict] = []
         drawings, model = self._drawings(), cast(Any, self.model)  # of the family that the sampler is for
         for drawing in drawings:
-            rows[drawing.name] = self._rows(drawing, rows.get(BASE))
+            rows[drawing.name] = self._rows(drawing, rows)
             with _applied(drawing.erasures, model):
-                self.sampler.check(model, rows[drawing.name])
+                drawing.sampler.check(model, rows[drawing.name])
         for drawing in drawings:
             makers += self._generate(drawing, rows[drawing.name])
         if first_rank():
@@ -285,31 +296,38 @@ class Run:
         """The folder in the store of a drawing's images: a digest of model, precision, erasures and sampler."""
         numerics = (self.model.numerics, self.settings.get("trainer", {}).get("precision"))
         edits = [erasure.digest for erasure in drawing.erasures if not erasure.empty]
-        return self.store / "images" / digest(self.model.fingerprint, numerics, edits, self.sampler.protocol)
+        return self.store / "images" / digest(self.model.fingerprint, numerics, edits, drawing.sampler.protocol)
 
     @cached_property
     def _requested(self) -> list[ManifestRow]:
         """The images that the task asks for; the folder of their paths is that of no drawing."""
         return self.sampler.manifest(self.store / "images" / "requested", self.task, self.seed)
 
-    def _rows(self, drawing: Drawing, base: Sequence[ManifestRow] | None) -> list[ManifestRow]:
+    @property
+    def _targets(self) -> list[ManifestRow]:
+        """The images of erased concepts: what an attack tries to bring back."""
+        return [row for row in self._requested if row.role == ERASE]
+
+    def _rows(self, drawing: Drawing, others: Mapping[str, Sequence[ManifestRow]]) -> list[ManifestRow]:
+        """The drawing's rows. The base of an image is the unedited model's; of an attacked one, the erased model's."""
         place = self._place(drawing)
         rows = [replace(row, path=place / row.path.name) for row in self._requested]
+        pairs = zip(rows, others.get(ERASED if drawing.attack else BASE, rows), strict=True)
         if drawing.attack:
-            return comeback.attacked(drawing.attack, [row for row in rows if row.role == ERASE])
-        pairs = zip(rows, base or rows, strict=True)
+            before = [replace(row, base=own.path) for row, own in pairs if row.role == ERASE]
+            return comeback.attacked(drawing.attack, before)
         return [row if row.path == own.path else replace(row, base=own.path) for row, own in pairs]
 
     def _generate(self, drawing: Drawing, rows: Sequence[ManifestRow]) -> list:
         """Generates the images that are missing; returns which code made each of them."""
         place = self._place(drawing)
         erasure = f"{self.title}, seed {self.seed}" if drawing.erasures else "none"
-        describe(place, {"model": self.model.name, "erasure": erasure, "sampler": self.sampler.protocol})
+        describe(place, {"model": self.model.name, "erasure": erasure, "sampler": drawing.sampler.protocol})
         if first_rank() and (todo := missing(rows)):
             sign(place, [row.path.name for row in todo], provenance.code())
         stage = f"generate {drawing.name}"
         with cost.measured(self.folder / "cost.json", stage, self.model), _applied(drawing.erasures, self.model):
-            generate(self.model, self.sampler, rows, self.trainer)
+            generate(self.model, drawing.sampler, rows, self.trainer)
         wait_for_all_ranks()
         code = signed(place)
         return [code.get(row.path.name) for row in rows]

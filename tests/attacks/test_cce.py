@@ -1,9 +1,10 @@
 """CCE (Pham et al., 2024): a new word for a concept, learned on the erased model."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
 from unlearning.sampling.inversion import Placeholder, first_piece, noised
-from unlearning.store.manifest import read_manifest
+from unlearning.store.manifest import manifest, read_manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
 TASK = UnlearningTask(erase=(Concept("q", anchor="dog"),), prompts=PROMPTS)  # its name is one word piece
@@ -36,10 +37,20 @@ def cce(**settings) -> CCE:
     return CCE(images=images, optimizer=partial(torch.optim.AdamW, lr=0.05), **(short | settings))
 
 
+def targets(task=TASK):
+    return [row for row in manifest(Path("images"), task, 0) if row.role == ERASE]
+
+
 def attacked(model, task=TASK, **settings):
     torch.manual_seed(0)
     attack = cce(**settings)
-    return attack.find(model, task, attack.observe(model, task))
+    rows = targets(task)
+    return attack.find(model, task, rows, attack.observe(model, task, rows))
+
+
+def embeds(found, part="text_encoder") -> torch.Tensor:
+    """The token embeddings of all rows, (N, L, D)."""
+    return torch.stack([one.tensors[f"embeds.{part}"] for one in found.found])
 
 
 @pytest.fixture
@@ -62,19 +73,19 @@ def test_the_placeholder_replaces_the_name_or_comes_before_the_prompt(prompt, re
 
 def test_the_word_stands_where_the_name_was_and_nowhere_else(model):
     found = attacked(model)
-    assert found.targets == ("a photo of the q", "Q on a sofa")
-    [embeds] = found.embeds.values()
+    assert [one.target for one in found.found] == ["a photo of the q", "Q on a sofa"]
+    learned = embeds(found)
     own = model.embed(["a photo of the q", "q on a sofa"]).embeds["text_encoder"]
-    changed = (embeds != own).any(-1)
+    changed = (learned != own).any(-1)
     assert changed.sum(1).tolist() == [1, 1]
-    v, same = embeds[changed]
+    v, same = learned[changed]
     assert torch.equal(v, same) and not torch.equal(v, first_piece(model, "a")["text_encoder"])
 
 
 def test_each_of_several_concepts_gets_a_word_of_its_own(model):
     prompts = tuple(Prompt(text, ERASE, concept=text[2:]) for text in ("a q", "a w", "o q"))
     found = attacked(model, UnlearningTask(erase=(Concept("q"), Concept("w")), prompts=prompts), iterations=5)
-    first, second, third = found.embeds["text_encoder"][:, 2]
+    first, second, third = embeds(found)[:, 2]
     assert torch.equal(first, third) and not torch.equal(first, second)
     assert found.record["losses"].keys() == {"q", "w"}
 
@@ -82,7 +93,7 @@ def test_each_of_several_concepts_gets_a_word_of_its_own(model):
 def test_a_model_denoises_the_images_better_with_the_learned_word(model):
     """With a denoiser that takes the prompt seriously: the tiny one's output hardly depends on it."""
     weights = {f"{name}.weight": 20 * m.weight for name, m in model.text_projections() if name.endswith("to_v")}
-    latents = cce().observe(model, TASK).latents["q"]
+    latents = cce().observe(model, TASK, []).latents["q"]
     assert len(latents) == 6, "three, and three mirrored"
 
     def error(v) -> float:
@@ -93,7 +104,7 @@ def test_a_model_denoises_the_images_better_with_the_learned_word(model):
 
     with WeightPatch(weights).applied_to(model), torch.no_grad():
         found = attacked(model, iterations=150, batch_size=8)
-        learned = {part: e[0, 1 + len("aphotoofthe")] for part, e in found.embeds.items()}
+        learned = {"text_encoder": embeds(found)[0, 1 + len("aphotoofthe")]}
         assert error(learned) < error(first_piece(model, "a")) - 1e-3
 
 
@@ -113,8 +124,9 @@ def test_every_family_that_reads_text_is_attacked(any_model):
             attacked(any_model)
         return
     found = attacked(any_model)
-    assert found.embeds.keys() == any_model.text_encoders.keys()
-    assert all(e.isfinite().all() for e in found.embeds.values())
+    given = found.found[0].tensors
+    assert given.keys() == {f"embeds.{part}" for part in any_model.text_encoders}
+    assert all(e.isfinite().all() for e in given.values())
 
 
 # --- through the guidance ---------------------------------------------------------------------------------------------
@@ -126,7 +138,7 @@ def test_a_changed_guidance_is_attacked_through(model):
         through = attacked(model)
         around = attacked(model, guided=False)
     assert through.record["guided"] and not plain.record["guided"] and not around.record["guided"]
-    words = [found.embeds["text_encoder"][0] for found in (plain, unguided, around, through)]
+    words = [embeds(found)[0] for found in (plain, unguided, around, through)]
     assert torch.equal(words[0], words[1]) and torch.equal(words[0], words[2])
     assert not torch.equal(words[0], words[3])
 
@@ -179,20 +191,16 @@ def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
     def word(transfer: bool, *erasures) -> torch.Tensor:
         torch.manual_seed(0)
         attack = cce(transfer=transfer)
-        observed = attack.observe(model, TASK)
+        rows = targets()
+        observed = attack.observe(model, TASK, rows)
         for erasure in erasures:
             with erasure.applied_to(model):
-                return attack.find(model, TASK, observed).embeds["text_encoder"]
-        return attack.find(model, TASK, observed).embeds["text_encoder"]
+                return embeds(attack.find(model, TASK, rows, observed))
+        return embeds(attack.find(model, TASK, rows, observed))
 
     assert torch.equal(word(True), word(True, erasure))
     assert not torch.equal(word(False), word(False, erasure))
     assert (cce(transfer=True).access, cce().access) == ("black", "white")
-
-
-def test_there_must_be_prompts_to_attack(model):
-    with pytest.raises(UserError, match="prompts"):
-        attacked(model, replace(TASK, prompts=PROMPTS[2:]))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -203,4 +211,5 @@ def test_a_run_attacks_generates_and_measures(unlearn):
     run = unlearn("attack=[cce]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
     [row] = read_manifest(run / "images" / "attacked-cce.csv")
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
-    assert "robustness/asr_cce" in json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"robustness/asr_cce", "robustness/asr_before_cce"} <= metrics.keys()

@@ -5,6 +5,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.negative_prompt import NegativePrompting
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.comeback import Restored
 from unlearning.sampling.sampler import Sampler
 
 
@@ -24,7 +25,7 @@ def test_a_guidance_scale_that_leaves_the_null_branch_out_is_refused(sd1):
         with pytest.raises(UserError, match=r"sampler\.guidance_scale"):
             Sampler(steps=1, guidance_scale=1)(model, ["a bird"], [1])
         with pytest.raises(UserError, match=r"sampler\.guidance_scale"):
-            Sampler(steps=1).sample(model, ["a bird", "a fish"], model.noise([1, 2]), [7.5, 1.0])
+            Sampler(steps=1).sample(model, Restored(["a bird", "a fish"], model.noise([1, 2])), [7.5, 1.0])
 
 
 def test_it_is_refused_before_the_base_model_generates(told, tmp_path):

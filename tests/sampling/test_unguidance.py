@@ -9,6 +9,7 @@ from tests.tiny import FAMILIES
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
+from unlearning.sampling.comeback import Restored
 from unlearning.sampling.guidance import ClassifierFree, Guidance, Walk
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance, blended
@@ -178,10 +179,10 @@ def test_rows_may_have_their_own_scales(model, adapter):
     seeds, scales = [1, 2], [3.0, 9.0]
     whole = replace(adapter, guidance=UnGuidance(threshold=0.0, repeats=2, schedule="diffusers"))
     with whole.applied_to(model):
-        together, decided = Sampler(steps=3).sample(model, PROMPTS[:2], model.noise(seeds), scales)
+        together, decided = Sampler(steps=3).sample(model, Restored(PROMPTS[:2], model.noise(seeds)), scales)
         for i in range(2):
             alone, own = Sampler(steps=3, guidance_scale=scales[i]).sample(
-                model, PROMPTS[i : i + 1], model.noise(seeds[i : i + 1])
+                model, Restored(PROMPTS[i : i + 1], model.noise(seeds[i : i + 1]))
             )
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4)
             assert own[0]["D"] == pytest.approx(decided[i]["D"], rel=1e-4)

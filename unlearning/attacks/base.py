@@ -1,16 +1,19 @@
-"""The contract of an attack: `find(model, task, observed) -> Comeback`, what brings the concepts back.
+"""The contract of an attack: `find(model, task, rows, observed) -> Comeback`, what brings the concepts back.
 
 An attack sees the erased model as a model: it never learns which method erased, or how. It leaves the model
 bit-identical.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Generic, Literal, TypeVar
 
-from unlearning.concepts import ERASE, Prompt, UnlearningTask
+from unlearning.concepts import UnlearningTask
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.sampler import Sampler
+from unlearning.store.manifest import ManifestRow
 
 ObservedT = TypeVar("ObservedT")  # what an attack takes from the unedited model
 Access = Literal["white", "text encoder", "black"]  # weights and gradients; those of the text encoder; images only
@@ -18,6 +21,8 @@ Access = Literal["white", "text encoder", "black"]  # weights and gradients; tho
 
 class Attack(ABC, Generic[ModelT, ObservedT]):
     """An attack's constructor stores hyperparameters, and nothing else.
+
+    `rows` are the evaluation's images of erased concepts: prompt, seed, guidance scale and labels of each.
 
     Attributes:
         access: What of the erased model it uses.
@@ -29,19 +34,28 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
     version: ClassVar[int] = 1
     works_on: ClassVar[type[Model]] = DiffusionModel
 
-    def observe(self, model: ModelT, task: UnlearningTask) -> ObservedT | None:
+    def observe(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]) -> ObservedT | None:
         """What the attack takes from the unedited model, before the erasure is applied; by default nothing."""
         return None
 
     @abstractmethod
-    def find(self, model: ModelT, task: UnlearningTask, observed: ObservedT) -> Comeback:
-        """A row for each of `targets(task)`, with which the erased `model` may show the concept.
+    def find(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow], observed: ObservedT) -> Comeback:
+        """For the rows' prompts, or for each of the rows, with what the erased `model` may show the concept.
 
         Raises:
             UserError: If the attack cannot be run. A failed attack is no evidence of robustness.
         """
 
+    def sampler(self, sampler: Sampler) -> Sampler:
+        """How the attacked images are drawn; by default as all others are."""
+        return sampler
 
-def targets(task: UnlearningTask) -> list[Prompt]:
-    """The evaluation's prompts for erased concepts: what an attack tries to bring back, in this order."""
-    return [prompt for prompt in task.prompts if prompt.role == ERASE]
+
+def concept_of(row: ManifestRow, task: UnlearningTask) -> str:
+    """The name of the erased concept that a row belongs to."""
+    return row.concept or task.erase[0].name
+
+
+def prompts_of(rows: Sequence[ManifestRow]) -> list[ManifestRow]:
+    """The first row of each prompt: for attacks that find one thing for all images of a prompt."""
+    return list({row.prompt: row for row in reversed(rows)}.values())[::-1]

@@ -33,15 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearning.attacks.base import Attack, targets
+from unlearning.attacks.base import Attack, concept_of, prompts_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
-from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert, noised
+from unlearning.store.manifest import ManifestRow
 from unlearning.training.forget_retain import encoded
 
 
@@ -108,25 +108,29 @@ class CCE(Attack):
         self.walk, self.window, self.steps = walk, window, steps
         self.transfer, self.access = transfer, "black" if transfer else "white"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask) -> Observed:
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
         """Images of the concepts by the unedited model; with `transfer`, the words too."""
         latents = {concept.name: self._latents(model, task.prompt(concept.name)) for concept in task.erase}
         words = {name: self._learned(model, name, z_0) for name, z_0 in latents.items()} if self.transfer else {}
         return Observed(latents, words)
 
-    def find(self, model: DiffusionModel, task: UnlearningTask, observed: Observed) -> Comeback:
-        if not (rows := targets(task)):
-            raise UserError("CCE needs prompts of the erased concepts, and this dataset has none.")
+    def find(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+    ) -> Comeback:
+        rows = prompts_of(rows)
         words = observed.words or {name: self._learned(model, name, z_0) for name, z_0 in observed.latents.items()}
-        concepts = [prompt.concept or task.erase[0].name for prompt in rows]
-        prompts = [with_placeholder(prompt.text, concept) for prompt, concept in zip(rows, concepts, strict=True)]
+        concepts = [concept_of(row, task) for row in rows]
+        prompts = [with_placeholder(row.prompt, concept) for row, concept in zip(rows, concepts, strict=True)]
         place = Placeholder.in_prompts(model, prompts)
-        filled = [place.filled(words[concept].v, [i]).embeds for i, concept in enumerate(concepts)]
-        embeds = {part: torch.cat([row[part] for row in filled]) for part in place.places}
+        found = []
+        for i, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
+            embeds = place.filled(words[concept].v, [i]).embeds
+            tensors = {f"embeds.{part}": e[0] for part, e in embeds.items()}
+            found.append(Found(row.prompt, place.text.prompts[i], tensors=tensors))
         record = {name: getattr(self, name) for name in ("iterations", "batch_size", "accumulate", "initial")}
         record |= {"placeholder": PLACEHOLDER, "guided": self._is_guided(model), "transfer": self.transfer}
         record |= {"images": self.count, "losses": {name: _summary(word.losses) for name, word in words.items()}}
-        return Comeback(tuple(prompt.text for prompt in rows), place.text.prompts, embeds, record=record)
+        return Comeback(tuple(found), record)
 
     def _latents(self, model: DiffusionModel, prompt: str) -> Tensor:
         images = self.images(model, [prompt], self.count)

@@ -17,7 +17,7 @@ from unlearning.data.regions import with_regions
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.judges.emoji import NOTHING
-from unlearning.store.manifest import ManifestRow
+from unlearning.store.manifest import ManifestRow, load_images
 
 SCORES = ("argmax", "softmax")
 KEYS = {ERASE: "efficacy/acc_e", SYNONYM: "efficacy/acc_g", RETAIN: "retention/acc_s", ATTACK: "robustness/asr"}
@@ -51,9 +51,11 @@ class Accuracy(Evaluator):
     accuracy (CRA). The label of a synonym is the concept that it stands for, as in MACE. Rows without labels are
     skipped; a row with regions counts as one image for each region.
 
-    Metrics: Acc_e, Acc_g and Acc_s for the roles ERASE, SYNONYM and RETAIN. For ATTACK, the attack success rate
-    "robustness/asr": the percentage of images in which the classifier still sees the concept, by its most probable
-    answer whatever `score` is. For any other role, "accuracy/<role>". CRA covers the first three roles only.
+    Metrics: Acc_e, Acc_g and Acc_s for the roles ERASE, SYNONYM and RETAIN. For any other role, "accuracy/<role>". CRA
+    covers these three roles only. For ATTACK, by the classifier's most probable answer whatever `score` is, the
+    percentage of images in which it sees the concept: "robustness/asr" with the attack, "robustness/asr_before" of the
+    same prompts and seeds without it, and "robustness/asr_new" with the attack among those that did not show it before
+    (UnlearnDiffAtk, Zhang et al., ECCV 2024, calls the first two post-ASR and pre-ASR).
 
     Args:
         classifier: Answers the questions.
@@ -76,6 +78,8 @@ class Accuracy(Evaluator):
         "retention/ira": True,
         "retention/cra": True,
         "robustness/asr": False,
+        "robustness/asr_before": False,
+        "robustness/asr_new": False,
         "summary/h_o": True,
         "summary/h_c": True,
     }
@@ -88,6 +92,8 @@ class Accuracy(Evaluator):
         # A state is a sum of scores and a number of images. Roles get theirs when they are first seen.
         self.zeros("cross", 2)
         self.zeros("nothing", 2)
+        self.zeros("before", 2)  # attacked images whose base shows the concept, and all
+        self.zeros("new", 2)  # the same of the attacked images themselves, where the base does not show it
 
     @property
     def protocol(self) -> str:
@@ -109,6 +115,8 @@ class Accuracy(Evaluator):
             for i, p, a, best in zip(labelled, p_right, right, probabilities.argmax(1).tolist(), strict=True):
                 by_argmax = self.score == "argmax" or rows[i].role == ATTACK
                 self._add(rows[i], question, float(a == best) if by_argmax else p)
+                if rows[i].role == ATTACK and rows[i].base and question == next(iter(rows[i].labels)):
+                    self._compare(rows[i], question, a == best)
                 if NOTHING in names and rows[i].role == ERASE and question == next(iter(rows[i].labels)):
                     self.nothing += self.nothing.new_tensor([names[best] == NOTHING, 1])
 
@@ -124,6 +132,15 @@ class Accuracy(Evaluator):
             sums += one
         elif row.role in ROLES:
             self.cross += one
+
+    def _compare(self, row: ManifestRow, question: str, shown: bool) -> None:
+        """Counts an attacked image against the one before the attack."""
+        [before] = load_images([row], "base")
+        names, probabilities = self.classifier(torch.as_tensor(before[None], device=self.device), question)
+        was = names[int(probabilities.argmax())] == row.labels[question]
+        self.before += self.before.new_tensor([was, 1])
+        if not was:
+            self.new += self.new.new_tensor([shown, 1])
 
     def _sums(self, role: str) -> Tensor:
         """The state of a role: the sum of its scores and the number of its images, (2,)."""
@@ -151,6 +168,7 @@ class Accuracy(Evaluator):
         cra = percent(self.cross)
         numbers = {KEYS.get(role, f"accuracy/{role}"): value for role, value in by_role.items()}
         numbers |= {"efficacy/unrecognisable": percent(self.nothing), "retention/cra": cra}
+        numbers |= {"robustness/asr_before": percent(self.before), "robustness/asr_new": percent(self.new)}
         if cra is not None:
             numbers |= {"efficacy/ua": None if acc_e is None else 100 - acc_e, "retention/ira": acc_s}
         if acc_e is not None and acc_s is not None:

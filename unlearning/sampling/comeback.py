@@ -1,10 +1,15 @@
-"""What an attack found: the prompts, token embeddings or starting latents with which a concept comes back.
+"""What an attack found: the prompts, tensors or starting latents with which a concept comes back.
 
-Each row of a manifest may name a safetensors file with the token embeddings ("embeds.text_encoder", (L, D)) or the
-latents ("latents", (C, H, W)) that take the place of its prompt's and its seed's own.
+Each row of a manifest may name a safetensors file with tensors that take the place of its prompt's and its seed's own:
+
+    embeds.text_encoder    token embeddings of a text encoder, (L, D)
+    states                 the text encoder's states, (L, D)
+    latents                what the trajectory starts from, (C, H, W)
+
+and others, which the attack's own sampler reads (`Attack.sampler`).
 """
 
-# B batch, N rows, L tokens, D width of a text encoder, C H W latent shape.
+# B batch, L tokens, D width of a text encoder, C H W latent shape.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
@@ -19,28 +25,41 @@ from torch import Tensor
 
 from unlearning.concepts import ATTACK
 from unlearning.errors import UserError
-from unlearning.models.diffusion import DiffusionModel, Embedded, Text
+from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
 from unlearning.store.files import read_state, write_atomically
 from unlearning.store.manifest import ManifestRow, image_path
 
 NAME = "comeback.json"
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """
+    Args:
+        target: The evaluation's prompt that was attacked.
+        prompt: What is prompted in its place.
+        seed: The seed of the image that it was found for; None if it is for all images of the prompt.
+        tensors: By name, see above.
+        record: What the attack says of this one, as JSON: step of first success, losses, scores, ...
+    """
+
+    target: str
+    prompt: str
+    seed: int | None = None
+    tensors: Tensors = field(default_factory=dict)
+    record: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comeback:
     """
     Args:
-        targets: The evaluation's N prompts that were attacked.
-        prompts: What is prompted in their place, N texts.
-        embeds: Token embeddings by text encoder, (N, L, D); empty if the prompts' own are to be taken.
-        latents: What trajectories start from, (N, C, H, W); None if the seeds' own noise is to be taken.
-        record: What the attack did, as JSON: iterations, losses, ...
+        found: What was found for each prompt, or for each image.
+        record: What the attack did, as JSON: iterations, images, ...
     """
 
-    targets: tuple[str, ...]
-    prompts: tuple[str, ...]
-    embeds: Mapping[str, Tensor] = field(default_factory=dict)
-    latents: Tensor | None = None
+    found: tuple[Found, ...]
     record: Mapping[str, object] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -52,26 +71,25 @@ class Comeback:
         partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
         try:
             partial.mkdir(parents=True)
-            files = [self._save_row(partial / f"{i}.safetensors", i) for i in range(len(self.prompts))]
-            rows = zip(self.targets, self.prompts, files, strict=True)
-            saved = {"rows": [{"target": t, "prompt": p, "file": f} for t, p, f in rows], "record": dict(self.record)}
-            write_atomically(partial / NAME, json.dumps(saved, indent=2))
+            rows = [_saved(found, partial / f"{i}.safetensors") for i, found in enumerate(self.found)]
+            write_atomically(partial / NAME, json.dumps({"rows": rows, "record": dict(self.record)}, indent=2))
             if not exists(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # of a version that kept it otherwise
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _save_row(self, path: Path, i: int) -> str | None:
-        tensors = {f"embeds.{part}": e[i] for part, e in self.embeds.items()}
-        tensors |= {} if self.latents is None else {"latents": self.latents[i]}
-        if not tensors:
-            return None
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"The attack on {self.targets[i]!r} gave {name} that are not finite: it has failed.")
-        write_atomically(path, serialised({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}))
-        return path.name
+
+def _saved(found: Found, path: Path) -> dict:
+    """A row of comeback.json. Writes the row's tensors, if it has any."""
+    for name, tensor in found.tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"The attack on {found.target!r} gave {name} that are not finite: it has failed.")
+    if found.tensors:
+        content = {k: v.detach().float().cpu().contiguous() for k, v in found.tensors.items()}
+        write_atomically(path, serialised(content))
+    row = {"target": found.target, "prompt": found.prompt, "file": path.name if found.tensors else None}
+    return row | {k: v for k, v in (("seed", found.seed), ("record", dict(found.record))) if v not in (None, {})}
 
 
 def exists(folder: Path) -> bool:
@@ -79,60 +97,101 @@ def exists(folder: Path) -> bool:
     return _rows(folder) is not None
 
 
-def _rows(folder: Path) -> dict[str, dict] | None:
-    """The rows of a finished attack by their targets; None without one."""
-    return read_state(folder / NAME, lambda saved: {row["target"]: row for row in saved["rows"]})
+def read_record(folder: Path) -> dict:
+    """What the attack did: `Comeback.record`, and the record of each row as "rows"; {} without a finished attack."""
+    saved = read_state(folder / NAME, lambda saved: {**saved["record"], "rows": saved["rows"]})
+    return saved or {}
+
+
+def _rows(folder: Path) -> dict[tuple[str, int | None], dict] | None:
+    """The rows of a finished attack by target and seed; None without one."""
+    return read_state(folder / NAME, lambda saved: {(row["target"], row.get("seed")): row for row in saved["rows"]})
 
 
 def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     """The manifest rows of an attack: of `rows`, those of its targets, with what the attack found in place.
 
-    Seeds and guidance scales stay, so that an image can be compared with the one before the attack.
+    Seeds, guidance scales and bases stay, so that an image can be compared with the one before the attack.
 
     Raises:
         UserError: If the folder holds no finished attack.
     """
     if (results := _rows(folder)) is None:
         raise UserError(f"There is no finished attack in {folder}: run the attack stage first.")
-    return [_attacked(folder, row, results[row.prompt]) for row in rows if row.prompt in results]
+    pairs = [(row, results.get((row.prompt, row.seed)) or results.get((row.prompt, None))) for row in rows]
+    return [_attacked(folder, row, result) for row, result in pairs if result]
 
 
 def _attacked(folder: Path, row: ManifestRow, result: Mapping) -> ManifestRow:
     file = folder / result["file"] if result["file"] else None
     path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file)
-    return replace(row, path=path, prompt=result["prompt"], role=ATTACK, base=None, comeback=file)
+    return replace(row, path=path, prompt=result["prompt"], role=ATTACK, comeback=file)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a batch is drawn from.
+
+    Args:
+        text: B prompts, or their token embeddings.
+        noise: What the trajectories start from, (B, C, H, W).
+        given: For each row, all tensors of its file; empty if no row has one.
+    """
+
+    text: Text
+    noise: Tensor
+    given: Sequence[Tensors] = ()
+
+    def encoded(self, model: DiffusionModel) -> Conditioning:
+        """The conditioning, with the states that rows have in place of their own."""
+        c = model.encode_prompts(self.text)
+        if any("states" in tensors for tensors in self.given):
+            c = replace(c, embeds=c.embeds.clone())
+            for i, tensors in enumerate(self.given):
+                if "states" in tensors:
+                    c.embeds[i] = _fitting(f"states for {self._prompt(i)!r}", tensors["states"], c.embeds[i])
+        return c
+
+    def _prompt(self, i: int) -> str:
+        return (self.text.prompts if isinstance(self.text, Embedded) else self.text)[i]
 
 
 def restored(
     model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], files: Sequence[Path | None]
-) -> tuple[Text, Tensor]:
-    """The text and the noise (B, C, H, W) of a batch, with what the rows' files have in place of their own.
+) -> Restored:
+    """The text and the noise of a batch, with what the rows' files have in place of their own.
 
     Raises:
         UserError: If a file cannot be read, or belongs to another model.
     """
+    given = [_read(path) if path else {} for path in files]
     noise, text = model.noise(seeds), prompts
-    for i, path in ((i, path) for i, path in enumerate(files) if path):
-        for name, tensor in _read(path).items():
+    for i, (path, tensors) in enumerate(zip(files, given, strict=True)):
+        for name, tensor in tensors.items():
             if name == "latents":
                 noise[i] = _fitting(path, tensor, noise[i])
-            else:
+            elif name.startswith("embeds."):
                 text = text if isinstance(text, Embedded) else _copy(model.embed(text))
                 part = name.removeprefix("embeds.")
                 if part not in text.embeds:
                     raise UserError(f"{path} holds embeddings for {part!r}, which {model.name} does not have.")
                 text.embeds[part][i] = _fitting(path, tensor, text.embeds[part][i])
-    return text, noise
+    return Restored(text, noise, given)
 
 
 def _copy(text: Embedded) -> Embedded:
     return Embedded(text.prompts, {part: e.clone() for part, e in text.embeds.items()})
 
 
-def _fitting(path: Path, tensor: Tensor, own: Tensor) -> Tensor:
+def _fitting(source: object, tensor: Tensor, own: Tensor) -> Tensor:
     if tensor.shape != own.shape:
-        raise UserError(f"{path} is not for this model: it has {tuple(tensor.shape)}, the model {tuple(own.shape)}.")
+        raise UserError(f"{source} is not for this model: it has {tuple(tensor.shape)}, the model {tuple(own.shape)}.")
     return tensor.to(own)
+
+
+def stacked(given: Sequence[Tensors], name: str, like: Tensor) -> Tensor:
+    """A tensor that every row of a batch has, (B, ...), on the device and in the dtype of another."""
+    return torch.stack([tensors[name] for tensors in given]).to(like)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The one denoising loop. Methods, attacks and evaluations all take their images and latents from here."""
 
 # B batch, C H W latent shape.
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.errors import UserError
-from unlearning.models.diffusion import DiffusionModel, Text
-from unlearning.sampling.comeback import restored
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.sampling.comeback import Restored, Tensors, restored
 from unlearning.sampling.guidance import Walk, begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
 
 Schedule = Literal["diffusers", "paper"]
+Step = Callable[[SchedulerMixin, Tensor, Tensor, Tensor], Tensor]  # (scheduler, prediction, t, x_t) -> the next x
 
 
 @torch.no_grad()
@@ -27,14 +28,19 @@ def denoise(
     steps: int,
     scheduler: type[SchedulerMixin] | None = None,
     schedule: Schedule = "diffusers",
+    start: int = 0,
+    step: Step | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (t, x_t) before every step, and (0, x_0) after the last; x is standard normal noise (B, C, H, W).
+    """Yields (t, x_t) before every step, and (0, x_0) after the last.
 
     Args:
+        x: Standard normal noise (B, C, H, W); with `start`, the latents x_t at the timestep of that step.
         walk: Gives the prediction at each step (guidance.py).
         scheduler: In place of the model's own solver.
         schedule: "diffusers" takes every timestep; "paper" leaves out the first, as the samplers in ESD's and UnGuide's
             repositories do: of 50 DDIM steps 49 are taken, from 961 on, and not from 981.
+        start: The steps that are left out.
+        step: How a step is taken; by default as the scheduler does.
 
     Raises:
         UserError: For an unknown schedule, "paper" for a model of flow matching, or a scheduler for another kind of
@@ -42,11 +48,18 @@ def denoise(
     """
     noise = _timesteps(model, scheduler or model.solver, steps, schedule)
     flow = model.prediction_type == "flow"  # whose schedulers take noise and latents as they are
-    x = x if flow else x * noise.init_noise_sigma
-    for t in noise.timesteps[schedule == "paper" :]:
+    times = noise.timesteps[schedule == "paper" :][start:]
+    if start:
+        noise.set_begin_index(len(noise.timesteps) - len(times)) if hasattr(noise, "set_begin_index") else None
+        for _ in range(start):
+            walk.skip()
+        x = x if flow else x / noise.scale_model_input(torch.ones_like(x), times[0])
+    else:
+        x = x if flow else x * noise.init_noise_sigma
+    for t in times:
         yield t, x
         prediction = walk(x if flow else noise.scale_model_input(x, t), t)
-        x = noise.step(prediction, t, x).prev_sample
+        x = step(noise, prediction, t, x) if step else noise.step(prediction, t, x).prev_sample
     yield torch.zeros_like(t), x
 
 
@@ -146,7 +159,7 @@ class Sampler:
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, height, width) in [0, 1], one for each prompt and seed."""
-        return self.sample(model, prompts, model.noise(seeds))[0]
+        return self.sample(model, Restored(prompts, model.noise(seeds)))[0]
 
     manifest = staticmethod(manifest)
 
@@ -158,25 +171,27 @@ class Sampler:
     def draw(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict[str, float]]]:
         """The images of a manifest's rows, and what the guidance decided about each."""
         prompts, seeds, files = zip(*((row.prompt, row.seed, row.comeback) for row in rows), strict=True)
-        text, noise = restored(model, prompts, seeds, files)
-        return self.sample(model, text, noise, [row.guidance_scale for row in rows])
+        return self.sample(model, restored(model, prompts, seeds, files), [row.guidance_scale for row in rows])
 
     def sample(
-        self, model: DiffusionModel, text: Text, noise: Tensor, scales: Sequence[float | None] = ()
+        self, model: DiffusionModel, batch: Restored, scales: Sequence[float | None] = ()
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """The images of a batch, and what the model's guidance decided about each.
 
         Args:
-            text: B prompts, or their token embeddings.
-            noise: What the trajectories start from, (B, C, H, W).
             scales: A guidance scale for each image; None is the sampler's own.
         """
-        c = model.encode_prompts(text)
+        c = batch.encoded(model)
         own = [self.guidance_scale if scale is None else scale for scale in scales or [None] * len(c)]
         scale = own[0] if len(set(own)) == 1 else per_row(torch.tensor(own, device=model.device))
         walk = begin(model, c, scale)
-        path = denoise(model, noise, walk, steps=self.steps, scheduler=self.scheduler, schedule=self.schedule)
-        for _, x in path:  # noqa: B007 (the last x is the image)
+        for _, x in self.trajectory(model, batch.noise, walk, batch.given):  # noqa: B007 (the last x is the image)
             pass
         decisions = [{k: v[i] for k, v in walk.decisions.items()} for i in range(len(c))]
         return model.decode(x), decisions
+
+    def trajectory(
+        self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The way from x (B, C, H, W) to an image; attacks replace it, and read the tensors that they gave each row."""
+        return denoise(model, x, walk, steps=self.steps, scheduler=self.scheduler, schedule=self.schedule)

@@ -40,7 +40,8 @@ class ManifestRow:
         seed: The seed of the image's own random generator.
         guidance_scale: The image's own guidance scale; None is the sampler's.
         decided: What was decided about the image while it was generated, by a guidance or an edit; JSON values.
-        base: The unedited model's image for the same prompt and seed; None if that is the image itself.
+        base: The unedited model's image for the same prompt and seed; None if that is the image itself. Of an attacked
+            image it is the erased model's before the attack.
         source: The input image of an image-to-image model.
         regions: What is known to be in the input image.
         concept: The name of the erased concept that the image belongs to; "" if it belongs to none.
