@@ -100,7 +100,10 @@ class Accuracy(Evaluator):
         return f"{self.score} of {self.classifier.name}, mean over the images of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
+        unattacked = self._unattacked(rows)
         images, rows = with_regions(images, rows)
+        attacked = [i for i, row in enumerate(rows) if row.role == ATTACK and row.base and row.labels]
+        before = dict(zip(attacked, unattacked, strict=True))
         pixels = torch.as_tensor(images, device=self.device)
         for question in dict.fromkeys(q for row in rows for q in row.labels):
             labelled = [i for i, row in enumerate(rows) if question in row.labels]
@@ -115,8 +118,8 @@ class Accuracy(Evaluator):
             for i, p, a, best in zip(labelled, p_right, right, probabilities.argmax(1).tolist(), strict=True):
                 by_argmax = self.score == "argmax" or rows[i].role == ATTACK
                 self._add(rows[i], question, float(a == best) if by_argmax else p)
-                if rows[i].role == ATTACK and rows[i].base and question == next(iter(rows[i].labels)):
-                    self._compare(rows[i], question, a == best)
+                if i in before and question == next(iter(rows[i].labels)):
+                    self._compare(before[i], names[a], question, a == best)
                 if NOTHING in names and rows[i].role == ERASE and question == next(iter(rows[i].labels)):
                     self.nothing += self.nothing.new_tensor([names[best] == NOTHING, 1])
 
@@ -133,11 +136,15 @@ class Accuracy(Evaluator):
         elif row.role in ROLES:
             self.cross += one
 
-    def _compare(self, row: ManifestRow, question: str, shown: bool) -> None:
-        """Counts an attacked image against the one before the attack."""
-        [before] = load_images([row], "base")
-        names, probabilities = self.classifier(torch.as_tensor(before[None], device=self.device), question)
-        was = names[int(probabilities.argmax())] == row.labels[question]
+    def _unattacked(self, rows: Sequence[ManifestRow]) -> list[np.ndarray]:
+        """What attacked images, or the judged parts of them, were before the attack."""
+        attacked = [row for row in rows if row.role == ATTACK and row.base and row.labels]
+        return list(with_regions(load_images(attacked, "base"), attacked)[0]) if attacked else []
+
+    def _compare(self, image: np.ndarray, right: str, question: str, shown: bool) -> None:
+        """Counts an attacked image, which shows the concept or not, against the one before the attack."""
+        names, probabilities = self.classifier(torch.as_tensor(image[None], device=self.device), question)
+        was = names[int(probabilities.argmax())] == right
         self.before += self.before.new_tensor([was, 1])
         if not was:
             self.new += self.new.new_tensor([shown, 1])

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from unlearning.concepts import ATTACK
+from unlearning.concepts import ATTACK, Box, Region
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
 from unlearning.store.files import read_state, write_atomically
@@ -42,6 +42,7 @@ class Found:
         seed: The seed of the image that it was found for; None if it is for all images of the prompt.
         tensors: By name, see above.
         record: What the attack says of this one, as JSON: step of first success, losses, scores, ...
+        judged: The part of the image that the attack is judged by; None for all of it.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Found:
     seed: int | None = None
     tensors: Tensors = field(default_factory=dict)
     record: Mapping[str, object] = field(default_factory=dict)
+    judged: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def _saved(found: Found, path: Path) -> dict:
         content = {k: v.detach().float().cpu().contiguous() for k, v in found.tensors.items()}
         write_atomically(path, serialised(content))
     row = {"target": found.target, "prompt": found.prompt, "file": path.name if found.tensors else None}
-    return row | {k: v for k, v in (("seed", found.seed), ("record", dict(found.record))) if v not in (None, {})}
+    more = {"seed": found.seed, "record": dict(found.record) or None, "judged": found.judged}
+    return row | {name: value for name, value in more.items() if value is not None}
 
 
 def exists(folder: Path) -> bool:
@@ -125,7 +128,8 @@ def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
 def _attacked(folder: Path, row: ManifestRow, result: Mapping) -> ManifestRow:
     file = folder / result["file"] if result["file"] else None
     path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file)
-    return replace(row, path=path, prompt=result["prompt"], role=ATTACK, comeback=file)
+    judged = (Region(tuple(result["judged"]), ATTACK, row.labels),) if "judged" in result else ()
+    return replace(row, path=path, prompt=result["prompt"], role=ATTACK, comeback=file, regions=judged)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def denoise(
         UserError: For an unknown schedule, "paper" for a model of flow matching, or a scheduler for another kind of
             noise schedule than the model's.
     """
-    noise = _timesteps(model, scheduler or model.solver, steps, schedule)
+    noise = timesteps_of(model, scheduler or model.solver, steps, schedule)
     flow = model.prediction_type == "flow"  # whose schedulers take noise and latents as they are
     times = noise.timesteps[schedule == "paper" :][start:]
     if start:
@@ -73,7 +73,7 @@ def skim(
     in DDIM's own step (Song et al., 2021, eq. 12). Coarser, and so many times cheaper.
     """
     held: tuple[Tensor, Tensor] | None = None  # the image and the noise
-    for i, t in enumerate(_timesteps(model, model.solver, steps, schedule).timesteps[schedule == "paper" :]):
+    for i, t in enumerate(timesteps_of(model, model.solver, steps, schedule).timesteps[schedule == "paper" :]):
         s = t.expand(len(x))
         x = model.add_noise(*held, s) if held else x
         yield t, x
@@ -85,8 +85,8 @@ def skim(
     yield torch.zeros_like(t), held[0] if held else x
 
 
-def _timesteps(
-    model: DiffusionModel, scheduler: type[SchedulerMixin], steps: int, schedule: Schedule
+def timesteps_of(
+    model: DiffusionModel, scheduler: type[SchedulerMixin], steps: int, schedule: Schedule = "diffusers"
 ) -> SchedulerMixin:
     """A scheduler with its timesteps set. Raises UserError as `denoise` does."""
     _check(schedule)

@@ -1,0 +1,25 @@
+"""What attacks are told in tests: two images of a concept, and the tools to run an attack on a tiny model."""
+
+from pathlib import Path
+
+import torch
+
+from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
+from unlearning.store.manifest import manifest
+
+PROMPTS = (Prompt("a photo of the q", ERASE, {"object": "cat"}), Prompt("a q", ERASE, {"object": "cat"}))
+TASK = UnlearningTask(erase=(Concept("q"),), prompts=PROMPTS)
+
+
+def rows(task: UnlearningTask = TASK):
+    return [row for row in manifest(Path("images"), task, 0) if row.role == ERASE]
+
+
+def found_by(attack, model, erasure=None, task: UnlearningTask = TASK):
+    """The comeback of an attack on a model, or on what an erasure makes of it."""
+    torch.manual_seed(0)
+    observed = attack.observe(model, task, rows(task))
+    if erasure is None:
+        return attack.find(model, task, rows(task), observed)
+    with erasure.applied_to(model):
+        return attack.find(model, task, rows(task), observed)

@@ -1,0 +1,82 @@
+"""Inversion: the noise that the sampler turns into a given image."""
+
+import pytest
+import torch
+
+from tests.attacks.shots import TASK, found_by, rows
+from unlearning.attacks.inversion import Inversion
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.comeback import attacked
+from unlearning.sampling.guidance import begin
+from unlearning.sampling.inverse import noise_of
+from unlearning.sampling.sampler import Sampler, denoise
+
+SAMPLER = Sampler(steps=4, guidance_scale=2.0, batch_size=2)
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+def last(path):
+    for _, x in path:
+        pass
+    return x
+
+
+@torch.no_grad()
+def there_and_back(model, refinements: int, solver: str = "fixed_point", **settings) -> float:
+    """The largest error of latents after inversion and sampling."""
+    torch.manual_seed(0)
+    c, x_0 = model.encode_prompts(["a q", "z"]), torch.randn(2, *model.latent_shape)
+    noise = noise_of(model, x_0, begin(model, c, 1.0), steps=20, refinements=refinements, solver=solver, **settings)
+    return (last(denoise(model, noise, begin(model, c, 1.0), steps=20)) - x_0).abs().max().item()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_inversion_and_back_returns_the_latents(any_model, any_pipeline, family):
+    if any_pipeline[0] != family:
+        pytest.skip("one of each kind of prediction")
+    assert there_and_back(any_model, 20) < 1e-3 < there_and_back(any_model, 0)
+
+
+def test_a_descent_finds_the_same_noise_slowly(model):
+    plain, descended = there_and_back(model, 0), there_and_back(model, 200, "descent", learning_rate=0.01)
+    assert descended < plain / 5
+
+
+def test_the_unedited_models_image_comes_back(model, tmp_path):
+    attack = Inversion(images=SAMPLER, steps=20, guidance_scale=2.0, refinements=20)
+    found_by(attack, model).save(tmp_path / "kept")
+    again, _ = attack.sampler(SAMPLER).draw(model, attacked(tmp_path / "kept", rows()))
+    images, _ = SAMPLER.draw(model, rows())
+    returned = model.decode(model.encode_images(images))  # as far as the autoencoder returns it
+    assert -10 * (again - returned).square().mean().log10() > 50, "PSNR in dB"
+
+
+def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
+    weights = {f"{name}.weight": 2 * m.weight for name, m in model.text_projections()}
+    erasure = WeightPatch(weights)
+
+    def noise(surrogate: bool, *erasures):
+        found = found_by(Inversion(images=SAMPLER, steps=4, surrogate=surrogate), model, *erasures)
+        return torch.stack([one.tensors["latents"] for one in found.found])
+
+    assert torch.equal(noise(True), noise(True, erasure))
+    assert not torch.equal(noise(False), noise(False, erasure))
+    assert Inversion(images=SAMPLER, surrogate=True).access == "black"
+
+
+def test_the_record_tells_noise_from_what_is_not(model):
+    found = found_by(Inversion(images=SAMPLER, steps=4), model)
+    assert found.record["nll of noise"] == pytest.approx(1.42, abs=0.1), "half of 1 + log 2 pi"
+    assert all(one.record["nll"] > 0 for one in found.found) and found.record["wasserstein"] >= 0
+    assert [one.seed for one in found.found] == [row.seed for row in rows(TASK)]
+
+
+def test_the_prompt_of_the_inversion_is_that_of_the_sampling(model):
+    prompts = {kind: found_by(Inversion(images=SAMPLER, steps=4, prompt=kind), model) for kind in ("own", "empty")}
+    assert [one.prompt for one in prompts["own"].found] == [row.prompt for row in rows()]
+    assert {one.prompt for one in prompts["empty"].found} == {""}

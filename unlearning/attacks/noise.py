@@ -1,0 +1,85 @@
+"""Noise: more of it in every step, so that the trajectory leaves the way that an eraser has blocked.
+
+The noise-based probe of When Are Concepts Erased From Diffusion Models? (Lu et al., 2025, arXiv:2505.17013): DDIM's
+step with eta in {1, 1.17, ..., 1.85}, its noise multiplied by a scale in {1, 1.02, 1.03, 1.04}, 24 settings. They
+report the best of the 24 for each concept, which needs the best of 24 for every control, too. Here the images of an
+evaluation take the settings in turn: a mean over settings, which compares with any other mean.
+
+Deviation: above eta = 1 DDIM's direction has the root of a negative number where t is small; there it is 0, as if all of
+the variance were noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from unlearning.attacks.base import Attack
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import NonNegative, Positive
+from unlearning.errors import UserError
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.guidance import Walk
+from unlearning.sampling.sampler import Sampler, denoise, per_row
+from unlearning.store.manifest import ManifestRow
+
+
+class Noise(Attack[DiffusionModel, None]):
+    """
+    Args:
+        etas: DDIM's eta: 0 adds no noise, 1 as much as DDPM.
+        scales: Factors of the noise.
+    """
+
+    access = "white"
+
+    def __init__(
+        self,
+        *,
+        etas: tuple[NonNegative, ...] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85),
+        scales: tuple[Positive, ...] = (1.0, 1.02, 1.03, 1.04),
+    ):
+        self.etas, self.scales = tuple(etas), tuple(scales)
+
+    def find(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: None
+    ) -> Comeback:
+        if model.prediction_type == "flow":
+            raise UserError(f"{model.name} is a flow, whose sampler has no noise to add: eta is DDIM's.")
+        settings, found = list(product(self.etas, self.scales)), []
+        for i, row in enumerate(rows):
+            eta, scale = settings[i % len(settings)]
+            tensors = {"eta": torch.tensor(eta), "scale": torch.tensor(scale), "seed": torch.tensor(float(i))}
+            found.append(Found(row.prompt, row.prompt, row.seed, tensors, {"eta": eta, "scale": scale}))
+        return Comeback(tuple(found), {"settings": len(settings)})
+
+    def sampler(self, sampler: Sampler) -> Sampler:
+        return Noisy(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+
+
+class Noisy(Sampler):
+    """DDIM with eta, noise of another scale, and a seed for each row."""
+
+    @property
+    def protocol(self) -> str:
+        return f"{super().protocol}, with noise in every step"
+
+    def trajectory(
+        self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        eta, scale = (per_row(stacked(given, name, x)) for name in ("eta", "scale"))
+        draws = [torch.Generator().manual_seed(int(tensors["seed"])) for tensors in given]
+
+        def step(noise, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
+            before = t - noise.config.num_train_timesteps // noise.num_inference_steps
+            final = noise.final_alpha_cumprod
+            alpha, s = noise.alphas_cumprod[t], noise.alphas_cumprod[before] if before >= 0 else final
+            at = t.expand(len(x))
+            x_0, eps = model.to_x0(prediction, x, at), model.to_eps(prediction, x, at)
+            sigma = eta * ((1 - s) / (1 - alpha) * (1 - alpha / s)).sqrt()
+            fresh = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws]).to(x)
+            return s.sqrt() * x_0 + (1 - s - sigma**2).clamp(min=0).sqrt() * eps + scale * sigma * fresh
+
+        return denoise(model, x, walk, steps=self.steps, step=step)
