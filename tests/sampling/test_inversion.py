@@ -123,3 +123,45 @@ def test_a_words_first_piece_is_what_its_tokenizer_begins_with(model, word):
     [embedding] = first_piece(model, word).values()
     table = model.parts["text_encoder"].get_input_embeddings().weight
     assert torch.equal(embedding, table[model.token_ids([word])[0][0]])
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_its_tokens_joined_and_read_as_their_embeddings(reader):
+    prompt = "q and a w"
+    for part in reader.text_encoders:
+        embeds, texts = reader.token_table(part)
+        [ids] = reader.token_ids([prompt], part)
+        assert "".join(texts[i] for i in ids).strip() == prompt
+        assert len(texts) == len(embeds) == reader.text_encoders[part].get_input_embeddings().num_embeddings
+        read = reader.embed([prompt]).embeds[part][0]
+        assert all((read == embeds[i]).all(-1).any() for i in ids)
+
+
+def test_special_tokens_have_no_text(model):
+    _, texts = model.token_table()
+    tokenizer = model.pipeline.tokenizer
+    assert [i for i, text in enumerate(texts) if not text] == sorted(tokenizer.all_special_ids)
+
+
+def test_a_model_of_classes_has_no_token_table(any_model):
+    if isinstance(any_model, DiT):
+        with pytest.raises(UserError, match="classes"):
+            any_model.token_table()
+
+
+def test_each_place_of_a_placeholder_can_have_a_vector_of_its_own(reader):
+    place, letters = Placeholder.in_prompts(reader, ["{} {}", "{} {}"]), ["a b", "c d"]
+    v, own = {}, reader.embed(letters)
+    for part in reader.text_encoders:
+        embeds, texts = reader.token_table(part)
+        ids = [[i for i in ids if texts[i].strip()] for ids in reader.token_ids(letters, part)]
+        v[part] = embeds[torch.tensor(ids)].requires_grad_()
+    filled = place.filled(v)
+    assert all(torch.equal(filled.embeds[part], e) for part, e in own.embeds.items())
+    reader.encode(filled).embeds.sum().backward()
+    assert any(e.grad is not None for e in v.values())
+    one = next(iter(v))
+    alone = place.filled({one: v[one]}).embeds
+    assert all(torch.equal(alone[part], e) for part, e in place.text.embeds.items() if part != one)

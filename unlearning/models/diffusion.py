@@ -211,7 +211,7 @@ class DiffusionModel(Model):
                     stack.callback(table.register_forward_hook(give(name)).remove)
             yield
 
-    def _token_tables(self) -> Iterator[tuple[str, nn.Module]]:
+    def _token_tables(self) -> Iterator[tuple[str, nn.Embedding]]:
         """The layer of every text encoder that looks up token embeddings; encoders may hold it twice, tied."""
         for name, encoder in self.text_encoders.items():
             weight = encoder.get_input_embeddings().weight
@@ -235,6 +235,16 @@ class DiffusionModel(Model):
 
     # The three below take the name of one of these encoders; positions are then in its states. By default it is the
     # one whose states begin `Conditioning.embeds`.
+
+    @abstractmethod
+    def token_table(self, encoder: str | None = None) -> tuple[Tensor, list[str]]:
+        """The encoder's token embeddings (V, D), and the text of each with its spaces: of several, the texts joined.
+
+        The text is "" for special tokens, for those that are no text by themselves, and for rows that no token has.
+
+        Raises:
+            UserError: For a model that reads no text.
+        """
 
     @abstractmethod
     def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:

@@ -34,6 +34,9 @@ class DiT(StableDiffusion):
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:
         return {}
 
+    def token_table(self, encoder: str | None = None) -> tuple[Tensor, list[str]]:
+        raise UserError(f"{self.name} is conditioned on classes: it has no token embeddings.")
+
     def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:
         return [[self._class(prompt)] if prompt else [] for prompt in prompts]
 

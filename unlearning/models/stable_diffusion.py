@@ -141,6 +141,18 @@ class StableDiffusion(DiffusionModel):
     def _tokenizer(self, encoder: str | None) -> PreTrainedTokenizerBase:
         return getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer") if encoder else self.tokenizer)
 
+    def token_table(self, encoder: str | None = None) -> tuple[Tensor, list[str]]:
+        name, tokenizer = encoder or self.tokenizer.replace("tokenizer", "text_encoder"), self._tokenizer(encoder)
+        table = dict(self._token_tables())[name]
+        with torch.no_grad():  # some layers scale what they look up
+            embeds = table(torch.arange(table.num_embeddings, device=table.weight.device)).to(self.device)
+        # Decoders trim the ends of a text: so each token stands between two letters.
+        a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+        triples = [[a, i, b] for i in range(min(len(tokenizer), len(embeds)))]
+        decoded = tokenizer.batch_decode(triples, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = [t[1:-1] if t[1:-1].isprintable() and "\N{REPLACEMENT CHARACTER}" not in t else "" for t in decoded]
+        return embeds, texts + [""] * (len(embeds) - len(texts))
+
     def token_ids(self, prompts: Sequence[str], encoder: str | None = None) -> list[list[int]]:
         tokens = self._tokenizer(encoder)(list(prompts), truncation=True, return_special_tokens_mask=True)
         rows = zip(tokens.input_ids, tokens.special_tokens_mask, strict=True)

@@ -138,13 +138,26 @@ class Placeholder:
         raise UserError(f"There is no place for a new word in one of the prompts of {lacking}: a prompt is too long.")
 
     def filled(self, v: Mapping[str, Tensor], rows: Sequence[int] | None = None) -> Embedded:
-        """The prompts, or some of them, with the vectors v, (D,) by text encoder, at the placeholder's places."""
+        """The prompts, or some of them, with the vectors v at the placeholder's places.
+
+        Args:
+            v: By text encoder, (D,), or for n places in each prompt (B, n, D), in their order. The places of an encoder
+                that is not named keep their own.
+            rows: Which B prompts; by default all.
+        """
         rows = list(range(len(self.text)) if rows is None else rows)
         embeds = {
-            part: torch.where(self.places[part][rows][..., None], v[part].to(e.dtype), e[rows])
+            part: _scattered(e[rows], self.places[part][rows], v[part]) if part in v else e[rows]
             for part, e in self.text.embeds.items()
         }
         return Embedded(tuple(self.text.prompts[i] for i in rows), embeds)
+
+
+def _scattered(e: Tensor, places: Tensor, v: Tensor) -> Tensor:
+    """e (B, L, D) with v, (D,) or (B, n, D), at its places (B, L)."""
+    if v.ndim == 1:
+        return torch.where(places[..., None], v.to(e.dtype), e)
+    return e.masked_scatter(places[..., None], v.to(e.dtype))
 
 
 def _with_letter(model: DiffusionModel, prompts: Sequence[str], letter: str) -> Embedded:
