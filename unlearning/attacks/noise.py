@@ -5,8 +5,8 @@ step with eta in {1, 1.17, ..., 1.85}, its noise multiplied by a scale in {1, 1.
 report the best of the 24 for each concept, which needs the best of 24 for every control, too. Here the images of an
 evaluation take the settings in turn: a mean over settings, which compares with any other mean.
 
-Deviation: above eta = 1 DDIM's direction has the root of a negative number where t is small; there it is 0, as if all of
-the variance were noise.
+Deviation: above eta = 1 DDIM's direction has the root of a negative number where t is small; there it is 0, as if all
+of the variance were noise.
 """
 
 from collections.abc import Iterator, Sequence

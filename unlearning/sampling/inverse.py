@@ -1,8 +1,8 @@
 """Deterministic inversion: the noise from which the sampler returns an image.
 
-A first-order solver takes x_t to x_s = a x_t + b f(x_t, t), where f is the prediction and a, b are numbers: DDIM for eps
-and v, Euler's method for a flow. Backwards, x_t is a fixed point of x = (x_s - b f(x, t)) / a. With one evaluation for
-each step, at x = x_s, it is DDIM's own inversion (Song et al., 2021); more make it exact (Pan et al., 2023,
+A first-order solver takes x_t to x_s = a x_t + b f(x_t, t), where f is the prediction and a, b are numbers: DDIM for
+eps and v, Euler's method for a flow. Backwards, x_t is a fixed point of x = (x_s - b f(x, t)) / a. With one evaluation
+for each step, at x = x_s, it is DDIM's own inversion (Song et al., 2021); more make it exact (Pan et al., 2023,
 arXiv:2312.12540; ReNoise, Garibi et al., 2024, arXiv:2403.14602).
 """
 

@@ -69,7 +69,7 @@ def invert(
     """
     parameters, losses = list(parameters), []
     steps = optimizer(parameters)
-    with _without_checkpointing(model.denoiser), torch.enable_grad():
+    with without_checkpointing(model.denoiser), torch.enable_grad():
         for i in tqdm(range(iterations), "inverting", leave=False):
             steps.zero_grad()
             total = 0.0
@@ -85,7 +85,7 @@ def invert(
 
 
 @contextmanager
-def _without_checkpointing(denoiser: ModelMixin) -> Iterator[None]:
+def without_checkpointing(denoiser: ModelMixin) -> Iterator[None]:
     """Switches gradient checkpointing off.
 
     What a view of the model or a conditioning sets for a forward pass (a snapshot's weights, the gains of side modules)

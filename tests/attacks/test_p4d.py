@@ -1,0 +1,67 @@
+"""P4D: tokens with which the erased model predicts what the unedited one does for the target prompt."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.attacks.shots import found_by
+from unlearning.attacks.p4d import P4D, with_tokens
+from unlearning.attacks.tokens import Vocabulary
+from unlearning.erasures.guidance_edit import GuidanceEdit
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.guidance import NegativePrompt
+from unlearning.sampling.sampler import Sampler
+
+SAMPLER = Sampler(steps=2, guidance_scale=2.0, batch_size=2)
+
+
+def attack(**settings) -> P4D:
+    short = {"iterations": 3, "tokens": 2, "samples": 4, "check": 2, "batch_size": 2}
+    adam = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1)
+    return P4D(images=SAMPLER, optimizer=adam, **(short | settings))
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+def test_tokens_replace_the_prompt_or_stand_among_its_words():
+    assert with_tokens("a photo of the cat", "n", 2) == "{} {}"
+    assert with_tokens("a photo of the cat", "k", 16) == "a photo of {} the cat {}"
+
+
+@pytest.mark.parametrize("kind", ["n", "k"])
+def test_what_is_found_are_tokens_of_the_vocabulary_that_can_be_typed(model, kind):
+    vocabulary = Vocabulary(model)
+    for one in found_by(attack(kind=kind), model).found:
+        tokens, embeds = one.record["tokens"], one.tensors["embeds.text_encoder"]
+        assert all(vocabulary.texts[i].strip() for i in tokens)
+        table = vocabulary.tables["text_encoder"]
+        assert all((embeds == table[i]).all(-1).any() for i in tokens)
+
+
+def test_the_tokens_that_are_kept_have_the_least_loss_that_was_seen(model):
+    for one in found_by(attack(iterations=12), model).found:
+        assert one.record["loss"] == min(one.record["losses"]) and len(one.record["losses"]) == 6
+
+
+def test_of_an_unedited_model_the_prompt_itself_has_no_loss(model):
+    """The target is what the model predicts for the prompt."""
+    search = attack()
+    torch.manual_seed(0)
+    from tests.attacks.shots import TASK, rows
+
+    pairs = search.observe(model, TASK, rows())
+    text = model.embed([rows()[0].prompt])
+    assert search._loss(model, text, pairs[0], torch.arange(4)).item() < 1e-10
+    with GuidanceEdit(NegativePrompt("")).applied_to(model):
+        assert search._loss(model, text, pairs[0], torch.arange(1)).item() < 1e-8
+
+
+def test_a_changed_guidance_is_attacked_through(model):
+    with_guidance = found_by(attack(), model, GuidanceEdit(NegativePrompt("q")))
+    assert [one.record["loss"] for one in with_guidance.found] != [
+        one.record["loss"] for one in found_by(attack(), model).found
+    ]
