@@ -168,15 +168,19 @@ def test_an_attack_gives_every_image_something_and_leaves_the_model_bit_identica
     chosen = [f"attack=[{name}]", f"model.path={sd1}", "concept=cat", "sampler.steps=2", "method=none"]
     cfg, model, task, sampler = built(tmp_path, *chosen)
     attack, weights = instantiate(cfg.attack[name]), weights_of(model)
+    erasure = WeightPatch({f"{layer}.weight": 2 * m.weight for layer, m in model.text_projections()})
     rows = [row for row in sampler.manifest(tmp_path / "images", task, 0) if row.role == ERASE]
-    before = sampler.draw(model, rows[:1])[0]
-    found = attack.find(model, task, rows, attack.observe(model, task, rows))
-    assert {one.target for one in found.found} <= {row.prompt for row in rows}
+    observed = attack.observe(model, task, rows)
     assert unchanged(model, weights)
-    assert torch.equal(sampler.draw(model, rows[:1])[0], before)
-    found.save(tmp_path / "kept")
-    attacked = comeback.attacked(tmp_path / "kept", rows)
-    assert {row.role for row in attacked} == {ATTACK} and len(attacked) == len(rows)
-    drawn = attack.sampler(sampler).draw(model, attacked[:1])[0]
+    with erasure.applied_to(model):
+        before, erased = sampler.draw(model, rows[:1])[0], weights_of(model)
+        found = attack.find(model, task, rows, observed)
+        assert unchanged(model, erased)
+        assert {one.target for one in found.found} <= {row.prompt for row in rows}
+        found.save(tmp_path / "kept")
+        attacked = comeback.attacked(tmp_path / "kept", rows)
+        assert {row.role for row in attacked} == {ATTACK} and len(attacked) == len(rows)
+        drawn = attack.sampler(sampler).draw(model, attacked[:1])[0]
     assert drawn.isfinite().all() and not torch.equal(drawn, before), "it starts from what the attack found"
+    assert unchanged(model, weights)
     assert attack.access in get_args(Access)
