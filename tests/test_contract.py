@@ -25,7 +25,9 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling import comeback
 
-METHODS, ATTACKS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("method", "attack"))
+METHODS, ATTACKS = (sorted((CONF / group).glob("*.yaml")) for group in ("method", "attack"))
+METHODS = [path.stem for path in METHODS]
+ATTACKS = [path.stem for path in ATTACKS if "@package" in path.read_text()]  # the others are suites of attacks
 # Settings that make a fit or an attack short, wherever one has them; random weights tell no concept from another, and
 # know no words.
 SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps": 2, "rank": 2, "repeats": 2}

@@ -60,13 +60,13 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
     weights = {f"{name}.weight": 2 * m.weight for name, m in model.text_projections()}
     erasure = WeightPatch(weights)
 
-    def noise(surrogate: bool, *erasures):
-        found = found_by(Inversion(images=SAMPLER, steps=4, surrogate=surrogate), model, *erasures)
+    def noise(transfer: bool, *erasures):
+        found = found_by(Inversion(images=SAMPLER, steps=4, transfer=transfer), model, *erasures)
         return torch.stack([one.tensors["latents"] for one in found.found])
 
     assert torch.equal(noise(True), noise(True, erasure))
     assert not torch.equal(noise(False), noise(False, erasure))
-    assert Inversion(images=SAMPLER, surrogate=True).access == "black"
+    assert Inversion(images=SAMPLER, transfer=True).access == "black"
 
 
 def test_the_record_tells_noise_from_what_is_not(model):

@@ -48,7 +48,7 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         guidance_scale: Of both.
         refinements: Evaluations at each step, after the first.
         solver, learning_rate: How x_t is found (sampling/inverse.py).
-        surrogate: Whether the unedited model inverts: a black-box attack.
+        transfer: Whether the unedited model inverts: a black-box attack.
     """
 
     def __init__(
@@ -61,27 +61,27 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         refinements: Natural = 5,
         solver: Solver = "fixed_point",
         learning_rate: Positive = 1e-3,
-        surrogate: bool = False,
+        transfer: bool = False,
     ):
         self.images, self.prompt, self.steps, self.guidance_scale = images, prompt, steps, guidance_scale
         self.refinements, self.solver, self.learning_rate = refinements, solver, learning_rate
-        self.surrogate, self.access = surrogate, "black" if surrogate else "white"
+        self.transfer, self.access = transfer, "black" if transfer else "white"
 
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor:
-        """Latents (N, C, H, W) of the unedited model's images; with `surrogate`, the noise that it finds for them."""
+        """Latents (N, C, H, W) of the unedited model's images; with `transfer`, the noise that it finds for them."""
         x_0 = latents_of(model, self.images, rows)
-        return self._noise(model, x_0, rows) if self.surrogate else x_0
+        return self._noise(model, x_0, rows) if self.transfer else x_0
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
     ) -> Comeback:
-        noise = observed if self.surrogate else self._noise(model, observed, rows)
+        noise = observed if self.transfer else self._noise(model, observed, rows)
         likelihood, fresh = _nll(noise), _nll(model.noise([row.seed for row in rows]))
         found = tuple(
             Found(row.prompt, self._prompt(row), row.seed, {"latents": z}, {"nll": nll})
             for row, z, nll in zip(rows, noise, likelihood.tolist(), strict=True)
         )
-        record = {name: getattr(self, name) for name in ("prompt", "steps", "refinements", "solver", "surrogate")}
+        record = {name: getattr(self, name) for name in ("prompt", "steps", "refinements", "solver", "transfer")}
         record |= {"nll": likelihood.mean().item(), "nll of noise": fresh.mean().item()}
         return Comeback(found, record | {"wasserstein": _wasserstein(likelihood, fresh)})
 

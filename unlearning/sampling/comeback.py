@@ -26,10 +26,10 @@ from torch import Tensor
 from unlearning.concepts import ATTACK, Box, Region
 from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
-from unlearning.store.files import read_state, write_atomically
+from unlearning.store.files import file_digest, read_state, write_atomically
 from unlearning.store.manifest import ManifestRow, image_path
 
-NAME = "comeback.json"
+NAME, SHARED = "comeback.json", "shared.safetensors"
 Tensors = Mapping[str, Tensor]
 
 
@@ -59,10 +59,12 @@ class Comeback:
     Args:
         found: What was found for each prompt, or for each image.
         record: What the attack did, as JSON: iterations, images, ...
+        shared: Tensors that every row is given beside its own.
     """
 
     found: tuple[Found, ...]
     record: Mapping[str, object] = field(default_factory=dict)
+    shared: Tensors = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Writes comeback.json, and a file of tensors for each row that has any; all of it or nothing.
@@ -73,7 +75,8 @@ class Comeback:
         partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
         try:
             partial.mkdir(parents=True)
-            rows = [_saved(found, partial / f"{i}.safetensors") for i, found in enumerate(self.found)]
+            mark = _save_shared(self.shared, partial / SHARED)
+            rows = [_saved(found, mark, partial / f"{i}.safetensors") for i, found in enumerate(self.found)]
             write_atomically(partial / NAME, json.dumps({"rows": rows, "record": dict(self.record)}, indent=2))
             if not exists(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # of a version that kept it otherwise
@@ -82,17 +85,29 @@ class Comeback:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _saved(found: Found, path: Path) -> dict:
+def _save_shared(tensors: Tensors, path: Path) -> Tensors:
+    """Saves what all rows share; returns a mark for each row's file, so that the file depends on it."""
+    if not tensors:
+        return {}
+    _save(tensors, path, "the attack")
+    return {"shared": torch.tensor(float(int(file_digest(path)[:6], 16)))}  # 24 bits, which a float holds
+
+
+def _saved(found: Found, mark: Tensors, path: Path) -> dict:
     """A row of comeback.json. Writes the row's tensors, if it has any."""
-    for name, tensor in found.tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"The attack on {found.target!r} gave {name} that are not finite: it has failed.")
-    if found.tensors:
-        content = {k: v.detach().float().cpu().contiguous() for k, v in found.tensors.items()}
-        write_atomically(path, serialised(content))
-    row = {"target": found.target, "prompt": found.prompt, "file": path.name if found.tensors else None}
+    tensors = {**found.tensors, **mark}
+    if tensors:
+        _save(tensors, path, f"the attack on {found.target!r}")
+    row = {"target": found.target, "prompt": found.prompt, "file": path.name if tensors else None}
     more = {"seed": found.seed, "record": dict(found.record) or None, "judged": found.judged}
     return row | {name: value for name, value in more.items() if value is not None}
+
+
+def _save(tensors: Tensors, path: Path, source: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"Values that are not finite: {source} gave {name}. It has failed.")
+    write_atomically(path, serialised({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}))
 
 
 def exists(folder: Path) -> bool:
@@ -200,6 +215,7 @@ def stacked(given: Sequence[Tensors], name: str, like: Tensor) -> Tensor:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        return {**load_file(path.with_name(SHARED)), **tensors} if "shared" in tensors else tensors
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}. Delete its folder: the attack then runs again.") from error

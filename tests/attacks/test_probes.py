@@ -1,0 +1,123 @@
+"""The probes of When Are Concepts Erased?, and RECALL: what the erased model is given, and how it draws."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tests.attacks.shots import TASK, found_by, rows
+from unlearning.attacks.classifier_guidance import ClassifierGuidance
+from unlearning.attacks.completion import Completion
+from unlearning.attacks.inpainting import Inpainting
+from unlearning.attacks.noise import Noise
+from unlearning.attacks.recall import Recall
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.comeback import attacked
+from unlearning.sampling.sampler import Sampler
+
+SAMPLER = Sampler(steps=4, guidance_scale=2.0, batch_size=2)
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+@pytest.fixture
+def erasure(model):
+    return WeightPatch({f"{name}.weight": 2 * m.weight for name, m in model.text_projections()})
+
+
+def drawn(attack, model, folder, erasure=None):
+    """The attacked images, by the erased model."""
+    found_by(attack, model, erasure).save(folder / "kept")
+    asked = attacked(folder / "kept", rows())
+    if erasure is None:
+        return attack.sampler(SAMPLER).draw(model, asked)[0]
+    with erasure.applied_to(model):
+        return attack.sampler(SAMPLER).draw(model, asked)[0]
+
+
+def test_a_model_that_finishes_its_own_beginning_draws_what_it_always_does(model, erasure, tmp_path):
+    own = SAMPLER.draw(model, rows())[0]
+    torch.testing.assert_close(drawn(Completion(images=SAMPLER, begun=0.5), model, tmp_path), own)
+
+
+def test_what_was_begun_by_the_unedited_model_is_finished_by_the_erased_one(model, erasure, tmp_path):
+    own = SAMPLER.draw(model, rows())[0]
+    with erasure.applied_to(model):
+        erased = SAMPLER.draw(model, rows())[0]
+    few, most = (
+        drawn(Completion(images=SAMPLER, begun=share), model, tmp_path / str(share), erasure) for share in (0.25, 0.75)
+    )
+    assert (most - own).abs().mean() < (few - own).abs().mean() < (erased - own).abs().mean()
+
+
+def test_inpainting_keeps_the_border_and_judges_the_centre(model, erasure, tmp_path):
+    attack = Inpainting(images=SAMPLER)
+    [found, _] = found_by(attack, model, erasure).found
+    assert found.judged == (4, 4, 12, 12), "of 16 pixels"
+    images = drawn(attack, model, tmp_path, erasure)
+    with torch.no_grad():
+        latents = model.encode_images(images)
+    [row, _] = attacked(tmp_path / "kept", rows())
+    assert [region.box for region in row.regions] == [(4, 4, 12, 12)] and row.regions[0].labels == row.labels
+    path = list(attack.sampler(SAMPLER).trajectory(
+        model, model.noise([1]), lambda x, t: torch.zeros_like(x), [{"image": found.tensors["image"]}]
+    ))  # fmt: skip
+    border = torch.ones(8, 8, dtype=torch.bool)
+    border[2:6, 2:6] = False
+    torch.testing.assert_close(path[-1][1][0][:, border], found.tensors["image"][:, border])
+    assert latents.isfinite().all()
+
+
+def test_noise_of_eta_0_is_the_sampler_itself_and_more_of_it_is_not(model, tmp_path):
+    own = SAMPLER.draw(model, rows())[0]
+    none = drawn(Noise(etas=(1e-9,), scales=(1.0,)), model, tmp_path / "none")
+    torch.testing.assert_close(none, own, atol=1e-3, rtol=0)
+    much = drawn(Noise(etas=(1.85,), scales=(1.04,)), model, tmp_path / "much")
+    assert much.isfinite().all() and (much - own).abs().max() > 1e-2
+
+
+def test_the_images_take_the_settings_in_turn(model):
+    found = found_by(Noise(etas=(1.0, 1.5), scales=(1.0,)), model).found
+    assert [one.record["eta"] for one in found] == [1.0, 1.5]
+
+
+def test_recall_without_iterations_is_image_to_image_from_the_reference(model):
+    reference = Recall(images=SAMPLER, iterations=0)
+    observed = reference.observe(model, TASK, rows())
+    found = found_by(reference, model).found
+    torch.testing.assert_close(torch.stack([one.tensors["image"] for one in found]), observed)
+
+
+def test_recall_goes_up_or_down_from_one_start(model):
+    up, down = (
+        found_by(Recall(images=SAMPLER, iterations=1, step_size=0.01, ascend=ascend), model).found[0].tensors["image"]
+        for ascend in (True, False)
+    )
+    assert not torch.equal(up, down)
+
+
+def test_strength_decides_where_the_trajectory_begins():
+    starts = {share: Recall(images=SAMPLER, strength=share).sampler(SAMPLER).start for share in (1.0, 0.5, 0.01)}
+    assert starts == {1.0: 0, 0.5: 2, 0.01: 3}
+
+
+def test_a_classifier_tells_the_concept_and_leads_to_it(model, tmp_path):
+    """Of two colours: the classifier's own loss falls, and its scale moves the images."""
+
+    def images(model, prompts, count):
+        value = 250 if "q" in prompts[0] else 5
+        side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+        return [np.full((side, side, 3), value, np.uint8)] * count
+
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+    attack = ClassifierGuidance(images=images, optimizer=adam, count=8, epochs=10, batch_size=16, scales=(100.0,))
+    record = found_by(attack, model).record
+    assert record["loss"] < record["first loss"]
+    images_ = drawn(attack, model, tmp_path)
+    assert (tmp_path / "kept" / "shared.safetensors").exists()
+    assert images_.isfinite().all() and not torch.equal(images_, SAMPLER.draw(model, rows())[0])

@@ -1,0 +1,166 @@
+"""Classifier guidance: a classifier of noisy latents leads the erased model's trajectories to the concept.
+
+A probe of When Are Concepts Erased From Diffusion Models? (Lu et al., 2025, arXiv:2505.17013). A small network learns
+on the unedited model's latents, noised to any t, whether they show the concept; while the erased model samples,
+
+    eps <- eps - s sqrt(1 - abar_t) grad_x log p(concept | x_t, t).
+
+As published: a perceptron of 1024 and 512 units with dropout 0.3 on the flattened latent, sqrt(abar_t) and
+sqrt(1 - abar_t); weighted binary cross-entropy; AdamW at 1e-4 with decay 1e-3; seven noisy views of each latent, t
+drawn as the third root of a uniform variable; 70 epochs; s from 25 to 193 in steps of 7, of which the best is reported.
+Here the images of an evaluation take the scales in turn, as those of attacks/noise.py.
+
+Deviation: what is not the concept are images of the task's retained concepts, or of the null prompt if it has none.
+"""
+
+# B batch, N latents, C H W latent shape.
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlearning.attacks.base import Attack
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count, Positive
+from unlearning.data.generated import Generated
+from unlearning.errors import UserError
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.guidance import Walk
+from unlearning.sampling.sampler import Sampler, denoise, per_row
+from unlearning.store.manifest import ManifestRow
+from unlearning.training.forget_retain import encoded
+
+VIEWS = 7  # of each latent in an epoch
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Latents (N, C, H, W) of the concept, and of other things."""
+
+    shown: Tensor
+    others: Tensor
+
+
+class ClassifierGuidance(Attack[DiffusionModel, Observed]):
+    """
+    Args:
+        images: Generates images with the unedited model.
+        optimizer: Makes the classifier's optimizer.
+        count: Images of the concept, and as many of other things.
+        epochs: Of the classifier's training.
+        batch_size: Noisy latents in a step.
+        scales: s.
+    """
+
+    access = "white"
+
+    def __init__(
+        self,
+        *,
+        images: Generated,
+        optimizer: Callable,
+        count: Count = 100,
+        epochs: Count = 70,
+        batch_size: Count = 64,
+        scales: tuple[Positive, ...] = tuple(float(s) for s in range(25, 194, 7)),
+    ):
+        self.images, self.optimizer, self.count = images, optimizer, count
+        self.epochs, self.batch_size, self.scales = epochs, batch_size, tuple(scales)
+
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
+        concepts = [task.prompt(concept.name) for concept in task.erase]
+        others = [task.prompt(concept.name) for concept in task.retain] or [""]
+        shown, other = (encoded(model, self.images(model, prompts, self.count)) for prompts in (concepts, others))
+        return Observed(shown, other)
+
+    def find(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+    ) -> Comeback:
+        if model.prediction_type == "flow":
+            raise UserError(f"{model.name} is a flow; classifier guidance is defined for predictions of noise.")
+        weights, losses = self._trained(model, observed)
+        found = []
+        for i, row in enumerate(rows):
+            s = self.scales[i % len(self.scales)]
+            found.append(Found(row.prompt, row.prompt, row.seed, {"scale": torch.tensor(s)}, {"scale": s}))
+        record = {"scales": len(self.scales), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
+        return Comeback(tuple(found), record, shared=weights)
+
+    def sampler(self, sampler: Sampler) -> Sampler:
+        return Guided(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+
+    @torch.enable_grad()
+    def _trained(self, model: DiffusionModel, observed: Observed) -> tuple[dict[str, Tensor], list[float]]:
+        """The classifier's weights, and its mean loss in each epoch."""
+        x_0 = torch.cat([observed.shown, observed.others])
+        y = torch.cat([torch.ones(len(observed.shown)), torch.zeros(len(observed.others))]).to(x_0)
+        network = Classifier(x_0[0].numel()).to(x_0.device)
+        optimizer, weight = self.optimizer(list(network.parameters())), (len(y) - y.sum()) / y.sum()
+        losses = []
+        for _ in range(self.epochs):
+            total = 0.0
+            for chosen in torch.randperm(VIEWS * len(y)).remainder(len(y)).split(self.batch_size):
+                t = model.timesteps(torch.rand(len(chosen)) ** (1 / 3))
+                x_t = model.add_noise(x_0[chosen], torch.randn_like(x_0[chosen]), t)
+                loss = F.binary_cross_entropy_with_logits(network(x_t, model.snr(t)), y[chosen], pos_weight=weight)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(chosen)
+            losses.append(total / (VIEWS * len(y)))
+        return {f"classifier.{name}": w.detach() for name, w in network.state_dict().items()}, losses
+
+
+class Classifier(nn.Module):
+    """The logit (B,) that latents (B, C, H, W) at a signal-to-noise ratio (B, 1, 1, 1) show the concept."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(size + 2, 1024), nn.ReLU(), nn.Dropout(0.3), nn.Linear(1024, 512), nn.ReLU(), nn.Dropout(0.3),
+            nn.Linear(512, 1),
+        )  # fmt: skip
+
+    def forward(self, x_t: Tensor, snr: Tensor) -> Tensor:
+        signal = (snr / (1 + snr)).sqrt().flatten(1)
+        noise = (1 / (1 + snr)).sqrt().flatten(1)
+        return self.layers(torch.cat([x_t.flatten(1), signal, noise], 1))[:, 0]
+
+
+class Guided(Sampler):
+    """Samples with a classifier's gradient."""
+
+    @property
+    def protocol(self) -> str:
+        return f"{super().protocol}, guided by a classifier"
+
+    def trajectory(
+        self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        network, scale = restored(given[0], x), per_row(stacked(given, "scale", x))
+
+        def step(noise, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+            at = t.expand(len(x_t))
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = x_t.clone().requires_grad_()
+                log_p = F.logsigmoid(network(leaf, model.snr(at).clone())).sum()
+                [gradient] = torch.autograd.grad(log_p, [leaf])
+            sigma = (1 / (1 + model.snr(at))).sqrt()
+            eps = model.to_eps(prediction, x_t, at) - scale * sigma * gradient
+            x_0 = (x_t - sigma * eps) / (1 - sigma**2).sqrt()
+            return noise.step(model.to_prediction(x_0, x_t, at), t, x_t).prev_sample
+
+        return denoise(model, x, walk, steps=self.steps, step=step)
+
+
+def restored(tensors: Mapping[str, Tensor], like: Tensor) -> Classifier:
+    """The classifier that all rows share."""
+    with torch.inference_mode(False):
+        network = Classifier(like[0].numel())
+        prefix = "classifier."
+        own = {name.removeprefix(prefix): w.clone() for name, w in tensors.items() if name.startswith(prefix)}
+        network.load_state_dict(own)
+        return network.to(like.device).eval().requires_grad_(False)
