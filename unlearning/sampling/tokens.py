@@ -54,10 +54,11 @@ class FreeTokens:
     def end(self) -> int:
         """The place of the end of the text in the states."""
         last = int(self.model.last_token(self.place.text.prompts, self.encoder))
-        return min(last + 1, self._length - 1)
+        return min(last + 1, self.length - 1)
 
     @property
-    def _length(self) -> int:
+    def length(self) -> int:
+        """Tokens that the encoder reads, padding included."""
         return self.place.text.embeds[self.encoder].shape[1]
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class FreeTokens:
 
         The encoder reads a limited number at once.
         """
-        rows = torch.arange(len(ids), device=ids.device).split(max(1, AT_ONCE // self._length))
+        rows = torch.arange(len(ids), device=ids.device).split(max(1, AT_ONCE // self.length))
         return torch.cat([score(self.states(self.embeds[ids[some]]), some) for some in rows])
 
     def text(self, ids: Tensor) -> str:
