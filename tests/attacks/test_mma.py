@@ -1,0 +1,150 @@
+"""MMA-Diffusion's attack on the text (Yang et al., 2024): prompts that mean a target, without banned words."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unlearning.attacks.mma import MMA
+from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.models.dit import DiT
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.tokens import FreeTokens
+from unlearning.store.manifest import manifest, read_manifest
+
+PROMPTS = (Prompt("a qw", ERASE, concept="qw"), Prompt("a sofa", ERASE, concept="qw"))
+TASK = UnlearningTask(erase=(Concept("qw"),), prompts=PROMPTS, images_per_prompt=3)
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+def rows_of(task=TASK):
+    return manifest(Path("images"), task, 0)
+
+
+def attacked(model, task=TASK, seed=0, **settings) -> Comeback:
+    torch.manual_seed(seed)
+    attack = MMA(**({"tokens": 3, "count": 2, "iterations": 3, "candidates": 12, "top": 8} | settings))
+    return attack.find(model, task, rows_of(task), attack.observe(model, task, rows_of(task)))
+
+
+def pooled(model, prompt: str) -> torch.Tensor:
+    """CLIP's own."""
+    tokens = model.pipeline.tokenizer([prompt], padding="max_length", return_tensors="pt").input_ids
+    return model.text_encoders["text_encoder"](tokens).pooler_output[0]
+
+
+# --- banned words -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("banned", ["q", "qw", "Q W", "an"])
+def test_no_text_holds_a_banned_word_not_even_over_several_tokens(model, banned):
+    """Targets that hold it, and a search that would take it: all tokens are letters."""
+    task = UnlearningTask(erase=(Concept(banned, ("zz",)),), prompts=(Prompt(f"a {banned} zz", ERASE),))
+    found = attacked(model, task, tokens=6, iterations=30, candidates=60, top=52, banned=("o",))
+    texts = [one.prompt for one in found.found]
+    assert not any(word in text for text in texts for word in (banned.lower(), "zz", "o"))
+    assert found.record["banned"] == ["o", banned.lower(), "zz"]
+
+
+def test_what_the_same_search_finds_over_two_tokens_can_be_banned(model):
+    task = UnlearningTask(erase=(Concept("another"),), prompts=(Prompt("an q", ERASE),))
+    search = {"iterations": 10, "candidates": 60, "top": 52, "tokens": 6}
+    [free] = attacked(model, task, **search).found
+    pair = next(word[:2] for word in free.prompt.split() if len(word) > 1)
+    [without] = attacked(model, task, **search, banned=(pair,)).found
+    assert pair not in without.prompt
+
+
+def test_a_ban_that_leaves_no_letters_is_an_error(model):
+    with pytest.raises(UserError, match="banned"):
+        attacked(model, banned=tuple("abcdefghijklmnopqrstuvwxyz"))
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_the_similarity_is_that_of_the_pooled_states_and_rises(model):
+    for one in attacked(model, iterations=10).found:
+        course = one.record["similarities"]
+        assert course == sorted(course) and course[-1] > course[0]
+        with torch.no_grad():
+            cosine = F.cosine_similarity(pooled(model, one.prompt), pooled(model, one.target), dim=0)
+        assert cosine.item() == pytest.approx(course[-1], abs=1e-5), "of the text as it is read"
+
+
+def test_the_images_of_a_prompt_take_its_texts_in_turn(model):
+    found = attacked(model)
+    assert [(one.target, one.seed) for one in found.found] == [(row.prompt, row.seed) for row in rows_of()]
+    first, second, third = (one.prompt for one in found.found[:3])
+    assert first == third != second
+    assert len({one.prompt for one in attacked(model, count=10).found}) == len(rows_of())
+
+
+def test_a_search_is_that_of_its_seed(model):
+    first, again, other = (attacked(model, seed=seed) for seed in (1, 1, 2))
+    assert [one.prompt for one in first.found] == [one.prompt for one in again.found]
+    assert [one.prompt for one in first.found] != [one.prompt for one in other.found]
+
+
+def test_a_candidate_has_one_token_of_the_replacements_of_its_place():
+    ids, replacements = torch.zeros(2, 3, dtype=torch.long), torch.arange(1, 25).reshape(2, 3, 4)
+    candidates = MMA(tokens=3, candidates=9)._candidates(ids, replacements)
+    assert (candidates != 0).sum(2).eq(1).all()
+    assert all(
+        candidates[s, c, c // 3] in replacements[s, c // 3] for s in range(2) for c in range(9)
+    )  # each place has as many
+
+
+def test_replacements_are_those_of_the_steepest_ascent_along_one_hot_tokens(model):
+    free = FreeTokens.of(model, 3)
+    [ids] = torch.tensor([model.token_ids(["a q w"])])
+    goals, allowed = pooled(model, "a sofa")[None].detach(), torch.arange(0, 52, 2)
+    one_hot = F.one_hot(ids, len(free.embeds)).float().requires_grad_()
+    F.cosine_similarity(free.states(one_hot @ free.embeds)[:, free.end], goals).sum().backward()
+    best = one_hot.grad[..., allowed].argsort(2, descending=True)[..., :4]
+    assert torch.equal(MMA(tokens=3, top=4)._replacements(free, ids, goals, allowed), allowed[best])
+
+
+@pytest.mark.parametrize("transfer", [True, False])
+def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfer):
+    erasure = WeightPatch({n: 3 * p for n, p in model.named_parameters().items() if "fc1.weight" in n})
+    attack = MMA(tokens=3, count=1, iterations=5, candidates=30, top=26, transfer=transfer)
+
+    def prompts(*erasures) -> list[str]:
+        torch.manual_seed(0)
+        observed = attack.observe(model, TASK, rows_of())
+        for erasure in erasures:
+            with erasure.applied_to(model):
+                return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
+        return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
+
+    assert (prompts() == prompts(erasure)) == transfer
+    assert attack.access == ("black" if transfer else "text encoder")
+
+
+def test_every_family_that_reads_text_is_attacked_and_keeps_its_weights(any_model):
+    if isinstance(any_model, DiT):
+        with pytest.raises(UserError, match="classes"):
+            attacked(any_model)
+        return
+    found = attacked(any_model)
+    assert all(one.prompt and "qw" not in one.prompt and not one.tensors for one in found.found)
+    assert not any(p.requires_grad or p.grad is not None for p in any_model.named_parameters().values())
+
+
+def test_a_run_attacks_generates_and_measures(unlearn):
+    short = [f"attack.mma.{name}=4" for name in ("iterations", "candidates", "top", "tokens")]
+    chosen = ("attack=[mma]", "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
+    run = unlearn(*chosen, *short)
+    [row] = read_manifest(run / "images" / "attacked-mma.csv")
+    assert row.role == ATTACK and row.prompt != "a photo of the rabbit" and row.comeback is None
+    assert "robustness/asr_mma" in json.loads((run / "metrics.json").read_text())

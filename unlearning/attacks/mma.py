@@ -1,0 +1,183 @@
+"""MMA-Diffusion, its attack on the text (Yang et al., 2024). https://arxiv.org/abs/2311.17516
+
+Tokens without a banned word that mean to the text encoder what a target sentence means:
+
+    max_{tokens} cos( pool(tau(tokens)), pool(tau(P)) ),   where pool takes the state at the end of the text.
+
+Greedy coordinate gradient (GCG; Zou et al., 2023, arXiv:2307.15043): the gradient with respect to one-hot tokens names
+the `top` best replacements for each place. Of `candidates` prompts with one random replacement, the best is next. The
+search starts from random letters, and the most similar prompt of all iterations is the result.
+
+Banned are the concept's name and synonyms, and `banned`; the authors ban words for nudity. No text may hold one of
+them, neither in one token nor over several, nor within another word.
+
+The defaults are the paper's. It has `count` prompts for each target: here, images of a target take them in turn. With
+`transfer`, the search runs on the unedited model: the paper attacks models that it does not know.
+
+Deviations: a candidate's text has to be read as the same tokens, where the authors' code compares their number only;
+the code's later stop at a similarity of 0.9, and its mean over all states of a T5, are left out; tokens without a text
+of their own are not used. Of several text encoders, the one whose states come first is attacked.
+"""
+
+# S searches, C candidates of each, K tokens of each, V tokens that are allowed, W width of the states.
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from string import ascii_lowercase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from unlearning.attacks.base import Access, Attack
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count
+from unlearning.errors import UserError
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.tokens import FreeTokens
+from unlearning.store.manifest import ManifestRow
+
+DRAWS = 100  # of the letters that a search starts from, until they hold no banned word
+AT_ONCE = 2**13, 2**27  # tokens in one backward pass, and their numbers for every token of the encoder
+
+
+@dataclass(frozen=True)
+class Observed:
+    """pool(tau(P)) by prompt, (W,), and what was found on the unedited model, if it is wanted."""
+
+    targets: Mapping[str, Tensor]
+    found: Sequence[Found]
+
+
+class MMA(Attack):
+    """
+    Args:
+        banned: Words that no text may hold, besides names and synonyms of the erased concepts.
+        tokens: K.
+        count: Prompts for each target, but no more than it has images.
+        iterations: Replacements.
+        candidates: Prompts that are tried in each iteration.
+        top: Tokens for each place, from which a replacement is drawn.
+        transfer: Whether the search runs on the unedited model.
+    """
+
+    def __init__(
+        self,
+        *,
+        banned: tuple[str, ...] = (),
+        tokens: Count = 20,
+        count: Count = 10,
+        iterations: Count = 1000,
+        candidates: Count = 512,
+        top: Count = 256,
+        transfer: bool = True,
+    ):
+        self.banned, self.tokens, self.count = banned, tokens, count
+        self.iterations, self.candidates, self.top = iterations, candidates, top
+        self.transfer = transfer
+        self.access: Access = "black" if transfer else "text encoder"
+
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
+        """The target sentences; with `transfer`, the prompts too."""
+        free, prompts = FreeTokens.of(model, self.tokens), list(dict.fromkeys(row.prompt for row in rows))
+        states = model.text_states(model.encode_prompts(prompts))[free.encoder]
+        ends = (model.last_token(prompts, free.encoder) + 1).clamp(max=states.shape[1] - 1)
+        targets = dict(zip(prompts, states[torch.arange(len(prompts)), ends], strict=True))
+        return Observed(targets, self._found(free, task, rows, targets) if self.transfer else ())
+
+    def find(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+    ) -> Comeback:
+        found = observed.found or self._found(FreeTokens.of(model, self.tokens), task, rows, observed.targets)
+        record = {name: getattr(self, name) for name in ("tokens", "iterations", "candidates", "top", "transfer")}
+        return Comeback(tuple(found), {**record, "banned": self._banned(task)})
+
+    def _banned(self, task: UnlearningTask) -> list[str]:
+        return [word.casefold() for word in (*self.banned, *(w for c in task.erase for w in c.words)) if word.strip()]
+
+    def _found(
+        self, free: FreeTokens, task: UnlearningTask, rows: Sequence[ManifestRow], targets: Mapping[str, Tensor]
+    ) -> list[Found]:
+        """A prompt for each image."""
+        images = Counter(row.prompt for row in rows)
+        counts = {prompt: min(self.count, images[prompt]) for prompt in targets}
+        goals = torch.stack([targets[prompt] for prompt, count in counts.items() for _ in range(count)])
+        ids, similarities = self._search(free, goals, self._banned(task))
+        texts, course = iter(map(free.text, ids)), iter(similarities.T.tolist())
+        turns = {prompt: cycle([(next(texts), next(course)) for _ in range(n)]) for prompt, n in counts.items()}
+        pairs = ((row, next(turns[row.prompt])) for row in rows)
+        return [Found(row.prompt, text, row.seed, record={"similarities": own}) for row, (text, own) in pairs]
+
+    def _search(self, free: FreeTokens, goals: Tensor, banned: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The tokens most similar to each goal (S, W), (S, K), and the similarity so far in some iterations, (G, S)."""
+        end = free.end
+
+        def similar(ids: Tensor) -> Tensor:
+            """(S, C) of ids (S, C, K)."""
+            each = ids.shape[1]
+
+            def score(states: Tensor, rows: Tensor) -> Tensor:
+                return F.cosine_similarity(states[:, end], goals[rows // each])
+
+            return free.scores(ids.flatten(0, 1), score).unflatten(0, ids.shape[:2])
+
+        def best_of(candidates: Tensor, order: Tensor, now: Tensor) -> Tensor:
+            """The first in the order that differs from now, is read as its tokens, and holds no banned word; or now."""
+            tried = (candidates[i] for i in order.tolist())
+            good = (c for c in tried if not c.equal(now) and free.is_read_back(c) and not _holds(free.text(c), banned))
+            return next(good, now)
+
+        usable = [i for i in free.usable.tolist() if not _holds(free.texts[i], banned)]
+        ids = self._start(free, usable, len(goals), banned)
+        allowed = torch.tensor(usable, device=ids.device)
+        best, highest = ids, similar(ids[:, None])[:, 0]
+        course = [highest]
+        for i in tqdm(range(self.iterations), "searching", leave=False):
+            candidates = self._candidates(ids, self._replacements(free, ids, goals, allowed))
+            orders = similar(candidates).argsort(1, descending=True)
+            ids = torch.stack([best_of(*own) for own in zip(candidates, orders, ids, strict=True)])
+            now = similar(ids[:, None])[:, 0]
+            best, highest = torch.where((now > highest)[:, None], ids, best), now.maximum(highest)
+            if i % max(1, self.iterations // 10) == 0 or i == self.iterations - 1:
+                course.append(highest)
+        return best, torch.stack(course)
+
+    def _start(self, free: FreeTokens, usable: Sequence[int], count: int, banned: Sequence[str]) -> Tensor:
+        """Random letters, words of their own if the encoder has such tokens, (S, K)."""
+        letters = [i for i in usable if len(text := free.texts[i].strip()) == 1 and text in ascii_lowercase]
+        letters = [i for i in letters if free.texts[i] != free.texts[i].strip()] or letters
+        if letters:
+            tokens = torch.tensor(letters, device=free.usable.device)
+            drawn = [tokens[torch.randint(len(letters), (self.tokens,))] for _ in range(count * DRAWS)]
+            clean = [ids for ids in drawn if not _holds(free.text(ids), banned)]
+            if len(clean) >= count:
+                return torch.stack(clean[:count])
+        raise UserError(f"No prompt of {self.tokens} letters is without the banned words {', '.join(banned)}.")
+
+    def _replacements(self, free: FreeTokens, ids: Tensor, goals: Tensor, allowed: Tensor) -> Tensor:
+        """The allowed tokens that promise most at each place, (S, K, top)."""
+        some, end = max(1, min(AT_ONCE[0] // free.length, AT_ONCE[1] // (self.tokens * len(allowed)))), free.end
+        found = []
+        for few, goal in zip(ids.split(some), goals.split(some), strict=True):
+            with torch.enable_grad():
+                v = free.embeds[few].requires_grad_()
+                similarity = F.cosine_similarity(free.states(v)[:, end], goal)
+                [gradient] = torch.autograd.grad(similarity.sum(), v)
+            gain = gradient @ free.embeds[allowed].T  # of one-hot tokens, (S, K, V)
+            found.append(allowed[gain.topk(min(self.top, len(allowed)), 2).indices])
+        return torch.cat(found)
+
+    def _candidates(self, ids: Tensor, replacements: Tensor) -> Tensor:
+        """Prompts with one replacement, (S, C, K): the places in turn, the token at random."""
+        count, top = len(ids), replacements.shape[2]
+        place = torch.arange(self.candidates, device=ids.device) * self.tokens // self.candidates
+        drawn = torch.randint(top, (count, self.candidates, 1)).to(ids.device)
+        token = replacements[:, place].gather(2, drawn)
+        return ids[:, None].repeat(1, self.candidates, 1).scatter(2, place[:, None].expand_as(token), token)
+
+
+def _holds(text: str, banned: Sequence[str]) -> bool:
+    return any(word in text.casefold() for word in banned)

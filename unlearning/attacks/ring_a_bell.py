@@ -1,0 +1,171 @@
+"""Ring-A-Bell: How Reliable are Concept Removal Methods for Diffusion Models? (Tsai et al., 2024).
+https://arxiv.org/abs/2310.10012
+
+The concept is a direction of a text encoder's states: the mean difference of prompts with it and without it,
+
+    c^ = 1/N sum_i tau(P_i+) - tau(P_i-).
+
+A prompt P of the concept is moved along it, and a genetic search finds the K tokens whose states are nearest to that:
+
+    min_{tokens} || tau(P) + eta c^ - tau(tokens) ||^2.
+
+Each generation keeps the better half, which has children by crossover at one place; then any may get a random token.
+With `soft`, the denoiser is given tau(P) + eta c^ itself, as RECE's authors do (Gong et al., 2024, arXiv:2407.12383).
+
+The defaults are those of the authors' code for nudity; for violence it has eta 5 and 5.5, and 75 tokens as well. It
+knows the public text encoder only, and so attacks any erased model in the same way: with `transfer`, the search runs on
+the unedited model. Without it, the tokens are found on the erased model, for the same target.
+
+Deviations: pairs come from templates, and none is dropped because an image did not show the concept; a share of the
+better half has children, where each has with that probability; the best tokens of all generations are the result, and
+not of the last (which a mutation may have spoilt); tokens without a text of their own are not used. The authors
+generate from the text that the tokens write; here the text encoder is given the tokens themselves, since it may read
+the text as others (`read_back` in the record). Of several text encoders, that is the one whose states come first; the
+others read the text, and pooled states are not part of the target.
+"""
+
+# B prompts, P population, S survivors, K tokens of each, L length and W width of the states.
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unlearning.attacks.base import Access, Attack, concept_of, prompts_of
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Count, Finite, Several, Share, Template
+from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.tokens import FreeTokens
+from unlearning.store.manifest import ManifestRow
+
+PLACES = (
+    "beach", "bedroom", "bridge", "city", "desert", "farm", "field", "forest", "garden", "garage", "hill", "house",
+    "island", "kitchen", "lake", "library", "market", "meadow", "mountain", "museum", "park", "river", "road", "room",
+    "school", "sea", "shop", "station", "street", "village",
+)  # fmt: skip
+TEMPLATES = tuple(f"{{}}, a {place}" for place in PLACES)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """tau(P) + eta c^ of each prompt, (B, L, W), and what was found on the unedited model, if it is wanted."""
+
+    targets: Tensor
+    found: Sequence[Found]
+
+
+class RingABell(Attack):
+    """
+    Args:
+        templates: Prompts with the concept, whose name takes the place of "{}"; without the name and the punctuation
+            next to it, those without.
+        eta: Strength of the direction.
+        tokens: K.
+        population: Prompts of a generation.
+        iterations: Generations.
+        crossover: Share of the better half that has two children with another of it.
+        mutation: Probability that one token of a prompt is replaced.
+        soft: Whether the states are given to the denoiser, without a search.
+        transfer: Whether the search runs on the unedited model.
+    """
+
+    def __init__(
+        self,
+        *,
+        templates: tuple[Template, ...] = TEMPLATES,
+        eta: Finite = 3.0,
+        tokens: Count = 16,
+        population: Several = 200,
+        iterations: Count = 3000,
+        crossover: Share = 0.5,
+        mutation: Share = 0.25,
+        soft: bool = False,
+        transfer: bool = True,
+    ):
+        self.templates, self.eta, self.soft, self.transfer = templates, eta, soft, transfer
+        self.tokens, self.population, self.iterations = tokens, population, iterations
+        self.crossover, self.mutation = crossover, mutation
+        self.access: Access = "black" if transfer and not soft else "text encoder"
+
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
+        """The targets; with `transfer`, the tokens too."""
+        rows = prompts_of(rows)
+        model.embed([""])  # refuses a model that reads no text
+        directions = {name: self._direction(model, name) for name in {concept_of(row, task) for row in rows}}
+        moved = torch.stack([directions[concept_of(row, task)] for row in rows])
+        targets = model.encode_prompts([row.prompt for row in rows]).embeds + self.eta * moved
+        return Observed(targets, self._found(model, rows, targets) if self.transfer and not self.soft else ())
+
+    def find(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+    ) -> Comeback:
+        rows, record = prompts_of(rows), {"eta": self.eta, "soft": self.soft, "transfer": self.transfer}
+        if self.soft:
+            pairs = zip(rows, observed.targets, strict=True)
+            return Comeback(tuple(Found(row.prompt, row.prompt, tensors={"states": c}) for row, c in pairs), record)
+        record |= {name: getattr(self, name) for name in ("tokens", "population", "iterations")}
+        return Comeback(tuple(observed.found or self._found(model, rows, observed.targets)), record)
+
+    def _direction(self, model: DiffusionModel, name: str) -> Tensor:
+        """c^, (L, W)."""
+        positive = [template.format(name) for template in self.templates]
+        negative = [" ".join(template.format("").split()).strip(" ,.;:") for template in self.templates]
+        states = model.encode_prompts([*positive, *negative]).embeds.float()
+        return (states[: len(positive)] - states[len(positive) :]).mean(0)
+
+    def _found(self, model: DiffusionModel, rows: Sequence[ManifestRow], targets: Tensor) -> list[Found]:
+        """The prompts of tokens whose states are nearest to the targets (B, L, W)."""
+        free = FreeTokens.of(model, self.tokens)
+        ids, losses = self._search(free, model.text_states(Conditioning(targets))[free.encoder])
+        name, embeds = f"embeds.{free.encoder}", free.embedded(free.embeds[ids]).embeds[free.encoder]
+        return [
+            Found(
+                row.prompt, free.text(best), tensors={name: e},
+                record={"losses": own.tolist(), "read_back": free.is_read_back(best)},
+            )
+            for row, best, e, own in zip(rows, ids, embeds, losses.T, strict=True)
+        ]  # fmt: skip
+
+    def _search(self, free: FreeTokens, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The best tokens for each target, (B, K), and the lowest loss so far of some of the generations, (G, B)."""
+
+        def drawn(*shape: int) -> Tensor:
+            return free.usable[torch.randint(len(free.usable), shape).to(free.usable.device)]
+
+        def losses(ids: Tensor) -> Tensor:
+            def distance(states: Tensor, rows: Tensor) -> Tensor:
+                return (targets[rows // ids.shape[1]] - states).square().sum((1, 2))
+
+            return free.scores(ids.flatten(0, 1), distance).unflatten(0, ids.shape[:2])
+
+        population = drawn(len(targets), self.population, self.tokens)
+        best, lowest, course = population[:, 0], targets.new_full((len(targets),), torch.inf), []
+        for i in tqdm(range(self.iterations), "searching", leave=False):
+            fitness, order = losses(population).sort(1)
+            parents = _taken(population, order[:, : self.population // 2])
+            better = fitness[:, 0] < lowest
+            best, lowest = torch.where(better[:, None], parents[:, 0], best), torch.where(better, fitness[:, 0], lowest)
+            if i % max(1, self.iterations // 10) == 0 or i == self.iterations - 1:
+                course.append(lowest)
+            population = self._next(parents, drawn)
+        return best, torch.stack(course)
+
+    def _next(self, parents: Tensor, drawn: Callable[..., Tensor]) -> Tensor:
+        """Parents (B, S, K) and their children, some with one token replaced: the next generation, (B, P, K)."""
+        count, survivors, tokens = parents.shape
+        mating = round(self.crossover * survivors)
+        one = _taken(parents, torch.rand(count, survivors).argsort(1)[:, :mating])
+        other = _taken(parents, torch.randint(survivors, (count, mating)))
+        head = (torch.arange(tokens) < torch.randint(tokens, (count, mating, 1))).to(parents.device)
+        population = torch.cat([parents, torch.where(head, one, other), torch.where(head, other, one)], 1)
+        size = population.shape[:2]
+        place = torch.arange(tokens) == torch.randint(tokens, (*size, 1))
+        replaced = (place & (torch.rand(*size, 1) < self.mutation)).to(parents.device)
+        return torch.where(replaced, drawn(*size, 1), population)
+
+
+def _taken(population: Tensor, which: Tensor) -> Tensor:
+    """Of each of B populations (B, P, K), the prompts `which`, (B, N)."""
+    return population.gather(1, which.to(population.device)[..., None].expand(-1, -1, population.shape[2]))
