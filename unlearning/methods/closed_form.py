@@ -5,12 +5,14 @@ what W makes of other states c*: those of an anchor where c is to be erased, c i
 """
 
 # N states, D text width, O output width, L tokens.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 AT_ONCE = 64  # prompts in one call of the text encoders
@@ -35,6 +37,19 @@ def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor
     return torch.linalg.solve(c.T @ weighted + ridge, c_star.T @ weighted + ridge, left=False)
 
 
+def projections(model: DiffusionModel) -> dict[str, nn.Linear]:
+    """The maps W (O, D) by full name. Raises UserError if the model reads no text."""
+    maps = dict(model.text_projections())
+    if not maps:
+        raise UserError(f"{model.name} reads no text: there is no map that could be edited. Choose another method.")
+    return maps
+
+
+def edited(maps: Mapping[str, nn.Linear], E: Tensor) -> WeightPatch:
+    """W E for every map W (O, D); E is (D, D), float64."""
+    return WeightPatch({f"{name}.weight": (m.weight.double() @ E).to(m.weight.dtype) for name, m in maps.items()})
+
+
 def pairs(
     model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str], positions: Positions
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +70,9 @@ def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) 
         positions: "last": the last word piece. "to_end": the last word piece and all that follows it, end of text and
             padding. "all": from the start of text to the end of the padding.
     """
-    return list(_states(model, prompts, positions))
+    distinct = list(dict.fromkeys(prompts))  # a hundred concepts may have one anchor
+    by_prompt = dict(zip(distinct, _states(model, distinct, positions), strict=True))
+    return [by_prompt[prompt] for prompt in prompts]
 
 
 @torch.no_grad()
