@@ -16,7 +16,7 @@ from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 AT_ONCE = 64  # prompts in one call of the text encoders
-Positions = Literal["last", "to_end", "all"]
+Positions = Literal["last", "to_end", "from_first", "all"]
 
 
 def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor:
@@ -68,7 +68,7 @@ def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) 
 
     Args:
         positions: "last": the last word piece. "to_end": the last word piece and all that follows it, end of text and
-            padding. "all": from the start of text to the end of the padding.
+            padding. "from_first": the first word piece and all that follows. "all": the start of text, too.
     """
     distinct = list(dict.fromkeys(prompts))  # a hundred concepts may have one anchor
     by_prompt = dict(zip(distinct, _states(model, distinct, positions), strict=True))
@@ -80,8 +80,11 @@ def _states(model: DiffusionModel, prompts: Sequence[str], positions: Positions)
     for i in range(0, len(prompts), AT_ONCE):
         batch = prompts[i : i + AT_ONCE]
         c = model.encode_prompts(batch)
-        for row, last, end in zip(c.embeds, model.last_token(batch).tolist(), _ends(c), strict=True):
-            yield row[{"last": slice(last, last + 1), "to_end": slice(last, end), "all": slice(end)}[positions]]
+        lasts, pieces = model.last_token(batch).tolist(), model.word_pieces(batch)
+        for row, last, own, end in zip(c.embeds, lasts, pieces, _ends(c), strict=True):
+            first = min(own.start, end - 1)  # a null prompt may be one end of text
+            begin = {"last": last, "to_end": last, "from_first": first, "all": 0}[positions]
+            yield row[begin : last + 1 if positions == "last" else end]
 
 
 def _ends(c: Conditioning) -> list[int]:
