@@ -63,6 +63,34 @@ def pairs(
     return torch.cat(c), torch.cat(c_star)
 
 
+def shared(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The states c of the prompts and c* of their anchors at the places that the two share, (N, D) each.
+
+    These are the tokens at which both begin, those at which both end, and what follows the text, as far as both go.
+    """
+    ids = zip(model.token_ids(prompts), model.token_ids(anchors), strict=True)
+    starts = [own.start for own in model.word_pieces(prompts)]
+    rows = zip(states(model, prompts, "all"), states(model, anchors, "all"), strict=True)
+    parts = []
+    for (old, new), start, (c, c_star) in zip(ids, starts, rows, strict=True):
+        before, after = common(old, new)
+        end, end_star = start + len(old) - after, start + len(new) - after
+        tail = min(len(c) - end, len(c_star) - end_star)
+        head = slice(start + before)
+        parts.append((c[head], c_star[head]))
+        parts.append((c[end : end + tail], c_star[end_star : end_star + tail]))
+    c, c_star = zip(*parts, strict=True)
+    return torch.cat(c), torch.cat(c_star)
+
+
+def common(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
+    """How many tokens two texts share at their beginnings, and how many of the others at their ends."""
+    shorter = min(len(old), len(new))
+    before = next((i for i in range(shorter) if old[i] != new[i]), shorter)
+    rest = shorter - before
+    return before, next((i for i in range(rest) if old[-1 - i] != new[-1 - i]), rest)
+
+
 def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) -> list[Tensor]:
     """The text encoder's states of each prompt, one tensor (n, D) for each.
 

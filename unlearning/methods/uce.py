@@ -76,10 +76,11 @@ class UCE(Method):
 
     def prompts(self, task: UnlearningTask) -> tuple[list[str], list[str]]:
         """The prompts of the erased concepts, and those of their anchors."""
-        pairs = [(template, concept) for template in self.templates for concept in task.erase]
+        filled = [(template, concept) for template in self.templates for concept in task.erase]
         # " " has the states of the null prompt, which SDXL replaces by zeros.
-        anchors = [template.format(concept.anchor or " ") for template, concept in pairs]
-        return [template.format(concept.name) for template, concept in pairs], anchors
+        anchors = [template.format(concept.anchor or " ") for template, concept in filled]
+        return [template.format(concept.name) for template, concept in filled], anchors
 
     def preserved(self, task: UnlearningTask) -> list[str]:
+        """The prompts of what is preserved."""
         return [""] * self.preserve_null + [concept.name for concept in task.retain]
