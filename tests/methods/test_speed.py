@@ -74,9 +74,14 @@ def test_invariants_within_the_span_of_what_is_retained_are_refused(problem):
 
 def test_the_null_space_is_a_projector_and_a_full_one_is_refused():
     torch.manual_seed(0)
-    P = null_space(torch.randn(5, 8).double(), 1e-6)
+    r = torch.randn(5, 8).double()
+    P, values = null_space(r, 1e-6), torch.linalg.eigvalsh(r.T @ r / 5)
     torch.testing.assert_close(P @ P, P)
     assert round(P.trace().item()) == 3
+    threshold = values[-3:-1].mean().item()  # of eight eigenvalues, two are above
+    few, many = null_space(r, threshold), null_space(r.repeat(3, 1), threshold)
+    assert round(few.trace().item()) == 6
+    torch.testing.assert_close(few, many)
     with pytest.raises(UserError, match="threshold"):
         null_space(torch.randn(50, 8).double(), 1e-6)
 

@@ -127,14 +127,20 @@ def null_space(r: Tensor, threshold: float) -> Tensor:
     Raises:
         UserError: If there is none.
     """
-    values, vectors = torch.linalg.eigh(r.T @ r / len(r))
-    if values[0] >= threshold:
+    N, D = r.shape
+    if N < D:  # all other eigenvalues are zero
+        _, singular, vectors = torch.linalg.svd(r, full_matrices=False)
+        values = singular.square() / N
+    else:
+        values, vectors = torch.linalg.eigh(r.T @ r / N)
+        vectors = vectors.T
+    held = vectors[values >= threshold]
+    if len(held) == D:
         raise UserError(
-            f"What is retained fills all {len(values)} dimensions of the text: nothing can be edited. The least "
-            f"eigenvalue is {values[0].item():.2g}: a larger method.threshold, or fewer concepts to retain."
+            f"What is retained fills all {D} dimensions of the text: nothing can be edited. The least eigenvalue is "
+            f"{values.min().item():.2g}: a larger method.threshold, or fewer concepts to retain."
         )
-    free = vectors[:, values < threshold]
-    return free @ free.T
+    return torch.eye(D).to(r) - held.T @ held
 
 
 def most_moved(r: Tensor, edit: Tensor) -> Tensor:
