@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearning.methods.closed_form import closed_form, pairs, states
+from unlearning.methods.closed_form import closed_form, common, pairs, shared, states
 from unlearning.models.stable_diffusion import StableDiffusion
 
 
@@ -82,6 +82,22 @@ def test_the_longer_of_a_pair_gives_up_its_last_positions_whichever_it_is(model)
     c, c_star = pairs(model, ["forest", "cat"], ["cat", "forest"], "to_end")
     forest, cat = c.chunk(2)
     assert torch.equal(c_star, torch.cat([cat, forest]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shared"),
+    [([1, 2, 3], [1, 9, 3], (1, 1)), ([2, 3], [9, 8, 3], (0, 1)), ([1, 2], [1, 2], (2, 0)), ([5], [6], (0, 0)),
+     ([1, 1, 1], [1, 1], (2, 0))],
+)  # fmt: skip
+def test_what_two_texts_share(old, new, shared):
+    assert common(old, new) == shared
+
+
+def test_two_prompts_share_their_beginnings_and_their_ends(model):
+    c, c_star = shared(model, ["cat"], ["forest"])
+    cat, forest = model.encode_prompts(["cat", "forest"]).embeds
+    assert torch.equal(c, cat[[0, *range(3, 29)]]), "both end with the letter t"
+    assert torch.equal(c_star, forest[[0, *range(6, 32)]])
 
 
 def test_masked_padding_is_no_state(any_model):

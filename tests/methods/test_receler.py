@@ -10,8 +10,8 @@ from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
-from unlearning.methods.receler import Adversary, BesideCrossAttention, Eraser, Receler, concept_mask, outside
-from unlearning.models.attention import cross_attention, cross_attention_maps
+from unlearning.methods.receler import Adversary, BesideCrossAttention, Eraser, Receler, outside
+from unlearning.models.attention import concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.stable_diffusion import StableDiffusion
 
 TASK = UnlearningTask(erase=(Concept("cat"),))

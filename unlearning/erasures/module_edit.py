@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,13 @@ class ModuleEdit(Erasure):
             "unet.….attn2.to_k" + ".lora_A.weight".
         gate: How much each prompt gets; None for all of it.
         guidance: The guidance that belongs to the modules; None for the model's own.
+        options: What all modules are restored with besides their weights; values that JSON can hold.
     """
 
     weights: Mapping[str, Tensor] = field(repr=False)
     gate: Gate | None = None
     guidance: Guidance | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[type[SideModule]]
     reads: ClassVar[Literal["input", "output"]] = "input"
@@ -72,7 +74,7 @@ class ModuleEdit(Erasure):
 
     def _module(self, model: DiffusionModel, name: str, state: Mapping[str, Tensor]) -> nn.Module:
         layer = model.layer(name)
-        module = self.kind.restored(layer, {k: v.to(model.device) for k, v in state.items()})
+        module = self.kind.restored(layer, {k: v.to(model.device) for k, v in state.items()}, **self.options)
         return module.requires_grad_(False).eval()
 
     def _by_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -95,7 +97,8 @@ class ModuleEdit(Erasure):
 
     def _settings(self) -> dict:
         parts = {"gate": self.gate, "guidance": self.guidance}
-        return {name: as_json(part) for name, part in parts.items() if part}
+        options = {"options": dict(self.options)} if self.options else {}
+        return {name: as_json(part) for name, part in parts.items() if part} | options
 
     def _tensors(self) -> Mapping[str, Tensor]:
         return self.weights
@@ -103,7 +106,8 @@ class ModuleEdit(Erasure):
     @classmethod
     def _restore(cls, settings: dict, tensors: dict[str, Tensor]) -> "ModuleEdit":
         gate, guidance = settings.get("gate"), settings.get("guidance")
-        return cls(tensors, gate and from_json(gate, Gate), guidance and from_json(guidance, Guidance))
+        gate, guidance = gate and from_json(gate, Gate), guidance and from_json(guidance, Guidance)
+        return cls(tensors, gate, guidance, settings.get("options", {}))
 
 
 @dataclass(frozen=True)

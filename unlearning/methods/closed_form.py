@@ -5,16 +5,18 @@ what W makes of other states c*: those of an anchor where c is to be erased, c i
 """
 
 # N states, D text width, O output width, L tokens.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 AT_ONCE = 64  # prompts in one call of the text encoders
-Positions = Literal["last", "to_end", "all"]
+Positions = Literal["last", "to_end", "from_first", "all"]
 
 
 def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor:
@@ -35,6 +37,19 @@ def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor
     return torch.linalg.solve(c.T @ weighted + ridge, c_star.T @ weighted + ridge, left=False)
 
 
+def projections(model: DiffusionModel) -> dict[str, nn.Linear]:
+    """The maps W (O, D) by full name. Raises UserError if the model reads no text."""
+    maps = dict(model.text_projections())
+    if not maps:
+        raise UserError(f"{model.name} reads no text: there is no map that could be edited. Choose another method.")
+    return maps
+
+
+def edited(maps: Mapping[str, nn.Linear], E: Tensor) -> WeightPatch:
+    """W E for every map W (O, D); E is (D, D), float64."""
+    return WeightPatch({f"{name}.weight": (m.weight.double() @ E).to(m.weight.dtype) for name, m in maps.items()})
+
+
 def pairs(
     model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str], positions: Positions
 ) -> tuple[Tensor, Tensor]:
@@ -48,14 +63,44 @@ def pairs(
     return torch.cat(c), torch.cat(c_star)
 
 
+def shared(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The states c of the prompts and c* of their anchors at the places that the two share, (N, D) each.
+
+    These are the tokens at which both begin, those at which both end, and what follows the text, as far as both go.
+    """
+    ids = zip(model.token_ids(prompts), model.token_ids(anchors), strict=True)
+    starts = [own.start for own in model.word_pieces(prompts)]
+    rows = zip(states(model, prompts, "all"), states(model, anchors, "all"), strict=True)
+    parts = []
+    for (old, new), start, (c, c_star) in zip(ids, starts, rows, strict=True):
+        before, after = common(old, new)
+        end, end_star = start + len(old) - after, start + len(new) - after
+        tail = min(len(c) - end, len(c_star) - end_star)
+        head = slice(start + before)
+        parts.append((c[head], c_star[head]))
+        parts.append((c[end : end + tail], c_star[end_star : end_star + tail]))
+    c, c_star = zip(*parts, strict=True)
+    return torch.cat(c), torch.cat(c_star)
+
+
+def common(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
+    """How many tokens two texts share at their beginnings, and how many of the others at their ends."""
+    shorter = min(len(old), len(new))
+    before = next((i for i in range(shorter) if old[i] != new[i]), shorter)
+    rest = shorter - before
+    return before, next((i for i in range(rest) if old[-1 - i] != new[-1 - i]), rest)
+
+
 def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) -> list[Tensor]:
     """The text encoder's states of each prompt, one tensor (n, D) for each.
 
     Args:
         positions: "last": the last word piece. "to_end": the last word piece and all that follows it, end of text and
-            padding. "all": from the start of text to the end of the padding.
+            padding. "from_first": the first word piece and all that follows. "all": the start of text, too.
     """
-    return list(_states(model, prompts, positions))
+    distinct = list(dict.fromkeys(prompts))  # a hundred concepts may have one anchor
+    by_prompt = dict(zip(distinct, _states(model, distinct, positions), strict=True))
+    return [by_prompt[prompt] for prompt in prompts]
 
 
 @torch.no_grad()
@@ -63,8 +108,11 @@ def _states(model: DiffusionModel, prompts: Sequence[str], positions: Positions)
     for i in range(0, len(prompts), AT_ONCE):
         batch = prompts[i : i + AT_ONCE]
         c = model.encode_prompts(batch)
-        for row, last, end in zip(c.embeds, model.last_token(batch).tolist(), _ends(c), strict=True):
-            yield row[{"last": slice(last, last + 1), "to_end": slice(last, end), "all": slice(end)}[positions]]
+        lasts, pieces = model.last_token(batch).tolist(), model.word_pieces(batch)
+        for row, last, own, end in zip(c.embeds, lasts, pieces, _ends(c), strict=True):
+            first = min(own.start, end - 1)  # a null prompt may be one end of text
+            begin = {"last": last, "to_end": last, "from_first": first, "all": 0}[positions]
+            yield row[begin : last + 1 if positions == "last" else end]
 
 
 def _ends(c: Conditioning) -> list[int]:

@@ -39,7 +39,7 @@ from unlearning.config.values import Count, Finite, Natural, NonNegative, Positi
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.attention import cross_attention, cross_attention_maps
+from unlearning.models.attention import concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, outputs_of
 from unlearning.models.side_modules import SideModule, SideModules
@@ -49,8 +49,6 @@ from unlearning.sampling.trajectories import Kind
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 from unlearning.training.batches import Prompts
 from unlearning.training.student import Pair, Student, beside
-
-MASK_SIDE = 16  # of the attention maps that a mask is made of
 
 
 class Eraser(SideModule):
@@ -70,7 +68,7 @@ class Eraser(SideModule):
         nn.init.zeros_(self.up.bias)
 
     @classmethod
-    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self:
+    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor], **options) -> Self:
         rank, width = state["down.weight"].shape
         with torch.device("meta"):  # takes no numbers from the global generator
             module = cls(width, rank)
@@ -178,22 +176,6 @@ class Adversary:
         for v, saved in zip(self.vectors.values(), state["vectors"], strict=True):
             v.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def concept_mask(maps: Mapping[str, Tensor], words: Sequence[range], threshold: float) -> Tensor:
-    """M (B, 1, S, S) of zeros and ones: where the concept is attended to.
-
-    Args:
-        maps: Attention probabilities of each layer, (B, N, P, L), of square images.
-        words: The positions of the concept's word pieces in each row.
-        threshold: Of the map scaled to [0, 1].
-    """
-    sides = {name: math.isqrt(m.shape[2]) for name, m in maps.items()}
-    S = min(sides.values(), key=lambda side: abs(math.log(side / MASK_SIDE)))
-    mean = torch.stack([m.float().mean(1) for name, m in maps.items() if sides[name] == S]).mean(0)  # (B, P, L)
-    places = torch.stack([row[:, own.start : own.stop].mean(-1) for row, own in zip(mean, words, strict=True)])
-    low, high = places.amin(1, keepdim=True), places.amax(1, keepdim=True)
-    return ((places - low) >= threshold * (high - low)).float().unflatten(1, (1, S, S))
 
 
 def outside(E: Tensor, M: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ artists, the code of 2023 preserves all others of a list of 1734 by default; her
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import NonNegative, Positive, Template
 from unlearning.erasures.weight_patch import WeightPatch
-from unlearning.errors import UserError
 from unlearning.methods.base import Method
-from unlearning.methods.closed_form import closed_form, pairs, states
+from unlearning.methods.closed_form import closed_form, edited, pairs, projections, states
 from unlearning.models.diffusion import DiffusionModel
 
 TEMPLATES = {
@@ -62,17 +62,25 @@ class UCE(Method):
 
     @torch.no_grad()
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
-        projections = dict(model.text_projections())
-        if not projections:
-            raise UserError(f"{model.name} reads no text: there is no map that UCE could edit. Choose another method.")
-        prompts = [template.format(concept.name) for template in self.templates for concept in task.erase]
-        # " " has the states of the null prompt, which SDXL replaces by zeros.
-        anchors = [template.format(concept.anchor or " ") for template in self.templates for concept in task.erase]
-        c, c_star = pairs(model, prompts, anchors, self.positions)
-        preserved = [""] * self.preserve_null + [concept.name for concept in task.retain]
+        maps = projections(model)
+        return edited(maps, self.solve(model, task))
+
+    def solve(self, model: DiffusionModel, task: UnlearningTask) -> Tensor:
+        """E (D, D), float64: the minimiser is W E for every map W."""
+        c, c_star = pairs(model, *self.prompts(task), self.positions)
+        preserved = self.preserved(task)
         s_p = max(0.1, 1 / max(1, len(preserved))) if self.preserve_scale is None else self.preserve_scale
         c_j = torch.cat([c[:0], *states(model, preserved, "all" if self.positions == "to_end" else self.positions)])
         scale = torch.tensor([self.erase_scale] * len(c) + [s_p] * len(c_j), device=c.device)
-        E = closed_form(torch.cat([c, c_j]), torch.cat([c_star, c_j]), scale, self.lamb)
-        edited = {name: (m.weight.double() @ E).to(m.weight.dtype) for name, m in projections.items()}
-        return WeightPatch({f"{name}.weight": weight for name, weight in edited.items()})
+        return closed_form(torch.cat([c, c_j]), torch.cat([c_star, c_j]), scale, self.lamb)
+
+    def prompts(self, task: UnlearningTask) -> tuple[list[str], list[str]]:
+        """The prompts of the erased concepts, and those of their anchors."""
+        filled = [(template, concept) for template in self.templates for concept in task.erase]
+        # " " has the states of the null prompt, which SDXL replaces by zeros.
+        anchors = [template.format(concept.anchor or " ") for template, concept in filled]
+        return [template.format(concept.name) for template, concept in filled], anchors
+
+    def preserved(self, task: UnlearningTask) -> list[str]:
+        """The prompts of what is preserved."""
+        return [""] * self.preserve_null + [concept.name for concept in task.retain]

@@ -260,6 +260,16 @@ class DiffusionModel(Model):
         counts = [len(ids) for ids in self.token_ids(prompts, encoder)]
         return [range(max(0, last + 1 - count), last + 1) for last, count in zip(lasts, counts, strict=True)]
 
+    def pieces_of(self, name: str, prompts: Sequence[str]) -> list[range]:
+        """The positions of a name's word pieces within each prompt; all of its own where it holds other tokens."""
+        own, *ids = self.token_ids([name, *prompts])
+        found = []
+        for pieces, row in zip(self.word_pieces(prompts), ids, strict=True):
+            places = (pieces.start + i for i in range(len(row) - len(own) + 1) if row[i : i + len(own)] == own)
+            first = next(places, None)
+            found.append(pieces if first is None else range(first, first + len(own)))
+        return found
+
     # Images.
 
     @abstractmethod
@@ -279,7 +289,7 @@ class DiffusionModel(Model):
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The denoiser's raw output (eps, v or flow), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)
-        with self.precision(), self._side_gains(c.gains):
+        with self.precision(), self._side_gains(c.gains, t):
             if self.weights is None:
                 output = self.denoiser(*arguments, **keywords)
             else:
@@ -335,15 +345,19 @@ class DiffusionModel(Model):
         return view
 
     @contextmanager
-    def _side_gains(self, gains: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it each row gets as much of the side modules as `gains` says, and none of those a view leaves out."""
+    def _side_gains(self, gains: Mapping[str, Tensor], t: Tensor | None = None) -> Iterator[None]:
+        """Within it each row gets as much of the side modules as `gains` says, and none of those a view leaves out.
+
+        Side modules are also told the timesteps t of the rows, () or (B,).
+        """
         try:
             for name, side in self.side.items():
                 side.gain = torch.zeros(1, device=self.device) if name in self.without_side else gains.get(name)
+                side.t = t
             yield
         finally:
             for side in self.side.values():
-                side.gain = None
+                side.gain = side.t = None
 
     def _within_weights(self, call: Callable[[], Conditioning]) -> Conditioning:
         """`call()`, during which the text encoders have a snapshot's weights."""

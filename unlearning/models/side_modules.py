@@ -21,14 +21,16 @@ class SideModule(nn.Module, ABC):
 
     Attributes:
         names: What its weights are called.
+        timed: Whether it also reads the timesteps of the rows, () or (B,).
     """
 
     names: ClassVar[tuple[str, ...]]
+    timed: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self:
-        """Itself beside `layer`, with these weights, by the names in `names`."""
+    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor], **options) -> Self:
+        """Itself beside `layer`, with these weights, by the names in `names`, and with options of its kind, if any."""
 
 
 class LowRank(SideModule):
@@ -59,7 +61,7 @@ class LowRank(SideModule):
         nn.init.zeros_(self.lora_B.weight)
 
     @classmethod
-    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor]) -> Self:
+    def restored(cls, layer: nn.Module, state: Mapping[str, Tensor], **options) -> Self:
         assert isinstance(layer, nn.Linear | nn.Conv2d), f"a {type(layer).__name__} has no low-rank update"
         module = cls(layer, rank=len(state["lora_A.weight"]))
         module.load_state_dict(dict(state))
@@ -78,11 +80,13 @@ class SideModules:
 
     Attributes:
         gain: Factor of what is added, one for each row, (B,), repeated until the batch is full; None for 1.
+        t: The timesteps of the rows of a prediction, () or (B,), on the schedule's scale; None outside of one.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], reads: Literal["input", "output"] = "input"):
         self.modules, self.reads = modules, reads
         self.gain: Tensor | None = None
+        self.t: Tensor | None = None
 
     @contextmanager
     def attached_to(self, model: DiffusionModel, name: str) -> Iterator[str]:
@@ -106,7 +110,8 @@ class SideModules:
             gain = self.gain
             if gain is not None and not gain.any():
                 return None
-            added = module(arguments[0] if self.reads == "input" else output)
+            read = arguments[0] if self.reads == "input" else output
+            added = module(read, self.t) if getattr(module, "timed", False) else module(read)
             if gain is not None:
                 rows = gain.repeat(len(added) // len(gain)).to(added)
                 added = added * rows.reshape(-1, *[1] * (added.ndim - 1))
