@@ -32,12 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, NonNegative, Steps, Template
-from unlearning.erasures.base import Erasure
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.diffusion import Conditioning
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import Kind, Points
@@ -80,9 +78,9 @@ class ESD(TrainedMethod):
         """What the target is guided towards, away from each of the prompts: the null prompt."""
         return [""] * len(prompts)
 
-    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+    def setup(self, stage: str) -> None:
         self.points.restore([])  # no points of an earlier fit
-        return super().fit(model, task)
+        super().setup(stage)
 
     def prompt(self, word: str) -> str:
         """The prompt for a word in training; "" for no word."""
