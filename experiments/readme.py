@@ -1,4 +1,4 @@
-"""Writes the tables of models, methods, regularisers, attacks and datasets into README.md, from the first lines of their YAML files.
+"""Writes the tables of README.md, one for each group of choices, from the first lines of their YAML files.
 
 python experiments/readme.py
 """
