@@ -131,12 +131,12 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
     def setup(self, stage: str) -> None:
         self._constraints = self.constraints()
 
-    def losses(self, count: int, loss: Callable[..., Tensor] | None = None) -> Iterator[Tensor]:
-        """An objective, by default the method's own, on each of the first `count` batches, with noise of its own.
+    def losses(self, count: int, loss: Callable[..., Tensor] | None = None, first: int = 0) -> Iterator[Tensor]:
+        """An objective, by default the method's own, on `count` batches from the `first` on, each with its own noise.
 
         For what is found out before the first step: the same in every process and after an interruption.
         """
-        for k in range(count):
+        for k in range(first, first + count):
             torch.manual_seed(seed_of(self.seed, k))
             with self.trainer.precision_plugin.forward_context():
                 yield (loss or self.loss)(self.trainer.datamodule.batch(k))

@@ -38,7 +38,7 @@ from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
-from unlearning.sampling.trajectories import Kind, Points
+from unlearning.sampling.trajectories import Exact, Kind, Points
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 from unlearning.training.batches import Prompts
 
@@ -89,11 +89,12 @@ class ESD(TrainedMethod):
     def data(self) -> Prompts:
         return Prompts([self.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
-    def draw(self, prompts: list[str]) -> Points:
-        """A point (x_t, t) for each prompt, with the student's conditioning c."""
+    def draw(self, prompts: list[str], points: Exact | None = None) -> Points:
+        """A point (x_t, t) for each prompt, with the student's conditioning c; by default of `self.points`."""
+        points = points or self.points
         if self.trajectory_model == "student":
-            return self.points(self.student, prompts)
-        x_t, t, c = self.points(self.teacher, prompts)
+            return points(self.student, prompts)
+        x_t, t, c = points(self.teacher, prompts)
         return x_t, t, self.student.encode_prompts(c.prompts)
 
     def loss(self, prompts: list[str]) -> Tensor:

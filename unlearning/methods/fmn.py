@@ -13,8 +13,8 @@ clipped to a norm of 1. UnlearnCanvas's benchmark takes cross-attention alone, 1
 Deviations:
 - The model draws the concept's images, where the authors take ten photographs.
 - The concept is its name: the authors' first stage, textual inversion of these images, is left out (use_ti=false).
-- The end of the text is one state, as in the authors' code for Stable Diffusion 2.1; for 1.x their code takes all of the
-  padding, which repeats it.
+- The end of the text is one state, as in the authors' code for Stable Diffusion 2.1; for 1.x their code takes all of
+  the padding, which repeats it.
 - In joint attention (SD3, Flux) A_l are the text's columns in the rows of the image. The paper has a UNet only.
 """
 
