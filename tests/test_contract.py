@@ -28,7 +28,15 @@ METHODS, ATTACKS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) 
 # Settings that make a fit or an attack short, wherever one has them; random weights tell no concept from another, and
 # know no words.
 SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps": 2, "rank": 2, "repeats": 2}
-SHORT |= {"mask_seeds": 1, "mask_batches": 1, "warmup_steps": 0, "top": 4, "min_freq": 1, "purity": 0.0, "conditioning": "generic"}
+SHORT |= {
+    "mask_seeds": 1,
+    "mask_batches": 1,
+    "warmup_steps": 0,
+    "top": 4,
+    "min_freq": 1,
+    "purity": 0.0,
+    "conditioning": "generic",
+}
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat
 
