@@ -35,7 +35,7 @@ from torch import Tensor
 from unlearning.config.values import Finite, NonNegative, Steps, Template
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import Exact, Kind, Points
@@ -100,11 +100,12 @@ class ESD(TrainedMethod):
     def loss(self, prompts: list[str]) -> Tensor:
         return self.erasing(*self.draw(prompts))
 
-    def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The objective () of eq. 6 at points (x_t, t)."""
+    def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning, teacher: DiffusionModel | None = None) -> Tensor:
+        """The objective () of eq. 6 at points (x_t, t); eps* from the frozen teacher unless another one is given."""
+        teacher = teacher or self.teacher
         with torch.no_grad():
-            anchor = self.teacher.encode_prompts(self.anchors(c.prompts))
-            target = classifier_free(self.teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
+            anchor = teacher.encode_prompts(self.anchors(c.prompts))
+            target = classifier_free(teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
         return F.mse_loss(self.student.predict(x_t, t, c), target)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
