@@ -1,4 +1,4 @@
-"""Writes the tables of models, methods, attacks and datasets into README.md, from the first lines of their YAML files.
+"""Writes the tables of README.md, one for each group of choices, from the first lines of their YAML files.
 
 python experiments/readme.py
 """
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("model", "method", "attack", "dataset")
+GROUPS = ("model", "method", "regulariser", "attack", "dataset")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 

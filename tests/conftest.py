@@ -43,6 +43,12 @@ def sd1(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sd3(tmp_path_factory):
+    """The folder of a tiny random Stable Diffusion 3."""
+    return tiny.save("sd3", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def vqgan(tmp_path_factory):
     """The folder of a tiny random VQ-GAN."""
     folder = tmp_path_factory.mktemp("models") / "vqgan"

@@ -22,6 +22,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.joint_attention import JointAttention
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling import comeback
 
@@ -35,6 +36,8 @@ SHORT |= {
     "times": 2,
     "tokens": 2,
     "samples": 3,
+    "mask_seeds": 1,
+    "mask_batches": 1,
     "warmup_steps": 0,
     "top": 4,
     "min_freq": 1,
@@ -88,11 +91,14 @@ def unchanged(model: Model, weights: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def fitted(request, sd1, vqgan, tmp_path_factory):
+def fitted(request, sd1, sd3, vqgan, tmp_path_factory):
     """(method's name, model, task, a function that generates its images, those before, method, erasure, weights)."""
     folder = tmp_path_factory.mktemp("run")
     chosen = [f"method={request.param}", f"model.path={sd1}", "concept=cat", "sampler.steps=2"]
-    if not issubclass(StableDiffusion, get_class(config(folder, *chosen).method._target_).works_on):
+    works_on = get_class(config(folder, *chosen).method._target_).works_on
+    if issubclass(works_on, JointAttention):
+        chosen[1:2] = ["model=emoji_sd3", f"model.path={sd3}"]
+    elif not issubclass(StableDiffusion, works_on):
         chosen[1:] = ["model=emoji_vqgan", f"model.path={vqgan}", "concept=cat"]
     if request.param == "weights":
         chosen.append(f"method.path={erased_elsewhere(sd1, folder)}")

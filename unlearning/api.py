@@ -17,6 +17,7 @@ from unlearning.__main__ import CONF, quieten_lightning
 from unlearning.concepts import UnlearningTask
 from unlearning.config import instances, validation
 from unlearning.config.containers import resolved
+from unlearning.config.signatures import parameters
 from unlearning.config.suggestions import choices, explain, no_such_setting
 from unlearning.data import prompt
 from unlearning.erasures.base import NOT_WRITABLE, Erasure
@@ -134,13 +135,13 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
     devices = 1 if place.index is None else [place.index]
     cfg.merge_with({"paths": {"store": str(folder), "output_dir": str(folder)}})
     cfg.merge_with({"trainer": {"accelerator": place.type, "devices": devices}})
-    if strange := [name for name in settings if name not in cfg.method]:
-        raise UserError(
-            no_such_setting("method", strange[0], [str(k) for k in cfg.method if not str(k).startswith("_")])
-        )
+    existing, _ = parameters(get_class(cfg.method._target_))
+    if strange := [name for name in settings if name not in existing]:
+        raise UserError(no_such_setting("method", strange[0], existing))
     objects = {name: value for name, value in settings.items() if not isinstance(value, PLAIN)}
     try:
-        cfg.merge_with({"method": {name: value for name, value in settings.items() if name not in objects}})
+        with open_dict(cfg):  # a method's file need not name every argument
+            cfg.merge_with({"method": {name: value for name, value in settings.items() if name not in objects}})
         wanted = resolved(cfg.method)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, CONF)) from None
@@ -149,7 +150,7 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
     trainers = instances.trainers(wanted, instantiate(cfg.trainer))
     with open_dict(cfg):
         for name in objects:
-            del cfg.method[name]
+            cfg.method.pop(name, None)
     return instantiate(cfg.method, **objects, **trainers)
 
 

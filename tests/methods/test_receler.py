@@ -114,11 +114,11 @@ def test_before_the_first_step_the_loss_is_guidance_away_from_the_concept(model,
     """Erasers of zero add nothing outside the mask; without adversarial vectors, eps_E is eps_c."""
     method = receler(eta=2.0, vectors=vectors, inner_steps=0)
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["cat"])
-    method.points = lambda model, prompts: (x_t, t, c)
     eps_c, eps_0 = model.predict(x_t, t, c), model.predict(x_t, t, model.encode_prompts([""]))
     with method.moving.of(model) as pair:
         method.student, method.teacher, method.task = pair.student, pair.teacher, TASK
         method.setup("fit")
+        method.points = lambda model, prompts: (x_t, t, c)
         c_adv = method._adversary.overwritten(c, model.word_pieces(c.prompts))
         eps = model.predict(x_t, t, c_adv)
         torch.testing.assert_close(method.loss(["cat"]), (eps - eps_0 + 2 * (eps_c - eps_0)).pow(2).mean())

@@ -5,7 +5,13 @@ import torch
 
 from tests import tiny
 from unlearning.errors import UserError
-from unlearning.models.attention import cross_attention, cross_attention_maps
+from unlearning.models.attention import (
+    concept_places,
+    cross_attention,
+    cross_attention_maps,
+    text_attention,
+    text_attention_maps,
+)
 from unlearning.models.diffusion import outputs_of
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -55,3 +61,57 @@ def test_a_denoiser_without_a_unet_is_refused(family, tmp_path):
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
     with pytest.raises(UserError, match="UNet"), cross_attention_maps(model):
         pass
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_joint_maps_are_those_by_which_each_layer_mixes_the_text(family, tmp_path):
+    """All values are made zero but those of one text token: a layer's output is then that token's column times them."""
+    model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
+    inputs = model.noise([1, 2]), torch.tensor([400, 100]), model.encode_prompts(["a cat", "dogs"])
+    before = model.predict(*inputs)
+    layers = text_attention(model)
+    assert layers.keys() == {f"transformer.transformer_blocks.{i}.attn" for i in range(2)}
+    for name, layer in layers.items():
+        token, values = 3, []
+        of_text = layer.add_v_proj.register_forward_hook(lambda _, __, v: values.append(only(v, token)) or values[-1])  # noqa: B023
+        of_image = layer.to_v.register_forward_hook(lambda _, __, v: torch.zeros_like(v))
+        with text_attention_maps(model) as maps, outputs_of(layer) as outputs, torch.no_grad():
+            model.predict(*inputs)
+        of_text.remove(), of_image.remove()
+        column = maps[name][0][..., token]  # (B, N, P)
+        v = values[0][:, token].unflatten(-1, (layer.heads, -1))  # (B, N, d)
+        mixed = torch.einsum("bnp,bnd->bpnd", column, v).flatten(2)
+        torch.testing.assert_close(layer.to_out[0](mixed), outputs[0][0])
+    assert torch.equal(model.predict(*inputs), before)
+
+
+def only(states, token):
+    """The states with zeros for all other tokens."""
+    kept = torch.zeros_like(states)
+    kept[:, token] = states[:, token]
+    return kept
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_a_concepts_places_are_those_where_a_change_of_the_word_begins(family, tmp_path):
+    model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
+    [places] = concept_places(model, ["a b cat"], ["cat"])
+    [more] = concept_places(model, ["a b cat"], ["cat"], after=1)
+    same = (model.encode_prompts(["a b cat"]).embeds == model.encode_prompts(["a b dog"]).embeds)[0].all(-1)
+    sequences = {"sd1": 1, "sdxl": 1, "sd3": 2, "flux": 1}[family]
+    assert places.any() and (more & ~places).sum() == sequences
+    if family != "flux":  # in T5 all states change
+        clip = model.pipeline.tokenizer.model_max_length
+        assert places[:clip].nonzero()[0] == (~same[:clip]).nonzero()[0]
+
+
+def test_a_word_that_is_not_in_its_prompt_is_answered(model):
+    with pytest.raises(UserError, match="dog"):
+        concept_places(model, ["a cat"], ["dog"])
+
+
+@pytest.mark.parametrize("family", ["pixart", "dit"])
+def test_a_denoiser_without_attention_to_text_that_is_known_is_refused(family, tmp_path):
+    model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
+    with pytest.raises(UserError, match="attention"):
+        text_attention(model)

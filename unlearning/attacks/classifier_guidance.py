@@ -34,6 +34,7 @@ from unlearning.store.manifest import ManifestRow
 from unlearning.training.forget_retain import encoded
 
 VIEWS = 7  # of each latent in an epoch
+SCALES = tuple(map(float, range(25, 194, 7)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         count: Count = 100,
         epochs: Count = 70,
         batch_size: Count = 64,
-        scales: tuple[Positive, ...] = tuple(float(s) for s in range(25, 194, 7)),
+        scales: tuple[Positive, ...] = SCALES,
     ):
         self.images, self.optimizer, self.count = images, optimizer, count
         self.epochs, self.batch_size, self.scales = epochs, batch_size, tuple(scales)

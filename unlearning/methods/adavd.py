@@ -35,7 +35,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, Positive
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.methods.base import Method
-from unlearning.models.attention import text_attention
+from unlearning.models.attention import text_only_attention
 from unlearning.models.diffusion import Conditioning, DiffusionModel, outputs_of
 from unlearning.models.side_modules import SideModule
 
@@ -110,7 +110,7 @@ class AdaVD(Method):
 
 def values(model: DiffusionModel, c: Conditioning, place: int) -> dict[str, Tensor]:
     """What each map to values makes of the states at a place of the text, (n, O) by full name of the map."""
-    maps = {f"{name}.to_v": layer.to_v for name, layer in text_attention(model).items()}
+    maps = {f"{name}.to_v": layer.to_v for name, layer in text_only_attention(model).items()}
     x_t, t = torch.zeros(len(c), *model.latent_shape, device=model.device), model.timesteps(torch.full((len(c),), 0.5))
     with ExitStack() as stack:
         outputs = {name: stack.enter_context(outputs_of(m)) for name, m in maps.items()}

@@ -5,7 +5,7 @@ methods, or does nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Generic
 
@@ -19,6 +19,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
+from unlearning.methods.regularisers import Constraint, Regulariser, hold
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training import checkpoints
@@ -61,6 +62,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or images for a method that learns from images.
+        regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         iterations: Count,
         batch_size: Count = 1,
         scheduler: Callable | None = None,
+        regulariser: Regulariser | None = None,
     ):
         super().__init__()
+        self.regulariser = regulariser or Regulariser()
         self.moving, self.iterations, self.batch_size = student, iterations, batch_size
         self.make_optimizer, self.make_scheduler, self._make_trainer = optimizer, scheduler, trainer
 
@@ -85,7 +89,18 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         """The training data, once student, teacher and task are set; by default prompts of the erased concepts."""
         return Prompts([self.task.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
+    def constraints(self) -> Mapping[str, Constraint]:
+        """What each weight has to satisfy after every step, by name; once the data are there, before the first step."""
+        return self.regulariser.constraints(self)
+
+    def steps(self) -> int:
+        """Steps of the optimizer, once the task is set."""
+        return self.iterations
+
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        return self.regulariser.fit(self._fit, model, task)
+
+    def _fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         if model.autocast == torch.float16:
             raise UserError(
                 "Most gradients are too small for float16: model.autocast=bfloat16, or trainer.precision=16-mixed, "
@@ -95,11 +110,11 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         key = checkpoints.key_of(self, model.state, task.erase, task.retain, task.template)
         self.task = task
         with self.moving.of(model) as pair:
-            self.student, self.teacher = pair.student, pair.teacher
+            self.student, self.teacher, self.pair = pair.student, pair.teacher, pair
             # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
             self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in pair.parameters.items()})
             try:
-                trainer = self._make_trainer(max_steps=self.iterations)
+                trainer = self._make_trainer(max_steps=self.steps())
                 if trainer.precision in ("16-true", "bf16-true"):
                     raise UserError(
                         f"trainer.precision={trainer.precision} would round the small steps of training away: "
@@ -109,14 +124,28 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
                 return pair.erasure()
             finally:
-                del self.student, self.teacher, self.task, self.weights
+                del self.student, self.teacher, self.pair, self.task, self.weights
+                self._constraints: Mapping[str, Constraint] = {}
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
+
+    def setup(self, stage: str) -> None:
+        self._constraints = self.constraints()
+
+    def losses(self, count: int, loss: Callable[..., Tensor] | None = None, first: int = 0) -> Iterator[Tensor]:
+        """An objective, by default the method's own, on `count` batches from the `first` on, each with its own noise.
+
+        For what is found out before the first step: the same in every process and after an interruption.
+        """
+        for k in range(first, first + count):
+            torch.manual_seed(seed_of(self.seed, k))
+            with self.trainer.precision_plugin.forward_context():
+                yield (loss or self.loss)(self.trainer.datamodule.batch(k))
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         # Noise is a function of the step, so that an interruption changes nothing; each process has its own.
         place = (self.seed, self.global_rank, self.global_step, batch_idx % self.trainer.accumulate_grad_batches)
         torch.manual_seed(seed_of(*place))
-        loss = self.loss(batch)
+        loss = self.loss(batch) + self.regulariser.penalty(self.pair.parameters, self.pair.start)
         self._check_finite(torch.isfinite(loss), f"The loss is {loss.item()} at step {self.global_step}.")
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -124,6 +153,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
     def optimizer_step(self, *args, **kwargs) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
+        hold(self.pair, self._constraints)
         finite = all(torch.isfinite(p).all() for p in self.weights.values())
         self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before a checkpoint has them
 

@@ -39,7 +39,7 @@ from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.methods.base import Method
-from unlearning.models.attention import text_attention
+from unlearning.models.attention import text_only_attention
 from unlearning.models.diffusion import DiffusionModel, eager
 from unlearning.models.side_modules import SideModule
 from unlearning.sampling.guidance import begin
@@ -170,6 +170,6 @@ def _outputs(model: DiffusionModel, B: int) -> Iterator[dict[str, Tensor]]:
         return lambda _, __, output: latest.update({name: output[-B:].float().mean((0, 1))})
 
     with ExitStack() as stack, eager():
-        for name, layer in text_attention(model).items():
+        for name, layer in text_only_attention(model).items():
             stack.callback(layer.register_forward_hook(keep(name)).remove)
         yield latest

@@ -32,15 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, NonNegative, Steps, Template
-from unlearning.erasures.base import Erasure
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
-from unlearning.sampling.trajectories import Kind, Points
+from unlearning.sampling.trajectories import Exact, Kind, Points
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 from unlearning.training.batches import Prompts
 
@@ -80,9 +78,9 @@ class ESD(TrainedMethod):
         """What the target is guided towards, away from each of the prompts: the null prompt."""
         return [""] * len(prompts)
 
-    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+    def setup(self, stage: str) -> None:
         self.points.restore([])  # no points of an earlier fit
-        return super().fit(model, task)
+        super().setup(stage)
 
     def prompt(self, word: str) -> str:
         """The prompt for a word in training; "" for no word."""
@@ -91,21 +89,23 @@ class ESD(TrainedMethod):
     def data(self) -> Prompts:
         return Prompts([self.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
-    def draw(self, prompts: list[str]) -> Points:
-        """A point (x_t, t) for each prompt, with the student's conditioning c."""
+    def draw(self, prompts: list[str], points: Exact | None = None) -> Points:
+        """A point (x_t, t) for each prompt, with the student's conditioning c; by default of `self.points`."""
+        points = points or self.points
         if self.trajectory_model == "student":
-            return self.points(self.student, prompts)
-        x_t, t, c = self.points(self.teacher, prompts)
+            return points(self.student, prompts)
+        x_t, t, c = points(self.teacher, prompts)
         return x_t, t, self.student.encode_prompts(c.prompts)
 
     def loss(self, prompts: list[str]) -> Tensor:
         return self.erasing(*self.draw(prompts))
 
-    def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """The objective () of eq. 6 at points (x_t, t)."""
+    def erasing(self, x_t: Tensor, t: Tensor, c: Conditioning, teacher: DiffusionModel | None = None) -> Tensor:
+        """The objective () of eq. 6 at points (x_t, t); eps* from the frozen teacher unless another one is given."""
+        teacher = teacher or self.teacher
         with torch.no_grad():
-            anchor = self.teacher.encode_prompts(self.anchors(c.prompts))
-            target = classifier_free(self.teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
+            anchor = teacher.encode_prompts(self.anchors(c.prompts))
+            target = classifier_free(teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
         return F.mse_loss(self.student.predict(x_t, t, c), target)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -37,6 +37,7 @@ from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
+from unlearning.methods.regularisers import Regulariser
 from unlearning.models.diffusion import DiffusionModel, outputs_of
 from unlearning.training.batches import Prompts
 from unlearning.training.student import Student
@@ -65,7 +66,7 @@ class HiRM(TrainedMethod):
         c: Factor of r.
         epochs: Each is one step for every concept.
         pairs: For direction="pairs", prompts [with, without] what is erased.
-        student, optimizer, trainer, scheduler: TrainedMethod's.
+        student, optimizer, trainer, scheduler, regulariser: TrainedMethod's.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class HiRM(TrainedMethod):
         optimizer: Callable,
         trainer: Callable,
         scheduler: Callable | None = None,
+        regulariser: Regulariser | None = None,
         pairs: Sequence[Sequence[str]] = (),
     ):
         super().__init__(
-            student=student, optimizer=optimizer, trainer=trainer, scheduler=scheduler, iterations=epochs, batch_size=1
-        )
+            student=student, optimizer=optimizer, trainer=trainer, scheduler=scheduler, regulariser=regulariser,
+            iterations=epochs, batch_size=1,
+        )  # fmt: skip
         self.direction, self.c, self.epochs, self.pairs = direction, c, epochs, pairs
         if direction == "pairs" and not pairs:
             raise UserError('method.direction=pairs needs pairs of prompts: "method.pairs=[[a nude man,a man]]".')
@@ -112,8 +115,10 @@ class HiRM(TrainedMethod):
                 f"{model.name} has no CLIP text encoder, which is all that HiRM edits. Choose a model that has one "
                 "(sd14, sd15, sd21, sdxl, sd3, flux, emoji_unet, emoji_sd3), or another method."
             )
-        self.iterations = self.epochs * len(task.erase)
         return super().fit(model, task)
+
+    def steps(self) -> int:
+        return self.epochs * len(self.task.erase)
 
 
 def random_unit_vectors(like: Tensor, seed: int) -> Tensor:

@@ -225,8 +225,10 @@ class Receler(TrainedMethod):
         return Prompts([concept.name for concept in self.task.erase], self.batch_size)
 
     def setup(self, stage: str) -> None:
+        self.points.restore([])  # no points of an earlier fit
         concepts = self.teacher.encode_prompts(self.data().prompts)
         self._adversary = Adversary(concepts, self.vectors, self.vectors_lr, self.vectors_weight_decay)
+        super().setup(stage)
 
     def loss(self, concepts: list[str]) -> Tensor:
         x_t, t, c = self.points(self.student, concepts)

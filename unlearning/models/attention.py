@@ -1,15 +1,21 @@
-"""Cross-attention to the text: its layers, and maps of where in the image a UNet attends to each token of the text."""
+"""Attention to the text: its layers, and maps of where in the image each token of the text is attended to.
 
-# B batch, N heads, P places of the image, L tokens of the text, D width, S a square image's side.
+By a UNet's cross-attention, or by joint attention.
+"""
+
+# B batch, N heads, P places of the image, L tokens of the text, D width, d width of a head, S a square image's side.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
 
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, eager
@@ -17,7 +23,7 @@ from unlearning.models.diffusion import DiffusionModel, eager
 MASK_SIDE = 16  # of the attention maps that a mask is made of
 
 
-def text_attention(model: DiffusionModel) -> dict[str, Attention]:
+def text_only_attention(model: DiffusionModel) -> dict[str, Attention]:
     """Every layer in which an image attends to the text alone, by full name: of UNets, PixArt and Sana.
 
     Raises:
@@ -47,6 +53,48 @@ def cross_attention(model: DiffusionModel) -> dict[str, Attention]:
     return layers
 
 
+def text_attention(model: DiffusionModel) -> dict[str, nn.Module]:
+    """Every layer in which the image attends to the text, by full name: cross-attention of a UNet, or joint attention.
+
+    Raises:
+        UserError: If the denoiser has neither.
+    """
+    layers = {n: m for n, m in model.named_modules().items() if n.startswith(model.component)}
+    joint = {n: m for n, m in layers.items() if getattr(m, "add_k_proj", None) is not None}
+    if not joint and model.component == "transformer":
+        raise UserError(
+            f"{model.name} has neither a UNet's cross-attention nor joint attention. Choose model=sd14, sd15, sd21, "
+            "sdxl, sd3, flux or an embedded one, or another method."
+        )
+    return joint or dict(cross_attention(model))
+
+
+def concept_places(model: DiffusionModel, prompts: Sequence[str], words: Sequence[str], after: int = 0) -> Tensor:
+    """Which text states of each prompt come from the pieces of its word or words, (B, L) bool.
+
+    Args:
+        prompts: B texts.
+        words: What each of them names; of several occurrences the last one counts.
+        after: How many states behind these pieces are taken too: the first is the end of the text if nothing follows.
+
+    Raises:
+        UserError: If a prompt does not contain its words.
+    """
+    c = model.encode_prompts(prompts)
+    numbers = torch.arange(c.embeds.shape[1], device=c.embeds.device)[None, :, None].expand_as(c.embeds)
+    places = torch.zeros(c.embeds.shape[:2], dtype=torch.bool, device=c.embeds.device)
+    for encoder, own in model.text_states(replace(c, embeds=numbers)).items():
+        pieces, wanted = model.token_ids(prompts, encoder), model.token_ids(words, encoder)
+        ranges = model.word_pieces(prompts, encoder)
+        for row, (all_, some, at) in enumerate(zip(pieces, wanted, ranges, strict=True)):
+            starts = [i for i in range(len(all_) - len(some) + 1) if all_[i : i + len(some)] == some]
+            if not some or not starts:
+                raise UserError(f"{prompts[row]!r} does not contain the word pieces of {words[row]!r}.")
+            first = at.start + starts[-1]
+            places[row, own[row, first : first + len(some) + after, 0]] = True
+    return places
+
+
 @contextmanager
 def cross_attention_maps(model: DiffusionModel) -> Iterator[dict[str, list[Tensor]]]:
     """Records the attention probabilities of every cross-attention layer within the context.
@@ -59,18 +107,58 @@ def cross_attention_maps(model: DiffusionModel) -> Iterator[dict[str, list[Tenso
     Raises:
         UserError: If the denoiser is not a UNet with cross-attention.
     """
+    with _recorded(cross_attention(model)) as maps:
+        yield maps
+
+
+@contextmanager
+def text_attention_maps(model: DiffusionModel) -> Iterator[dict[str, list[Tensor]]]:
+    """As `cross_attention_maps`, of every layer of `text_attention`.
+
+    In joint attention the image attends to itself too: the sum over L is what it attends to the text.
+    """
+    with _recorded(text_attention(model)) as maps:
+        yield maps
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     maps: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(name: str):
-        def hook(layer: Attention, arguments: tuple, keywords: dict, _) -> None:
-            maps[name].append(_probabilities(layer, *arguments, **keywords))
+        def hook(layer: nn.Module, arguments: tuple, keywords: dict, _) -> None:
+            joint = getattr(layer, "add_k_proj", None) is not None
+            maps[name].append((_joint if joint else _probabilities)(layer, *arguments, **keywords))
 
         return hook
 
     with ExitStack() as stack, eager():
-        for name, layer in cross_attention(model).items():
+        for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(keep(name), with_kwargs=True).remove)
         yield maps
+
+
+def _joint(
+    layer: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, image_rotary_emb: Any = None, **_
+) -> Tensor:
+    """The text's columns, (B, N, P, L), of softmax(Q [K_text, K_image]^T / sqrt(d)) for the places of the image."""
+
+    def heads(states: Tensor, norm: nn.Module | None) -> Tensor:
+        states = states.unflatten(-1, (layer.heads, -1))
+        return states if norm is None else norm(states)
+
+    L = encoder_hidden_states.shape[1]
+    Q = heads(layer.to_q(hidden_states), layer.norm_q)
+    K = torch.cat([
+        heads(layer.add_k_proj(encoder_hidden_states), layer.norm_added_k),
+        heads(layer.to_k(hidden_states), layer.norm_k),
+    ], dim=1)  # fmt: skip
+    if image_rotary_emb is not None:  # of the text's places, and then the image's
+        cos, sin = image_rotary_emb
+        Q = apply_rotary_emb(Q, (cos[L:], sin[L:]), sequence_dim=1)
+        K = apply_rotary_emb(K, image_rotary_emb, sequence_dim=1)
+    scores = torch.einsum("bpnd,bknd->bnpk", Q, K) * Q.shape[-1] ** -0.5
+    return scores.softmax(-1)[..., :L]
 
 
 def _probabilities(

@@ -1,27 +1,24 @@
 """Flux: joint attention over latents packed two by two, flow matching, and a guidance scale as an input."""
 
-from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor, nn
+from torch import Tensor
 
 from unlearning.config.signatures import forwards_to
 from unlearning.config.values import NonNegative
 from unlearning.models.diffusion import Conditioning
+from unlearning.models.joint_attention import JointAttention
 from unlearning.models.stable_diffusion import StableDiffusion
 
 
-class Flux(StableDiffusion):
-    component = "transformer"
+class Flux(JointAttention):
     tokenizer = "tokenizer_2"
-    solver = FlowMatchEulerDiscreteScheduler
     pipeline_class: type[DiffusionPipeline] = FluxPipeline
-    load_options: ClassVar[dict] = {}
     patch = 2
     embedded_guidance = 3.5
 
@@ -51,9 +48,6 @@ class Flux(StableDiffusion):
     def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)
         return Conditioning(embeds, {"pooled": pooled})
-
-    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def set_timesteps(self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> None:
         """As FluxPipeline does: from 1 down to 1 / steps, with a shift that grows with the image."""

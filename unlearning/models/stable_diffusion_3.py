@@ -1,20 +1,14 @@
 """SD3 and SD3.5: a transformer with joint attention, flow matching, three text encoders and a shifted VAE."""
 
-from collections.abc import Iterator
-from typing import ClassVar
-
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from torch import Tensor
 
 from unlearning.models.diffusion import Conditioning
-from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.joint_attention import JointAttention
 
 
-class StableDiffusion3(StableDiffusion):
-    component = "transformer"
-    solver = FlowMatchEulerDiscreteScheduler
+class StableDiffusion3(JointAttention):
     pipeline_class: type[DiffusionPipeline] = StableDiffusion3Pipeline
-    load_options: ClassVar[dict] = {}
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         texts = list(prompts)
@@ -32,9 +26,6 @@ class StableDiffusion3(StableDiffusion):
         clip, t5 = c.embeds[:, :tokens], c.embeds[:, tokens:]
         states = {"text_encoder": clip[..., :first], "text_encoder_2": clip[..., first : first + second]}
         return states | ({"text_encoder_3": t5} if "text_encoder_3" in self.parts else {})
-
-    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
-        yield "transformer.context_embedder", self.denoiser.context_embedder
 
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
         inputs = {"encoder_hidden_states": c.embeds, "pooled_projections": c.extra["pooled"]}

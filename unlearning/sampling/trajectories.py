@@ -24,16 +24,26 @@ class Exact:
         steps, guidance_scale: Of the trajectories.
         schedule: "diffusers": t is where x_t lies. "paper": as ESD's and UnGuide's scripts, which drop the first
             timestep and draw t from a little above x_t's (sampler.as_published).
+        places: Before which of the steps, counted from noise, a trajectory may be left; None for any of them.
     """
 
-    def __init__(self, steps: int = 50, guidance_scale: float = 3.0, schedule: Schedule = "diffusers"):
+    def __init__(
+        self,
+        steps: int = 50,
+        guidance_scale: float = 3.0,
+        schedule: Schedule = "diffusers",
+        places: range | None = None,
+    ):
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
+        self.places = places or range(steps)
+        if places and schedule == "paper":  # which counts from the image
+            self.places = range(steps - places.stop, steps - places.start)
 
     def __call__(self, model: DiffusionModel, prompts: list[str]) -> Points:
         """A point for each of the B prompts."""
         c = model.encode_prompts(prompts)
         path = self._walk(denoise, model, c)
-        t, x_t = self._point(path, int(torch.randint(self.steps, ())))
+        t, x_t = self._point(path, self.places[int(torch.randint(len(self.places), ()))])
         return x_t, t.expand(len(x_t)), c
 
     def state(self) -> list:
@@ -89,14 +99,16 @@ class Reuse(Exact):
     def _draw(self, model: DiffusionModel, prompts: list[str]) -> list[Points]:
         c = model.encode_prompts([prompts[i % len(prompts)] for i in range(max(self.TRAJECTORIES, len(prompts)))])
         path = list(self._walk(skim, model, c))
-        places = [self._point(path, i) for i in range(self.steps)]
+        places = [self._point(path, i) for i in self.places]
         points = [(x, t, c[i : i + 1]) for t, x_t in places for i, x in enumerate(x_t)]
-        return [points[i] for i in torch.randperm(len(points)).tolist()[: len(prompts) * self.steps]]
+        return [points[i] for i in torch.randperm(len(points)).tolist()[: len(prompts) * len(self.places)]]
 
 
-def trajectory(kind: Kind, steps: int, guidance_scale: float, schedule: Schedule = "diffusers") -> Exact:
+def trajectory(
+    kind: Kind, steps: int, guidance_scale: float, schedule: Schedule = "diffusers", places: range | None = None
+) -> Exact:
     """The trajectories of a kind: "exact" or "reuse". Raises UserError for any other."""
     kinds = {"exact": Exact, "reuse": Reuse}
     if kind not in kinds:
         raise UserError(f"There is no trajectory {kind!r}. Trajectories: {', '.join(kinds)}.")
-    return kinds[kind](steps, guidance_scale, schedule)
+    return kinds[kind](steps, guidance_scale, schedule, places)

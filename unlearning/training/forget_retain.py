@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.batches import Batches, seed_of
@@ -31,6 +32,18 @@ def encoded(model: DiffusionModel, images: Sequence[np.ndarray]) -> Tensor:
                 f"dataset.size={side}."
             )
     return torch.cat(parts) if parts else torch.empty(0, *model.latent_shape, device=model.device)
+
+
+def drawn(model: DiffusionModel, generated: Generated, prompts: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, H, W) of images that the model draws of prompts in turn, and the number (N,) of each one's."""
+    x_0 = encoded(model, generated(model, prompts, count))
+    return x_0, torch.arange(len(x_0), device=x_0.device) % len(prompts)
+
+
+def noised(model: DiffusionModel, x_0: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, t) of latents (B, C, H, W), at timesteps (B,) drawn uniformly."""
+    t = model.timesteps(torch.rand(len(x_0)))
+    return model.add_noise(x_0, torch.randn_like(x_0), t), t
 
 
 class ForgetRetain(Batches):

@@ -7,11 +7,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
@@ -31,12 +31,19 @@ class Pair:
         teacher: The model as it was before: frozen, and sharing all that does not move.
         parameters: What moves, by name.
         erasure: Gives the erasure that the training has led to so far.
+
+    Attributes:
+        start: Values of `parameters` before the training.
     """
 
     student: DiffusionModel
     teacher: DiffusionModel
     parameters: Mapping[str, nn.Parameter]
     erasure: Callable[[], Erasure]
+    start: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", {n: p.detach().clone() for n, p in self.parameters.items()})
 
 
 class Student(ABC):
@@ -77,13 +84,13 @@ class Weights(Student):
                 "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
             )
         teacher = model.snapshot(moving)
-        before = {n: p.detach().clone() for n, p in moving.items()}
+        pair = Pair(model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}))
         try:
             for p in moving.values():
                 p.requires_grad_(True)
-            yield Pair(model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}))
+            yield pair
         finally:
-            write(moving, before)
+            write(moving, pair.start)
             for p in moving.values():
                 p.requires_grad_(False)
 

@@ -1,0 +1,18 @@
+"""Models whose denoiser attends to image and text jointly, and predicts a flow: SD3 and Flux."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from unlearning.models.stable_diffusion import StableDiffusion
+
+
+class JointAttention(StableDiffusion):
+    component = "transformer"
+    solver = FlowMatchEulerDiscreteScheduler
+    load_options: ClassVar[dict] = {}
+
+    def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        yield "transformer.context_embedder", self.denoiser.context_embedder
