@@ -11,6 +11,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
+from tests import tiny
 from tests.composed import config
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
@@ -102,6 +103,10 @@ def fitted(request, sd1, sd3, vqgan, tmp_path_factory):
         chosen[1:] = ["model=emoji_vqgan", f"model.path={vqgan}", "concept=cat"]
     if request.param == "weights":
         chosen.append(f"method.path={erased_elsewhere(sd1, folder)}")
+    if request.param == "oracle":
+        torch.manual_seed(7)
+        tiny.sd1().save_pretrained(folder / "never")
+        chosen.append(f"method.path={folder}/never")
     cfg, model, task, sampler = built(folder, *chosen)
     trainer = instantiate(cfg.trainer)
     method = instantiate(cfg.method, **instances.trainers(OmegaConf.to_container(cfg.method), trainer))

@@ -1,6 +1,7 @@
 """One run: fit -> attack -> generate -> evaluate -> report. Disk is the interface; every stage can be resumed alone."""
 
 import hashlib
+import json
 import logging
 import shutil
 import time
@@ -231,21 +232,28 @@ class Run:
         for name, attack in self.attacks.items():
             erasure = self._erasure()
             place = self._attack_folder(attack, erasure)
-            if comeback.exists(place):
-                continue
-            pl.seed_everything(self.seed, workers=True, verbose=False)
-            stage = f"attack {name}"
-            cost.forget(self.folder / "cost.json", stage)
-            if not (rows := self._targets):
-                raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
-            observed = attack.observe(self.model, self.task, rows)
-            with cost.measured(self.folder / "cost.json", stage, self.model), erasure.applied_to(self.model):
-                result = attack.find(self.model, self.task, rows, observed)
-            record = {"attack": name, "version": attack.version, "access": attack.access, "seed": self.seed}
-            record |= {"victim": erasure.digest, "base": self.model.fingerprint}
-            record |= {"cost": cost.read(self.folder / "cost.json").get(stage, {}), **result.record}
-            replace(result, record=record).save(place)
+            if not comeback.exists(place):
+                self._attack(name, attack, erasure).save(place)
+            if first_rank():
+                record = json.dumps(comeback.read_record(place), indent=2)
+                write_atomically(self.folder / "attacks" / f"{name}.json", record)
         wait_for_all_ranks()
+
+    def _attack(self, name: str, attack: Attack, erasure: Erasure) -> comeback.Comeback:
+        """What an attack finds, with the record that all attacks have in common."""
+        if not (rows := self._targets):
+            raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
+        pl.seed_everything(self.seed, workers=True, verbose=False)
+        stage, costs = f"attack {name}", self.folder / "cost.json"
+        cost.forget(costs, stage)
+        observed = attack.observe(self.model, self.task, rows)
+        with cost.measured(costs, stage, self.model), erasure.applied_to(self.model):
+            result = attack.find(self.model, self.task, rows, observed)
+        record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
+        record |= {"victim": erasure.digest, "base": self.model.fingerprint, "seed": self.seed, "images": len(rows)}
+        record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}
+        record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
+        return replace(result, record=record)
 
     def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
         """The attack's place in the store: a digest of all that its result depends on."""

@@ -213,3 +213,6 @@ def test_a_run_attacks_generates_and_measures(unlearn):
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"robustness/asr_cce", "robustness/asr_before_cce"} <= metrics.keys()
+    record = json.loads((run / "attacks" / "cce.json").read_text())
+    assert record["access"] == "white" and record["images"] == 1 and record["cost"]["seconds"] >= 0
+    assert [found["prompt"] for found in record["rows"]] == ["a photo of the x"]

@@ -9,7 +9,7 @@ from unlearning.erasures.composed import Composed, composed
 from unlearning.errors import UserError
 from unlearning.methods.casteer import CASteer, Steering, SteeringEdit
 from unlearning.methods.uce import UCE
-from unlearning.models.attention import text_attention
+from unlearning.models.attention import text_only_attention
 from unlearning.models.diffusion import outputs_of
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
@@ -78,7 +78,7 @@ def test_each_row_is_turned_by_the_direction_of_its_nearest_timestep():
 def test_directions_are_the_normalised_differences_of_mean_outputs(model, erasure):
     method = CASteer(subjects=["dog", "ship"], steps=2, guidance_scale=1.0)
     weights = method.fit(model, CAT).weights
-    name = next(iter(text_attention(model)))
+    name = next(iter(text_only_attention(model)))
     means = []
     for prompts in (["dog with cat", "ship with cat"], ["dog", "ship"]):
         with outputs_of(model.layer(name)) as outputs:
@@ -96,7 +96,7 @@ def test_only_the_prompts_half_of_guidance_is_averaged_and_batches_change_nothin
 
 
 def test_while_generating_outputs_are_turned_away_and_then_no_longer(model, erasure):
-    name = next(iter(text_attention(model)))
+    name = next(iter(text_only_attention(model)))
     t = erasure.weights[f"{name}.timesteps"][0].long()
 
     def output() -> torch.Tensor:
