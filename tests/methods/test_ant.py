@@ -9,8 +9,9 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.ant import ANT
-from unlearning.methods.regularisers import SelFT, largest
+from unlearning.methods.regularisers import SelFT
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.training.regulariser import largest
 from unlearning.training.student import Weights
 
 TASK = UnlearningTask(erase=(Concept("cat", synonyms=("ox",)),))

@@ -15,11 +15,12 @@ from unlearning.errors import UserError
 from unlearning.methods.closed_form import states
 from unlearning.methods.concept_ablation import ConceptAblation
 from unlearning.methods.esd import ESD
-from unlearning.methods.regularisers import L1SP, L2SP, GradientProjection, Merge, SelFT, largest, ties
+from unlearning.methods.regularisers import L1SP, L2SP, GradientProjection, Merge, SelFT, ties
 from unlearning.methods.scrubber import Scrubber
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 from unlearning.scrubbing.prototypes import PrototypeSearch
+from unlearning.training.regulariser import largest
 from unlearning.training.student import LoRA, Weights
 
 RETAIN = ("dog", "ship", "car")

@@ -9,10 +9,11 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
-from unlearning.methods.regularisers import L2SP, SelFT, largest
+from unlearning.methods.regularisers import L2SP, SelFT
 from unlearning.methods.salun import SalUn
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
+from unlearning.training.regulariser import largest
 from unlearning.training.student import Weights
 
 TASK = UnlearningTask(erase=(Concept("cat", anchor="forest"),), retain=(Concept("dog"), Concept("ship")))

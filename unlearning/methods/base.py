@@ -19,11 +19,11 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
-from unlearning.methods.regularisers import Constraint, Regulariser, hold
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training import checkpoints
 from unlearning.training.batches import Batches, Prompts, seed_of
+from unlearning.training.regulariser import Constraint, Regulariser, hold
 from unlearning.training.student import Student
 
 
@@ -62,7 +62,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or images for a method that learns from images.
-        regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
+        regulariser: What limits how far the weights move (training/regulariser.py; methods/regularisers.py); None for nothing.
     """
 
     def __init__(

@@ -37,9 +37,9 @@ from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
-from unlearning.methods.regularisers import Regulariser
 from unlearning.models.diffusion import DiffusionModel, outputs_of
 from unlearning.training.batches import Prompts
+from unlearning.training.regulariser import Regulariser
 from unlearning.training.student import Student
 
 HIGH_LEVEL = re.compile(r"(text_encoder\w*)\.(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.out_proj")

@@ -21,13 +21,12 @@ Deviations:
 """
 
 # D text width, N states, T differences.
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from unlearning.concepts import UnlearningTask
@@ -37,69 +36,10 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.closed_form import Positions, states
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.training.student import Pair
+from unlearning.training.regulariser import Constraint, Fit, Regulariser, largest, masked, summed_gradients
 
 if TYPE_CHECKING:
     from unlearning.methods.base import TrainedMethod
-
-Fit = Callable[[DiffusionModel, UnlearningTask], Erasure]
-Constraint = Callable[[Tensor, Tensor], Tensor]  # (theta, theta_0) of one weight -> the nearest theta that is allowed
-
-
-class Regulariser:
-    """Does nothing. Subclasses override what they need."""
-
-    def penalty(self, theta: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor | float:
-        """What is added to the loss, ()."""
-        return 0.0
-
-    def constraints(self, method: "TrainedMethod") -> Mapping[str, Constraint]:
-        """What each weight has to satisfy after every step, by name.
-
-        Raises:
-            UserError: If the method's student has no weights that the regulariser is for.
-        """
-        return {}
-
-    def fit(self, fit: Fit, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        """The erasure, by one or several trainings."""
-        return fit(model, task)
-
-
-@torch.no_grad()
-def hold(pair: Pair, constraints: Mapping[str, Constraint]) -> None:
-    """Replaces the student's weights by the nearest ones that satisfy the constraints."""
-    for name, constraint in constraints.items():
-        pair.parameters[name].copy_(constraint(pair.parameters[name], pair.start[name]))
-
-
-def masked(masks: Mapping[str, Tensor]) -> dict[str, Constraint]:
-    """The constraints that entries outside of the masks keep their values, to the bit."""
-    return {name: partial(_within, mask) for name, mask in masks.items()}
-
-
-def _within(mask: Tensor, theta: Tensor, start: Tensor) -> Tensor:
-    return torch.where(mask, theta, start)
-
-
-def summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The sum of the losses' gradients, by name; zero for a weight that no loss depends on."""
-    total = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for loss in losses:
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for own, gradient in zip(total.values(), gradients, strict=True):
-            if gradient is not None:
-                own += gradient
-    return total
-
-
-def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Masks, by name, of the `share` of all entries that has the largest scores; at least one entry."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.topk(max(1, int(share * len(flat)))).indices] = True
-    parts = chosen.split([score.numel() for score in scores.values()])
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 class L1SP(Regulariser):

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from unlearning.config.values import Finite, NonNegative, Part
 from unlearning.errors import UserError
-from unlearning.methods.regularisers import Constraint, largest, masked, summed_gradients
 from unlearning.methods.relabelling import Relabelling
 from unlearning.sampling.guidance import classifier_free
 from unlearning.training.forget_retain import noised
+from unlearning.training.regulariser import Constraint, largest, masked, summed_gradients
 
 
 class SalUn(Relabelling):
