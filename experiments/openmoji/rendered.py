@@ -15,6 +15,13 @@ from unlearning.data import openmoji
 from unlearning.data.captioning import Content
 
 ROOT = Path(__file__).parents[2] / "outputs" / "openmoji"
+WEIGHTS = ROOT.parents[1] / "unlearning" / "weights"
+
+
+def trained(*name: str) -> Path:
+    """The folder of a part that was trained here, or else of the one that the package ships."""
+    own = ROOT.joinpath(*name)
+    return own if (own / "config.json").exists() else WEIGHTS.joinpath(*name)
 
 
 def _draw(job: tuple[str, int, int], **shares: float) -> tuple[np.ndarray, dict]:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from rendered import ROOT
+from rendered import ROOT, trained
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
 from transformers import CLIPTokenizer
@@ -19,11 +19,11 @@ PRINTABLE = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
 def tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair encoding, in which words of the captions are whole tokens; other words are spelt in letters.
 
-    It is made once and saved, because pairs of equal frequency are merged in a random order.
+    It is made once and shipped, because pairs of equal frequency are merged in a random order.
     """
-    folder = ROOT / f"tokenizer-{LENGTH}"
-    if folder.exists():
-        return CLIPTokenizer.from_pretrained(folder)
+    shipped, folder = trained("clip", "first"), ROOT / f"tokenizer-{LENGTH}"
+    if made_before := next((place for place in (shipped, folder) if place.exists()), None):
+        return CLIPTokenizer.from_pretrained(made_before)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(vocabulary(), trainers.BpeTrainer(

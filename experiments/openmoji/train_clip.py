@@ -129,9 +129,9 @@ def main(name: str, steps: int, batch: int, images: int, lr: float, concepts: li
     if concepts:
         kept = without(concepts, contents)
         pictures, contents = pictures[kept], [contents[i] for i in kept]
-    folder = ROOT / "-".join(["clip", name, *(f"without-{c}".replace(" ", "-") for c in concepts)])
+    folder = ROOT / "clip" / "-".join([name, *(f"without-{c}".replace(" ", "-") for c in concepts)])
     data = Captioned(pictures, contents, tokens, batch)
-    trainer(folder.name, steps).fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
+    trainer(f"clip-{folder.name}", steps).fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
     module.eval()
     print(measured(module, tokens), flush=True)
     module.clip.to(torch.float16).save_pretrained(folder)

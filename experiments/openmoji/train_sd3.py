@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from rendered import ROOT, loads_as_float32, names_no_folder, rendered
+from rendered import ROOT, loads_as_float32, names_no_folder, rendered, trained
 from text import SCENES, tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -87,7 +87,7 @@ class TextToImage(pl.LightningModule):
         super().__init__()
         self.steps, self.lr, self.transformer = steps, lr, transformer()
         self.clips = nn.ModuleList(
-            CLIPTextModelWithProjection.from_pretrained(ROOT / f"clip-{name}", dtype=torch.float32)
+            CLIPTextModelWithProjection.from_pretrained(trained("clip", name), dtype=torch.float32)
             for name in ("first", "second")
         ).requires_grad_(False)
         self.t5 = T5EncoderModel.from_pretrained(ROOT / "t5", dtype=torch.float32).requires_grad_(False)

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from rendered import ROOT, loads_as_float32, names_no_folder, rendered, without
+from rendered import ROOT, WEIGHTS, loads_as_float32, names_no_folder, rendered, trained, without
 from text import SCENES, Captioned, tokenizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from unlearning.config.precision import fast_autocast
 
 # B batch, N pictures; latents are (4, 16, 16).
-VAE = ROOT.parents[1] / "unlearning" / "weights" / "emoji_unet" / "vae"
+VAE = WEIGHTS / "emoji_unet" / "vae"
 
 
 def denoiser(width: int) -> UNet2DConditionModel:
@@ -111,7 +111,7 @@ def main(steps: int, batch: int, images: int, concepts: list[str]) -> None:
     if concepts:
         kept = without(concepts, contents)
         latents, contents = latents[kept], [contents[i] for i in kept]
-    module = TextToImage(CLIPTextModel.from_pretrained(ROOT / f"clip-first{suffix}", dtype=torch.float32), steps)
+    module = TextToImage(CLIPTextModel.from_pretrained(trained("clip", f"first{suffix}"), dtype=torch.float32), steps)
     data = Captioned(latents, contents, tokens, batch, dropped=0.1, padding="max_length")
     run = trainer(f"unet{suffix}", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
