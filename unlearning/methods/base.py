@@ -62,7 +62,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or images for a method that learns from images.
-        regulariser: What limits how far the weights move (training/regulariser.py; methods/regularisers.py); None for nothing.
+        regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
     """
 
     def __init__(
