@@ -19,7 +19,7 @@ the code's later stop at a similarity of 0.9, and its mean over all states of a 
 of their own are not used. Of several text encoders, the one whose states come first is attacked.
 """
 
-# S searches, C candidates of each, K tokens of each, V tokens that are allowed, W width of the states.
+# S searches, C candidates of each, K tokens of each, V tokens of the encoder, W width of the states.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class MMA(Attack):
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
         """The target sentences; with `transfer`, the prompts too."""
         free, prompts = FreeTokens.of(model, self.tokens), list(dict.fromkeys(row.prompt for row in rows))
-        states = model.text_states(model.encode_prompts(prompts))[free.encoder]
+        states = model.text_states(model.encode_prompts(prompts))[free.encoder].float()
         ends = (model.last_token(prompts, free.encoder) + 1).clamp(max=states.shape[1] - 1)
         targets = dict(zip(prompts, states[torch.arange(len(prompts)), ends], strict=True))
         return Observed(targets, self._found(free, task, rows, targets) if self.transfer else ())
@@ -132,7 +132,7 @@ class MMA(Attack):
 
         usable = [i for i in free.usable.tolist() if not _holds(free.texts[i], banned)]
         ids = self._start(free, usable, len(goals), banned)
-        allowed = torch.tensor(usable, device=ids.device)
+        allowed = torch.isin(torch.arange(len(free.embeds), device=ids.device), torch.tensor(usable, device=ids.device))
         best, highest = ids, similar(ids[:, None])[:, 0]
         course = [highest]
         for i in tqdm(range(self.iterations), "searching", leave=False):
@@ -158,16 +158,17 @@ class MMA(Attack):
         raise UserError(f"No prompt of {self.tokens} letters is without the banned words {', '.join(banned)}.")
 
     def _replacements(self, free: FreeTokens, ids: Tensor, goals: Tensor, allowed: Tensor) -> Tensor:
-        """The allowed tokens that promise most at each place, (S, K, top)."""
+        """Of the tokens that are allowed, (V,) bool, those that promise most at each place, (S, K, top)."""
         some, end = max(1, min(AT_ONCE[0] // free.length, AT_ONCE[1] // (self.tokens * len(allowed)))), free.end
+        top = min(self.top, int(allowed.sum()))
         found = []
         for few, goal in zip(ids.split(some), goals.split(some), strict=True):
             with torch.enable_grad():
                 v = free.embeds[few].requires_grad_()
                 similarity = F.cosine_similarity(free.states(v)[:, end], goal)
                 [gradient] = torch.autograd.grad(similarity.sum(), v)
-            gain = gradient @ free.embeds[allowed].T  # of one-hot tokens, (S, K, V)
-            found.append(allowed[gain.topk(min(self.top, len(allowed)), 2).indices])
+            gain = gradient @ free.embeds.T  # of one-hot tokens, (S, K, V)
+            found.append(gain.masked_fill(~allowed, -torch.inf).topk(top, 2).indices)
         return torch.cat(found)
 
     def _candidates(self, ids: Tensor, replacements: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ class FreeTokens:
         return self.place.filled({self.encoder: v}, [0] * len(v))
 
     def states(self, v: Tensor) -> Tensor:
-        """The encoder's states, (B, L, W), of prompts of token embeddings v, (B, K, D)."""
-        return self.model.text_states(self.model.encode(self.embedded(v)))[self.encoder]
+        """The encoder's states, (B, L, W) float32, of prompts of token embeddings v, (B, K, D)."""
+        return self.model.text_states(self.model.encode(self.embedded(v)))[self.encoder].float()
 
     @property
     def end(self) -> int:
