@@ -19,7 +19,7 @@ from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.data import openmoji
 from unlearning.errors import UserError
 from unlearning.reporting.figures import data_uri, encode, thumbnail
-from unlearning.reporting.formats import decimals, render_page
+from unlearning.reporting.formats import UNITS, decimals, quantity, render_page
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run
 from unlearning.store.files import read_state, write_atomically
 from unlearning.store.images import figure_paths
@@ -130,10 +130,12 @@ def _with_threshold(settings: object) -> dict | None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _show(metric: Metric, number: float | None, sign: str = "") -> str:
-    """A number of the metric, with as many decimals as its values need; `sign` is "+" for a change."""
+def _show(name: str, metric: Metric, number: float | None, sign: str = "") -> str:
+    """A number of the metric, with its unit or as many decimals as its values need; `sign` is "+" for a change."""
     if number is None:
         return "–"
+    if name in UNITS and not sign:
+        return quantity(name, number)
     places = decimals(value for value in (metric.value, metric.base) if value is not None)
     return f"{number:{sign},.{places}f}".replace("-", "−")
 
