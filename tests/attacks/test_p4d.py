@@ -7,11 +7,11 @@ import torch
 
 from tests.attacks.shots import found_by
 from unlearning.attacks.p4d import P4D, with_tokens
-from unlearning.attacks.tokens import Vocabulary
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import NegativePrompt
 from unlearning.sampling.sampler import Sampler
+from unlearning.sampling.tokens import Vocabulary
 
 SAMPLER = Sampler(steps=2, guidance_scale=2.0, batch_size=2)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.attacks.shots import found_by, rows
-from unlearning.attacks.tokens import Vocabulary
 from unlearning.attacks.unlearndiffatk import Draw, UnlearnDiffAtk, projected
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.comeback import attacked
 from unlearning.sampling.guidance import NegativePrompt
 from unlearning.sampling.sampler import Sampler
+from unlearning.sampling.tokens import Vocabulary
 
 SAMPLER = Sampler(steps=2, guidance_scale=2.0, batch_size=2)
 

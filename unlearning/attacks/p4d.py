@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from unlearning.attacks.base import Attack, prompts_of
 from unlearning.attacks.observed import latents_of
-from unlearning.attacks.tokens import Vocabulary
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite
 from unlearning.models.diffusion import DiffusionModel, Embedded
@@ -36,6 +35,7 @@ from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.guidance import begin, classifier_free
 from unlearning.sampling.inversion import Placeholder, noised, without_checkpointing
 from unlearning.sampling.sampler import Sampler
+from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.manifest import ManifestRow
 
 WORDS = 3  # of the prompt, before each token of P4D-K

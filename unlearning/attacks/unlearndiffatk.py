@@ -33,7 +33,6 @@ from tqdm import tqdm
 from unlearning.attacks.base import Attack
 from unlearning.attacks.denoising import denoising_loss
 from unlearning.attacks.observed import latents_of
-from unlearning.attacks.tokens import Vocabulary
 from unlearning.attacks.witness import Witness
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
@@ -41,6 +40,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Restored
 from unlearning.sampling.inversion import Noised, Placeholder, without_checkpointing
 from unlearning.sampling.sampler import Sampler
+from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.manifest import ManifestRow
 
 

@@ -1,16 +1,64 @@
-"""Prompts as the tokens of one text encoder, for attacks that search over them."""
+"""The tokens that attacks search: a vocabulary, prompts with free tokens in them, and prompts of nothing else."""
 
-# B prompts, K free tokens, V tokens of the encoder, D their width, L tokens and W width of its states.
-from collections.abc import Callable, Sequence
+# B prompts, k or K free tokens, V tokens of a vocabulary, D their width, L tokens and W width of an encoder's states.
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import DiffusionModel, Embedded
+from unlearning.models.diffusion import DiffusionModel, Embedded, Text
 from unlearning.sampling.inversion import Placeholder
 
 AT_ONCE = 2**15  # tokens that the encoder reads in one call
+
+
+class Vocabulary:
+    """The tokens of a model's first text encoder, and of all others that have the same.
+
+    Attributes:
+        tables: The token embeddings (V, D), by encoder.
+        texts: The text of each token; "" for one that cannot be typed.
+        typed: Which tokens can be typed, (V,) bool.
+    """
+
+    def __init__(self, model: DiffusionModel):
+        first, self.texts = model.token_table()
+        own = {part: model.token_table(part) for part in model.text_encoders}
+        self.tables = {part: table for part, (table, texts) in own.items() if texts == self.texts}
+        self.typed = torch.tensor([bool(text.strip()) for text in self.texts], device=first.device)
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        return "".join(self.texts[i] for i in ids).strip()
+
+    def embedded(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The embeddings (B, k, D) by encoder, of ids (B, k) or of mixtures of tokens (B, k, V)."""
+        if not tokens.is_floating_point():
+            return {part: table[tokens] for part, table in self.tables.items()}
+        return {part: tokens.to(table.dtype) @ table for part, table in self.tables.items()}
+
+    def filled(self, place: Placeholder, plain: Embedded, v: Mapping[str, Tensor], rows: Sequence[int]) -> Embedded:
+        """The prompts with the embeddings v at the places of a placeholder.
+
+        Args:
+            place: All prompts with k placeholders each.
+            plain: All prompts without, which an encoder of another vocabulary reads.
+            rows: Which B of the prompts.
+        """
+        text, rows = place.filled(v, rows), list(rows)
+        others = {part: e[rows] for part, e in plain.embeds.items() if part not in self.tables}
+        return Embedded(text.prompts, {**text.embeds, **others})
+
+    @staticmethod
+    def text(model: DiffusionModel, prompts: Sequence[str], given: Sequence[Mapping[str, Tensor]]) -> Text:
+        """Prompts with the token embeddings that some of them are given ("embeds.text_encoder", ...)."""
+        if not any(given):
+            return prompts
+        own = model.embed(prompts)
+        return Embedded(own.prompts, {
+            part: torch.stack([tensors.get(f"embeds.{part}", e[i]).to(e) for i, tensors in enumerate(given)])
+            for part, e in own.embeds.items()
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,10 +85,9 @@ class FreeTokens:
     def of(cls, model: DiffusionModel, count: int) -> "FreeTokens":
         """Prompts of `count` tokens. Raises UserError if they are more than the encoder reads, or it reads no text."""
         place = Placeholder.in_prompts(model, [" ".join(["{}"] * count)])
-        encoder = next(iter(model.text_states(model.encode_prompts([""]))))
-        embeds, texts = model.token_table(encoder)
-        usable = torch.tensor([i for i, text in enumerate(texts) if text.strip()], device=embeds.device)
-        return cls(model, encoder, place, embeds, texts, usable)
+        encoder, vocabulary = next(iter(model.text_states(model.encode_prompts([""])))), Vocabulary(model)
+        usable = vocabulary.typed.nonzero()[:, 0]
+        return cls(model, encoder, place, vocabulary.tables[encoder], vocabulary.texts, usable)
 
     def embedded(self, v: Tensor) -> Embedded:
         """Prompts of token embeddings v, (B, K, D)."""
