@@ -246,9 +246,10 @@ class Run:
         pl.seed_everything(self.seed, workers=True, verbose=False)
         stage, costs = f"attack {name}", self.folder / "cost.json"
         cost.forget(costs, stage)
-        observed = attack.observe(self.model, self.task, rows)
-        with cost.measured(costs, stage, self.model), erasure.applied_to(self.model):
-            result = attack.find(self.model, self.task, rows, observed)
+        with cost.measured(costs, stage, self.model):
+            observed = attack.observe(self.model, self.task, rows)
+            with erasure.applied_to(self.model):
+                result = attack.find(self.model, self.task, rows, observed)
         record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
         record |= {"victim": erasure.digest, "base": self.model.fingerprint, "seed": self.seed, "images": len(rows)}
         record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unlearning.attacks.cce import CCE, with_placeholder
+from unlearning.attacks.base import with_placeholder
+from unlearning.attacks.cce import CCE
 from unlearning.concepts import ATTACK, ERASE, RETAIN, Concept, Prompt, UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch

@@ -4,6 +4,7 @@ An attack sees the erased model as a model: it never learns which method erased,
 bit-identical.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -59,3 +60,10 @@ def concept_of(row: ManifestRow, task: UnlearningTask) -> str:
 def prompts_of(rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     """The first row of each prompt: for attacks that find one thing for all images of a prompt."""
     return list({row.prompt: row for row in reversed(rows)}.values())[::-1]
+
+
+def with_placeholder(prompt: str, name: str) -> str:
+    """The prompt with "{}" in the place of a concept's name, or before the prompt that does not have it."""
+    pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+    replaced, count = pattern.subn("{}", prompt)
+    return replaced if count else f"{{}} {prompt}"

@@ -22,7 +22,6 @@ model: a black-box attack.
 """
 
 # B batch, N images, C H W latent shape, D width of a text encoder.
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearning.attacks.base import Attack, concept_of, prompts_of
+from unlearning.attacks.base import Attack, concept_of, prompts_of, with_placeholder
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
@@ -192,13 +191,6 @@ class CCE(Attack):
     def _step(self, model: DiffusionModel, t: Tensor) -> Tensor:
         """The sampling step, counted from 0, at which a trajectory of `steps` steps is at t; t of any shape."""
         return ((1 - t / model.scheduler.config.num_train_timesteps) * self.steps).long()
-
-
-def with_placeholder(prompt: str, name: str) -> str:
-    """The prompt with "{}" in the place of a concept's name, or before the prompt that does not have it."""
-    pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
-    replaced, count = pattern.subn("{}", prompt)
-    return replaced if count else f"{{}} {prompt}"
 
 
 def _summary(losses: Sequence[float]) -> dict[str, float]:

@@ -23,8 +23,7 @@ from typing import Literal, get_args
 import yaml
 
 from unlearning import data
-from unlearning.attacks.base import Attack, concept_of
-from unlearning.attacks.cce import with_placeholder
+from unlearning.attacks.base import Attack, concept_of, with_placeholder
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.config.values import Count, Seed
 from unlearning.data.openmoji import OBJECTS
