@@ -236,6 +236,7 @@ class Run:
                 self._attack(name, attack, erasure).save(place)
             if first_rank():
                 record = json.dumps(comeback.read_record(place), indent=2)
+                (self.folder / "attacks").mkdir(exist_ok=True)
                 write_atomically(self.folder / "attacks" / f"{name}.json", record)
         wait_for_all_ranks()
 
