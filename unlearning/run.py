@@ -252,7 +252,7 @@ class Run:
             with erasure.applied_to(self.model):
                 result = attack.find(self.model, self.task, rows, observed)
         record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
-        record |= {"victim": erasure.digest, "base": self.model.fingerprint, "seed": self.seed, "images": len(rows)}
+        record |= {"victim": erasure.digest, "base": self.model.fingerprint, "seed": self.seed, "targets": len(rows)}
         record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}
         record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
         return replace(result, record=record)

@@ -215,5 +215,5 @@ def test_a_run_attacks_generates_and_measures(unlearn):
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"robustness/asr_cce", "robustness/asr_before_cce"} <= metrics.keys()
     record = json.loads((run / "attacks" / "cce.json").read_text())
-    assert record["access"] == "white" and record["images"] == 1 and record["cost"]["seconds"] >= 0
+    assert record["access"] == "white" and record["targets"] == 1 and record["cost"]["seconds"] >= 0
     assert [found["prompt"] for found in record["rows"]] == ["a photo of the x"]
