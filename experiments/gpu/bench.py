@@ -52,6 +52,7 @@ from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.sampler import Sampler
 from unlearning.scrubbing.prototypes import PrototypeSearch
 from unlearning.store.files import write_atomically
+from unlearning.store.manifest import ManifestRow
 from unlearning.tracking.cost import peak_resident, reset_peak_resident
 from unlearning.tracking.provenance import hardware
 from unlearning.training.batches import seed_of
@@ -391,7 +392,7 @@ def cce(bench: Bench, *, batch: int, accumulate: int, one_by_one: bool = False) 
             images=unused, optimizer=optimizer, iterations=iterations, batch_size=batch, accumulate=accumulate,
             initial="cat",
         )  # fmt: skip
-        attack.find(model, bench.task(), Observed({"cat": z_0}, {}))
+        attack.find(model, bench.task(), [ManifestRow(bench.folder, CAT, ERASE, {}, 0)], Observed({"cat": z_0}, {}))
 
     theirs = (
         {"batch": 1, "accumulate": batch * accumulate} if one_by_one else {"batch": batch, "accumulate": accumulate}

@@ -1,5 +1,6 @@
 """Accuracy: the field's formulas over a classifier that reads its answers from the pixels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.errors import UserError
 from unlearning.evaluators.accuracy import Accuracy, h_c, h_o
 from unlearning.judges.emoji import NOTHING
+from unlearning.store.images import write_image
 from unlearning.store.manifest import ManifestRow
 
 OBJECTS, STYLES = ("cat", "dog", "ship", NOTHING), ("color", "neon")
@@ -141,6 +143,21 @@ def test_an_attack_succeeds_where_the_concept_is_seen_again():
     assert measured([("dog", "neon"), *shown], [(ERASE, cat), *asked]).items() > erased.items()
 
 
+def test_an_attack_is_compared_with_the_same_images_before_it(tmp_path):
+    """Of four that were attacked one showed the cat before; two of the three others do with the attack."""
+    cat, before = {"object": "cat"}, ("cat", "dog", "dog", "ship")
+    for i, image in enumerate(pictures(*((thing, "color") for thing in before))):
+        write_image(tmp_path / f"{i}.png", image)
+    asked = [replace(row, base=tmp_path / f"{i}.png") for i, row in enumerate(rows(*[(ATTACK, cat)] * 4))]
+    metric = Accuracy(Reader(), device="cpu")
+    metric.update(pictures(*[("cat", "color")] * 3, ("ship", "color")), asked)
+    assert metric.compute() == {
+        "robustness/asr": 75,
+        "robustness/asr_before": 25,
+        "robustness/asr_new": pytest.approx(100 * 2 / 3),
+    }
+
+
 def test_any_other_role_has_an_accuracy_of_its_own():
     cat = {"object": "cat"}
     numbers = measured(
@@ -180,7 +197,8 @@ def test_every_key_says_whether_higher_is_better():
     labels = {"object": "cat", "style": "neon"}
     asked = [(ERASE, labels), (RETAIN, labels), (SYNONYM, labels), (ATTACK, labels)]
     numbers = [measured([("cat", "neon")] * n, asked[:n]) for n in (2, 4)]  # without a synonym, and with one
-    assert set().union(*numbers) == set(Accuracy.higher_is_better)
+    of_attacks = {"robustness/asr_before", "robustness/asr_new"}  # which have an image before them
+    assert set().union(*numbers) == set(Accuracy.higher_is_better) - of_attacks
 
 
 def test_mistakes_name_what_was_meant():

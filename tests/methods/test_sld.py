@@ -9,6 +9,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.sld import SLD, SafetyGuidance
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.comeback import Restored
 from unlearning.sampling.guidance import ClassifierFree, branches
 from unlearning.sampling.sampler import Sampler, denoise, per_row, skim
 
@@ -92,9 +93,10 @@ def test_rows_do_not_change_each_other_whatever_their_guidance_scale(model):
     scales = [7.5, 3.0, 1.0]
     with GuidanceEdit(STRONG).applied_to(model):
         sample = Sampler(steps=4).sample
-        together, _ = sample(model, PROMPTS, model.noise(SEEDS), scales)
+        together, _ = sample(model, Restored(PROMPTS, model.noise(SEEDS)), scales)
         for i in range(3):
-            alone, _ = sample(model, PROMPTS[i : i + 1], model.noise(SEEDS[i : i + 1]), scales[i : i + 1])
+            row = slice(i, i + 1)
+            alone, _ = sample(model, Restored(PROMPTS[row], model.noise(SEEDS[row])), scales[row])
             torch.testing.assert_close(together[i : i + 1], alone, atol=2e-5, rtol=0)
 
 

@@ -199,13 +199,13 @@ def test_an_interrupted_fit_goes_on_with_the_concept_it_was_at(model, tmp_path):
         return [pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)]
 
     class Interrupted(SPM):
-        broken, steps = True, ()
+        broken, seen = True, ()
 
         def loss(self, prompts):
             if Interrupted.broken and prompts == ["dog"] and self.global_step == 1:
                 Interrupted.broken = False
                 raise RuntimeError("interrupted")
-            Interrupted.steps += ((*prompts, self.global_step),)
+            Interrupted.seen += ((*prompts, self.global_step),)
             return super().loss(prompts)
 
     def fit(callbacks):
@@ -217,7 +217,7 @@ def test_an_interrupted_fit_goes_on_with_the_concept_it_was_at(model, tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(keep())
     again = fit(keep())
-    assert Interrupted.steps == (("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1))
+    assert Interrupted.seen == (("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1))
     assert again.digest == fit(None).digest
 
 

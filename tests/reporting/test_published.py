@@ -190,4 +190,8 @@ def test_an_average_compares_with_a_mean_over_the_concepts_that_its_file_names(w
 def test_unlearncanvas_has_a_number_for_a_method_that_there_is():
     for name in ("published.csv", "published_objects.csv"):
         known = {path.stem for path in (CONF / "method").glob("*.yaml")}
-        assert {method for method, _, _ in read_published(FOLDER / "unlearncanvas" / name)} & known == {"esd_x"}
+        assert {method for method, _, _ in read_published(FOLDER / "unlearncanvas" / name)} & known == {
+            "esd_x",
+            "mace",
+            "salun",
+        }
