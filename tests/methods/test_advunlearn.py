@@ -101,7 +101,7 @@ def test_the_search_brings_the_concept_back(model):
     """On an encoder that has moved, tokens are found with which the prediction is nearer to that of the concept."""
     torch.manual_seed(3)
     with Weights(PATTERN).of(model) as pair:
-        method = before_training(model, inner_steps=40, inner_lr=0.05)
+        method = before_training(model, inner_steps=40, inner_lr=0.05, attack_init="latest")
         method.teacher = pair.teacher
         with torch.no_grad():
             for p in pair.parameters.values():
@@ -114,7 +114,7 @@ def test_the_search_brings_the_concept_back(model):
 
 
 def test_fast_at_is_one_step_of_the_same_length_for_every_coordinate(model):
-    method = before_training(model, inner_steps=1, inner_lr=0.01, sign=True)
+    method = before_training(model, inner_steps=1, inner_lr=0.01, sign=True, attack_init="latest")
     at(method, model, ["ox"])
     start = method._adversary.delta["text_encoder"].detach().clone()
     method.attack(["ox"])

@@ -10,10 +10,10 @@ k adversarial tokens delta, searched before every step as what brings the concep
 where r are prompts to retain, and x_t and x_t' lie on the way to images of p and of r. delta are token embeddings, and
 need not be those of any word. The first `warmup_steps` steps are for p alone.
 
-Defaults are those of the authors' README, which trains both terms at once with gamma = 0.3; where it is silent, those
-of their script. attack_init=random begins each search anew, the default with what the last one found. Their fast AT, a
-step by the sign of the gradient, is `inner_steps=1 sign=true`. All weights of the encoder's layers and its final norm
-move, the token embeddings do not.
+Defaults are those of the command in the authors' README, which trains both terms at once with gamma = 0.3 and begins
+each search with random tokens; where it is silent, those of their script, whose own attack_init=latest begins with what
+the last search found. Their fast AT goes by the sign of the gradient, `sign=true`, with as many steps in the README.
+All weights of the encoder's layers and its final norm move, the token embeddings do not.
 
 Deviations:
 - The script's default is another: gamma = 1 and a step of the optimizer for each of the two terms (retain_train=iter).
@@ -89,7 +89,7 @@ class AdvUnlearn(ESD):
         tokens: k.
         inner_steps, inner_lr: Steps of Adam for delta before each step of the encoder, and their learning rate.
         sign: Whether they go by the sign of the gradient.
-        attack_init: Where each search begins: the "latest" delta, or a "random" one.
+        attack_init: Where each search begins: "random" tokens, or the "latest" delta.
         warmup_steps: Steps of the encoder before the first search.
         gamma: The weight of what is retained.
         retained: Its names; None for the task's.
@@ -104,7 +104,7 @@ class AdvUnlearn(ESD):
         inner_steps: Natural = 30,
         inner_lr: Positive = 1e-3,
         sign: bool = False,
-        attack_init: Literal["latest", "random"] = "latest",
+        attack_init: Literal["random", "latest"] = "random",
         warmup_steps: Natural = 200,
         gamma: NonNegative = 0.3,
         retained: tuple[str, ...] | None = None,
