@@ -178,6 +178,33 @@ def test_a_second_fit_is_the_same(model):
     assert digests[0] == digests[1]
 
 
+def test_an_interrupted_fit_goes_on_with_the_same_tokens(model, tmp_path):
+    def keep(folder):
+        keeper = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+        method = advunlearn(iterations=4, attack_init="latest", trajectory="reuse")
+        method._make_trainer = partial(method._make_trainer, enable_checkpointing=True, callbacks=[keeper])
+        return method
+
+    class Interrupting(AdvUnlearn):
+        def loss(self, prompts):
+            if self.global_step == 2 and not (tmp_path / "interrupted").exists():
+                (tmp_path / "interrupted").touch()
+                raise RuntimeError("interrupted")
+            return super().loss(prompts)
+
+    pl.seed_everything(7, verbose=False)
+    whole = keep(tmp_path / "whole").fit(model, TASK)
+    pl.seed_everything(7, verbose=False)
+    method = keep(tmp_path / "parts")
+    method.__class__ = Interrupting
+    with pytest.raises(RuntimeError, match="interrupted"):
+        method.fit(model, TASK)
+    pl.seed_everything(7, verbose=False)
+    method = keep(tmp_path / "parts")
+    method.__class__ = Interrupting
+    assert method.fit(model, TASK).digest == whole.digest
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_all_clip_encoders_are_attacked_and_trained(family, tmp_path):
     model = loaded(family, tiny.save(family, tmp_path))

@@ -170,6 +170,33 @@ def test_a_second_fit_is_the_same(model):
     assert digests[0] == digests[1]
 
 
+def test_an_interrupted_fit_goes_on_with_the_same_points(model, tmp_path):
+    def keep(folder):
+        keeper = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+        method = trce(iterations=4, trajectory="reuse")
+        method._make_trainer = partial(method._make_trainer, enable_checkpointing=True, callbacks=[keeper])
+        return method
+
+    class Interrupting(TRCE):
+        def loss(self, prompts):
+            if self.global_step == 2 and not (tmp_path / "interrupted").exists():
+                (tmp_path / "interrupted").touch()
+                raise RuntimeError("interrupted")
+            return super().loss(prompts)
+
+    pl.seed_everything(7, verbose=False)
+    whole = keep(tmp_path / "whole").fit(model, TASK)
+    pl.seed_everything(7, verbose=False)
+    method = keep(tmp_path / "parts")
+    method.__class__ = Interrupting
+    with pytest.raises(RuntimeError, match="interrupted"):
+        method.fit(model, TASK)
+    pl.seed_everything(7, verbose=False)
+    method = keep(tmp_path / "parts")
+    method.__class__ = Interrupting
+    assert method.fit(model, TASK).digest == whole.digest
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux", "pixart", "sana"])
 def test_other_families(family, tmp_path):
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
