@@ -110,14 +110,14 @@ class CCE(Attack):
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
         """Images of the concepts by the unedited model; with `transfer`, the words too."""
         latents = {concept.name: self._latents(model, task.prompt(concept.name)) for concept in task.erase}
-        words = {name: self._learned(model, name, z_0) for name, z_0 in latents.items()} if self.transfer else {}
+        words = {name: self.learned(model, name, z_0) for name, z_0 in latents.items()} if self.transfer else {}
         return Observed(latents, words)
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
     ) -> Comeback:
         rows = prompts_of(rows)
-        words = observed.words or {name: self._learned(model, name, z_0) for name, z_0 in observed.latents.items()}
+        words = observed.words or {name: self.learned(model, name, z_0) for name, z_0 in observed.latents.items()}
         concepts = [concept_of(row, task) for row in rows]
         prompts = [with_placeholder(row.prompt, concept) for row, concept in zip(rows, concepts, strict=True)]
         place = Placeholder.in_prompts(model, prompts)
@@ -138,7 +138,7 @@ class CCE(Attack):
     def _is_guided(self, model: DiffusionModel) -> bool:
         return self.guided and model.guidance is not None and not self.transfer
 
-    def _learned(self, model: DiffusionModel, name: str, latents: Tensor) -> Word:
+    def learned(self, model: DiffusionModel, name: str, latents: Tensor) -> Word:
         """The word for a concept, learned on the model from latents (N, C, H, W)."""
         v = {part: nn.Parameter(e.float()) for part, e in first_piece(model, self.initial).items()}
         place = Placeholder.in_prompts(model, self.prompts)

@@ -16,7 +16,7 @@ from unlearning.errors import UserError
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 
 AT_ONCE = 64  # prompts in one call of the text encoders
-Positions = Literal["last", "to_end", "from_first", "all"]
+Positions = Literal["last", "end", "to_end", "from_first", "all"]
 
 
 def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor:
@@ -95,8 +95,9 @@ def states(model: DiffusionModel, prompts: Sequence[str], positions: Positions) 
     """The text encoder's states of each prompt, one tensor (n, D) for each.
 
     Args:
-        positions: "last": the last word piece. "to_end": the last word piece and all that follows it, end of text and
-            padding. "from_first": the first word piece and all that follows. "all": the start of text, too.
+        positions: "last": the last word piece. "end": what follows it, the end of text. "to_end": the last word piece
+            and all that follows it, end of text and padding. "from_first": the first word piece and all that follows.
+            "all": the start of text, too.
     """
     distinct = list(dict.fromkeys(prompts))  # a hundred concepts may have one anchor
     by_prompt = dict(zip(distinct, _states(model, distinct, positions), strict=True))
@@ -111,8 +112,9 @@ def _states(model: DiffusionModel, prompts: Sequence[str], positions: Positions)
         lasts, pieces = model.last_token(batch).tolist(), model.word_pieces(batch)
         for row, last, own, end in zip(c.embeds, lasts, pieces, _ends(c), strict=True):
             first = min(own.start, end - 1)  # a null prompt may be one end of text
-            begin = {"last": last, "to_end": last, "from_first": first, "all": 0}[positions]
-            yield row[begin : last + 1 if positions == "last" else end]
+            after = min(last + 1, end - 1)  # a text may leave no place for its end
+            begin = {"last": last, "end": after, "to_end": last, "from_first": first, "all": 0}[positions]
+            yield row[begin : begin + 1 if positions in ("last", "end") else end]
 
 
 def _ends(c: Conditioning) -> list[int]:
