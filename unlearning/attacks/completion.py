@@ -19,8 +19,8 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Part
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Tensors
-from unlearning.sampling.guidance import Walk, begin
-from unlearning.sampling.sampler import Sampler, denoise, per_row
+from unlearning.sampling.guidance import Walk
+from unlearning.sampling.sampler import Sampler, denoise
 from unlearning.store.manifest import ManifestRow
 
 
@@ -42,9 +42,8 @@ class Completion(Attack[DiffusionModel, Tensor]):
         parts, size = [], self.images.batch_size
         for i in range(0, len(rows), size):
             batch = rows[i : i + size]
-            own = [self.images.guidance_scale if row.guidance_scale is None else row.guidance_scale for row in batch]
-            scale = own[0] if len(set(own)) == 1 else per_row(torch.tensor(own, device=model.device))
-            walk = begin(model, model.encode_prompts([row.prompt for row in batch]), scale)
+            c = model.encode_prompts([row.prompt for row in batch])
+            walk = self.images.begin(model, c, [row.guidance_scale for row in batch])
             path = denoise(model, model.noise([row.seed for row in batch]), walk, steps=self.images.steps)
             parts.append(next(islice(path, self._steps, None))[1])
         return torch.cat(parts)

@@ -1,7 +1,7 @@
 """UnlearnDiffAtk: To Generate or Not? (Zhang et al., ECCV 2024). https://arxiv.org/abs/2310.11868
 
-k tokens before the prompt are sought with which the erased model denoises the unedited model's image of the same prompt
-and seed best (eq. 5):
+The attack searches k tokens before the prompt with which the erased model best denoises the unedited model's image of
+the same prompt and seed (eq. 5):
 
     min_u E_eps || eps - eps_erased(z_t, t, tau([u; prompt])) ||^2.
 
@@ -16,7 +16,7 @@ what an undefended guidance makes of eps (attacks/denoising.py), as in CCE.
 The authors' loader leaves out prompts of more than 60 tokens (24 of its 142): `longest=60`. N before and after is in
 the record.
 
-Deviations: tokens without a text of their own, special ones among them, are not sought, so that what is found can be
+Deviations: tokens without a text of their own, special ones among them, are left out, so that the result can be
 typed; the projection is exact where theirs bisects; images are drawn with the evaluation's sampler, theirs with LMS;
 images of a batch share eps's timestep. An encoder with another vocabulary than the first (the T5 of SD3 and Flux) reads
 the prompt as it is.
@@ -154,8 +154,8 @@ class Search:
     def __init__(self, model: DiffusionModel, rows: Sequence[ManifestRow], k: int, place: str, optimizer: Callable):
         self.vocabulary, self._prompts = Vocabulary(model), [row.prompt for row in rows]
         words = " ".join(["{}"] * k)
-        self._order = (lambda words, prompt: f"{words} {prompt}") if place == "prefix" else (lambda w, p: f"{p} {w}")
-        self._place = Placeholder.in_prompts(model, [self._order(words, prompt) for prompt in self._prompts])
+        self._order = "{0} {1}" if place == "prefix" else "{1} {0}"
+        self._place = Placeholder.in_prompts(model, [self._order.format(words, prompt) for prompt in self._prompts])
         self._plain = model.embed(self._prompts)
         typed = self.vocabulary.typed.float()
         self.u = [nn.Parameter((typed / typed.sum()).repeat(k, 1)) for _ in rows]
@@ -179,7 +179,7 @@ class Search:
         return self.u[i].argmax(1).tolist()
 
     def prompt(self, i: int) -> str:
-        return self._order(self.vocabulary.decoded(self.ids(i)), self._prompts[i])
+        return self._order.format(self.vocabulary.decoded(self.ids(i)), self._prompts[i])
 
     @torch.no_grad()
     def tensors(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.errors import UserError
-from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.comeback import Restored, Tensors, restored
 from unlearning.sampling.guidance import Walk, begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
@@ -182,13 +182,16 @@ class Sampler:
             scales: A guidance scale for each image; None is the sampler's own.
         """
         c = batch.encoded(model)
-        own = [self.guidance_scale if scale is None else scale for scale in scales or [None] * len(c)]
-        scale = own[0] if len(set(own)) == 1 else per_row(torch.tensor(own, device=model.device))
-        walk = begin(model, c, scale)
+        walk = self.begin(model, c, scales)
         for _, x in self.trajectory(model, batch.noise, walk, batch.given):  # noqa: B007 (the last x is the image)
             pass
         decisions = [{k: v[i] for k, v in walk.decisions.items()} for i in range(len(c))]
         return model.decode(x), decisions
+
+    def begin(self, model: DiffusionModel, c: Conditioning, scales: Sequence[float | None] = ()) -> Walk:
+        """A walk of the model's guidance, with a guidance scale for each image; None is the sampler's own."""
+        own = [self.guidance_scale if scale is None else scale for scale in scales or [None] * len(c)]
+        return begin(model, c, own[0] if len(set(own)) == 1 else per_row(torch.tensor(own, device=model.device)))
 
     def trajectory(
         self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
