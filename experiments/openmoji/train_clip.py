@@ -16,9 +16,8 @@ import pytorch_lightning as pl
 import torch
 from rendered import ROOT, loads_as_float32, rendered, without
 from text import LENGTH, SCENES, Captioned, tokenizer
-from torch.utils.data import DataLoader
 from train_judge import degraded
-from training import trainer
+from training import loader, scheduled, trainer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from unlearning.data import openmoji
@@ -80,8 +79,7 @@ class Contrastive(pl.LightningModule):
         plain = [p for p in self.clip.parameters() if p.ndim < 2]
         groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps, pct_start=0.1)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return scheduled(optimizer, self, warmup=200, decay=0.9)
 
 
 @torch.no_grad()
@@ -131,7 +129,7 @@ def main(name: str, steps: int, batch: int, images: int, lr: float, concepts: li
         pictures, contents = pictures[kept], [contents[i] for i in kept]
     folder = ROOT / "clip" / "-".join([name, *(f"without-{c}".replace(" ", "-") for c in concepts)])
     data = Captioned(pictures, contents, tokens, batch)
-    trainer(f"clip-{folder.name}", steps).fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
+    trainer(f"clip-{folder.name}", steps).fit(module, loader(data), ckpt_path="last")
     module.eval()
     print(measured(module, tokens), flush=True)
     module.clip.to(torch.float16).save_pretrained(folder)

@@ -18,10 +18,10 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from rendered import ROOT, loads_as_float32, names_no_folder, rendered, trained
 from text import SCENES, tokenizer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from train_t5 import WIDTH, word_tokenizer
 from train_unet import VAE, encoded
-from training import trainer
+from training import loader, scheduled, trainer
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from unlearning.data.captioning import Content, caption
@@ -114,13 +114,10 @@ class TextToImage(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: max(0.01, min(1, (i + 1) / 500, (self.steps - i) / (0.4 * self.steps)))
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return scheduled(optimizer, self, warmup=500, decay=0.4)
 
 
-def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: bool) -> None:
+def main(steps: int, batch: int, images: int, lr: float, compile: bool) -> None:
     pl.seed_everything(0)
     torch.set_float32_matmul_precision("high")
     pictures, contents = rendered("train", images, scenes=SCENES)
@@ -135,7 +132,7 @@ def main(steps: int, batch: int, images: int, lr: float, workers: int, compile: 
     data = Batches(latents, contents, (tokens, words), batch)
     run = trainer("sd3", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
-    run.fit(module, DataLoader(data, batch_size=None, num_workers=workers, pin_memory=workers > 0), ckpt_path="last")
+    run.fit(module, loader(data), ckpt_path="last")
 
     folder = ROOT / "emoji_sd3"
     StableDiffusion3Pipeline(
@@ -155,6 +152,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--workers", type=int, default=0, help="processes that write captions")
     parser.add_argument("--compile", action="store_true", help="a tenth faster on a CPU, more on a GPU")
     main(**vars(parser.parse_args()))

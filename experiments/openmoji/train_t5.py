@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 from rendered import ROOT, rendered
 from text import PRINTABLE, SCENES
-from torch.utils.data import DataLoader, IterableDataset
-from training import trainer
+from torch.utils.data import IterableDataset
+from training import loader, scheduled, trainer
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from unlearning.data.captioning import Content, caption, vocabulary
@@ -86,8 +86,7 @@ class Filling(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps, pct_start=0.1)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return scheduled(optimizer, self, warmup=200, decay=0.9)
 
 
 def main(steps: int, batch: int, images: int) -> None:
@@ -95,7 +94,7 @@ def main(steps: int, batch: int, images: int) -> None:
     words = word_tokenizer()
     module = Filling(build(words), steps)
     _, contents = rendered("train", images, scenes=SCENES)
-    data = DataLoader(Gapped(contents, words, batch), batch_size=None)
+    data = loader(Gapped(contents, words, batch))
     trainer("t5", steps).fit(module, data, ckpt_path="last")
     module.t5.eval().save_pretrained(ROOT / "t5")
     words.save_pretrained(ROOT / "t5")

@@ -19,9 +19,8 @@ from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from rendered import ROOT, WEIGHTS, loads_as_float32, names_no_folder, rendered, trained, without
 from text import SCENES, Captioned, tokenizer
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from training import trainer
+from training import loader, scheduled, trainer
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from unlearning.config.precision import fast_autocast
@@ -51,7 +50,7 @@ def scheduler() -> DDIMScheduler:
 
 
 class TextToImage(pl.LightningModule):
-    def __init__(self, text_encoder: CLIPTextModel, steps: int, lr: float = 6e-4):
+    def __init__(self, text_encoder: CLIPTextModel, steps: int, lr: float):
         super().__init__()
         self.steps, self.lr, self.schedule = steps, lr, scheduler()
         self.unet = denoiser(text_encoder.config.hidden_size)
@@ -72,10 +71,7 @@ class TextToImage(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: max(0.01, min(1, (i + 1) / 200, (self.steps - i) / (0.25 * self.steps)))
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return scheduled(optimizer, self, warmup=200, decay=0.25)
 
 
 @torch.no_grad()
@@ -102,7 +98,7 @@ def pipeline(module: TextToImage, tokens: CLIPTokenizer, vae: AutoencoderKL) -> 
     )  # fmt: skip
 
 
-def main(steps: int, batch: int, images: int, concepts: list[str]) -> None:
+def main(steps: int, batch: int, images: int, lr: float, concepts: list[str]) -> None:
     pl.seed_everything(0)
     suffix = "".join(f"-without-{concept}".replace(" ", "-") for concept in concepts)
     pictures, contents = rendered("train", images, scenes=SCENES)
@@ -111,11 +107,12 @@ def main(steps: int, batch: int, images: int, concepts: list[str]) -> None:
     if concepts:
         kept = without(concepts, contents)
         latents, contents = latents[kept], [contents[i] for i in kept]
-    module = TextToImage(CLIPTextModel.from_pretrained(trained("clip", f"first{suffix}"), dtype=torch.float32), steps)
+    text_encoder = CLIPTextModel.from_pretrained(trained("clip", f"first{suffix}"), dtype=torch.float32)
+    module = TextToImage(text_encoder, steps, lr)
     data = Captioned(latents, contents, tokens, batch, dropped=0.1, padding="max_length")
     run = trainer(f"unet{suffix}", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
-    run.fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
+    run.fit(module, loader(data), ckpt_path="last")
     folder = ROOT / f"emoji_unet{suffix}"
     pipeline(module, tokens, vae).to(torch.float16).save_pretrained(folder)
     loads_as_float32(folder / "text_encoder" / "config.json")
@@ -128,5 +125,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--without", dest="concepts", nargs="*", default=[], help="objects or styles it never sees")
     main(**vars(parser.parse_args()))
