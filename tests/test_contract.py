@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +22,7 @@ from unlearning.config import instances
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
+from unlearning.methods.base import TrainedMethod
 from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.joint_attention import JointAttention
@@ -91,8 +93,17 @@ def unchanged(model: Model, weights: dict[str, torch.Tensor]) -> bool:
     return same and not any(p.requires_grad for p in model.named_parameters().values())
 
 
+@pytest.fixture(scope="module")
+def accelerator():
+    """What a Trainer does after a fit on an accelerator: it moves what it trained to another device."""
+    cpu = pl.LightningModule.cpu
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.LightningModule, "cpu", lambda m: m.to("meta") if isinstance(m, TrainedMethod) else cpu(m))
+        yield
+
+
 @pytest.fixture(scope="module", params=METHODS)
-def fitted(request, sd1, sd3, vqgan, tmp_path_factory):
+def fitted(request, sd1, sd3, vqgan, tmp_path_factory, accelerator):
     """(method's name, model, task, a function that generates its images, those before, method, erasure, weights)."""
     folder = tmp_path_factory.mktemp("run")
     chosen = [f"method={request.param}", f"model.path={sd1}", "concept=cat", "sampler.steps=2"]

@@ -1,15 +1,18 @@
 """The denoiser of emoji_unet: python experiments/openmoji/train_unet.py [--steps N] [--without cat]
 
-It learns from the states of a frozen CLIP (train_clip.py), as Stable Diffusion does. The noise-prediction loss of Ho et
-al. on the autoencoder's latents is weighted by min-SNR-5 (Hang et al., 2023). One caption in ten is dropped for
-guidance; weights are averaged. The learning rate is constant until the last quarter of the steps, so --steps can
-change when training continues.
+It learns from the states of a frozen CLIP (train_clip.py), as Stable Diffusion does. The loss is the noise prediction's
+(Ho et al., 2020) on the autoencoder's latents. As an error of x_0 its weight is the signal-to-noise ratio, at most 5
+(min-SNR; Hang et al., 2023) and at least 1 (Salimans and Ho, 2022, section 4). Without the lower bound, a short
+training leaves noisy steps worse than no prediction at all, and they decide what is drawn. One caption in ten is
+dropped for guidance; weights are averaged. The learning rate is constant until the last quarter of the steps, so that
+--steps can change when training continues.
 
 With --without, neither the denoiser nor its CLIP has ever seen an image or a caption of the concepts: the model that an
 eraser would have to reach. It needs the CLIP that `train_clip.py first --without` makes, and a VAE that is the same.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -50,10 +53,10 @@ def scheduler() -> DDIMScheduler:
 
 
 class TextToImage(pl.LightningModule):
-    def __init__(self, text_encoder: CLIPTextModel, steps: int, lr: float):
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, steps: int, lr: float):
         super().__init__()
         self.steps, self.lr, self.schedule = steps, lr, scheduler()
-        self.unet = denoiser(text_encoder.config.hidden_size)
+        self.unet = unet
         self.text_encoder = text_encoder.requires_grad_(False)
 
     def training_step(self, batch, batch_idx):
@@ -67,7 +70,7 @@ class TextToImage(pl.LightningModule):
         error = (self.unet(x_t, t, c).sample.float() - eps).pow(2).mean((1, 2, 3))
         snr = compute_snr(self.schedule, t)
         self.log("mse", error.mean(), prog_bar=True)
-        return (error * snr.clamp(max=5) / snr).mean()
+        return (error * snr.clamp(1, 5) / snr).mean()
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -98,7 +101,7 @@ def pipeline(module: TextToImage, tokens: CLIPTokenizer, vae: AutoencoderKL) -> 
     )  # fmt: skip
 
 
-def main(steps: int, batch: int, images: int, lr: float, concepts: list[str]) -> None:
+def main(steps: int, batch: int, images: int, lr: float, init: Path | None, concepts: list[str]) -> None:
     pl.seed_everything(0)
     suffix = "".join(f"-without-{concept}".replace(" ", "-") for concept in concepts)
     pictures, contents = rendered("train", images, scenes=SCENES)
@@ -108,7 +111,9 @@ def main(steps: int, batch: int, images: int, lr: float, concepts: list[str]) ->
         kept = without(concepts, contents)
         latents, contents = latents[kept], [contents[i] for i in kept]
     text_encoder = CLIPTextModel.from_pretrained(trained("clip", f"first{suffix}"), dtype=torch.float32)
-    module = TextToImage(text_encoder, steps, lr)
+    width = text_encoder.config.hidden_size
+    unet = UNet2DConditionModel.from_pretrained(init, torch_dtype=torch.float32) if init else denoiser(width)
+    module = TextToImage(text_encoder, unet, steps, lr)
     data = Captioned(latents, contents, tokens, batch, dropped=0.1, padding="max_length")
     run = trainer(f"unet{suffix}", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
@@ -126,5 +131,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--init", type=Path, help="a folder of an earlier denoiser to start from")
     parser.add_argument("--without", dest="concepts", nargs="*", default=[], help="objects or styles it never sees")
     main(**vars(parser.parse_args()))

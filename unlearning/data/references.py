@@ -3,6 +3,7 @@
 # B batch, H W height and width.
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,10 +77,11 @@ def of_folder(folder: Path) -> Reference:
         digest.update(path.read_bytes())
 
     def batches() -> Iterator[np.ndarray]:
-        for i in tqdm(range(0, len(paths), BATCH), f"real images of {folder.name}", leave=False):
-            images = [_pixels(path) for path in paths[i : i + BATCH]]
-            for shape in dict.fromkeys(image.shape for image in images):
-                yield np.stack([image for image in images if image.shape == shape])
+        with ThreadPoolExecutor() as pool:
+            for i in tqdm(range(0, len(paths), BATCH), f"real images of {folder.name}", leave=False):
+                images = list(pool.map(_pixels, paths[i : i + BATCH]))
+                for shape in dict.fromkeys(image.shape for image in images):
+                    yield np.stack([image for image in images if image.shape == shape])
 
     return Reference(f"{len(paths)} real of {folder.name} ({digest.hexdigest()[:8]})", batches)
 

@@ -1,6 +1,7 @@
 """The Inception network whose features FID and KID compare (Heusel et al., NeurIPS 2017), as clean-fid runs it."""
 
 # B batch, F features.
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,5 +49,6 @@ class Inception:
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, F) of images (B, H, W, 3) uint8, on the images' device."""
         images = torch.as_tensor(images)
-        resized = torch.from_numpy(np.stack([self.resize(image) for image in images.cpu().numpy()]))
+        with ThreadPoolExecutor() as pool:  # Pillow's filters let other threads work
+            resized = torch.from_numpy(np.stack(list(pool.map(self.resize, images.cpu().numpy()))))
         return self.network.to(images.device)(resized.permute(0, 3, 1, 2).float().to(images.device))

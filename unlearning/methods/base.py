@@ -7,7 +7,7 @@ methods, or does nothing.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Generic
+from typing import Generic, Self
 
 import pytorch_lightning as pl
 import torch
@@ -130,6 +130,10 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         self._constraints = self.constraints()
+
+    def cpu(self) -> Self:
+        """Itself, unmoved: a Trainer ends by moving what it trained to the CPU, but these weights are the model's."""
+        return self
 
     def losses(self, count: int, loss: Callable[..., Tensor] | None = None, first: int = 0) -> Iterator[Tensor]:
         """An objective, by default the method's own, on `count` batches from the `first` on, each with its own noise.
