@@ -35,6 +35,7 @@ from torchvision.models import inception_v3
 from experiments.gpu import architectures
 from experiments.speed import published
 from unlearning.attacks.cce import CCE, Observed
+from unlearning.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearning.codes.frequency import count_codes
 from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.data.generated import Generated
@@ -42,7 +43,9 @@ from unlearning.data.references import of_folder
 from unlearning.judges.inception import Inception
 from unlearning.methods.base import TrainedMethod
 from unlearning.methods.esd import ESD
+from unlearning.methods.rece import RECE
 from unlearning.methods.scrubber import Scrubber
+from unlearning.methods.speed import SPEED
 from unlearning.methods.spm import SPM
 from unlearning.methods.uce import UCE
 from unlearning.methods.unguide import UnGuide
@@ -380,6 +383,54 @@ def uce(bench: Bench, *, concepts: int, name: str = "SD1.4", dtype: torch.dtype 
     )
 
 
+def rece(bench: Bench, *, concepts: int) -> Sides:
+    model, words = bench.model("SD1.4"), bench.words[: bench.few(concepts)]
+    task = UnlearningTask(tuple(Concept(word, anchor="sky") for word in words))
+    return Sides(
+        lambda: bench.clocked(lambda: RECE().fit(model, task)),
+        lambda: bench.clocked(lambda: published.rece(model, words, ["sky"] * len(words), [""])),
+    )
+
+
+def speed(bench: Bench) -> Sides:
+    """SPEED's edit of many concepts: of as many by UCE as published."""
+    model, words = bench.model("SD1.4"), bench.words
+    erase, retain = ([Concept(w, anchor="sky") for w in part] for part in (words, (f"{w} s" for w in words)))
+    task = UnlearningTask(tuple(erase), tuple(retain))
+    return Sides(
+        lambda: bench.clocked(lambda: SPEED().fit(model, task)),
+        lambda: bench.clocked(lambda: published.uce(model, words, ["sky"] * len(words), [""])),
+    )
+
+
+def unlearndiffatk(bench: Bench) -> Sides:
+    """Iterations of UnlearnDiffAtk: eight images at once, or one; images are not drawn in them."""
+    model, N, iterations = bench.model("SD1.4"), bench.few(8), bench.size.iterations
+    z_0, unused = torch.randn(N, *model.latent_shape, device=bench.device), Sampler(steps=1, batch_size=N)
+
+    def find(optimizer: Callable, count: int) -> None:
+        attack = UnlearnDiffAtk(
+            images=unused, witness=Blind(), optimizer=optimizer, times=1, iterations=iterations, batch_size=count
+        )
+        rows = [ManifestRow(bench.folder, CAT, ERASE, {}, i) for i in range(count)]
+        attack.find(model, bench.task(), rows, z_0[:count])
+
+    def side(count: int) -> Run:
+        make = partial(torch.optim.Adam, lr=0.01)
+        return bench.stepping(make, lambda optimizer: find(optimizer, count), iterations * count)
+
+    return Sides(lambda: side(N), lambda: side(1))
+
+
+class Blind:
+    """A witness that never sees the concept."""
+
+    name, threshold = "blind", 0.5
+
+    def __call__(self, images: Tensor, rows: Sequence[ManifestRow]) -> list[float]:
+        return [0.0] * len(rows)
+
+
 def cce(bench: Bench, *, batch: int, accumulate: int, one_by_one: bool = False) -> Sides:
     """Steps of textual inversion with `batch` images, `accumulate` times; theirs perhaps with an image in a call."""
     model, N, iterations = bench.model("SD1.4"), bench.few(8), bench.size.iterations
@@ -474,6 +525,10 @@ ROWS = (  # the most important first
     Row("UCE, 1 concept: published", "edit", 8, one_edit, "≤ 1 s"),
     Row("UCE, 100 concepts: published", "edit", 12, partial(uce, concepts=100), "≤ 5 s"),
     Row("CCE, 4 × 4 images: published", "step", 25, partial(cce, batch=4, accumulate=4)),
+    Row("RECE, 1 concept: published", "edit", 8, partial(rece, concepts=1), "≤ 1 s"),
+    Row("RECE, 100 concepts: published", "edit", 30, partial(rece, concepts=100), "≤ 5 s"),
+    Row("SPEED, 100 concepts, as many retained: UCE as published", "edit", 15, speed, "≤ 5 s"),
+    Row("UnlearnDiffAtk, 8 images at once: one by one", "image and step", 20, unlearndiffatk, "≥ 4 ×"),
     points("UnGuide, fp32", 35, unguide),
     points("scrubber, fp32, batch 8", 35, scrubber),
     points("SPM, fp32", 40, spm),

@@ -1,8 +1,9 @@
 """The quality of the embedded generators: python experiments/openmoji/measure.py [overrides ...]
 
 The judge's accuracy on 20 images for each prompt, with the config's sampler (DDIM, 50 steps, guidance 7.5 for
-emoji_unet): the ten CIFAR-10 classes, all objects, their synonyms, and the styles. Also the judge's accuracy and the
-autoencoder's PSNR on held-out drawings, and sizes on disk. Images are stored, so that an interrupted measurement
+emoji_unet): the ten CIFAR-10 classes, all objects, synonyms, styles, wordings that no training had, and scenes
+of two objects, which are right if both are where one of the training's layouts has them. Also the judge's accuracy and
+the autoencoder's PSNR on held-out drawings, and sizes on disk. Images are stored, so that an interrupted measurement
 continues.
 """
 
@@ -21,14 +22,25 @@ from train_judge import IGNORED, labelled
 
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, Prompt, UnlearningTask
-from unlearning.data.captioning import with_article
-from unlearning.data.openmoji import CIFAR10, OBJECTS, STYLES
+from unlearning.data import openmoji
+from unlearning.data.captioning import UNSEEN, with_article
+from unlearning.data.openmoji import CIFAR10, LAYOUTS, OBJECTS, STYLES
+from unlearning.data.regions import crop
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest
 from unlearning.store.manifest import load_images, manifest
+
+SCENES_OF_TWO = "scenes of two"
+REACH = 0.22  # half of the side of an object's box, as a fraction of the image's side
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Fifty pairs of different objects."""
+    chosen = (np.random.default_rng(i).choice(list(OBJECTS), 2, replace=False) for i in range(50))
+    return [(str(a), str(b)) for a, b in chosen]
 
 
 def prompts() -> dict[str, list[Prompt]]:
@@ -45,7 +57,27 @@ def prompts() -> dict[str, list[Prompt]]:
         "all objects": [photo(name, name) for name in OBJECTS],
         "synonyms": [photo(synonym, name) for name, o in OBJECTS.items() for synonym in o.synonyms],
         "styles": [styled(name, style) for style in STYLES for name in CIFAR10],
+        "unseen wordings": [Prompt(text.format(name), RETAIN, {"object": name}) for text in UNSEEN for name in CIFAR10],
+        SCENES_OF_TWO: [Prompt(with_article(f"a {a} and a {b}"), RETAIN, {"object": f"{a}, {b}"}) for a, b in pairs()],
     }
+
+
+def both_shown(judge: EmojiJudge, images: np.ndarray, asked: list[tuple[str, ...]]) -> list[bool]:
+    """Whether each image shows both objects of its pair, side by side in one of the layouts of the training."""
+    side = images.shape[1]
+    crops = [
+        crop(image, tuple(round(side * v) for v in (x - REACH, y - REACH, x + REACH, y + REACH)))
+        for image in images
+        for centres, _ in LAYOUTS[2]
+        for x, y in centres
+    ]
+    names, probabilities = judge(torch.from_numpy(np.stack(crops)), "object")
+    seen = [names[best] for best in probabilities.argmax(1).tolist()]
+    per_image = 2 * len(LAYOUTS[2])
+    return [
+        any(sorted(seen[k : k + 2]) == sorted(pair) for k in range(i * per_image, (i + 1) * per_image, 2))
+        for i, pair in enumerate(asked)
+    ]
 
 
 def accuracies(
@@ -63,9 +95,15 @@ def accuracies(
         right: dict[str, list[bool]] = {}
         for i in range(0, len(rows), 100):
             batch = rows[i : i + 100]
-            names, probabilities = judge(torch.from_numpy(load_images(batch)), question)
-            for row, best in zip(batch, probabilities.argmax(1).tolist(), strict=True):
-                right.setdefault(row.labels[question], []).append(names[best] == row.labels[question])
+            images, asked_for = load_images(batch), [row.labels[question] for row in batch]
+            if name == SCENES_OF_TWO:
+                hits = both_shown(judge, images, [tuple(label.split(", ")) for label in asked_for])
+            else:
+                names, probabilities = judge(torch.from_numpy(images), question)
+                best = probabilities.argmax(1).tolist()
+                hits = [names[k] == label for k, label in zip(best, asked_for, strict=True)]
+            for label, hit in zip(asked_for, hits, strict=True):
+                right.setdefault(label, []).append(hit)
         results[name] = 100 * float(np.mean([hit for hits in right.values() for hit in hits]))
         worst = sorted(right, key=lambda label: np.mean(right[label]))[:5]
         print(
@@ -94,9 +132,12 @@ def main(overrides: list[str], images_per_prompt: int, seed: int) -> None:
     pictures, objects, styles = held_out.tensors
     named = [referee(b, "object")[1].argmax(1) for b in pictures.split(100)]
     styled = [referee(b, "style")[1].argmax(1) for b in pictures.split(100)]
+    asked = 4 * pairs()
+    scenes = [openmoji.scene(pair, "color", openmoji.rng_of("eval", 8, i)).image for i, pair in enumerate(asked)]
     numbers = {
         "judge, objects": 100 * (torch.cat(named) == objects).float().mean().item(),
         "judge, styles": 100 * (torch.cat(styled) == styles)[styles != IGNORED].float().mean().item(),
+        "judge, both objects of scenes": 100 * float(np.mean(both_shown(referee, np.stack(scenes), asked))),
         "autoencoder PSNR (dB)": psnr(model, pictures[:500]),
         "generator (MB)": megabytes(Path(cfg.model.path)),
         "judge (MB)": megabytes(Path(cfg.judge.classifier.path).parent),

@@ -188,27 +188,61 @@ class Scrubber(Loop):
 # The other methods and attacks.
 
 
+Pairs = Sequence[tuple[Tensor, Tensor, float]]  # states (N, D), states that they become, and a weight
+
+
+def edited(W: Tensor, pairs: Pairs, lamb: float) -> Tensor:
+    """UCE's solution (arXiv:2308.14761, eq. 7) for one map W (O, D): a sum over pairs, and an inverse."""
+    W, eye = W.float(), torch.eye(W.shape[1], device=W.device)
+    numerator, denominator = lamb * W, lamb * eye
+    for x, y, scale in pairs:
+        numerator = numerator + scale * (W @ y.T) @ x
+        denominator = denominator + scale * x.T @ x
+    return numerator @ torch.inverse(denominator)
+
+
 @torch.no_grad()
 def uce(
     model: DiffusionModel, concepts: Sequence[str], anchors: Sequence[str], preserved: Sequence[str]
 ) -> list[Tensor]:
-    """UCE (arXiv:2308.14761, eq. 7): sums and an inverse for each map, a prompt in each call of the text encoder."""
+    """UCE: each map is solved by itself, a prompt in each call of the text encoder."""
 
     def states(text: str, first: int) -> Tensor:
-        return model.encode_prompts([text]).embeds[0, first:]
+        return model.encode_prompts([text]).embeds[0, first:].float()
 
     c, c_star = ([states(text, int(model.last_token([text]))) for text in texts] for texts in (concepts, anchors))
     pairs = [(x[: len(y)], y[: len(x)], 1.0) for x, y in zip(c, c_star, strict=True)]
     pairs += [(x, x, max(0.1, 1 / len(preserved))) for x in (states(text, 0) for text in preserved)]
-    edited = []
-    for _, layer in model.text_projections():
-        W = layer.weight.float()
-        numerator, denominator = 0.5 * W, 0.5 * torch.eye(W.shape[1], device=W.device)
-        for x, y, scale in pairs:
-            numerator = numerator + scale * (W @ y.float().T) @ x.float()
-            denominator = denominator + scale * x.float().T @ x.float()
-        edited.append((numerator @ torch.inverse(denominator)).to(layer.weight.dtype))
-    return edited
+    maps = [layer.weight for _, layer in model.text_projections()]
+    return [edited(W, pairs, 0.5).to(W.dtype) for W in maps]
+
+
+@torch.no_grad()
+def rece(
+    model: DiffusionModel,
+    concepts: Sequence[str],
+    anchors: Sequence[str],
+    preserved: Sequence[str],
+    *,
+    repetitions: int = 3,
+    scale: float = 0.1,
+) -> list[Tensor]:
+    """RECE (arXiv:2407.12383, eq. 7 and 9): after UCE, the states that bring a concept back are found from sums over
+    all maps, and erased from each map."""
+    before = [layer.weight.float() for _, layer in model.text_projections()]
+    maps = [W.float() for W in uce(model, concepts, anchors, preserved)]
+    eye = torch.eye(before[0].shape[1], device=before[0].device)
+    for _ in range(repetitions):
+        pairs: list[tuple[Tensor, Tensor, float]] = []
+        for concept, anchor in zip(concepts, anchors, strict=True):
+            c, c_star = (model.encode_prompts([text]).embeds[0].float() for text in (concept, anchor))
+            gram = sum(W.T @ W for W in maps)
+            mixed = sum(W.T @ V for W, V in zip(maps, before, strict=True))
+            back = (torch.inverse(0.1 * eye + gram) @ mixed @ c.T).T
+            pairs.append((back, c_star, 1.0))
+        pairs += [(x, x, scale) for x in (model.encode_prompts([text]).embeds[0].float() for text in preserved)]
+        maps = [edited(W, pairs, scale) for W in maps]
+    return maps
 
 
 def textual_inversion(

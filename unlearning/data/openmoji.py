@@ -200,7 +200,7 @@ def picture(name: str, style: str, rng: Generator) -> Picture:
 
 
 # Centres and scale of two or three objects, far enough apart that none hides another.
-_LAYOUTS = {
+LAYOUTS = {
     2: [([(0.27, 0.5), (0.73, 0.5)], 0.56), ([(0.28, 0.3), (0.72, 0.7)], 0.56), ([(0.28, 0.7), (0.72, 0.3)], 0.56)],
     3: [([(0.27, 0.28), (0.73, 0.28), (0.5, 0.72)], 0.5), ([(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)], 0.5)],
 }
@@ -208,7 +208,7 @@ _LAYOUTS = {
 
 def scene(names: Sequence[str], style: str, rng: Generator) -> Picture:
     """Two or three objects side by side."""
-    layouts = _LAYOUTS[len(names)]
+    layouts = LAYOUTS[len(names)]
     centres, scale = layouts[rng.integers(len(layouts))]
     drawings = [str(rng.choice(OBJECTS[name].drawings)) for name in names]
     poses = [Pose.random(rng, x, y, scale) for x, y in centres]

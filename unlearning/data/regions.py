@@ -25,7 +25,7 @@ def with_regions(images: np.ndarray, rows: Sequence[ManifestRow]) -> tuple[np.nd
     pixels, expanded = [], []
     for image, row in zip(images, rows, strict=True):
         for region in row.regions:
-            pixels.append(_crop(image, region.box))
+            pixels.append(crop(image, region.box))
             concept = "" if region.role == RETAIN else row.concept
             expanded.append(replace(row, role=region.role, labels=region.labels, regions=(), concept=concept))
         if not row.regions:
@@ -34,7 +34,8 @@ def with_regions(images: np.ndarray, rows: Sequence[ManifestRow]) -> tuple[np.nd
     return np.stack(pixels), expanded
 
 
-def _crop(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+def crop(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The square around a box (left, top, right, bottom), with a margin, in the size of the image (H, W, 3) uint8."""
     height, width = image.shape[:2]
     left, top, right, bottom = box
     side = min((1 + 2 * MARGIN) * max(right - left, bottom - top), height, width)
