@@ -121,7 +121,8 @@ def main(steps: int, batch: int, images: int, lr: float, init: Path | None, conc
     folder = ROOT / f"emoji_unet{suffix}"
     pipeline(module, tokens, vae).to(torch.float16).save_pretrained(folder)
     loads_as_float32(folder / "text_encoder" / "config.json")
-    names_no_folder(folder / "vae" / "config.json")
+    for part in ("unet", "vae"):
+        names_no_folder(folder / part / "config.json")
     print("saved", folder)
 
 
