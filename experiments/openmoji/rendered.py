@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from unlearning.config.naming import slug
 from unlearning.data import openmoji
 from unlearning.data.captioning import Content
 
@@ -18,10 +19,14 @@ ROOT = Path(__file__).parents[2] / "outputs" / "openmoji"
 WEIGHTS = ROOT.parents[1] / "unlearning" / "weights"
 
 
-def trained(*name: str) -> Path:
-    """The folder of a part that was trained here, or else of the one that the package ships."""
-    own = ROOT.joinpath(*name)
-    return own if (own / "config.json").exists() else WEIGHTS.joinpath(*name)
+def trained(own: str, shipped: str) -> Path:
+    """The folder of a part that was trained here, below ROOT, or else of the one that the package ships."""
+    return ROOT / own if (ROOT / own / "config.json").exists() else WEIGHTS / shipped
+
+
+def without_suffix(concepts: Sequence[str]) -> str:
+    """What the names of models end with that never saw the concepts: "_without_cat"."""
+    return f"_without_{slug(concepts)}" if concepts else ""
 
 
 def _draw(job: tuple[str, int, int], **shares: float) -> tuple[np.ndarray, dict]:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from rendered import ROOT, trained
+from rendered import ROOT, WEIGHTS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
 from transformers import CLIPTokenizer
@@ -21,7 +21,7 @@ def tokenizer() -> CLIPTokenizer:
 
     It is made once and shipped, because pairs of equal frequency are merged in a random order.
     """
-    shipped, folder = trained("clip", "first"), ROOT / f"tokenizer-{LENGTH}"
+    shipped, folder = WEIGHTS / "emoji_unet" / "tokenizer", ROOT / f"tokenizer-{LENGTH}"
     if made_before := next((place for place in (shipped, folder) if place.exists()), None):
         return CLIPTokenizer.from_pretrained(made_before)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

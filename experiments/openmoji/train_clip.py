@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rendered import ROOT, loads_as_float32, rendered, without
+from rendered import ROOT, loads_as_float32, rendered, without, without_suffix
 from text import LENGTH, SCENES, Captioned, tokenizer
 from train_judge import degraded
 from training import loader, scheduled, trainer
@@ -127,7 +127,7 @@ def main(name: str, steps: int, batch: int, images: int, lr: float, concepts: li
     if concepts:
         kept = without(concepts, contents)
         pictures, contents = pictures[kept], [contents[i] for i in kept]
-    folder = ROOT / "clip" / "-".join([name, *(f"without-{c}".replace(" ", "-") for c in concepts)])
+    folder = ROOT / "clip" / f"{name}{without_suffix(concepts)}"
     data = Captioned(pictures, contents, tokens, batch)
     trainer(f"clip-{folder.name}", steps).fit(module, loader(data), ckpt_path="last")
     module.eval()

@@ -8,6 +8,7 @@ checkpoint.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -83,14 +84,15 @@ class Batches(IterableDataset):
 
 
 class TextToImage(pl.LightningModule):
-    def __init__(self, steps: int, lr: float):
+    def __init__(self, denoiser: SD3Transformer2DModel, steps: int, lr: float):
         super().__init__()
-        self.steps, self.lr, self.transformer = steps, lr, transformer()
+        self.steps, self.lr, self.transformer = steps, lr, denoiser
         self.clips = nn.ModuleList(
-            CLIPTextModelWithProjection.from_pretrained(trained("clip", name), dtype=torch.float32)
-            for name in ("first", "second")
+            CLIPTextModelWithProjection.from_pretrained(trained(own, f"emoji_sd3/{part}"), dtype=torch.float32)
+            for own, part in (("clip/first", "text_encoder"), ("clip/second", "text_encoder_2"))
         ).requires_grad_(False)
-        self.t5 = T5EncoderModel.from_pretrained(ROOT / "t5", dtype=torch.float32).requires_grad_(False)
+        t5 = trained("t5", "emoji_sd3/text_encoder_3")
+        self.t5 = T5EncoderModel.from_pretrained(t5, dtype=torch.float32).requires_grad_(False)
 
     @torch.no_grad()
     def conditioning(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
@@ -117,14 +119,15 @@ class TextToImage(pl.LightningModule):
         return scheduled(optimizer, self, warmup=500, decay=0.4)
 
 
-def main(steps: int, batch: int, images: int, lr: float, compile: bool) -> None:
+def main(steps: int, batch: int, images: int, lr: float, init: Path | None, compile: bool) -> None:
     pl.seed_everything(0)
     torch.set_float32_matmul_precision("high")
     pictures, contents = rendered("train", images, scenes=SCENES)
     vae, tokens, words = AutoencoderKL.from_pretrained(VAE), tokenizer(), word_tokenizer()
     latents = encoded(vae, pictures, f"{images}-{SCENES:g}-scenes")
     vae.register_to_config(shift_factor=0.0)  # which StableDiffusion3Pipeline adds unasked
-    module = TextToImage(steps, lr)
+    denoiser = SD3Transformer2DModel.from_pretrained(init, torch_dtype=torch.float32) if init else transformer()
+    module = TextToImage(denoiser, steps, lr)
     if not torch.cuda.is_available():
         F.scaled_dot_product_attention = attention
     if compile:
@@ -142,7 +145,8 @@ def main(steps: int, batch: int, images: int, lr: float, compile: bool) -> None:
     ).to(torch.float16).save_pretrained(folder)  # fmt: skip
     for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         loads_as_float32(folder / encoder / "config.json")
-    names_no_folder(folder / "vae" / "config.json")
+    for part in ("transformer", "vae"):
+        names_no_folder(folder / part / "config.json")
     print("saved", folder)
 
 
@@ -152,5 +156,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--init", type=Path, help="a folder of an earlier transformer to start from")
     parser.add_argument("--compile", action="store_true", help="a tenth faster on a CPU, more on a GPU")
     main(**vars(parser.parse_args()))

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from rendered import ROOT, WEIGHTS, loads_as_float32, names_no_folder, rendered, trained, without
+from rendered import ROOT, WEIGHTS, loads_as_float32, names_no_folder, rendered, trained, without, without_suffix
 from text import SCENES, Captioned, tokenizer
 from tqdm import tqdm
 from training import loader, scheduled, trainer
@@ -103,14 +103,16 @@ def pipeline(module: TextToImage, tokens: CLIPTokenizer, vae: AutoencoderKL) -> 
 
 def main(steps: int, batch: int, images: int, lr: float, init: Path | None, concepts: list[str]) -> None:
     pl.seed_everything(0)
-    suffix = "".join(f"-without-{concept}".replace(" ", "-") for concept in concepts)
+    suffix = without_suffix(concepts)
     pictures, contents = rendered("train", images, scenes=SCENES)
     vae, tokens = AutoencoderKL.from_pretrained(VAE), tokenizer()
     latents = encoded(vae, pictures, f"{images}-{SCENES:g}-scenes")
     if concepts:
         kept = without(concepts, contents)
         latents, contents = latents[kept], [contents[i] for i in kept]
-    text_encoder = CLIPTextModel.from_pretrained(trained("clip", f"first{suffix}"), dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(
+        trained(f"clip/first{suffix}", f"emoji_unet{suffix}/text_encoder"), dtype=torch.float32
+    )
     width = text_encoder.config.hidden_size
     unet = UNet2DConditionModel.from_pretrained(init, torch_dtype=torch.float32) if init else denoiser(width)
     module = TextToImage(text_encoder, unet, steps, lr)
