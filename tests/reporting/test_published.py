@@ -21,7 +21,7 @@ FILES = sorted(FOLDER.glob("*/published*.csv"))
 PERCENT = ("acc_e", "acc_g", "acc_s", "h_o", "ua", "ira", "cra", "aa", "clip_score")
 SLIPS = {  # rows whose parts do not give the whole that is printed beside them
     ("i2p/published.csv", "ce_sdwv", "nudity"),
-    ("unguide/published.csv", "ac", "airplane"),
+    ("unguide/published.csv", "concept_ablation", "airplane"),
     ("attacks/published.csv", "none", "nudity"),
 }
 
