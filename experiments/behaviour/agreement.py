@@ -18,7 +18,7 @@ from tabulate import tabulate
 from unlearning.reporting.published import read_published
 from unlearning.reporting.runs import FinishedRun, read_runs
 
-HERE = Path(__file__).parents[1]
+EXPERIMENTS = Path(__file__).parents[1]
 SAME = {"esd": "esd_x"}  # boards that do not say which of ESD's variants they compare
 FEWEST = 4
 
@@ -56,7 +56,7 @@ UPSIDE_DOWN = {"efficacy/ua"}  # a share of images without the concept, where ou
 def published(board: Board, metric: str) -> dict[str, float]:
     """The board's number of each method: its own average, or the mean of its concepts."""
     values: dict[str, list[float]] = {}
-    for (method, _, name), number in read_published(HERE / board.file).items():
+    for (method, _, name), number in read_published(EXPERIMENTS / board.file).items():
         if name == metric:
             values.setdefault(SAME.get(method, method), []).append(number.value)
     sign = -1 if metric in UPSIDE_DOWN else 1

@@ -1,12 +1,12 @@
 """P4D: Prompting4Debugging (Chin et al., ICML 2024). https://arxiv.org/abs/2309.06135
 
-The attack searches a prompt with which the erased model predicts what the unedited one predicts for the target prompt
-(eq. 4):
+The attack searches for a prompt with which the erased model predicts what the unedited one predicts for the target
+prompt (eq. 4):
 
     min_p || eps_erased(z_t, t, tau(p)) - eps(z_t, t, tau(P)) ||^2,     z_t: the unedited model's image of P, noised.
 
 p is made of tokens, as in PEZ (Wen et al., 2023): the gradient is taken at the tokens nearest to free vectors, by
-cosine, and moves the vectors. P4D-N (`kind=n`) searches 16 tokens in the place of the prompt; P4D-K (`kind=k`) puts one
+cosine, and moves the vectors. P4D-N (`kind=n`) searches for 16 tokens in the place of the prompt; P4D-K (`kind=k`) puts one
 after every third word of the prompt. An erasure that changes the guidance is attacked through it, as the authors do for
 SLD and the negative prompt: guided predictions are compared.
 

@@ -1,7 +1,7 @@
 """UnlearnDiffAtk: To Generate or Not? (Zhang et al., ECCV 2024). https://arxiv.org/abs/2310.11868
 
-The attack searches k tokens before the prompt with which the erased model best denoises the unedited model's image of
-the same prompt and seed (eq. 5):
+The attack searches for k tokens before the prompt with which the erased model best denoises the unedited model's image
+of the same prompt and seed (eq. 5):
 
     min_u E_eps || eps - eps_erased(z_t, t, tau([u; prompt])) ||^2.
 
