@@ -6,9 +6,9 @@ prompt (eq. 4):
     min_p || eps_erased(z_t, t, tau(p)) - eps(z_t, t, tau(P)) ||^2,     z_t: the unedited model's image of P, noised.
 
 p is made of tokens, as in PEZ (Wen et al., 2023): the gradient is taken at the tokens nearest to free vectors, by
-cosine, and moves the vectors. P4D-N (`kind=n`) searches for 16 tokens in the place of the prompt; P4D-K (`kind=k`) puts one
-after every third word of the prompt. An erasure that changes the guidance is attacked through it, as the authors do for
-SLD and the negative prompt: guided predictions are compared.
+cosine, and moves the vectors. P4D-N (`kind=n`) searches for 16 tokens in the place of the prompt; P4D-K (`kind=k`) puts
+one after every third word of the prompt. An erasure that changes the guidance is attacked through it, as the authors do
+for SLD and the negative prompt: guided predictions are compared.
 
 Deviations: the unedited model's predictions are made before the erasure is applied, for `samples` pairs (z_t, t) from
 which the search draws; the authors draw anew every time. They choose the best prompt every 50 iterations by a CLIP
