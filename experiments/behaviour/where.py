@@ -1,8 +1,10 @@
 """Where in a prompt the concept sits: python experiments/behaviour/where.py [model=emoji_unet ...]
 
-Of "a photo of the X", the text states of some positions are replaced by those of "a photo of the Y"; the judge says
-whether X or Y is drawn. Stable Diffusion, whose text encoder was frozen, hardly uses the padding; models whose encoder
-was trained with the denoiser put the meaning there (Padding Tone, Toker et al., NAACL 2025, arXiv:2501.06751).
+Of "a photo of the X", the text states of some positions are replaced by those of "a photo of the Y", or of the empty
+prompt; the judge says whether X or Y is drawn. The first asks what decides where two parts of a prompt disagree: in
+Stable Diffusion the end of the text, with which it also pads (Yi et al., NeurIPS 2024, arXiv:2405.15330). The second asks
+what is needed: a model with a frozen text encoder draws X without the padding, too (Padding Tone, Toker et al., NAACL
+2025, arXiv:2501.06751).
 """
 
 import argparse
@@ -25,46 +27,46 @@ PAIRS = (
     ("truck", "flower"),
     ("bird", "key"),
 )
-POSITIONS = ("word", "end of text", "word and end of text", "padding", "end of text and padding", "all after the word")
-
-
-def places(name: str, word: int, length: int) -> list[int]:
-    """The positions of a part of the prompt whose word is at `word`; the end of the text follows it."""
-    return {
-        "word": [word],
-        "end of text": [word + 1],
-        "word and end of text": [word, word + 1],
-        "padding": list(range(word + 2, length)),
-        "end of text and padding": list(range(word + 1, length)),
-        "all after the word": list(range(word, length)),
-    }[name]
+POSITIONS = {  # of a prompt, given the positions of its word and the number of all; the end of the text follows the word
+    "the word": lambda word, length: [word],
+    "the end of the text": lambda word, length: [word + 1],
+    "the word and the end": lambda word, length: [word, word + 1],
+    "the padding": lambda word, length: [*range(word + 2, length)],
+    "the end and the padding": lambda word, length: [*range(word + 1, length)],
+    "all from the word on": lambda word, length: [*range(word, length)],
+    "the words before the end": lambda word, length: [*range(1, word + 1)],
+}
+DONORS = ("a photo of the {}", "")
 
 
 @torch.inference_mode()
-def decided(model: DiffusionModel, sampler: Sampler, judge, name: str, pair: tuple[str, str], images: int) -> list[str]:
-    """What is drawn: "first", "second" or "other", for each of the images."""
-    prompts = [f"a photo of the {object_}" for object_ in pair]
-    first, second = model.encode_prompts(prompts).embeds
-    word, same = model.last_token(prompts).tolist()
-    if word != same:
-        raise ValueError(f"{pair} have different numbers of tokens")
-    mixed, where = first.clone(), places(name, word, len(first))
-    mixed[where] = second[where]
-    batch = Restored([prompts[0]] * images, model.noise(range(images)), [{"states": mixed}] * images)
+def drawn(
+    model: DiffusionModel, sampler: Sampler, judge, name: str, donor: str, pair: tuple[str, str], images: int
+) -> list[str]:
+    """What is drawn: "X", "Y" or "neither", for each of the images."""
+    prompt, other = f"a photo of the {pair[0]}", donor.format(pair[1])
+    states, donated = model.encode_prompts([prompt, other]).embeds
+    word, last = model.last_token([prompt, other]).tolist()
+    mixed = states.clone()
+    for position in POSITIONS[name](word, len(states)):
+        # The end of the text stands at its own position in each prompt
+        mixed[position] = donated[last + 1 if position == word + 1 else position]
+    batch = Restored([prompt] * images, model.noise(range(images)), [{"states": mixed}] * images)
     names, probabilities = judge(pixels(sampler.sample(model, batch)[0]), "object")
-    drawn = [names[i] for i in probabilities.argmax(1).tolist()]
-    return [{pair[0]: "first", pair[1]: "second"}.get(one, "other") for one in drawn]
+    return [{pair[0]: "X", pair[1]: "Y"}.get(names[i], "neither") for i in probabilities.argmax(1).tolist()]
 
 
 def main(overrides: list[str], images: int) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=overrides)
     model, sampler, judge = instantiate(cfg.model), instantiate(cfg.sampler), instantiate(cfg.judge.classifier)
-    print("| states of Y at | draws X | draws Y | neither | N |\n| --- | ---: | ---: | ---: | ---: |")
-    for name in POSITIONS:
-        drawn = [one for pair in PAIRS for one in decided(model, sampler, judge, name, pair, images)]
-        shares = (100 * drawn.count(kind) / len(drawn) for kind in ("first", "second", "other"))
-        print(f"| {name} | " + " | ".join(f"{share:.0f} %" for share in shares) + f" | {len(drawn)} |", flush=True)
+    print("| replaced | by those of | draws X | draws Y | neither | N |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for donor in DONORS:
+        for name in POSITIONS:
+            kinds = [one for pair in PAIRS for one in drawn(model, sampler, judge, name, donor, pair, images)]
+            shares = (f"{100 * kinds.count(kind) / len(kinds):.0f} %" for kind in ("X", "Y", "neither"))
+            source = f'"{donor.format("Y")}"'
+            print(f"| {name} | {source} | " + " | ".join(shares) + f" | {len(kinds)} |", flush=True)
 
 
 if __name__ == "__main__":
