@@ -51,7 +51,7 @@ from unlearning.training.checkpoints import key_of
 log = logging.getLogger(__name__)
 STAGES = get_args(Stage)
 SHARED = STAGES[:3]  # stages in which every process of a distributed run takes part
-BASE, ERASED, ATTACKED = "base", "erased", "attacked-"
+BASE, ERASED, ORACLE, ATTACKED = "base", "erased", "oracle", "attacked-"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Drawing:
     """A set of images that a run compares: what is applied to the model, and what is generated with it.
 
     Args:
-        name: "base", "erased" or "attacked-NAME"; the manifest is images/NAME.csv.
+        name: "base", "erased", "oracle" or "attacked-NAME"; the manifest is images/NAME.csv.
         erasures: Applied to the model, in this order.
         sampler: Draws it.
         attack: The folder of what an attack found; None for the task's own prompts.
@@ -148,6 +148,7 @@ class Run:
     def fit(self) -> None:
         """Finds the erasure, unless it is there. What another model or other settings left is deleted first."""
         self._record(seed=self.seed, model=self.model.fingerprint, data=self._data_key())
+        _ = self._oracle  # one that is missing ends the run before anything is trained
         target, begun = self.folder / "erasure", self.folder / ".fit"
         if not begun.exists() or begun.read_text() != self._fit_key():
             for old in (target, self.folder / "checkpoints", self.folder / "figures"):
@@ -192,6 +193,12 @@ class Run:
                 f"The erasure in {folder} was made from another model than {self.model.name}. Delete the folder to "
                 "make it again, or choose the model that it belongs to."
             )
+
+    @cached_property
+    def _oracle(self) -> Erasure | None:
+        """What makes of the model one that never knew the concept, if an evaluator compares with its images."""
+        oracles = [evaluator.oracle for evaluator in self.evaluators.values() if evaluator.oracle]
+        return oracles[0].fit(self.model, self.task) if oracles else None
 
     def _erasure(self) -> Erasure:
         """The run's finished erasure."""
@@ -267,7 +274,7 @@ class Run:
     # generate
 
     def _drawings(self) -> list[Drawing]:
-        """What this run generates and evaluates: base and erased first."""
+        """What this run generates: base and erased first, then what they are compared with, and what attacks find."""
         erasure = self._erasure()
         own = self.sampler
         attacked = [
@@ -279,7 +286,8 @@ class Run:
             )
             for name, attack in self.attacks.items()
         ]
-        return [Drawing(BASE, (), own), Drawing(ERASED, (erasure,), own), *attacked]
+        oracle = [Drawing(ORACLE, (self._oracle,), own)] if self._oracle else []
+        return [Drawing(BASE, (), own), Drawing(ERASED, (erasure,), own), *oracle, *attacked]
 
     def generate(self) -> None:
         """Generates the evaluation's images: with the base model, unless some run has, with the erased one, attacked.
@@ -347,14 +355,18 @@ class Run:
         if not pairs:
             raise UserError("No image could be generated; the warnings above say why.")
         kept = {name: [row for row in some if row.path.exists()] for name, some in rows.items()}
-        kept[BASE], kept[ERASED] = (list(side) for side in zip(*pairs, strict=True))
+        oracle = {row.path.name: row.path for row in kept.get(ORACLE, ())}
+        kept[BASE], kept[ERASED] = (
+            [replace(row, oracle=oracle.get(row.path.name)) for row in side] for side in zip(*pairs, strict=True)
+        )
+        failed = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
+        kept.pop(ORACLE, None)  # its images stand in the rows of the others
         for old in (self.folder / "images").glob(f"{ATTACKED}*.csv"):
             if old.stem not in kept:
                 old.unlink()
         for name, some in kept.items():
             write_manifest(self.folder / "images" / f"{name}.csv", map(with_decided, some))
             link_outputs(self.folder / "images" / name, [row for row in some if row.source])
-        failed = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
         count = self.folder / "images" / "failed"
         write_atomically(count, str(failed)) if failed else count.unlink(missing_ok=True)
 

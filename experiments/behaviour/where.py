@@ -2,9 +2,9 @@
 
 Of "a photo of the X", the text states of some positions are replaced by those of "a photo of the Y", or of the empty
 prompt; the judge says whether X or Y is drawn. The first asks what decides where two parts of a prompt disagree: in
-Stable Diffusion the end of the text, with which it also pads (Yi et al., NeurIPS 2024, arXiv:2405.15330). The second asks
-what is needed: a model with a frozen text encoder draws X without the padding, too (Padding Tone, Toker et al., NAACL
-2025, arXiv:2501.06751).
+Stable Diffusion the end of the text, with which it also pads (Yi et al., 2024, arXiv:2405.15330). The second asks what
+is needed: a model with a frozen text encoder draws X without the padding, too (Padding Tone, Toker et al., NAACL 2025,
+arXiv:2501.06751).
 """
 
 import argparse
@@ -27,7 +27,7 @@ PAIRS = (
     ("truck", "flower"),
     ("bird", "key"),
 )
-POSITIONS = {  # of a prompt, given the positions of its word and the number of all; the end of the text follows the word
+POSITIONS = {  # given the position of the prompt's word, which the end of the text follows, and the number of all
     "the word": lambda word, length: [word],
     "the end of the text": lambda word, length: [word + 1],
     "the word and the end": lambda word, length: [word, word + 1],

@@ -7,6 +7,7 @@ import shutil
 import nudenet
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests import tiny
@@ -167,6 +168,25 @@ def test_an_evaluator_that_measures_nothing_says_what_it_needs(told, tmp_path, c
     captions = ["dataset=coco30k", f"dataset.path={tmp_path}/coco.csv", "dataset.count=1"]
     assert "measured nothing: 1" in told(*captions, "evaluator=[clip_score,nudenet]", run="captions")
     assert capsys.readouterr().out.count("nudenet measured nothing") == 1
+
+
+def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, told, tmp_path, evaluations):
+    torch.manual_seed(7)
+    tiny.sd1().save_pretrained(tmp_path / "never")
+    compared = [*SMALL, "evaluator=fid_oracle", f"evaluator.fid_oracle.oracle.path={tmp_path / 'never'}"]
+    run = unlearn(*compared, "method=oracle", f"method.path={tmp_path / 'never'}", run="never")
+    assert evaluations() == 2 * pictures(3), "the erased model's images are the oracle's"
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["retention/fid_oracle"] == pytest.approx(0, abs=1e-3)
+    assert numbers["base/retention/fid_oracle"] > 1
+    erased = read_manifest(run / "images" / "erased.csv")
+    assert [row.oracle for row in erased] == [row.path for row in erased]
+
+    unlearn(*compared, *TRAIN, "method.iterations=3", run="esd")
+    assert evaluations() == 3 * FIT + pictures(3), "nothing is drawn again but what is erased"
+    missing = [*compared[:-1], f"evaluator.fid_oracle.oracle.path={tmp_path / 'nowhere'}"]
+    assert "train_unet.py --without" in told(*missing, *TRAIN, run="missing")
+    assert evaluations() == 0 and not (tmp_path / "missing" / "erasure").exists()
 
 
 def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, told):

@@ -9,6 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from unlearning.concepts import UnlearningTask
+from unlearning.methods.base import Method
 from unlearning.store.manifest import ManifestRow
 
 
@@ -25,12 +26,15 @@ class Evaluator(Metric):
         higher_is_better: The direction of each number that `compute` may give and that has one.
         needs: What is missing if `compute` gives nothing; for the warning.
         details: A JSON object for each image, to be kept beside the numbers.
+        oracle: Makes of the model one that never knew the concept, whose images the numbers compare with; None for an
+            evaluator that needs none.
     """
 
     full_state_update = False
     higher_is_better: ClassVar[dict[str, bool]] = {}
     needs: ClassVar[str] = "other images"
     details: Sequence[dict] = ()
+    oracle: Method | None = None
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)

@@ -20,6 +20,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from cleanfid.fid import frechet_distance
+from scipy.linalg import LinAlgWarning
 from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN, UnlearningTask
@@ -33,6 +34,7 @@ from unlearning.store.manifest import ManifestRow
 
 KEYS = {RETAIN: "fidelity/fid", ERASE: "fidelity/fid_e"}
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean (F,) and covariance (F, F)
+Moments = tuple[Tensor, Tensor, Tensor]
 
 
 class Features(Protocol):
@@ -77,7 +79,7 @@ class FID(Evaluator):
             if role not in KEYS:
                 raise unknown("role", role, KEYS)
         self.features, self.roles, self.count = features, tuple(roles), count
-        self.width = self._extract(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
+        self.width = width(features, self.device)
         self.given = Path(real).expanduser() if real else None
         if self.given and not self.given.exists():
             raise UserError(
@@ -110,10 +112,10 @@ class FID(Evaluator):
         """Chooses the real images of each role. Their features are extracted when a number needs them, once."""
         for role in self.roles:
             if role == RETAIN and self.given and self.given.is_file():
-                gaussian, stated = _read_statistics(self.given, self.features.name, self.width)
+                given, stated = _read_statistics(self.given, self.features.name, self.width)
                 unstated = "" if stated else " by an extractor that it does not name"
                 self._names[role] = f"{self.given.name} ({file_digest(self.given)[:8]}){unstated}"
-                self._real[role] = partial(_same, gaussian)
+                self._real[role] = partial(_same, given)
                 continue
             given = references.of_folder(self.given) if role == RETAIN and self.given else None
             reference = given or references.of_task(task, role, self.count)
@@ -127,34 +129,40 @@ class FID(Evaluator):
         for i, role in enumerate(self.roles):
             chosen = [j for j, row in enumerate(rows) if row.role == role]
             if chosen:
-                count, total, product = self._moments(images[chosen])
-                self.counts[i] += count
-                self.sums[i] += total
-                self.products[i] += product
+                for state, sum_ in zip(
+                    (self.counts, self.sums, self.products), self._moments(images[chosen]), strict=True
+                ):
+                    state[i] += sum_
 
     def compute(self) -> dict[str, float]:
         self._generated, numbers = self.counts.tolist(), {}
         for role, *generated in zip(self.roles, self.counts, self.sums, self.products, strict=True):
             if generated[0] >= 2 and role in self._real and (real := self._real[role]()):
-                numbers[KEYS[role]] = _distance(real, _gaussian(*generated))
+                numbers[KEYS[role]] = distance(real, gaussian(*generated))
         return numbers
 
     def _gaussian_of(self, reference: references.Reference) -> Gaussian | None:
         """The Gaussian of the real images; None for a single image."""
         parts = zip(*map(self._moments, reference.batches()), strict=True)
         count, total, product = (torch.stack(part).sum(0) for part in parts)
-        return _gaussian(count, total, product) if count >= 2 else None
+        return gaussian(count, total, product) if count >= 2 else None
 
-    def _extract(self, images: np.ndarray) -> Tensor:
-        return self.features(torch.as_tensor(images, device=self.device)).double()
-
-    def _moments(self, images: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """The number of images, the sum of their features x (F,), and the sum of x xᵀ (F, F)."""
-        x = self._extract(images)
-        return x.new_tensor(len(x)), x.sum(0), x.T @ x
+    def _moments(self, images: np.ndarray) -> Moments:
+        return moments(self.features, torch.as_tensor(images, device=self.device))
 
 
-def _gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:
+def width(features: Features, device: torch.device) -> int:
+    """F, the number of features."""
+    return features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=device)).shape[1]
+
+
+def moments(features: Features, images: Tensor) -> Moments:
+    """The number of images (B, H, W, 3) uint8, the sum of their features x (F,), and the sum of x xᵀ (F, F)."""
+    x = features(images).double()
+    return x.new_tensor(len(x)), x.sum(0), x.T @ x
+
+
+def gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:
     """Mean and unbiased covariance, from sums."""
     mean = total / count
     return mean.cpu().numpy(), ((product - count * mean.outer(mean)) / (count - 1)).cpu().numpy()
@@ -188,9 +196,11 @@ def _read_statistics(path: Path, extractor: str, width: int) -> tuple[Gaussian, 
     return (mean, covariance), stated is not None
 
 
-def _distance(real: Gaussian, generated: Gaussian) -> float:
+def distance(real: Gaussian, generated: Gaussian) -> float:
+    """Fréchet's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # clean-fid's sqrtm(disp=...)
+        warnings.simplefilter("ignore", LinAlgWarning)  # a singular product, of few images
         # The square root of a singular product can make a distance of 0 slightly negative. With the arguments in this
         # order, max keeps NaN.
         return max(float(frechet_distance(*real, *generated)), 0.0)

@@ -47,7 +47,7 @@ class Frame:
 
     Attributes:
         row: The row of the manifest.
-        images: By drawing: "base", "erased", and possibly another ("attacked-cce").
+        images: By drawing: "base", "erased", and possibly others ("oracle", "attacked-cce").
     """
 
     row: ManifestRow
@@ -55,8 +55,8 @@ class Frame:
 
     @property
     def attack(self) -> str:
-        """The name of the other drawing; "" if there is none."""
-        return next((name.removeprefix("attacked-") for name in self.images if name not in DRAWINGS), "")
+        """The name of the attack; "" if there is none."""
+        return next((name.removeprefix("attacked-") for name in self.images if name.startswith("attacked-")), "")
 
 
 def read_frames(run: Path) -> list[Frame]:
@@ -70,7 +70,10 @@ def read_frames(run: Path) -> list[Frame]:
     base, erased = (read_manifest(manifests.pop(name)) for name in DRAWINGS)
     if [(row.prompt, row.seed) for row in base] != [(row.prompt, row.seed) for row in erased]:
         raise UserError(f"{run / 'images'}: base.csv and erased.csv disagree. Run the generate stage again.")
-    frames = [Frame(b, {"base": a.path, "erased": b.path}) for a, b in zip(base, erased, strict=True)]
+    frames = [
+        Frame(b, {"base": a.path, "erased": b.path} | ({"oracle": b.oracle} if b.oracle else {}))
+        for a, b in zip(base, erased, strict=True)
+    ]
     attacked = [(name, row) for name, manifest in manifests.items() for row in read_manifest(manifest)]
     return [*frames, *(Frame(row, {**_origin(row, frames), name: row.path}) for name, row in attacked)]
 

@@ -49,7 +49,11 @@ def evaluation(
     if not rows or batch_size < 1:
         raise UserError(f"{label}: there are no images to measure ({len(rows)}, sampler.batch_size={batch_size}).")
     content = [
-        ([p and p.parts[-2:] for p in (row.path, row.base, row.source)], row.role, row.concept, row.labels, row.regions)
+        (
+            [p and p.parts[-2:] for p in (row.path, row.base, row.source)],
+            *([row.oracle.parts[-2:]] if row.oracle else []),
+            *(row.role, row.concept, row.labels, row.regions),
+        )
         for row in rows
     ]
     evaluator.reset()

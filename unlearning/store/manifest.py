@@ -24,7 +24,7 @@ from unlearning.errors import UserError
 from unlearning.store.files import digest, file_digest, write_atomically
 from unlearning.store.images import read_decided, read_images, write_image
 
-PATHS = ("path", "base", "source", "comeback")  # the columns that name files
+PATHS = ("path", "base", "source", "comeback", "oracle")  # the columns that name files
 JSON = ("labels", "decided", "regions")
 
 
@@ -46,6 +46,8 @@ class ManifestRow:
         regions: What is known to be in the input image.
         concept: The name of the erased concept that the image belongs to; "" if it belongs to none.
         comeback: A file with what an attack found for this image (`unlearning.sampling.comeback`).
+        oracle: The image of the model that never knew the concept, for the same prompt and seed; None if the run does
+            not compare with it.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class ManifestRow:
     regions: tuple[Region, ...] = ()
     concept: str = ""
     comeback: Path | None = None
+    oracle: Path | None = None
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -146,7 +149,7 @@ def load_images(rows: Sequence[ManifestRow], which: str = "path") -> np.ndarray:
     """The images of the rows, (N, H, W, 3) uint8.
 
     Args:
-        which: "path", or "base" or "source" if all rows have one.
+        which: "path", or "base", "source" or "oracle" if all rows have one.
 
     Raises:
         UserError: If an image cannot be read.
@@ -222,6 +225,7 @@ def read_manifest(path: Path) -> list[ManifestRow]:
             regions=tuple(Region(tuple(r.pop("box")), **r) for r in json.loads(cells.get("regions") or "[]")),
             concept=cells.get("concept") or "",
             comeback=file(cells.get("comeback")),
+            oracle=file(cells.get("oracle")),
         )
 
     with path.open(newline="") as text:

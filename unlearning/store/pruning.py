@@ -27,7 +27,7 @@ ABOUT = "about.json"
 SIGNED, NOTED = "drawn-by", "runs"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 DAY = 24 * 3600
-COLUMNS = ("path", "base", "source")  # the columns of a manifest that name images
+COLUMNS = ("path", "base", "source", "oracle")  # the columns of a manifest that name images
 
 
 def describe(folder: Path, about: Mapping[str, str]) -> None:
