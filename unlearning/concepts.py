@@ -106,6 +106,7 @@ class UnlearningTask:
         inputs: The evaluation's input images, for an image-to-image model. They replace `prompts`.
         forget_images: Images of the erased concepts for methods that learn from images, (H, W, 3) uint8; may be empty.
         retain_images: Images of other things, as above; may be empty.
+        retain_captions: Returns a caption for each of the retain images; None if unknown.
         forget_boxes: Returns, for each of the forget images, the boxes of the erased concepts in it; None if unknown.
         references: For a role, a function of a count n. It returns n real images (uint8) of what the prompts of this
             role ask for, or fewer if there are fewer: the reference set of an FID.
@@ -123,6 +124,7 @@ class UnlearningTask:
     inputs: Sequence[Input] = ()
     forget_images: Sequence[np.ndarray] = ()
     retain_images: Sequence[np.ndarray] = ()
+    retain_captions: Callable[[], Sequence[str]] | None = None
     forget_boxes: Callable[[], Sequence[Sequence[Box]]] | None = None
     references: dict[str, References] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()

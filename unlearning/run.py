@@ -213,7 +213,8 @@ class Run:
         settings = (decided.get("method"), decided.get("trainer"))
         before = [erasure.digest for erasure in self._before]
         files = [file_digest(Path(path)) for path, *_ in state(decided.get("method"))]  # which a method reads
-        data = (self._images, before, files) if files else (self._images, before)
+        captions = list(self.task.retain_captions()) if self.task.retain_captions else []
+        data = (self._images, before, *([files] if files else []), *([captions] if captions else []))
         return digest(self.model.fingerprint, self.model.numerics, settings, self.seed, known, *data)
 
     def _data_key(self) -> str:

@@ -313,6 +313,22 @@ def test_every_fifth_picture_is_set_apart(mugs, tmp_path):
     assert task.name == "mug" and [p.text for p in task.prompts] == ["a photo of the mug", "a photo of the cup"]
 
 
+def test_retain_images_have_the_captions_that_stand_beside_them(mugs, tmp_path):
+    (others := tmp_path / "others").mkdir()
+    for i in range(1, 11):
+        Image.new("RGB", (16, 16), (20 * i,) * 3).save(others / f"{i}.png")
+    assert folder("mug", str(mugs), str(others), size=16).retain_captions is None
+    for i in range(1, 11):
+        (others / f"{i}.txt").write_text(f"a grey\n of {20 * i} ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of text files
+        task = folder("mug", str(mugs), str(others), size=16)
+    assert task.retain_captions() == [f"a grey of {image[0, 0, 0]}" for image in task.retain_images]
+    (others / "1.txt").unlink()
+    with pytest.raises(UserError, match="no caption"):
+        folder("mug", str(mugs), str(others), size=16)
+
+
 def test_a_folder_may_show_several_concepts(mugs):
     task = folder(["mug", "jug"], str(mugs), size=16, synonyms={"jug": ["ewer"]}, others=["jug", "sky"])
     assert task.name == "mug+jug" and len(task.forget_images) == 8

@@ -83,7 +83,9 @@ def read(folder: str | Path, size: int) -> Images:
     entries = sorted(folder.rglob("*"))
     files = [p for p in entries if p.is_file()]
     paths = [p for p in files if p.suffix.lower() in SUFFIXES]
-    _warn_of_others(folder, [p for p in files if p.suffix.lower() not in SUFFIXES and not p.name.startswith(".")])
+    captions = {_caption_of(path) for path in paths}
+    others = [p for p in files if p.suffix.lower() not in SUFFIXES and not p.name.startswith(".")]
+    _warn_of_others(folder, [p for p in others if p not in captions])
     images = Images((), size)
     broken: dict[Path, object] = {p: _no_file(p) for p in entries if not p.is_file() and _no_file(p)}
     for path in tqdm(paths, f"checking {folder.name}", leave=False, disable=len(paths) < 1000):
@@ -121,6 +123,29 @@ def _warn_of_others(folder: Path, files: Sequence[Path]) -> None:
         counted = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common())
         hint = ". Save HEIC images as JPEG to use them" if {".heic", ".heif"} & kinds.keys() else ""
         warnings.warn(f"files in {folder} that are not images are ignored: {counted}{hint}", stacklevel=3)
+
+
+def _caption_of(image: Path) -> Path:
+    """Where an image's caption stands, if it has one: a text file of its name."""
+    return image.with_suffix(".txt")
+
+
+def _captions(images: Images) -> Callable[[], list[str]] | None:
+    """Reads the caption of each image; None if no image has one.
+
+    Raises:
+        UserError: If some images have a caption and others do not.
+    """
+    files = [_caption_of(path) for path in images.paths]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(files)} retain images have no caption: there is no {missing[0]}. Caption all "
+            "of them, or none."
+        )
+    return lambda: [" ".join(file.read_text(encoding="utf-8", errors="replace").split()) for file in files]
 
 
 def _check_disjoint(forget: Images, retain: Images) -> None:
@@ -171,7 +196,8 @@ def folder(
     Args:
         concept: The word for it in prompts, or several; methods that learn from text need it. The config's default is
             the name of the folder `forget`.
-        forget, retain: Folders of images that show the concepts, and of images that do not.
+        forget, retain: Folders of images that show the concepts, and of images that do not. A retain image may have a
+            caption, for methods that learn from captions: dog.txt beside dog.jpg.
         input: A folder of input images for an image-to-image model; what they show is not known.
         size: Side in pixels to which the images are cropped and resized: the model's.
         synonyms, anchor, others, template, images_per_prompt: As for a concept in free text
@@ -203,6 +229,7 @@ def folder(
         text,
         forget_images=forget_images,
         retain_images=retain_images,
+        retain_captions=_captions(retain_images),
         inputs=_inputs(inputs, Path(input).expanduser()) if input else (),
         skipped=inputs.broken,
         references={ERASE: real, RETAIN: real_retain},

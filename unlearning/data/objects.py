@@ -13,6 +13,7 @@ import numpy as np
 from unlearning.concepts import ERASE, RETAIN, SYNONYM, Concept, Prompt, References, UnlearningTask, concept_names
 from unlearning.config.values import Count, Natural, Template
 from unlearning.data import openmoji
+from unlearning.data.captioning import Content, caption
 from unlearning.data.openmoji import CIFAR10, OBJECTS
 from unlearning.errors import UserError, nearest, suggest
 
@@ -88,6 +89,11 @@ class TrainingImages(Sequence):
         """The images with their objects, boxes and masks."""
         return [self._picture(i) for i in range(self.size)]
 
+    def captions(self) -> list[str]:
+        """What is said about each image."""
+        rng = openmoji.rng_of("method", self.seed, len(self))
+        return [caption(Content.of(picture), rng) for picture in self.pictures]
+
     def _picture(self, i: int) -> openmoji.Picture:
         rng = openmoji.rng_of("method", self.seed, i)
         name, style = self.names[i % len(self.names)], str(rng.choice(self.styles))
@@ -135,6 +141,7 @@ def emoji_objects(
     erased = [known(name, list(OBJECTS), "object") for name in concept_names(concept)]
     retain = [name for name in OBJECTS if name not in (*CIFAR10, *erased)]
     measured = {ERASE: erased, RETAIN: [name for name in CIFAR10 if name not in erased]}
+    retained = TrainingImages(retain, retain, ["color"], pictures, seed=1) if retain else None
     return UnlearningTask(
         erase=tuple(as_concept(name, erased) for name in erased),
         retain=tuple(as_concept(name) for name in retain),
@@ -142,7 +149,8 @@ def emoji_objects(
         prompts=prompts(erased, template),
         images_per_prompt=images_per_prompt,
         forget_images=TrainingImages.of_each(erased, retain, ["color"], pictures, seed=0),
-        retain_images=TrainingImages(retain, retain, ["color"], pictures, seed=1) if retain else (),
+        retain_images=retained or (),
+        retain_captions=retained.captions if retained else None,
         references={role: reference_images(names) for role, names in measured.items() if names},
     )
 

@@ -49,6 +49,7 @@ def styles(
     references = {ERASE: reference_images(objects, erased)}
     if others:
         references[RETAIN] = reference_images(objects, others[:1])
+    retained = TrainingImages(shown, shown, others, pictures, seed=1) if others else None
     return UnlearningTask(
         erase=tuple(Concept(named(style), anchor=anchor) for style in erased),
         retain=tuple(Concept(named(style)) for style in others),
@@ -56,6 +57,7 @@ def styles(
         prompts=tuple(prompt(thing, style) for style in STYLES for thing in objects),
         images_per_prompt=images_per_prompt,
         forget_images=TrainingImages(shown, shown, erased, pictures, seed=0),
-        retain_images=TrainingImages(shown, shown, others, pictures, seed=1) if others else (),
+        retain_images=retained or (),
+        retain_captions=retained.captions if retained else None,
         references=references,
     )

@@ -1,0 +1,75 @@
+"""What becomes of an erased model that is trained further: does the concept stay away?
+
+    min E_{(x_0, p), eps, t} || eps - eps_theta(x_t, t, c(p)) ||^2,
+
+the loss of every diffusion model, on images x_0 and their captions p. Nothing is erased: `after=` names the erasure on
+top of which the training goes, and a sweep of `method.iterations` gives a curve. Two kinds of images:
+
+- retain: images of other things, with their captions: benign fine-tuning (SPQR, arXiv:2511.19558: 1000 to 5000 steps of
+  a LoRA, of cross-attention or of everything, on COCO). The concept may come back although no image shows it.
+- forget: a few images of the concept, prompted by its name: relearning. The measure is how much faster it is than on a
+  model that never knew the concept (method=oracle as the erasure before).
+"""
+
+# B batch, N images, C H W latent shape.
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearning.config.values import Count
+from unlearning.errors import UserError
+from unlearning.methods.base import TrainedMethod
+from unlearning.training.forget_retain import ForgetRetain, encoded, noised
+
+
+class FineTuning(TrainedMethod):
+    """
+    Args:
+        images: "retain" or "forget", see above.
+        count: How many of them; None takes all.
+    """
+
+    def __init__(self, *, images: Literal["retain", "forget"], count: Count | None, **training):
+        super().__init__(**training)
+        self.images, self.count = images, count
+
+    def data(self) -> ForgetRetain:
+        captioned = self._captioned()
+        self.captions = [caption for _, caption in captioned]
+
+        def find() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            x_0 = encoded(self.teacher, [image for image, _ in captioned])
+            return (x_0, torch.arange(len(x_0), device=x_0.device)), (x_0[:0],)
+
+        return ForgetRetain(find, self.batch_size, self.seed)
+
+    def _captioned(self) -> list[tuple]:
+        """Images and captions. Raises UserError if the dataset lacks them."""
+        images = (self.task.retain_images if self.images == "retain" else self.task.forget_images)[: self.count]
+        if not len(images):
+            raise UserError(f"This dataset has no {self.images} images to train on; dataset=folder has your own.")
+        captions = self._captions(len(images))
+        return list(zip(images, captions[: len(images)], strict=True))
+
+    def _captions(self, count: int) -> Sequence[str]:
+        if self.images == "retain":
+            if self.task.retain_captions is None:
+                raise UserError(
+                    "The retain images have no captions to learn from. dataset=folder reads them from text files "
+                    "with the images' names: dog.txt beside dog.jpg."
+                )
+            return self.task.retain_captions()
+        if len(self.task.erase) > 1:
+            raise UserError(
+                f"It is unknown which image shows which of {self.task.name}: relearn one concept at a time."
+            )
+        return [self.task.prompt(self.task.erase[0].name)] * count
+
+    def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
+        x_0, rows = batch["forget"]
+        x_t, t = noised(self.student, x_0)
+        c = self.student.encode_prompts([self.captions[i] for i in rows.tolist()])
+        return F.mse_loss(self.student.predict(x_t, t, c), self.student.to_prediction(x_0, x_t, t))
