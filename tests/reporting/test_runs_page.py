@@ -227,6 +227,26 @@ def test_attacked_images_stand_below_before_and_after(finished, runs):
     assert "attacked by cce" in text and row.count("<img") == 3 and row.count("not drawn") == 3
 
 
+def test_each_attack_has_a_bar_for_every_method_and_the_controls_come_first(finished, runs):
+    for method, asr in {"none": 90.0, "oracle": 10.0, "receler": 60.0}.items():
+        attacked = {f"robustness/asr{kind}_cce": asr for kind in ("", "_before", "_new")}
+        finished(f"runs/cat/{method}", measured(4.0, 90.0, **attacked), pictures("cat"), method=method)
+    text = scopes(page(runs).read_text())["cat"]
+    [bars] = re.findall(r'<figure class="panel bars">(.*?)</figure>', text, re.S)
+    assert re.findall(r'data-method="(\w+)"', bars) == ["none", "oracle", "receler"]
+    assert re.findall(r"width: ([\d.]+)%", bars) == ["90.0", "10.0", "60.0"]
+
+
+def test_a_setting_with_three_values_is_a_curve(finished, runs):
+    for steps in (10, 100, 1000):
+        config = {"method": {"iterations": steps}}
+        finished(f"runs/cat/{steps}", measured(steps / 10, 90.0), pictures("cat"), method="relearn", config=config)
+    text = scopes(page(runs).read_text())["cat"]
+    curves = re.findall(r'<figure class="panel course">(.*?)</figure>', text, re.S)
+    assert len(curves) == 2, "of what is forgotten, and of what is kept"
+    assert 'points="0.0,100.0 50.0,90.9 100.0,0.0 "' in curves[0], "on a logarithmic axis"
+
+
 def test_a_broken_run_is_named_and_the_page_goes_on(runs, caplog):
     (runs / "cat" / "uce" / "0" / "metrics.json").write_text("")
     assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "1"

@@ -1,4 +1,4 @@
-"""Plots as coordinates that a page draws as SVG: efficacy against retention, and learning curves.
+"""Plots as coordinates that a page draws as SVG: efficacy against retention, a metric along a setting, learning curves.
 
 In the first, each row of a table is a point, and up and to the right is best, whichever direction the metrics have. Its
 coordinates are percent of the plot from the lower left corner, so that a page of any width can draw them.
@@ -153,6 +153,49 @@ def _inside(box: Box) -> bool:
 
 def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+# --- a metric along a setting -----------------------------------------------------------------------------------------
+
+SPREAD = 10  # values whose largest is so many times the smallest stand on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Course:
+    """A metric along a numeric setting. `curves` are by name: (value, mean, x, y) with x and y percent, y downwards."""
+
+    setting: str
+    metric: str
+    curves: dict[str, list[tuple[float, float, float, float]]]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, setting: str, metric: str, curves: dict[str, dict[float, float]]) -> "Course":
+        """Of means by the setting's value, by name."""
+        values = sorted({value for curve in curves.values() for value in curve})
+        means = [mean for curve in curves.values() for mean in curve.values()]
+        low, high = min(means), max(means)
+        logarithmic = values[0] > 0 and values[-1] >= SPREAD * values[0]
+        scale = log10 if logarithmic else float
+        first, last = scale(values[0]), scale(values[-1])
+
+        def placed(curve: dict[float, float]) -> list[tuple[float, float, float, float]]:
+            return [
+                (
+                    value,
+                    mean,
+                    100 * (scale(value) - first) / (last - first),
+                    100 * (high - mean) / ((high - low) or 1.0),
+                )
+                for value, mean in sorted(curve.items())
+            ]
+
+        return cls(setting, metric, {name: placed(curve) for name, curve in curves.items()}, low, high)
+
+    @property
+    def values(self) -> list[float]:
+        return sorted({value for curve in self.curves.values() for value, *_ in curve})
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------

@@ -29,13 +29,16 @@ from unlearning.reporting.comparison import (
 )
 from unlearning.reporting.figures import SAMPLES, Sample, samples, thumbnail
 from unlearning.reporting.formats import BEST, UNITS, Cell, quantity, render_page
-from unlearning.reporting.plots import Panel, Plot, Point, learning_curves
+from unlearning.reporting.plots import Course, Panel, Plot, Point, learning_curves
 from unlearning.reporting.runs import UNEDITED, FinishedRun, by_purpose, purpose, read_runs
 from unlearning.store.files import write_atomically
 
 BEFORE = "the model before"
+CONTROLS = (UNEDITED, "oracle")
 IMAGES = 1000  # on a page, at most
 COLUMNS = 8  # of images, besides the base model's
+ALONG = 3  # values of a setting that make a curve, at least
+SUCCESS, BESIDES = "robustness/asr_", ("before_", "new_")  # an attack's success; the same without it, among new ones
 SAMPLED = 3  # concepts whose images stand beside the plot of all of them
 SIDE, QUALITY = 160, 75  # pixels; WebP's scale: at 60 thin lines fray, 90 doubles the bytes without visible gain
 
@@ -173,6 +176,31 @@ class Scope:
         return Plot.of(points, (name_x, name_y), (self.higher[x], self.higher[y]))
 
     @cached_property
+    def attacks(self) -> dict[str, list[tuple[Line, Cell]]]:
+        """Every row's success rate by attack, in percent; the controls come first."""
+        names = [m.removeprefix(SUCCESS) for m in self.comparison.columns if m.startswith(SUCCESS)]
+        lines = sorted(self.lines, key=lambda line: [*CONTROLS, line.method].index(line.method))
+        return {
+            name: [(line, cell) for line in lines if (cell := line.cells[SUCCESS + name]).values[0] is not None]
+            for name in names
+            if not name.startswith(BESIDES)
+        }
+
+    @cached_property
+    def courses(self) -> list[Course]:
+        """The metrics of the plot along each numeric setting, for rows that differ in nothing else."""
+        courses = []
+        for i, setting in enumerate(self.comparison.by):
+            for metric in filter(None, self.axes):
+                curves: dict[Key, dict[float, float]] = {}
+                for key, mean in self.comparison.columns[metric].means.items():
+                    if isinstance(key[i], int | float) and not isinstance(key[i], bool):
+                        curves.setdefault(key[:i] + key[i + 1 :], {})[float(key[i])] = mean.value
+                if long := {_joined(rest): curve for rest, curve in curves.items() if len(curve) >= ALONG}:
+                    courses.append(Course.of(setting, metric, long))
+        return courses
+
+    @cached_property
     def answers(self) -> list[Answer]:
         """What the page opens with."""
         forgets, keeps = self.axes
@@ -279,6 +307,11 @@ def _quantity(metric: str, cell: Cell) -> str:
     return quantity(metric, mean, error if isinstance(error, float) else 0.0)
 
 
+def _joined(key: Key) -> str:
+    """The values that a row has, as a name."""
+    return ", ".join(str(value) for value in key if value is not None)
+
+
 def _hues(methods: Iterable[str]) -> dict[str, int]:
     """A hue for each; neighbours are far apart."""
     return {method: (255 + round(i * 137.508)) % 360 for i, method in enumerate(methods)}
@@ -312,6 +345,8 @@ def page(folder: Path, to: Path | None = None) -> Path:
         runs=runs,
         methods=methods,
         hues=_hues(m for m in methods if m != UNEDITED),
+        hues_of=_hues,
+        controls=CONTROLS,
         seeds=len({run["seed"] for run in runs}),
         values=values,
         image=cache(lambda path: thumbnail(path, SIDE, "webp", quality=QUALITY)),  # some are shown twice
