@@ -23,7 +23,10 @@ RUN = [
 
 
 def test_two_processes_make_one_run(sd1, tmp_path):
-    """Every picture is drawn, once, and is the one that a single process draws with that erasure."""
+    """Every picture is drawn, once, and is the one that a single process draws with that erasure.
+
+    The erasure is the one that a process finds alone that accumulates two batches.
+    """
     command = [sys.executable, "-m", "unlearning", *RUN, f"model.path={sd1}", f"hydra.run.dir={tmp_path}/run"]
     two = [*command, "trainer=ddp", "trainer.devices=2", f"paths.store={tmp_path}/two"]
     done = subprocess.run(two, capture_output=True, text=True, timeout=240, cwd=tmp_path)
@@ -32,6 +35,12 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     assert len(shared) == 20 and all(row.path.exists() for row in shared)
     assert (tmp_path / "run" / "report.html").exists()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["efficacy/clip_score_e"] >= 0
+
+    accumulated = ["+trainer.accumulate_grad_batches=2", "stages=[fit]", f"hydra.run.dir={tmp_path}/alone"]
+    subprocess.run([*command[:-1], *accumulated], capture_output=True, text=True, timeout=240, cwd=tmp_path, check=True)
+    found, expected = (Erasure.load(tmp_path / run / "erasure").weights for run in ("run", "alone"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-7)
 
     one = [*command, f"paths.store={tmp_path}/one", "stages=[generate]"]  # of the erasure that the two have found
     subprocess.run(one, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=True)
