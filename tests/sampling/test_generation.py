@@ -25,10 +25,9 @@ class Model:
 class Steps:
     """A sampler of grey images, for whose larger batches there is no memory."""
 
-    batch_size = 8
-
-    def __init__(self, most: int = 100, step=lambda i: None, steps: int = 1):
+    def __init__(self, most: int = 100, step=lambda i: None, steps: int = 1, automatic: bool = False):
         self.most, self.step, self.steps, self.sizes = most, step, steps, []
+        self.batch_size, self.automatic = 8, automatic
 
     def draw(self, model, rows):
         self.sizes.append(len(rows))
@@ -62,6 +61,17 @@ def test_where_memory_is_too_small_half_a_batch_is_drawn_at_once_and_this_is_sai
 def test_where_memory_is_too_small_for_half_a_batch_the_setting_is_named(rows, trainer):
     with pytest.raises(UserError, match=r"sampler\.batch_size"):
         generate(Model(), Steps(most=3), rows, trainer)
+
+
+def test_an_automatic_batch_is_halved_until_it_fits_and_stays_so(rows, trainer, tmp_path):
+    sampler = Steps(most=2, automatic=True)
+    generate(Model(), sampler, rows, trainer)
+    assert not missing(rows) and sampler.sizes == [8, 4, *[2] * 10]
+    more = [ManifestRow(tmp_path / f"more{i}.png", "a cat", "erase", {}, i) for i in range(4)]
+    generate(Model(), sampler, more, trainer)
+    assert sampler.sizes[12:] == [2, 2]
+    with pytest.raises(UserError, match="for 1 images at once"):
+        generate(Model(), Steps(most=0, automatic=True), [ManifestRow(tmp_path / "last.png", "", "", {}, 0)], trainer)
 
 
 def test_sigterm_ends_a_batch_at_its_next_step(rows, trainer):

@@ -146,8 +146,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 yield (loss or self.loss)(self.trainer.datamodule.batch(k))
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        # Noise is a function of the step and of the batch's turn in it: an interruption changes nothing, and n processes
-        # learn what one does that accumulates n batches.
+        # Noise is a function of the step and of the batch's turn in it: an interruption changes nothing, and n
+        # processes learn what one does that accumulates n batches.
         turn = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
         torch.manual_seed(seed_of(self.seed, 0, self.global_step, turn))
         loss = self.loss(batch) + self.regulariser.penalty(self.pair.parameters, self.pair.start)

@@ -31,9 +31,9 @@ class Generation(pl.LightningModule):
     def __init__(self, model: Model, sampler: Sampler | Reconstruction):
         super().__init__()
         self.model: Any = model
-        self.sampler = sampler
+        self.sampler: Any = sampler
         self.left: list[ManifestRow] = []  # rows that another process was drawing already
-        self.halved = False  # whether memory was too small for a batch
+        self.size = sampler.batch_size  # half of it, once memory was too small
 
     def transfer_batch_to_device(self, batch: list[ManifestRow], device, dataloader_idx: int) -> list[ManifestRow]:
         return batch  # rows hold no tensors
@@ -59,28 +59,30 @@ class Generation(pl.LightningModule):
                 self.draw(mine)
 
     def draw(self, rows: list[ManifestRow]) -> None:
-        """Generates the rows' images and saves those that are finite.
+        """Generates the rows' images and saves those that are finite. Where memory is too small, the batch is halved.
 
         Raises:
-            UserError: If memory is too small, even for half of a batch.
+            UserError: If memory is too small for one image, or for half of a batch of the user's own size.
         """
-        size = self.sampler.batch_size
-        size = (size + 1) // 2 if self.halved else size
+        size = min(self.size, len(rows))
         try:
             for i in range(0, len(rows), size):
                 self._draw(rows[i : i + size])
             return
         except torch.OutOfMemoryError as error:
-            if self.halved or len(rows) == 1:
+            if size == 1 or (self.size < self.sampler.batch_size and not self.sampler.automatic):
                 raise UserError(
-                    f"The accelerator's memory is too small for {min(size, len(rows))} images at once. Less is needed "
+                    f"The accelerator's memory is too small for {size} images at once. Less is needed "
                     "with a smaller sampler.batch_size, model.attention_slicing=true or model.offload=true."
                 ) from error
-        self.halved = True  # outside of the handler, whose traceback holds tensors
-        log.warning(
-            "The accelerator's memory is too small for %d images at once; half as many are generated at once from here "
-            "on: sampler.batch_size=%d. It changes no image.", len(rows), (size + 1) // 2,
+        self.size = (size + 1) // 2  # outside of the handler, whose traceback holds tensors
+        level = logging.INFO if self.sampler.automatic else logging.WARNING
+        log.log(
+            level, "The accelerator's memory is too small for %d images at once; half as many are generated at once "
+            "from here on: sampler.batch_size=%d. It changes no image.", size, self.size,
         )  # fmt: skip
+        if self.sampler.automatic:
+            self.sampler.batch_size = self.size  # for the images that follow
         torch.cuda.empty_cache()
         self.draw(missing(rows))
 

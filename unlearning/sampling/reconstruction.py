@@ -3,6 +3,7 @@
 # B batch, H W height and width.
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class Reconstruction:
     """
 
     batch_size: Count = 16
+    automatic: ClassVar[bool] = False  # see Sampler
 
     manifest = staticmethod(manifest_of_inputs)
 

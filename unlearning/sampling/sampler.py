@@ -15,6 +15,7 @@ from unlearning.sampling.comeback import Restored, Tensors, restored
 from unlearning.sampling.guidance import Walk, begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
 
+MOST, USUAL = 64, 16  # images in a batch: more are no faster
 Schedule = Literal["diffusers", "paper"]
 Step = Callable[[SchedulerMixin, Tensor, Tensor, Tensor], Tensor]  # (scheduler, prediction, t, x_t) -> the next x
 
@@ -132,7 +133,8 @@ class Sampler:
         steps, guidance_scale: The field's protocol is 50 and 7.5.
         scheduler: A diffusers scheduler class, for the model's own noise schedule; by default the model's solver.
         schedule: Which of its timesteps are taken (see `denoise`).
-        batch_size: Images in one batch. It changes no image.
+        batch_size: Images in one batch. It changes no image. "auto" is as many as an accelerator's memory holds, up to
+            MOST, and USUAL on a CPU.
 
     Raises:
         UserError: For an unknown schedule.
@@ -144,11 +146,12 @@ class Sampler:
         guidance_scale: Finite = 7.5,
         scheduler: type[SchedulerMixin] | None = None,
         schedule: Schedule = "diffusers",
-        batch_size: Count = 16,
+        batch_size: Count | Literal["auto"] = 16,
     ):
         _check(schedule)  # now, because a sampler is first used when the fit is over
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
-        self.scheduler, self.batch_size = scheduler, batch_size
+        self.scheduler, self.automatic = scheduler, batch_size == "auto"  # then generation.py lowers it until it fits
+        self.batch_size = (MOST if torch.cuda.is_available() else USUAL) if batch_size == "auto" else batch_size
 
     @property
     def protocol(self) -> str:
