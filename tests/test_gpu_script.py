@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from experiments.gpu import architectures, bench
+from experiments.gpu import architectures, table
+from experiments.gpu.bench import Bench, Row, Sides
 from experiments.speed import published
 from tests import tiny
 from unlearning.codes.frequency import count_codes
@@ -26,14 +27,14 @@ def model(family: str = "sd1"):
 
 def run(folder, *arguments: str) -> tuple[int, dict[str, dict]]:
     """How many rows failed, and the rows on disk."""
-    failed = bench.main(["--tiny", "--device", "cpu", "--out", str(folder), *arguments])
+    failed = table.main(["--tiny", "--device", "cpu", "--out", str(folder), *arguments])
     files = [*folder.glob("*.json")]
     return failed, json.loads(files[0].read_text())["rows"] if files else {}
 
 
 def test_every_row_runs_on_tiny_models(tmp_path):
     failed, rows = run(tmp_path)
-    assert not failed and list(rows) == [row.name for row in bench.ROWS]
+    assert not failed and list(rows) == [row.name for row in table.ROWS]
     for row in rows.values():
         numbers = [row[k] for k in ("ours_s", "published_s", "ratio", "ours_bytes", "published_bytes")]
         assert all(math.isfinite(x) and x > 0 for x in numbers) and row["n"] >= 2 and row["ratio_se"] >= 0
@@ -47,13 +48,13 @@ def three_rows(monkeypatch):
     """Rows that take no time, of which the second fails; and how often each was measured."""
     measured = {"first": 0, "second": 0, "third": 0}
 
-    def sides(name: str, table: bench.Bench) -> bench.Sides:
+    def sides(name: str, _: Bench) -> Sides:
         measured[name] += 1
         if name == "second" and measured[name] == 1:
             raise RuntimeError("no memory")
-        return bench.Sides(lambda: lambda: 1.0, lambda: lambda: 2.0)
+        return Sides(lambda: lambda: 1.0, lambda: lambda: 2.0)
 
-    monkeypatch.setattr(bench, "ROWS", [bench.Row(n, "unit", 30, partial(sides, n)) for n in measured])
+    monkeypatch.setattr(table, "ROWS", [Row(n, "unit", 30, partial(sides, n)) for n in measured])
     return measured
 
 
@@ -82,9 +83,9 @@ def test_the_architectures_are_the_published_ones(name):
 
 def test_the_published_loop_trains_the_weights_that_ours_does(tmp_path):
     task, lr, settings = UnlearningTask((Concept("cat"),)), 1e-2, {"steps": 3, "guidance_scale": 3.0}
-    ours, table = model(), bench.Bench("cpu", tiny=True)
+    ours, bench = model(), Bench("cpu", tiny=True)
     method = ESD(
-        student=Weights("attn2"), optimizer=partial(torch.optim.Adam, lr=lr), trainer=table.trainer, iterations=3,
+        student=Weights("attn2"), optimizer=partial(torch.optim.Adam, lr=lr), trainer=bench.trainer, iterations=3,
         **settings,
     )  # fmt: skip
     torch.manual_seed(7)
@@ -110,9 +111,9 @@ def test_the_published_closed_form_gives_the_weights_that_ours_does(family):
 
 
 def test_the_published_count_of_codes_is_ours():
-    table = bench.Bench("cpu", tiny=True)
-    images = table.images(4, 64)
-    vqgan = table.vqgan()
-    counted = count_codes(vqgan, table.task(forget_images=images[:2], retain_images=images[2:]), table.trainer)
+    bench = Bench("cpu", tiny=True)
+    images = bench.images(4, 64)
+    vqgan = bench.vqgan()
+    counted = count_codes(vqgan, bench.task(forget_images=images[:2], retain_images=images[2:]), bench.trainer)
     theirs = published.count_codes(vqgan, images)
     assert counted.codes.sum(0).tolist() == [theirs[k] for k in range(len(vqgan.codebook))]
