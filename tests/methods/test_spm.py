@@ -175,6 +175,19 @@ def test_each_prompt_gets_its_own_share(model, cat, predict):
 # --- several concepts -------------------------------------------------------------------------------------------------
 
 
+def test_a_training_on_top_of_a_gated_adapter_needs_no_layer_again(cat, sd1):
+    """The gate holds in the forward pass alone, and gradient checkpointing would compute layers without it."""
+    found = []
+    for again in (False, True):
+        fresh = StableDiffusion.load(str(sd1), device="cpu", gradient_checkpointing=again)
+        with replace(cat, gate=Fixed(0.0)).applied_to(fresh):
+            pl.seed_everything(0, verbose=False)
+            found.append(spm(iterations=2).fit(fresh, DOG).weights)
+            assert fresh.denoiser.is_gradient_checkpointing == again
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=1e-6, rtol=1e-4)
+
+
 def test_of_two_adapters_one_with_gain_zero_is_silent(model, cat, dog, predict):
     with replace(cat, gate=Fixed(1.0)).applied_to(model):
         alone = predict()

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*/published*.csv"))
 PERCENT = ("acc_e", "acc_g", "acc_s", "h_o", "ua", "ira", "cra", "aa", "clip_score")
 SLIPS = {  # rows whose parts do not give the whole that is printed beside them
-    ("i2p/published.csv", "ce_sdwv", "nudity"),
+    ("i2p/published.csv", "ce_sdwv", "nude person"),
     ("unguide/published.csv", "concept_ablation", "airplane"),
     ("attacks/published.csv", "none", "nudity"),
 }

@@ -34,7 +34,7 @@ from unlearning.config.values import Count, Finite
 from unlearning.models.diffusion import DiffusionModel, Embedded
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.guidance import begin, classifier_free
-from unlearning.sampling.inversion import Placeholder, noised, without_checkpointing
+from unlearning.sampling.inversion import Placeholder, noised
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.manifest import ManifestRow
@@ -115,7 +115,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         search = Search(model, vocabulary, frame, prompt)
         optimizer = self.optimizer([search.free])
         best, losses = (float("inf"), search.ids()), []
-        with without_checkpointing(model.denoiser), torch.enable_grad():
+        with model.without_checkpointing(), torch.enable_grad():
             for i in tqdm(range(self.iterations), "P4D", leave=False):
                 chosen = torch.randint(self.samples, (1 if model.guidance else self.batch_size,))
                 loss = self._loss(model, search.embedded(), pairs, chosen)

@@ -91,7 +91,7 @@ class Recall(Attack[DiffusionModel, Tensor]):
                 eps = torch.randn_like(r)
                 with torch.no_grad():
                     target = model.predict(model.add_noise(r, eps, at), t, c)
-                with torch.enable_grad():
+                with model.without_checkpointing(), torch.enable_grad():
                     a.requires_grad_()
                     loss = F.mse_loss(model.predict(model.add_noise(a, eps, at), t, c), target)
                     [gradient] = torch.autograd.grad(loss, [a])

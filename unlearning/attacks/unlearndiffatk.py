@@ -38,7 +38,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Restored
-from unlearning.sampling.inversion import Noised, Placeholder, without_checkpointing
+from unlearning.sampling.inversion import Noised, Placeholder
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.manifest import ManifestRow
@@ -139,7 +139,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
     def _descend(self, model: DiffusionModel, search: "Search", left: list[int], z_0: Tensor, t: Tensor) -> None:
         """The iterations of a timestep. Each row has an optimizer of its own, so that no other row changes it."""
         z_0, at = z_0[left], t.expand(len(left))
-        with without_checkpointing(model.denoiser), torch.enable_grad():
+        with model.without_checkpointing(), torch.enable_grad():
             for _ in range(self.iterations):
                 z_t = model.add_noise(z_0, torch.randn_like(z_0), at)
                 z = Noised(torch.arange(len(left)), z_0, at, z_t)

@@ -6,6 +6,8 @@ methods, or does nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from itertools import chain
 from types import MappingProxyType
 from typing import Generic, Self
 
@@ -106,10 +108,10 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 "Most gradients are too small for float16: model.autocast=bfloat16, or trainer.precision=16-mixed, "
                 "which scales them."
             )
-        self.seed = torch.initial_seed()
-        key = checkpoints.key_of(self, model.state, task.erase, task.retain, task.template)
-        self.task = task
-        with self.moving.of(model) as pair:
+        self.seed, self.task = torch.initial_seed(), task
+        state = model.state
+        gated = model.without_checkpointing() if model.side else nullcontext()  # of an earlier erasure
+        with gated, self.moving.of(model) as pair:
             self.student, self.teacher, self.pair = pair.student, pair.teacher, pair
             # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
             self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in pair.parameters.items()})
@@ -120,13 +122,21 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                         f"trainer.precision={trainer.precision} would round the small steps of training away: "
                         f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
                     )
-                checkpoints.keep_under(trainer, key)
+                checkpoints.keep_under(trainer, self._key(trainer, state))
                 trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
                 return pair.erasure()
             finally:
                 del self.student, self.teacher, self.pair, self.task, self.weights
                 self._constraints: Mapping[str, Constraint] = {}
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
+
+    def _key(self, trainer: pl.Trainer, state: str) -> str:
+        """A digest of all that the training depends on, of a model in this state."""
+        task, course = self.task, (trainer.precision, trainer.accumulate_grad_batches, trainer.gradient_clip_val)
+        captions = task.retain_captions() if task.retain_captions else ()
+        images = [checkpoints.key_of(image) for image in chain(task.forget_images, task.retain_images)]
+        known = (task.erase, task.retain, task.template, images, captions)
+        return checkpoints.key_of(self, state, known, course, trainer.world_size)
 
     def setup(self, stage: str) -> None:
         self._constraints = self.constraints()

@@ -359,6 +359,22 @@ class DiffusionModel(Model):
             for side in self.side.values():
                 side.gain = side.t = None
 
+    @contextmanager
+    def without_checkpointing(self) -> Iterator[None]:
+        """Switches gradient checkpointing off.
+
+        What a view of the model or a conditioning sets for a forward pass (a snapshot's weights, the gains of side
+        modules) does not hold when a layer is computed again in the backward pass.
+        """
+        on = self.denoiser.is_gradient_checkpointing
+        if on:
+            self.denoiser.disable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if on:
+                self.denoiser.enable_gradient_checkpointing()
+
     def _within_weights(self, call: Callable[[], Conditioning]) -> Conditioning:
         """`call()`, during which the text encoders have a snapshot's weights."""
         encoders = self.text_encoders

@@ -6,12 +6,10 @@ v may be token embeddings of a placeholder in prompts, or the text encoder's sta
 """
 
 # B batch, N images, C H W latent shape, P prompts, L tokens of an encoder, D its width.
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,7 +67,7 @@ def invert(
     """
     parameters, losses = list(parameters), []
     steps = optimizer(parameters)
-    with without_checkpointing(model.denoiser), torch.enable_grad():
+    with model.without_checkpointing(), torch.enable_grad():
         for i in tqdm(range(iterations), "inverting", leave=False):
             steps.zero_grad()
             total = 0.0
@@ -82,23 +80,6 @@ def invert(
             steps.step()
             losses.append(total)
     return losses
-
-
-@contextmanager
-def without_checkpointing(denoiser: ModelMixin) -> Iterator[None]:
-    """Switches gradient checkpointing off.
-
-    What a view of the model or a conditioning sets for a forward pass (a snapshot's weights, the gains of side modules)
-    does not hold when a layer is computed again in the backward pass.
-    """
-    on = denoiser.is_gradient_checkpointing
-    if on:
-        denoiser.disable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if on:
-            denoiser.enable_gradient_checkpointing()
 
 
 @dataclass(frozen=True)

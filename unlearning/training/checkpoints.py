@@ -1,11 +1,13 @@
 """Where an interrupted fit goes on: a folder of checkpoints for everything that the fit depends on."""
 
 import functools
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -67,10 +69,18 @@ def _described(value: object) -> object:
             return [_described(value.func), _described(value.args), _described(value.keywords)]
         case None | bool() | int() | float() | str():
             return value
-        case list() | tuple() | set():
+        case list() | tuple():
             return [_described(v) for v in value]
+        case set() | frozenset():
+            return sorted(map(repr, map(_described, value)))
+        case torch.Tensor():
+            return [str(value.dtype), _described(value.detach().cpu().float().numpy())]
+        case np.ndarray():
+            return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
         case dict():
             return {str(k): _described(v) for k, v in value.items()}
+    if isinstance(protocol := getattr(value, "protocol", None), str):  # a sampler's: its batch size changes nothing
+        return [path_of(type(value)), protocol]
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     own = {k: v for k, v in vars(value).items() if not k.startswith("_")} if hasattr(value, "__dict__") else str(value)
