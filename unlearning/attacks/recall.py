@@ -1,7 +1,7 @@
 """RECALL: an image prompt that the erased model completes to the concept (Li et al., 2025). arXiv:2507.07139
 
-An image of the concept by the unedited model, r in latents, is blended with noise, a = 0.25 r + 0.75 n, and moved
-towards what the erased model hears in r: at each of the timesteps, from the noisiest on, over several iterations,
+An image of the concept by the unedited model, r in latents, is blended with noise, a = 0.25 r + 0.75 n, and optimised
+to give the erased model's prediction for r: at each of the timesteps, from the noisiest on, over several iterations,
 
     L(a) = || eps_erased(noised r, t, prompt) - eps_erased(noised a, t, prompt) ||^2,
 

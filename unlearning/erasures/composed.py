@@ -43,7 +43,10 @@ class Composed(Erasure):
 
     def usage(self, base: Model) -> str:
         steps = (f"### Step {i + 1}\n\n{part.usage(base)}" for i, part in enumerate(self.parts))
-        prefixed = "Tensors of step n have the prefix `n.` here, from `0.` on; without it they are named as below."
+        prefixed = (
+            "Tensors of step n have the prefix `n.` here, from `0.` on; without it they are named as below. In the "
+            'code below, `erasure` is `Erasure.load(Path(".")).parts[n]`.'
+        )
         return "\n\n".join([f"{len(self.parts)} edits, in this order. {prefixed}", *steps])
 
     def _settings(self) -> dict:

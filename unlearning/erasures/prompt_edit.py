@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.erasures.base import NOT_IN_NETWORKS, Erasure, as_json, from_json
 from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
+from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class ConditioningEdit(ABC):
@@ -48,9 +49,11 @@ class PromptEdit(Erasure):
 
     def usage(self, base: Model) -> str:
         how = json.dumps(self._settings(), indent=2)
+        stated = f"An edit of the text encoder's states, with these settings:\n\n```json\n{how}\n```\n\n"
+        if type(base) is not StableDiffusion:  # pipelines of other families want pooled states too
+            return stated + NOT_IN_NETWORKS
         return (
-            f"An edit of the text encoder's states, with these settings:\n\n```json\n{how}\n```\n\n"
-            "```python\n"
+            f"{stated}```python\n"
             "from diffusers import StableDiffusionPipeline\n"
             "from pathlib import Path\n"
             "from unlearning.erasures.base import Erasure\n"

@@ -66,7 +66,8 @@ def pairs(
 def shared(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The states c of the prompts and c* of their anchors at the places that the two share, (N, D) each.
 
-    These are the tokens at which both begin, those at which both end, and what follows the text, as far as both go.
+    These are their common first tokens, their common last tokens, and the positions of the end of text and of padding
+    that both have.
     """
     ids = zip(model.token_ids(prompts), model.token_ids(anchors), strict=True)
     starts = [own.start for own in model.word_pieces(prompts)]

@@ -147,7 +147,7 @@ class ConceptAblation(TrainedMethod):
         return model.predict(x_t, t, model.encode_prompts([self.anchor_prompts[i] for i in prompts.tolist()]))
 
     def _true(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The prediction that x_0 would be right of: of epsilon, the noise that was added."""
+        """The training target that belongs to x_0; for a model of epsilon, the noise that was added."""
         return self.teacher.to_prediction(x_0, x_t, t)
 
     def _noised(self, x_0: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:

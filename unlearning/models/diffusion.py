@@ -346,9 +346,9 @@ class DiffusionModel(Model):
 
     @contextmanager
     def _side_gains(self, gains: Mapping[str, Tensor], t: Tensor | None = None) -> Iterator[None]:
-        """Within it each row gets as much of the side modules as `gains` says, and none of those a view leaves out.
+        """Within it the output of each set of side modules is scaled by its gain (B,), 0 if a view leaves it out.
 
-        Side modules are also told the timesteps t of the rows, () or (B,).
+        Side modules also get the timesteps t of the rows, () or (B,).
         """
         try:
             for name, side in self.side.items():

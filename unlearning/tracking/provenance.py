@@ -96,7 +96,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def joined(known: Mapping, now: Mapping, made_of: Mapping) -> dict:
-    """The record `known` with the sitting `now`, which is added if it differs from the last one in more than the time.
+    """The record `known`, with the sitting `now` appended unless only its time differs from the last one's.
 
     A sitting is one process that works on the run. If the run is `made_of` something else than the record says, another
     model or other data, a new record begins.

@@ -47,7 +47,7 @@ def noised(model: DiffusionModel, x_0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ForgetRetain(Batches):
-    """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is missing where there is nothing to.
+    """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is omitted if there are no retain images.
 
     Args:
         find: Gives the tensors (N, ...) of the forget and of the retain images; row i of each belongs to image i.

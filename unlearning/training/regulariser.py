@@ -1,4 +1,4 @@
-"""What limits a training: a penalty, constraints on every weight, or a fit of another course. And masks of weights."""
+"""Regularisers: a penalty on the loss, constraints on each weight, or a fit of their own; and masks of weights."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
