@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -98,7 +98,7 @@ class Run:
     method: Method
     sampler: Sampler | Reconstruction
     evaluators: Mapping[str, Evaluator]
-    trainer: Callable[..., pl.Trainer]
+    trainer: partial[pl.Trainer]
     attacks: Mapping[str, Attack] = field(default_factory=dict)
     after: Sequence[Path] = ()
     seed: int = 0
@@ -171,13 +171,13 @@ class Run:
         wait_for_all_ranks()
 
     def _save(self, erasure: Erasure, target: Path) -> None:
-        partial = self.folder / ".erasure.partial"
+        unfinished = self.folder / ".erasure.partial"
         try:
-            erasure.save(partial, title=self.title, base=self.model)
+            erasure.save(unfinished, title=self.title, base=self.model)
             write_figures(self.folder, self.method.figures)
-            partial.rename(target)
+            unfinished.rename(target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     @cached_property

@@ -1,5 +1,6 @@
 """Bad images in a user's folders: the message names them, and nothing half-written is left on disk."""
 
+import os
 import shutil
 import warnings
 
@@ -152,6 +153,14 @@ def test_it_is_named_before_anything_is_drawn(told, spoiled, tmp_path, metric):
     image = spoiled("truncated")
     message = told("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
     assert str(image) in message and not (tmp_path / "store").exists()
+
+
+def test_what_is_no_file_is_left_out_of_real_images_by_name(folders, tmp_path):
+    forget, _ = folders
+    os.mkfifo(forget / "pipe.png")
+    (forget / "linked").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.warns(UserWarning, match=r"linked.*pipe\.png"):
+        assert sum(map(len, references.of_folder(forget).batches())) == 6
 
 
 def test_real_images_are_read_once_more_when_they_are_measured(folders):

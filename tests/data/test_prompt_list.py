@@ -43,6 +43,7 @@ def test_every_row_brings_its_seed_and_its_scale(listed):
         ("a dog,x,one,7", "evaluation_seed is 'one'"),
         ("a dog,x,1.5,7", "evaluation_seed is 1.5"),
         ("a dog,x,-1,7", "evaluation_seed is -1"),
+        ("a dog,x,1e30,7", "evaluation_seed is 1e30"),
         ("a dog,x,1,nan", "evaluation_guidance is 'nan'"),
         ("a dog,x,1", "evaluation_guidance is None"),
     ],
@@ -52,6 +53,11 @@ def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
     assert [p.text for p in task.prompts] == ["a cat, asleep", "a dog"]
     [skipped] = task.skipped
     assert "line 3" in skipped and why in skipped
+
+
+def test_a_seed_that_no_float_holds_is_kept(listed):
+    task = prompt_list("cat", listed(f"a cat,x,{2**53 + 1},7", "a dog,x,12.0,7"))
+    assert [p.seed for p in task.prompts] == [2**53 + 1, 12]
 
 
 def test_rows_belong_to_the_concept_that_their_column_names(listed):

@@ -172,9 +172,10 @@ def test_unguides_lora_is_an_adapter(model, tmp_path):
     A, B = torch.randn(16, 1), torch.randn(1, 16)
     torch.save({f"middle_block.1.transformer_blocks.0.attn2.to_k.lora.{n}": v for n, v in (("A", A), ("B", B))},
                tmp_path / "lora.pth")  # fmt: skip
-    weights = read(tmp_path / "lora.pth", model, scale=8.0).weights
+    weights = read(tmp_path / "lora.pth", model).weights  # applied with 8, as its authors do
     assert torch.equal(weights[f"unet.{K}.lora_A.weight"], A.T)
     assert torch.equal(weights[f"unet.{K}.lora_B.weight"], 8 * B.T)
+    assert torch.equal(read(tmp_path / "lora.pth", model, scale=1.0).weights[f"unet.{K}.lora_B.weight"], B.T)
 
 
 def test_sdxls_second_text_encoder_has_its_own(tmp_path):
@@ -269,3 +270,16 @@ def test_a_file_that_is_not_there_or_no_file_of_weights_or_changes_nothing_is_na
             read(tmp_path / name, model)
     with pytest.raises(UserError, match=r"method\.path"):
         SavedWeights(path=None).fit(model, TASK)
+
+
+def test_differences_are_added_and_not_taken_for_weights(model, edited, tmp_path):
+    own = model.named_parameters()
+    whole = {n: v for n, v in edited.items() if n.startswith("unet.") and "attn2" in n}
+    save_file(whole, tmp_path / "weights.safetensors")
+    save_file({n: (0.01 * (v - own[n])).contiguous() for n, v in whole.items()}, tmp_path / "small.safetensors")
+    save_file({n: (v - own[n]).contiguous() for n, v in whole.items()}, tmp_path / "difference.safetensors")
+    with pytest.raises(UserError, match=r"method\.difference=true"):
+        read(tmp_path / "small.safetensors", model)
+    expected = predicted(model, read(tmp_path / "weights.safetensors", model))
+    found = predicted(model, read(tmp_path / "difference.safetensors", model, difference=True))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

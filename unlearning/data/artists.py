@@ -51,9 +51,9 @@ def artists(
     erase = concepts(concept, anchor=anchor)
     erased = [one.name for one in erase]
 
-    def prompt(text: str, artist: str, seed: int | None) -> Prompt:
+    def prompt(text: str, artist: str, seed: int | None, scale: float | None = None) -> Prompt:
         role, of = (ERASE, artist) if artist in erased else (RETAIN, "")
-        return Prompt(text, role, seed=seed, concept=of)
+        return Prompt(text, role, seed=seed, guidance_scale=scale, concept=of)
 
     if path is not None:
         named: dict[str, None] = {}
@@ -61,7 +61,7 @@ def artists(
         def parse(row: Row) -> Prompt:
             artist = row.text("artist")
             named[artist] = None
-            return prompt(row.text(), artist, row.seed)
+            return prompt(row.text(), artist, row.seed, row.number("guidance"))
 
         prompts, skipped = read(path, COLUMNS, parse)
         for artist in erased:

@@ -12,7 +12,7 @@ import numpy as np
 from unlearning.concepts import RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
 from unlearning.data.prompt import concepts
-from unlearning.data.prompt_list import read, required
+from unlearning.data.prompt_list import Row, read, required
 from unlearning.errors import UserError
 
 COLUMNS = ("prompt",)
@@ -44,7 +44,7 @@ def captions(
         UserError: If the path is missing, the CSV cannot be used, or it has fewer than `count` captions.
     """
     path = required(path, COLUMNS, source)
-    prompts, skipped = read(path, COLUMNS, lambda row: Prompt(row.text(), RETAIN, seed=row.seed))
+    prompts, skipped = read(path, COLUMNS, _prompt)
     if count is not None:
         if count > len(prompts):
             raise UserError(f"{path} has {len(prompts)} valid captions, fewer than dataset.count={count}.")
@@ -57,3 +57,7 @@ def captions(
         images_per_prompt=images_per_prompt,
         skipped=tuple(skipped),
     )
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(row.text(), RETAIN, seed=row.seed, guidance_scale=row.number("guidance"))

@@ -87,7 +87,7 @@ def read(folder: str | Path, size: int) -> Images:
     others = [p for p in files if p.suffix.lower() not in SUFFIXES and not p.name.startswith(".")]
     _warn_of_others(folder, [p for p in others if p not in captions])
     images = Images((), size)
-    broken: dict[Path, object] = {p: _no_file(p) for p in entries if not p.is_file() and _no_file(p)}
+    broken: dict[Path, object] = {p: no_file(p) for p in entries if not p.is_file() and no_file(p)}
     for path in tqdm(paths, f"checking {folder.name}", leave=False, disable=len(paths) < 1000):
         try:
             images.load(path)
@@ -110,7 +110,7 @@ def read(folder: str | Path, size: int) -> Images:
     return Images(whole, size, messages)
 
 
-def _no_file(path: Path) -> str:
+def no_file(path: Path) -> str:
     """What is in a folder in the place of a file; "" for a folder."""
     if path.is_symlink():
         return "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"

@@ -30,6 +30,7 @@ COLUMNS = {
     "concept": ("concept",),
 }
 DELIMITERS = ",\t;|"
+LARGEST = 2**63 - 1  # a seed of PyTorch's generators
 log = logging.getLogger(__name__)
 csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is an error
 
@@ -66,11 +67,14 @@ class Row:
 
     @property
     def seed(self) -> int | None:
-        """The seed; None if there is no such column. Raises ValueError if it is not a whole number >= 0."""
-        value = self.number("seed")
-        if value is not None and (value < 0 or value != int(value)):
-            raise ValueError(f"{self.names['seed']} is {value:g}, not a whole number >= 0")
-        return None if value is None else int(value)
+        """The seed; None if there is no such column. Raises ValueError for anything but 0 to LARGEST."""
+        if (value := self.number("seed")) is None:
+            return None
+        text = (self.cells["seed"] or "").strip()
+        whole = int(text) if text.isdecimal() else int(value)  # a float does not hold every whole number
+        if value != int(value) or not 0 <= whole <= LARGEST:
+            raise ValueError(f"{self.names['seed']} is {text}, not a whole number from 0 to {LARGEST}")
+        return whole
 
 
 def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt]) -> tuple[list[Prompt], list[str]]:

@@ -2,6 +2,7 @@
 
 # B batch, H W height and width.
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unlearning.concepts import UnlearningTask
-from unlearning.data.folder import FORMATS, SUFFIXES
+from unlearning.data.folder import FORMATS, SUFFIXES, no_file
 from unlearning.errors import UserError
 
 BATCH = 64  # images in a batch
@@ -59,7 +60,10 @@ def check(folder: Path) -> None:
 
 
 def _paths(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    entries = sorted(folder.rglob("*"))
+    if strange := [f"{path} ({why})" for path in entries if not path.is_file() and (why := no_file(path))]:
+        warnings.warn(f"{len(strange)} entries of {folder} are left out: {'; '.join(strange)}", stacklevel=3)
+    paths = [path for path in entries if path.is_file() and path.suffix.lower() in SUFFIXES]
     if not paths:
         raise UserError(f"{folder} holds no images to measure against ({', '.join(SUFFIXES)}).")
     return paths

@@ -3,7 +3,7 @@
 Read are, from .safetensors or from a pickle of tensors only (.pt, .pth, .ckpt, .bin):
 
 - state dicts of a part of the model, whole or in part: ESD's and UCE's UNets, AdvUnlearn's text encoders, Concept
-  Ablation's {"unet": {...}}; by diffusers' names, or those of cross-attention in `ldm`;
+  Ablation's {"unet": {...}}; by diffusers' names, or those of cross-attention in `ldm`; new values or differences;
 - LoRAs by the names of kohya (SPM), of diffusers, old and new, and of PEFT, through diffusers' own converters;
 - lora.pth of UnGuide's repository;
 - folders that `Erasure.save` wrote.
@@ -35,19 +35,23 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict")  # keys under which trainers keep the tensors, beside what else they save
 BESIDE_LAYERS = re.compile(r"(?:\.|_)lora[._]|^lora_")  # in the names of a LoRA's tensors
 A, B = ".lora_A.weight", ".lora_B.weight"
+UNGUIDE = 8.0  # the factor that UnGuide's authors apply their lora.pth with
+SMALL = 0.1  # of a weight's norm: no erasure makes all weights so small
 
 
-def read(path: Path, model: Model, scale: float = 1.0) -> Erasure:
+def read(path: Path, model: Model, scale: float | None = None, difference: bool = False) -> Erasure:
     """The erasure in a file or a folder.
 
     Args:
         path: The file, or the folder of a saved erasure.
         model: What it is applied to; names and shapes are compared with its own.
-        scale: Factor of a LoRA's update, beside what the file says.
+        scale: Factor of a LoRA's update, beside what the file says; None is UNGUIDE for UnGuide's, which says nothing,
+            and 1 for all others.
+        difference: Whether a state dict holds what is to be added to the model's weights.
 
     Raises:
         UserError: If there is nothing at `path`, it cannot be read, it holds a name or a shape that the model does not
-            have or a value that is not finite, or it changes nothing.
+            have or a value that is not finite, it changes nothing, or its weights look like differences.
     """
     if (path / SETTINGS).exists():
         return _ours(path, model)
@@ -57,10 +61,10 @@ def read(path: Path, model: Model, scale: float = 1.0) -> Erasure:
     if broken := next((name for name, value in state.items() if not value.isfinite().all()), None):
         raise UserError(f"{path} holds values that are not finite, in {broken}.")
     if all(re.search(r"\.lora\.[AB]$", name) for name in state):
-        return _checked(read_adapter(path, scale), model, path)
+        return _checked(read_adapter(path, UNGUIDE if scale is None else scale), model, path)
     if any(map(BESIDE_LAYERS.search, state)):
-        return _checked(_lora(state, model, _alphas(path), scale, path), model, path)
-    return _patch(state, model, path)
+        return _checked(_lora(state, model, _alphas(path), 1.0 if scale is None else scale, path), model, path)
+    return _patch(state, model, path, difference)
 
 
 def _ours(folder: Path, model: Model) -> Erasure:
@@ -104,7 +108,7 @@ def _leaves(saved: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _patch(state: Mapping[str, Tensor], model: Model, path: Path) -> WeightPatch:
+def _patch(state: Mapping[str, Tensor], model: Model, path: Path, difference: bool) -> WeightPatch:
     parameters = model.named_parameters()
     buffers = {f"{part}.{name}" for part, module in model.parts.items() for name, _ in module.named_buffers()}
     there = parameters.keys() | buffers
@@ -120,6 +124,13 @@ def _patch(state: Mapping[str, Tensor], model: Model, path: Path) -> WeightPatch
             f"names are unknown).{did_you_mean(unknown[0], parameters)}"
         )
     _check_shapes({name: (tuple(value.shape), tuple(parameters[name].shape)) for name, value in named.items()}, path)
+    if difference:
+        named = {name: parameters[name].detach().float() + value.float() for name, value in named.items()}
+    elif all(value.norm() < SMALL * parameters[name].norm() for name, value in named.items()):
+        raise UserError(
+            f"All weights in {path} are smaller than a tenth of the model's: they look like differences, which "
+            "method.difference=true adds to the model's weights."
+        )
     changed = {n: v for n, v in named.items() if not torch.equal(v.to(parameters[n]), parameters[n])}
     if not changed:
         raise UserError(f"{path} holds the weights that {model.name} has: nothing is erased in it.")

@@ -22,15 +22,17 @@ class SavedWeights(Method):
     """
     Args:
         path: The file, or the folder `erasure/` of a run.
-        scale: Factor of a LoRA's update, beside the alpha / r that the file states.
+        scale: Factor of a LoRA's update, beside the alpha / r that the file states; None is 8 for UnGuide's lora.pth,
+            as its authors apply it, and 1 for all others.
+        difference: Whether a state dict holds what is to be added to the model's weights.
     """
 
     works_on = Model
 
-    def __init__(self, *, path: str | None, scale: Finite = 1.0):
-        self.path, self.scale = path, scale
+    def __init__(self, *, path: str | None, scale: Finite | None = None, difference: bool = False):
+        self.path, self.scale, self.difference = path, scale, difference
 
     def fit(self, model: Model, task: UnlearningTask) -> Erasure:
         if self.path is None:
             raise UserError("method=weights needs method.path=/the/erased/weights: a file, or the erasure/ of a run.")
-        return read(Path(self.path).expanduser(), model, self.scale)
+        return read(Path(self.path).expanduser(), model, self.scale, self.difference)

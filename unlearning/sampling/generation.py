@@ -1,13 +1,16 @@
 """Generates images into the store, as a Lightning prediction: the Trainer shows progress and distributes rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from unlearning.errors import UserError
 from unlearning.models.base import Model
@@ -16,6 +19,7 @@ from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import write_image
 from unlearning.store.locks import claimed
 from unlearning.store.manifest import ManifestRow, missing
+from unlearning.training.trainers import shows_progress, without_bar
 
 log = logging.getLogger(__name__)
 OVERFLOW = "it holds values that are not finite; float16 overflows where model.dtype=bfloat16 and float32 do not"
@@ -26,12 +30,14 @@ class Generation(pl.LightningModule):
     Args:
         model: Generates; any Model.
         sampler: Draws the images of manifest rows.
+        bar: Counts the images.
     """
 
-    def __init__(self, model: Model, sampler: Sampler | Reconstruction):
+    def __init__(self, model: Model, sampler: Sampler | Reconstruction, bar: tqdm):
         super().__init__()
         self.model: Any = model
         self.sampler: Any = sampler
+        self.bar = bar
         self.left: list[ManifestRow] = []  # rows that another process was drawing already
         self.size = sampler.batch_size  # half of it, once memory was too small
 
@@ -88,6 +94,7 @@ class Generation(pl.LightningModule):
 
     def _draw(self, rows: list[ManifestRow]) -> None:
         images, decisions = self.sampler.draw(self.model, rows)
+        self.bar.update(len(rows))
         whole = images.isfinite().flatten(1).all(1).tolist()
         images = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for image, row, decided, finite in zip(images, rows, decisions, whole, strict=True):
@@ -99,7 +106,7 @@ class Generation(pl.LightningModule):
 
 
 def generate(
-    model: Model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: Callable[..., pl.Trainer]
+    model: Model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: partial[pl.Trainer]
 ) -> int:
     """Generates every image that is not in the store yet; returns how many were missing.
 
@@ -108,12 +115,18 @@ def generate(
     """
     todo = missing(rows)
     if todo:
-        generation = Generation(model, sampler)
+        hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
+        bar = tqdm(total=len(todo), desc="generating", unit="image", leave=False, disable=hidden)
+        generation = Generation(model, sampler, bar)
         loader: DataLoader = DataLoader(todo, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
-        hook = model.network.register_forward_pre_hook(generation.heed_sigterm)  # within a batch, too
+        # Within a batch, too; an image-to-image model calls its parts alone.
+        networks = (model.network, *model.network.children())
+        hooks = [network.register_forward_pre_hook(generation.heed_sigterm) for network in networks]
         try:
-            trainer().predict(generation, loader, return_predictions=False)
+            with bar:
+                without_bar(trainer)().predict(generation, loader, return_predictions=False)
+                generation.finish()
         finally:
-            hook.remove()
-        generation.finish()
+            for hook in hooks:
+                hook.remove()
     return len(todo)

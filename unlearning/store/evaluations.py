@@ -60,8 +60,11 @@ def evaluation(
     path = store / "evaluations" / f"{digest(about, content, evaluator.protocol)}.json"
     if stored := read_state(path, lambda kept: _restored(kept, path.with_suffix(".jsonl"))):
         return stored
-    for i in tqdm(range(0, len(rows), batch_size), label, leave=False):
-        evaluator.update(load_images(rows[i : i + batch_size]), rows[i : i + batch_size])
+    with tqdm(total=len(rows), desc=label, unit="image", leave=False) as bar:
+        for i in range(0, len(rows), batch_size):
+            batch = rows[i : i + batch_size]
+            evaluator.update(load_images(batch), batch)
+            bar.update(len(batch))
     values = evaluator.compute()
     for key, value in values.items():
         if not math.isfinite(value):

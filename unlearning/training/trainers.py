@@ -1,5 +1,6 @@
 """The Lightning Trainer of a run, as each of its stages makes it."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytorch_lightning as pl
@@ -16,17 +17,27 @@ def prepared(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
     A launcher such as `srun` numbers the processes that it starts, and Lightning takes them for ranks of one
     distributed run. They are only if the trainer has several devices or nodes.
     """
-    callbacks = list(trainer.keywords.get("callbacks") or ())
-    if not trainer.keywords.get("enable_progress_bar", True):  # Lightning takes one of them for a contradiction
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    trainer = trainer if shows_progress(trainer) else without_bar(trainer)
     plugins = [*(trainer.keywords.get("plugins") or ()), AtomicCheckpoints()]
     if _is_alone(trainer):
         rank_zero_only.rank = 0
         plugins.append(LightningEnvironment())
-    return partial(trainer, plugins=plugins, callbacks=callbacks)
+    return partial(trainer, plugins=plugins)
+
+
+def shows_progress(trainer: partial[pl.Trainer]) -> bool:
+    return trainer.keywords.get("enable_progress_bar", True)
+
+
+def without_bar(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
+    """The trainer without its progress bar, nor the callback for it, which Lightning takes for a contradiction."""
+    callbacks = trainer.keywords.get("callbacks") or ()
+    kept = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    return partial(trainer, enable_progress_bar=False, callbacks=kept)
 
 
 def _is_alone(trainer: partial[pl.Trainer]) -> bool:
     devices = trainer.keywords.get("devices")
-    one = len(devices) == 1 if isinstance(devices, list | tuple) else devices in (1, "1")
+    listed = list(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else None
+    one = len(listed) == 1 if listed is not None else devices in (1, "1")
     return one and trainer.keywords.get("num_nodes", 1) == 1
