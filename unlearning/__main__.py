@@ -133,6 +133,7 @@ def _quieten() -> None:
 
 
 def quieten_lightning() -> None:
+    """Silences what Lightning says of itself at every stage."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # importing them sets INFO
     warnings.filterwarnings("ignore", ".*LeafSpec")  # from Lightning's use of PyTorch, at every stage

@@ -489,9 +489,11 @@ def _applied(erasures: Sequence[Erasure], model: Model):
 
 
 def first_rank() -> bool:
+    """Whether this process is the first, or only, one of the run."""
     return rank_zero_only.rank == 0
 
 
 def wait_for_all_ranks() -> None:
+    """Returns once all processes of a distributed run have come here."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

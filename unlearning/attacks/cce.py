@@ -158,7 +158,7 @@ class CCE(Attack):
     def _loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
         """|| eps - eps_erased(z_t, t, c) ||^2, or the same of v or flow."""
         z = noised(model, latents, self.batch_size)
-        prediction = model.predict(z.z_t, z.t, c.at(self._step(model, z.t)))
+        prediction = model.predict(z.z_t, z.t, c.at(model.step_at(z.t, self.steps)))
         return F.mse_loss(prediction, model.to_prediction(z.z_0, z.z_t, z.t))
 
     def _guided_loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning, name: str) -> Tensor:
@@ -166,8 +166,7 @@ class CCE(Attack):
         z_0 = latents[torch.randint(len(latents), (self.batch_size,), device=latents.device)]
         eps, times = torch.randn_like(z_0), self._times(model)
         walk = begin(model, c, self.guidance_scale)
-        for _ in range(int(self._step(model, times[0]))):
-            walk.skip()
+        walk.skip(int(model.step_at(times[0], self.steps)))
         for t in times:
             z_t = model.add_noise(z_0, eps, t.expand(len(z_0)))
             guided = walk(z_t, t)
@@ -187,10 +186,6 @@ class CCE(Attack):
         first = int(torch.randint(length - self.window + 1, ()))
         places = first + torch.randperm(self.window)[: self.walk].sort(descending=True).values
         return model.timesteps((places + 0.5) / length)
-
-    def _step(self, model: DiffusionModel, t: Tensor) -> Tensor:
-        """The sampling step, counted from 0, at which a trajectory of `steps` steps is at t; t of any shape."""
-        return ((1 - t / model.scheduler.config.num_train_timesteps) * self.steps).long()
 
 
 def _summary(losses: Sequence[float]) -> dict[str, float]:

@@ -19,13 +19,11 @@ def denoising_loss(model: DiffusionModel, z: Noised, c: Conditioning, scale: flo
         scale: s.
         steps: Sampling steps of a whole trajectory: a conditioning, or a guidance, may depend on the step.
     """
-    share = 1 - z.t / model.scheduler.config.num_train_timesteps
-    wanted, step = model.to_prediction(z.z_0, z.z_t, z.t), (share * steps).long()
+    wanted, step = model.to_prediction(z.z_0, z.z_t, z.t), model.step_at(z.t, steps)
     if model.guidance is None:
         return (model.predict(z.z_t, z.t, c.at(step)) - wanted).square().mean((1, 2, 3))
     walk = begin(model, c, scale)
-    for _ in range(int(step[0])):
-        walk.skip()
+    walk.skip(int(step[0]))
     guided = walk(z.z_t, z.t[0])
     with torch.no_grad():
         eps_0 = model.predict(z.z_t, z.t, model.encode_prompts([""]).expand(len(z.z_t)))

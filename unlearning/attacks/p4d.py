@@ -135,11 +135,11 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
     def _loss(self, model: DiffusionModel, text: Embedded, pairs: Pairs, chosen: Tensor) -> Tensor:
         z_t, t = pairs.z_t[chosen], pairs.t[chosen]
         c = model.encode(text).expand(len(chosen))
-        step = ((1 - t / model.scheduler.config.num_train_timesteps) * self.images.steps).long()
+        step = model.step_at(t, self.images.steps)
         if model.guidance is None:
             return F.mse_loss(model.predict(z_t, t, c.at(step)), pairs.target[chosen])
         walk = begin(model, c, self.guidance_scale)
-        walk.step = int(step[0])
+        walk.skip(int(step[0]))
         return F.mse_loss(walk(z_t, t[0]), pairs.guided[chosen])
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from unlearning.sampling.guidance import NegativePrompt
 
 
 class NegativePrompting(Method):
+    """The concepts take the place of the null prompt in classifier-free guidance."""
+
     writable = False
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> GuidanceEdit:

@@ -7,6 +7,8 @@ from unlearning.models.base import Model
 
 
 class Unedited(Method):
+    """Erases nothing."""
+
     works_on = Model
 
     def fit(self, model: Model, task: UnlearningTask) -> WeightPatch:

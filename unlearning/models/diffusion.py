@@ -446,6 +446,10 @@ class DiffusionModel(Model):
         t = share.to(self.device) * self.scheduler.config.num_train_timesteps
         return t.clamp(min=1) if self.prediction_type == "flow" else t.long()
 
+    def step_at(self, t: Tensor, steps: int) -> Tensor:
+        """The sampling step, from 0, at which a trajectory of `steps` steps is at t; t of any shape."""
+        return ((1 - t / self.scheduler.config.num_train_timesteps) * steps).long()
+
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that a prediction implies: (x_t - alpha x_0) / sigma."""
         alpha, sigma = self._alpha_sigma(t)

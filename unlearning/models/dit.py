@@ -15,6 +15,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class DiT(StableDiffusion):
+    """A class-conditional model: a prompt has to name one of its classes."""
+
     component = "transformer"
     pipeline_class: type[DiffusionPipeline] = DiTPipeline
     load_options: ClassVar[dict] = {}

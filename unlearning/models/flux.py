@@ -17,6 +17,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class Flux(JointAttention):
+    """Flux.1; `embedded_guidance` is the scale that the network itself takes."""
+
     tokenizer = "tokenizer_2"
     pipeline_class: type[DiffusionPipeline] = FluxPipeline
     patch = 2

@@ -10,6 +10,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class JointAttention(StableDiffusion):
+    """What SD3 and Flux share."""
+
     component = "transformer"
     solver = FlowMatchEulerDiscreteScheduler
     load_options: ClassVar[dict] = {}

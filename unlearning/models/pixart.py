@@ -11,6 +11,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class PixArt(StableDiffusion):
+    """PixArt-alpha and PixArt-Sigma."""
+
     component = "transformer"
     solver = DPMSolverMultistepScheduler
     pipeline_class: type[DiffusionPipeline] = DiffusionPipeline  # alpha's or Sigma's, as the folder says

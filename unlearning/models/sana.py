@@ -16,6 +16,8 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 
 
 class Sana(StableDiffusion):
+    """Sana."""
+
     component = "transformer"
     solver = DPMSolverMultistepScheduler
     pipeline_class: type[DiffusionPipeline] = SanaPipeline

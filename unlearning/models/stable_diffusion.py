@@ -26,6 +26,8 @@ AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 
 
 
 class StableDiffusion(DiffusionModel):
+    """Stable Diffusion 1.x and 2.x, and what later families inherit."""
+
     component = "unet"
     tokenizer = "tokenizer"  # what the pipeline calls that of the states which the denoiser attends to
     pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline

@@ -8,6 +8,8 @@ from unlearning.models.joint_attention import JointAttention
 
 
 class StableDiffusion3(JointAttention):
+    """SD3 and SD3.5."""
+
     pipeline_class: type[DiffusionPipeline] = StableDiffusion3Pipeline
 
     def _encode(self, prompts: list[str]) -> Conditioning:

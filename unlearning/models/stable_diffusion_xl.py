@@ -12,6 +12,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
+    """SDXL."""
+
     pipeline_class: type[DiffusionPipeline] = StableDiffusionXLPipeline
     load_options: ClassVar[dict] = {"add_watermarker": False}
 

@@ -132,6 +132,7 @@ def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRu
 
 
 def concepts(runs: Iterable[FinishedRun]) -> frozenset[str]:
+    """The concepts that the runs erase."""
     return frozenset(run.concept for run in runs)
 
 

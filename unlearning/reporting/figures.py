@@ -25,6 +25,7 @@ def encode(image: Image.Image, kind: str = "png", **options: object) -> bytes:
 
 
 def data_uri(content: bytes, kind: str = "png") -> str:
+    """An image file as a URI that a page may hold."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -79,6 +79,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Plot:
+    """Points in the plane of two metrics, and which of them no other beats."""
+
     x: Axis
     y: Axis
     points: Sequence[Point]

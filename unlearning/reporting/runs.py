@@ -137,10 +137,12 @@ def metric_names(runs: Iterable[FinishedRun]) -> list[str]:
 
 
 def purpose(metric: str) -> str:
+    """What a metric is about: the part of its name before the slash."""
     return metric.partition("/")[0]
 
 
 def by_purpose(metrics: Iterable[str]) -> dict[str, list[str]]:
+    """Metrics by their purpose, in order."""
     groups: dict[str, list[str]] = {}
     for metric in metrics:
         groups.setdefault(purpose(metric), []).append(metric)

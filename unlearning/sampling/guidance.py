@@ -44,9 +44,9 @@ class Walk:
         self.skip()
         return prediction
 
-    def skip(self) -> None:
-        """Counts a step at which no prediction is needed."""
-        self.step += 1
+    def skip(self, count: int = 1) -> None:
+        """Counts steps at which no prediction is needed."""
+        self.step += count
 
 
 class Guidance(ABC):

@@ -52,8 +52,7 @@ def denoise(
     times = noise.timesteps[schedule == "paper" :][start:]
     if start:
         noise.set_begin_index(len(noise.timesteps) - len(times)) if hasattr(noise, "set_begin_index") else None
-        for _ in range(start):
-            walk.skip()
+        walk.skip(start)
         x = x if flow else x / noise.scale_model_input(torch.ones_like(x), times[0])
     else:
         x = x if flow else x * noise.init_noise_sigma

@@ -254,4 +254,5 @@ def close(loggers: Sequence[Forgiving]) -> None:
 
 
 def warn(label: str, what: str, error: Exception) -> None:
+    """A warning that a logger failed, with the error in one line."""
     messages.warning("Logger %s %s: %s", label, what, " ".join(str(error).split()) or type(error).__name__)

@@ -26,6 +26,7 @@ def prepared(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
 
 
 def shows_progress(trainer: partial[pl.Trainer]) -> bool:
+    """Whether the trainer has a progress bar."""
     return trainer.keywords.get("enable_progress_bar", True)
 
 
