@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import yaml
 from annotated_types import Ge
 from diffusers import StableDiffusionPipeline
@@ -266,6 +267,28 @@ def test_a_typo_about_an_attack_is_answered(told, echo, override, key, suggestio
 def test_a_value_out_of_range_is_named(told, echo):
     message = told(*echo, "attack.echo.times=0")
     assert "`attack.echo.times`" in message and "1" in message
+
+
+@pytest.mark.parametrize(("file", "content"), [("0", None), ("0", b"half"), ("shared", None), ("shared", b"")])
+def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, tmp_path, monkeypatch, file, content):
+    made = []
+
+    def find(self, model, task, rows, observed):
+        made.append(self)
+        one = Found(rows[0].prompt, rows[0].prompt, tensors={"own": torch.ones(1)})
+        return Comeback((one,), shared={"common": torch.ones(1)})
+
+    monkeypatch.setattr(Echo, "find", find)
+    unlearn(*echo, "stages=[fit,attack]")
+    [kept] = (tmp_path / "store" / "attacks").glob(f"*/{file}.safetensors")
+    kept.unlink()
+    if content is not None:
+        kept.write_bytes(content)
+    assert "run the attack stage first" in told(*echo, "stages=[generate]")
+    run = unlearn(*echo, "stages=[fit,attack,generate]")
+    assert len(made) == 2 and kept.stat().st_size > 8 and (run / "images" / "attacked-echo.csv").exists()
+    unlearn(*echo)
+    assert len(made) == 2
 
 
 def test_an_attack_of_another_family_is_refused(told, echo, monkeypatch):

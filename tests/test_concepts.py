@@ -49,7 +49,8 @@ def test_a_whole_number_of_a_file_is_a_name():
 
 
 def test_other_words_are_names_too():
-    for words_ in ({"others": ["../x"]}, {"synonyms": [True]}, {"retain": [3.1]}):
+    blank = ({"others": [""]}, {"synonyms": [" "]}, {"synonyms": {"cat": [""]}}, {"retain": ["dog", "\t"]})
+    for words_ in ({"others": ["../x"]}, {"synonyms": [True]}, {"retain": [3.1]}, *blank):
         with pytest.raises(UserError):
             task("cat", **words_)
 
@@ -71,5 +72,19 @@ def test_a_concept_that_is_called_like_a_folder_is_no_folder(tmp_path, monkeypat
     for name in ("cat", "data"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    files = state({"dataset": {"concept": "cat", "others": ["cat"], "forget": "data"}})
+    names = {"concept": "cat", "others": ["cat"], "retain": ["cat"], "forget": "data"}
+    method = {"retained": ["cat"], "words": ["cat"], "subjects": ["cat"], "concepts": ["cat"]}
+    attack = {"mma": {"banned": ["cat"]}, "cce": {"initial": "cat", "prompts": ["cat"]}}
+    files = state({"dataset": names, "method": method, "attack": attack})
     assert [path for path, _, _ in files] == ["data/file"]
+    assert [path for path, _, _ in state({"dataset": {"retain": "cat"}})] == ["cat/file"]
+
+
+def test_a_file_that_a_setting_names_from_home_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "erased.pt").write_bytes(b"one")
+    before = state({"method": {"path": "~/erased.pt"}})
+    assert [path for path, _, _ in before] == [str(tmp_path / "erased.pt")]
+    (tmp_path / "erased.pt").write_bytes(b"another")
+    assert state({"method": {"path": "~/erased.pt"}}) != before
+    assert state({"a": "~", "b": "~/", "c": "/"}) == [], "no disk is walked"

@@ -170,12 +170,14 @@ def as_name(name: object) -> str:
     """The name of a concept as text.
 
     Raises:
-        UserError: If YAML has made a truth value or a decimal number of it, it holds characters that no text has, or
-            it is a path.
+        UserError: If YAML has made a truth value or a decimal number of it, it is blank, it holds characters that no
+            text has, or it is a path.
     """
     if isinstance(name, bool | float):  # what was written is lost: 3.10 is 3.1, and yes is True
         raise UserError(f"A concept is called {name!r}, which YAML does not read as text: put it in quotes.")
-    text = str(name)
+    text = "" if name is None else str(name)
+    if not text.strip():
+        raise UserError(f"A concept is called {text!r}, which is no name: give it a word, or leave it out.")
     if bad := next((c for c in text if unicodedata.category(c) in UNPRINTABLE), None):
         raise UserError(f"The concept {text!r} holds the character {bad!a}, which no prompt can have.")
     if re.match(r"~?/|\.+(/|$)", text.strip()):

@@ -150,7 +150,7 @@ class Run:
         self._record(seed=self.seed, model=self.model.fingerprint, data=self._data_key())
         _ = self._oracle  # one that is missing ends the run before anything is trained
         target, begun = self.folder / "erasure", self.folder / ".fit"
-        if not begun.exists() or begun.read_text() != self._fit_key():
+        if not begun.exists() or begun.read_bytes() != self._fit_key().encode():
             for old in (target, self.folder / "checkpoints", self.folder / "figures"):
                 if old.exists():
                     shutil.rmtree(old)  # an error here is an error: what stays would be taken for the new erasure

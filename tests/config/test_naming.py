@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from unlearning.config.naming import dashboard_group, joined, register_resolvers, slug
+from unlearning.config.naming import dashboard_group, folder_name, joined, register_resolvers, slug
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,15 @@ from unlearning.config.naming import dashboard_group, joined, register_resolvers
 )
 def test_concepts_as_file_names_and_as_text(concept, name, text):
     assert (slug(concept), joined(concept)) == (name, text)
+
+
+def test_a_folder_is_called_what_it_is_called_on_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "mugs" / "red").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to("mugs")
+    monkeypatch.chdir(tmp_path / "mugs" / "red")
+    assert [folder_name(path) for path in ("..", ".", "../red/", "../..")] == ["mugs", "red", "red", tmp_path.name]
+    assert folder_name(str(tmp_path / "linked")) == "linked", "the name that the user gave"
+    assert folder_name(None) == ""
 
 
 def test_the_resolvers_take_a_list_of_a_config():

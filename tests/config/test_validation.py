@@ -36,6 +36,27 @@ def message(told, tmp_path, monkeypatch):
     return call
 
 
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("yaml", "setting"),
+    [
+        ('dataset: {template: "a \\ud800 {}"}', "dataset.template"),
+        ('title: "\\udfff"', "title"),
+        ('concept: "\\ud800"', "concept"),
+        ('dataset: {others: [dog, "\\udcff"]}', "dataset.others.1"),
+        ('dataset: {anchor: {"\\udcff": sea}}', "dataset.anchor"),
+        ('method: {template: "\\udcff {}"}', "method.template"),
+    ],
+)
+def test_half_a_character_is_refused_first(message, monkeypatch, yaml, setting):
+    monkeypatch.setattr("unlearning.store.finished.key", None)  # calling it would be an error
+    said = message(f"defaults: [override /dataset: prompt, override /method: esd_x]\n{yaml}")
+    assert said.startswith(f"`{setting}` holds the character '\\ud") and len(said.splitlines()) == 1
+    said.encode()
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

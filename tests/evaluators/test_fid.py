@@ -167,12 +167,16 @@ def test_unusable_references_are_errors(tmp_path):
         against(tmp_path)
     np.savez(tmp_path / "of_3.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UserError, match=r"3 features.* 12"):
-        against(tmp_path / "of_3.npz")
+        FID(Means(), real=tmp_path / "of_3.npz", device="cpu")
+    np.savez(tmp_path / "of_another.npz", mu=np.zeros(12), sigma=np.eye(12), extractor="inception")
+    with pytest.raises(UserError, match="of inception, but the run uses means of quadrants"):
+        FID(Means(), real=tmp_path / "of_another.npz", device="cpu")
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
     (tmp_path / "broken.npz").write_bytes(b"none")
     for name in ("other.npz", "broken.npz"):
         with pytest.raises(UserError, match=name):
-            against(tmp_path / name)
+            FID(Means(), real=tmp_path / name, device="cpu")  # before anything is generated
+    FID(Means(), real=tmp_path / "broken.npz", roles=[ERASE], device="cpu")  # which does not need it
 
 
 def test_kid_is_clean_fids_and_the_same_each_time(folder):

@@ -29,11 +29,14 @@ def test_devices_that_are_there():
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 @pytest.mark.parametrize(
     "override",
-    ["trainer.accelerator=gpu", "trainer.accelerator=foo", "trainer=ddp", "trainer.devices=0", "model.device=cuda"],
-)
+    ["trainer.accelerator=gpu", "trainer.accelerator=foo", "trainer=ddp", "trainer.devices=0", "model.device=cuda",
+     "evaluator.clip_score.device=cuda", "evaluator.clip_score.device=foo"],
+)  # fmt: skip
 def test_a_run_on_a_device_that_is_not_there_ends_before_a_weight_is_loaded(told, tmp_path, monkeypatch, override):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)  # calling it would be an error
     chosen = ["trainer.accelerator=auto"] if override == "trainer=ddp" else []
+    chosen += ["evaluator=clip_score"] if override.startswith("evaluator") else []
     message = told("dataset=prompt", override, *chosen).strip()
-    assert override.partition("=")[0].rpartition(".")[0] in message or "ddp" in message or "'cuda'" in message
+    setting, _, value = override.partition("=")
+    assert setting.rpartition(".")[0] in message or "ddp" in message or f"There is no device {value!r} here" in message
     assert len(message.splitlines()) == 1 and not (tmp_path / "store").exists()

@@ -49,6 +49,18 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
     loaded(tmp_path / "it's a model-diffusers")
 
 
+def test_pickled_weights_of_a_part_that_is_not_loaded_are_none_of_our_business(sd1, folder):
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"not read")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert torch.equal(loaded(folder).layer("unet.conv_in").weight, loaded(sd1).layer("unet.conv_in").weight)
+    (folder / "safety_checker").rename(folder / "image_encoder")
+    with pytest.raises(UserError, match="its image_encoder holds pickled weights only"):
+        loaded(folder)
+
+
 def test_a_single_file_is_refused_with_the_command_that_converts_it(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"from_single_file.*model-diffusers"):

@@ -317,6 +317,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(unlearn, told
     assert evaluations() == 3 * FIT
 
 
+def test_a_record_of_a_fit_that_is_no_text_is_that_of_another_fit(unlearn, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
+    run = unlearn(*command)
+    (run / ".fit").write_bytes(b"\xff\xfe")
+    (run / ".finished").unlink()
+    evaluations()
+    unlearn(*command)
+    assert evaluations() == FIT and (run / ".fit").read_text()
+
+
 def test_checkpoints_are_written_beside_their_target(unlearn, told, tmp_path, monkeypatch):
     """And not into TMPDIR, which may be on another file system."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 import unlearning
@@ -31,18 +32,33 @@ def test_it_is_read_as_it_was_written_for_every_family(any_model, tmp_path):
         assert torch.equal(c.embeds, null.embeds) and c.extra.keys() == null.extra.keys()
 
 
-def test_an_interrupted_fit_does_not_search_again(unlearn, told, tmp_path, monkeypatch):
-    command = [
-        "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.conditioning=null", "dataset.pictures=6",
-        "method.prototypes.K=4", "method.prototypes.purity=0", "method.iterations=1", "method.batch_size=2",
-        "stages=[fit]",
-    ]  # fmt: skip
+COMMAND = [
+    "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.conditioning=null", "dataset.pictures=6",
+    "method.prototypes.K=4", "method.prototypes.purity=0", "method.iterations=1", "method.batch_size=2", "stages=[fit]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def interrupted(told, monkeypatch):
+    """A fit was interrupted in its second phase."""
     with monkeypatch.context() as patch:
         at_call(patch, Scrubber, "loss", 1, ctrl_c)
-        assert "Interrupted" in told(*command)
+        assert "Interrupted" in told(*COMMAND)
+
+
+def test_an_interrupted_fit_does_not_search_again(unlearn, interrupted, tmp_path, monkeypatch):
     assert list((tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")) and not partial(tmp_path)
     with monkeypatch.context() as patch:
         at_call(patch, PrototypeSearch, "__call__", 1, lambda: 1 / 0)
-        run = unlearn(*command)
+        run = unlearn(*COMMAND)
     assert (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
     assert not (run / "checkpoints").exists()
+
+
+def test_a_damaged_file_is_set_aside_and_found_anew(unlearn, interrupted, tmp_path, monkeypatch, capsys):
+    [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    searches, search = [], PrototypeSearch.__call__
+    monkeypatch.setattr(PrototypeSearch, "__call__", lambda *a, **k: searches.append(1) or search(*a, **k))
+    assert (unlearn(*COMMAND) / "erasure").exists()
+    assert searches == [1] and f"{file} is damaged" in capsys.readouterr().out

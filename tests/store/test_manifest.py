@@ -1,5 +1,8 @@
 """Manifests: an image's path says all that it depends on, and a row is read as it was written."""
 
+import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +132,28 @@ def test_a_manifest_moves_with_its_pictures(tmp_path):
     assert (load_images(read_manifest(tmp_path / "another" / "run" / "base.csv")) == 7).all()
 
 
+def test_prompts_may_be_long(tmp_path):
+    path = tmp_path / "images" / "base.csv"
+    write_manifest(path, [ManifestRow(tmp_path / "a.png", "a cat " * 40_000, "erase", {}, 3)])
+    for read in (f"manifest.read_manifest(Path({str(path)!r}))", f"pruning.referred_to([Path({str(tmp_path)!r})])"):
+        code = f"from pathlib import Path; from unlearning.store import {read.split('.')[0]}; print(len({read}))"
+        # In a process of its own, in which nothing else has set csv's limit
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"1\n"
+
+
+def test_what_csv_cannot_read_is_damage(tmp_path, monkeypatch):
+    write_manifest(tmp_path / "base.csv", [ManifestRow(tmp_path / "a.png", "a cat " * 10, "erase", {}, 3)])
+    before = csv.field_size_limit(20)
+    try:
+        with pytest.raises(UserError, match=r"base\.csv is damaged.*field limit"):
+            read_manifest(tmp_path / "base.csv")
+    finally:
+        csv.field_size_limit(before)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "path,prompt\na.png,a cat", HEADER + "\na.png,a cat,erase,{,1,,{}", HEADER + "\na.png"]
+    "text",
+    ["", "path,prompt\na.png,a cat", HEADER + "\na.png,a cat,erase,{,1,,{}", HEADER + "\na.png", HEADER + "\n,a cat"],
 )
 def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "base.csv").write_text(f"{text}\n")

@@ -84,6 +84,15 @@ def test_it_deletes_what_it_lists(command, store, arguments, stay):
     assert len(list((store / "images").iterdir())) == len({name.partition("/")[0] for name in stay})
 
 
+@pytest.mark.parametrize("text", ["", "prompt,role\na cat,erase\n", "path,prompt,role\n,a cat,erase\n", "\xff"])
+def test_it_deletes_nothing_if_a_manifest_cannot_be_read(command, store, text):
+    manifest = store.parent / "runs" / "sd14" / "images" / "base.csv"
+    manifest.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit, match=str(manifest)):
+        command("--prune", "--delete")
+    assert left(store) == EVERYTHING
+
+
 def test_it_goes_down_to_a_size_from_the_oldest(command, store):
     total, one = sum(p.size for p in stored_images(store)), stored_images(store)[0].size
     command("--prune", "--down-to", f"{total - 2 * one}", "--delete")

@@ -1,5 +1,6 @@
 """How a run is named: by the choices that made it, and by a hash of every setting that its images depend on."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ def slug(texts: str | Sequence[str]) -> str:
 
 
 def folder_name(path: str | None) -> str:
-    """The own name of a folder at a path: "mugs" for "pictures/of/mugs/"; "" without a path."""
-    return Path(path).expanduser().absolute().name if path else ""
+    """The own name of a folder at a path: "mugs" for "pictures/of/mugs/" and for ".." below it; "" without a path."""
+    return Path(os.path.abspath(Path(path).expanduser())).name if path else ""  # of a link, the link's
 
 
 def config_hash(config: DictConfig, result: Result = "images") -> str:

@@ -92,6 +92,27 @@ def _check_names(path: str, names: Iterable[str], existing: Iterable[str], whole
             raise UserError(no_such_setting(path, name, existing))
 
 
+def check_text(settings: object, path: str = "") -> None:
+    """Checks that every text in the settings can be written to a file: a lone surrogate is half a character.
+
+    Args:
+        settings: Resolved or not.
+        path: The dotted name of `settings` in the config.
+
+    Raises:
+        UserError: For the first setting with such a character.
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            check_text(name, path)
+            check_text(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(settings, list):
+        for i, value in enumerate(settings):
+            check_text(value, f"{path}.{i}")
+    elif isinstance(settings, str) and (bad := re.search("[\ud800-\udfff]", settings)):
+        raise UserError(f"`{path}` holds the character {bad[0]!a}, which no text can have.")
+
+
 def check_top(settings: Mapping) -> None:
     """Checks the settings at the top of a config, which no signature has.
 

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from unlearning.concepts import UnlearningTask
 from unlearning.methods.base import Method
+from unlearning.models.base import chosen_device
 from unlearning.store.manifest import ManifestRow
 
 
@@ -28,6 +29,9 @@ class Evaluator(Metric):
         details: A JSON object for each image, to be kept beside the numbers.
         oracle: Makes of the model one that never knew the concept, whose images the numbers compare with; None for an
             evaluator that needs none.
+
+    Raises:
+        UserError: If there is no such device on this machine.
     """
 
     full_state_update = False
@@ -38,7 +42,8 @@ class Evaluator(Metric):
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)
-        self.to(torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        there = "cuda" if torch.cuda.is_available() else "cpu"  # Apple's has no float64, which states have
+        self.to(chosen_device(there if device == "auto" else device))
 
     def zeros(self, name: str, *shape: int) -> None:
         """Adds a float64 state that starts at zero and is summed over processes."""

@@ -88,6 +88,9 @@ class FID(Evaluator):
             )
         if self.given and self.given.is_dir():
             references.check(self.given)  # before anything is generated
+        self._statistics = (
+            self._read(self.given) if self.given and self.given.is_file() and RETAIN in self.roles else None
+        )
         self._real: dict[str, Callable[[], Gaussian | None]] = {}
         self._names: dict[str, str] = {}  # of the real images of each role
         self._generated: list[float] = []
@@ -111,11 +114,8 @@ class FID(Evaluator):
     def prepare(self, task: UnlearningTask) -> None:
         """Chooses the real images of each role. Their features are extracted when a number needs them, once."""
         for role in self.roles:
-            if role == RETAIN and self.given and self.given.is_file():
-                given, stated = _read_statistics(self.given, self.features.name, self.width)
-                unstated = "" if stated else " by an extractor that it does not name"
-                self._names[role] = f"{self.given.name} ({file_digest(self.given)[:8]}){unstated}"
-                self._real[role] = partial(_same, given)
+            if role == RETAIN and self._statistics:
+                self._names[role], self._real[role] = self._statistics
                 continue
             given = references.of_folder(self.given) if role == RETAIN and self.given else None
             reference = given or references.of_task(task, role, self.count)
@@ -124,6 +124,12 @@ class FID(Evaluator):
             elif reference.name != self._names.get(role):
                 self._names[role] = reference.name
                 self._real[role] = cache(partial(self._gaussian_of, reference))
+
+    def _read(self, path: Path) -> tuple[str, Callable[[], Gaussian]]:
+        """The name of given statistics, and a function that returns them."""
+        given, stated = _read_statistics(path, self.features.name, self.width)
+        unstated = "" if stated else " by an extractor that it does not name"
+        return f"{path.name} ({file_digest(path)[:8]}){unstated}", partial(_same, given)
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
         for i, role in enumerate(self.roles):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,12 @@ MODELS = {  # model= by the name of the pipeline
 VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.([a-z]\w*)(?:-\d+-of-\d+)?\.safetensors$")
 
 
-def check(path: str, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Raises UserError for what can be seen to fail before anything is loaded."""
+def check(path: str, pipeline_class: type[DiffusionPipeline], options: Mapping[str, Any]) -> None:
+    """Raises UserError for what can be seen to fail before anything is loaded.
+
+    Args:
+        options: Of the loading; a part that they set to None is not loaded.
+    """
     folder = Path(path)
     if folder.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
@@ -51,7 +56,8 @@ def check(path: str, pipeline_class: type[DiffusionPipeline]) -> None:
     there = _pipeline_of(folder)
     if there in MODELS and MODELS[there] != MODELS.get(pipeline_class.__name__):
         raise UserError(f"{path} holds a {there}: model={MODELS[there]} model.path={shlex.quote(path)}")
-    for part in (p for p in sorted(folder.iterdir()) if p.is_dir()):
+    left_out = {name for name, value in options.items() if value is None}
+    for part in (p for p in sorted(folder.iterdir()) if p.is_dir() and p.name not in left_out):
         if list(part.glob("*.bin")) and not list(part.glob("*.safetensors")):
             raise UserError(
                 f"No model could be loaded from {path!r}: its {part.name} holds pickled weights only, and loading them "

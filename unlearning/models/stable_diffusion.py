@@ -76,7 +76,7 @@ class StableDiffusion(DiffusionModel):
         """
         place, path = chosen_device(device), os.path.expanduser(path)
         warn_if_slow(autocast, place.type)
-        check(path, cls.pipeline_class)
+        check(path, cls.pipeline_class, cls.load_options)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)
             pipeline = cls.pipeline_class.from_pretrained(

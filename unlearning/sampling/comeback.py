@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor
@@ -111,7 +111,7 @@ def _save(tensors: Tensors, path: Path, source: str) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether a finished attack is kept in the folder."""
+    """Whether a finished attack is kept in the folder, with every file that its rows name."""
     return _rows(folder) is not None
 
 
@@ -122,8 +122,26 @@ def read_record(folder: Path) -> dict:
 
 
 def _rows(folder: Path) -> dict[tuple[str, int | None], dict] | None:
-    """The rows of a finished attack by target and seed; None without one."""
-    return read_state(folder / NAME, lambda saved: {(row["target"], row.get("seed")): row for row in saved["rows"]})
+    """The rows of a finished attack by target and seed; None without one, or if a file of tensors cannot be read."""
+
+    def rows(saved: Mapping) -> dict[tuple[str, int | None], dict]:
+        for name in {row["file"] for row in saved["rows"]} - {None}:
+            _check(folder / name)
+        return {(row["target"], row.get("seed")): row for row in saved["rows"]}
+
+    return read_state(folder / NAME, rows)
+
+
+def _check(path: Path) -> None:
+    """Raises ValueError if a file of tensors, or the one that it shares with others, is missing or incomplete."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        if "shared" in names:
+            with safe_open(path.with_name(SHARED), "pt"):
+                pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
 
 
 def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:

@@ -14,7 +14,7 @@ from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.conditioning import ConditioningRows
 from unlearning.scrubbing.prototypes import Prototypes
 from unlearning.store.files import write_atomically
-from unlearning.training.checkpoints import folder_of
+from unlearning.training.checkpoints import folder_of, is_whole
 
 FILE = "first_phase.pt"
 
@@ -55,13 +55,15 @@ class FirstPhase:
 def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.device) -> FirstPhase:
     """The cached result of `search`, or a new one, which is then cached if the trainer keeps checkpoints.
 
+    A damaged file is set aside.
+
     In a distributed fit, all processes search, and all use the result of the first process.
     """
     folder = folder_of(trainer)
     if not folder:
         return search()
     path = folder / FILE
-    if trainer.strategy.broadcast(not path.exists()):
+    if trainer.strategy.broadcast(trainer.is_global_zero and not is_whole(path)):
         result = search()
         if trainer.is_global_zero:
             result.save(path)

@@ -14,7 +14,11 @@ from pathlib import Path
 from unlearning.store.files import digest, file_digest, read_state, write_atomically
 
 MARK = ".finished"
-NAMES = ("concept", "others", "synonyms", "anchor", "template")  # settings that name no file, though one is called so
+NAMES = {  # settings that name no file, though one is called so
+    *("concept", "others", "synonyms", "anchor", "template"),  # of datasets
+    *("concepts", "initial", "prompts", "retained", "subjects", "templates", "words", "banned"),  # of methods, attacks
+}
+NAMES_IN_A_LIST = {"retain"}  # which is a folder if it is one text
 LEFT = {  # by stage, a file that it writes
     "fit": "erasure/erasure.json",
     "attack": "erasure/erasure.json",
@@ -36,11 +40,12 @@ def state(settings: object) -> list[tuple[str, int, int]]:
 def _files(settings: object) -> Iterator[Path]:
     if isinstance(settings, Mapping | list):
         items = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
-        for value in (value for name, value in items if name not in NAMES):
-            yield from _files(value)
-    elif isinstance(settings, str) and settings.strip("./"):
-        if os.path.exists(settings):  # unlike Path.exists, it accepts any text
-            path = Path(settings)
+        for name, value in items:
+            if name not in NAMES and not (name in NAMES_IN_A_LIST and isinstance(value, list)):
+                yield from _files(value)
+    elif isinstance(settings, str) and settings.strip("./~"):
+        if os.path.exists(there := os.path.expanduser(settings)):  # unlike Path.exists, it accepts any text
+            path = Path(there)
             yield from (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", settings):
             yield from _hub_versions(settings)

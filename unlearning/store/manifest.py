@@ -26,6 +26,7 @@ from unlearning.store.images import read_decided, read_images, write_image
 
 PATHS = ("path", "base", "source", "comeback", "oracle")  # the columns that name files
 JSON = ("labels", "decided", "regions")
+csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is an error
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,23 @@ def read_manifest(path: Path) -> list[ManifestRow]:
             oracle=file(cells.get("oracle")),
         )
 
+    try:
+        return [row(cells) for cells in read_cells(path)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Delete it; the same command writes it again.") from error
+
+
+def read_cells(path: Path) -> list[dict[str, str]]:
+    """The rows of a manifest as they are written, by column.
+
+    Raises:
+        ValueError, csv.Error: If the file is not a manifest.
+    """
     with path.open(newline="") as text:
-        try:
-            table = csv.DictReader(text)
-            if not {"path", "prompt", "role"} <= set(table.fieldnames or ()):
-                raise ValueError("columns are missing")  # an empty file is not an empty manifest
-            return [row(cells) for cells in table]
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}). Delete it; the same command writes it again.") from error
+        table = csv.DictReader(text)
+        if not {"path", "prompt", "role"} <= set(table.fieldnames or ()):
+            raise ValueError("columns are missing")  # an empty file is not an empty manifest
+        rows = list(table)
+    if not all(row["path"] for row in rows):
+        raise ValueError("a row has no path")
+    return rows

@@ -22,6 +22,7 @@ from pathlib import Path
 from unlearning.errors import UserError
 from unlearning.store.files import digest, read_state, write_atomically
 from unlearning.store.locks import RUN_LOCK, in_use
+from unlearning.store.manifest import read_cells
 
 ABOUT = "about.json"
 SIGNED, NOTED = "drawn-by", "runs"
@@ -108,16 +109,21 @@ def referred_to(runs: Iterable[Path]) -> set[tuple[str, ...]]:
     """The keys of all images in the manifests below these folders.
 
     Raises:
-        UserError: If a folder does not exist. Otherwise all images would seem to be unused.
+        UserError: If a folder does not exist, or a manifest cannot be read. Otherwise images would seem to be unused.
     """
     keys = set()
     for folder in runs:
         if not folder.is_dir():
             raise UserError(f"There is no folder of runs at {folder}. Give it: unlearn-store --runs outputs/runs.")
         for manifest in folder.rglob("images/*.csv"):
-            with manifest.open(newline="") as file:
-                rows = csv.DictReader(file)
-                keys |= {Path(row[c]).parts[-2:] for row in rows for c in COLUMNS if row.get(c)}
+            try:
+                rows = read_cells(manifest)
+            except (ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{manifest} is no manifest, or damaged ({error}): the images of its run would seem to be unused. "
+                    "Delete it and run its command again, or move a file of your own elsewhere."
+                ) from error
+            keys |= {Path(row[c]).parts[-2:] for row in rows for c in COLUMNS if row.get(c)}
     return keys
 
 
@@ -200,7 +206,8 @@ def report(store: Path, runs: Sequence[Path], prune: bool, older_than: float, do
     """Runs the command; the arguments are those of `main`.
 
     Raises:
-        UserError: If there is no store, a folder of runs does not exist, or a run is at work.
+        UserError: If there is no store, a folder of runs does not exist, a manifest in it cannot be read, or a run is
+            at work.
     """
     from rich.console import Console
     from rich.markup import escape

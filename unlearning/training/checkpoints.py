@@ -46,16 +46,21 @@ def last(trainer: pl.Trainer) -> Path | None:
     """The checkpoint from which an interrupted fit goes on, if there is one. A damaged one is set aside."""
     folder = folder_of(trainer)
     path = folder / "last.ckpt" if folder else None
-    if path is None or not path.exists():
-        return None
+    return path if path and is_whole(path) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is such a file of torch.save. A damaged one is set aside."""
+    if not path.exists():
+        return False
     try:
         with ZipFile(path) as archive:
             damaged = archive.testzip()
-    except BadZipFile as error:
-        damaged = str(error)
+    except (BadZipFile, EOFError, RuntimeError) as error:
+        damaged = str(error) or repr(error)
     if damaged:
         set_aside(path, damaged)
-    return None if damaged else path
+    return not damaged
 
 
 def key_of(*parts: object) -> str:
