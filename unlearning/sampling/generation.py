@@ -70,7 +70,7 @@ class Generation(pl.LightningModule):
         Raises:
             UserError: If memory is too small for one image, or for half of a batch of the user's own size.
         """
-        size = min(self.size, len(rows))
+        size = min(self.size, len(rows)) or 1
         try:
             for i in range(0, len(rows), size):
                 self._draw(rows[i : i + size])
