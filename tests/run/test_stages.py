@@ -257,6 +257,31 @@ def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, e
     assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
 
 
+def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, told, model, evaluations):
+    command = [*SMALL, "method=uce", f"model.path={model}"]
+    unlearn(*command, "stages=[fit]")
+    tiny.pipeline("sd1", seed=1).save_pretrained(model)
+    evaluations()
+    assert "made from another model" in told(*command, "stages=[generate]")
+    assert evaluations() == 0
+
+
+def test_an_old_erasure_that_cannot_be_deleted_is_not_taken_for_the_new_one(unlearn, model, monkeypatch):
+    command = [*SMALL, "method=uce", f"model.path={model}", "stages=[fit]"]
+    run = unlearn(*command)
+    old = Erasure.load(run / "erasure")
+    tiny.pipeline("sd1", seed=1).save_pretrained(model)
+    with monkeypatch.context() as patch:
+        at_call(patch, shutil, "rmtree", 1, denied)
+        with pytest.raises(SystemExit):
+            unlearn(*command)
+    assert Erasure.load(unlearn(*command) / "erasure").digest != old.digest
+
+
+def denied() -> None:
+    raise PermissionError("the folder cannot be deleted")
+
+
 def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, told, model, monkeypatch, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=5", f"model.path={model}", "stages=[fit]"]
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ from diffusers import VQModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unlearning.config.precision import warn_if_slow
 from unlearning.errors import UserError
 from unlearning.models import taming
 from unlearning.models.base import DType, Model, chosen_device
@@ -61,6 +62,7 @@ class VQGAN(Model):
             UserError: If there is no model at `path`, or it cannot be read.
         """
         target, folder, kept = chosen_device(device), Path(path).expanduser(), getattr(torch, dtype)
+        warn_if_slow(autocast, target.type)
         if folder.is_dir():
             try:
                 vq, logits = load_complete(VQModel, folder, dtype=kept, use_safetensors=True), None
