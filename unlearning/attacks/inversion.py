@@ -30,7 +30,7 @@ from unlearning.attacks.observed import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, Natural, Positive, Steps
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.comeback import Comeback, Found, Restored
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inverse import Solver, noise_of
 from unlearning.sampling.sampler import Sampler
@@ -106,7 +106,9 @@ class Inversion(Attack[DiffusionModel, Tensor]):
 class Returning(Sampler):
     """Samples at the guidance scale of the inversion, whatever a row's own is."""
 
-    def sample(self, model, batch, scales=()):
+    def sample(
+        self, model: DiffusionModel, batch: Restored, scales: Sequence[float | None] = ()
+    ) -> tuple[Tensor, list[dict[str, float]]]:
         return super().sample(model, batch)
 
 
