@@ -15,6 +15,7 @@ top of which the training goes, and a sweep of `method.iterations` gives a curve
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,11 +43,12 @@ class FineTuning(TrainedMethod):
 
         def find() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             x_0 = encoded(self.teacher, [image for image, _ in captioned])
-            return (x_0, torch.arange(len(x_0), device=x_0.device)), (x_0[:0],)
+            learned, nothing = (x_0, torch.arange(len(x_0), device=x_0.device)), (x_0[:0],)
+            return (learned, nothing) if self.images == "forget" else (nothing, learned)
 
         return ForgetRetain(find, self.batch_size, self.seed)
 
-    def _captioned(self) -> list[tuple]:
+    def _captioned(self) -> list[tuple[np.ndarray, str]]:
         """Images and captions. Raises UserError if the dataset lacks them."""
         images = (self.task.retain_images if self.images == "retain" else self.task.forget_images)[: self.count]
         if not len(images):
@@ -69,7 +71,7 @@ class FineTuning(TrainedMethod):
         return [self.task.prompt(self.task.erase[0].name)] * count
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
-        x_0, rows = batch["forget"]
+        x_0, rows = batch[self.images]
         x_t, t = noised(self.student, x_0)
         c = self.student.encode_prompts([self.captions[i] for i in rows.tolist()])
         return F.mse_loss(self.student.predict(x_t, t, c), self.student.to_prediction(x_0, x_t, t))
