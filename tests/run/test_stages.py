@@ -181,6 +181,7 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, to
     assert numbers["base/retention/fid_oracle"] > 1
     erased = read_manifest(run / "images" / "erased.csv")
     assert [row.oracle for row in erased] == [row.path for row in erased]
+    assert "the model that never knew" in (run / "report.html").read_text()
 
     unlearn(*compared, *TRAIN, "method.iterations=3", run="esd")
     assert evaluations() == 3 * FIT + pictures(3), "nothing is drawn again but what is erased"

@@ -181,6 +181,7 @@ def report(run: Path) -> Path:
         show=_show,
         protocols=[*protocols],
         sections=sections(frames),
+        never_knew=any("oracle" in frame.images for frame in frames),
         differences=differences,
         figures={caption: data_uri(path.read_bytes()) for caption, path in figure_paths(run).items()},
         image=lambda path: thumbnail(path, THUMBNAIL),
