@@ -135,10 +135,7 @@ class FID(Evaluator):
         for i, role in enumerate(self.roles):
             chosen = [j for j, row in enumerate(rows) if row.role == role]
             if chosen:
-                for state, sum_ in zip(
-                    (self.counts, self.sums, self.products), self._moments(images[chosen]), strict=True
-                ):
-                    state[i] += sum_
+                add((self.counts, self.sums, self.products), i, self._moments(images[chosen]))
 
     def compute(self) -> dict[str, float]:
         self._generated, numbers = self.counts.tolist(), {}
@@ -166,6 +163,12 @@ def moments(features: Features, images: Tensor) -> Moments:
     """The number of images (B, H, W, 3) uint8, the sum of their features x (F,), and the sum of x xᵀ (F, F)."""
     x = features(images).double()
     return x.new_tensor(len(x)), x.sum(0), x.T @ x
+
+
+def add(states: Moments, place: int | tuple[int, ...], sums: Moments) -> None:
+    """Adds the sums of a batch to those at a place of states that have one for each place."""
+    for state, sum_ in zip(states, sums, strict=True):
+        state[place] += sum_
 
 
 def gaussian(count: Tensor, total: Tensor, product: Tensor) -> Gaussian:

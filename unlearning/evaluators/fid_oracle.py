@@ -14,7 +14,7 @@ import torch
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.base import Evaluator
-from unlearning.evaluators.fid import Features, distance, gaussian, moments, width
+from unlearning.evaluators.fid import Features, add, distance, gaussian, moments, width
 from unlearning.methods.oracle import Oracle
 from unlearning.store.manifest import ManifestRow, load_images
 
@@ -55,8 +55,7 @@ class FIDOracle(Evaluator):
                 pair = images[chosen], load_images([rows[j] for j in chosen], "oracle")
                 for side, pictures in enumerate(pair):
                     sums = moments(self.features, torch.as_tensor(pictures, device=self.device))
-                    for state, sum_ in zip((self.counts, self.sums, self.products), sums, strict=True):
-                        state[i, side] += sum_
+                    add((self.counts, self.sums, self.products), (i, side), sums)
 
     def compute(self) -> dict[str, float]:
         numbers = {}
