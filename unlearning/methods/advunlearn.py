@@ -97,6 +97,8 @@ class AdvUnlearn(ESD):
         esd: ESD's arguments; the student is a text encoder.
     """
 
+    resumed = ("points", "others", "_adversary")
+
     def __init__(
         self,
         *,
@@ -176,12 +178,3 @@ class AdvUnlearn(ESD):
         with torch.no_grad():
             eps_r = self.teacher.predict(x_t, t, c)
         return F.mse_loss(self.student.predict(x_t, t, self.student.encode(c.prompts)), eps_r)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["others"], checkpoint["adversary"] = self.others.state(), self._adversary.state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.others.restore(checkpoint["others"])
-        self._adversary.restore(checkpoint["adversary"])

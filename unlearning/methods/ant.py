@@ -52,6 +52,8 @@ class ANT(ESD):
         esd: ESD's arguments.
     """
 
+    resumed = ("points", "later")
+
     def __init__(
         self,
         *,
@@ -119,11 +121,3 @@ class ANT(ESD):
             eps_0, eps_c = branches(self.teacher, x_t, t, null, c)
         now_0, now_c = branches(self.student, x_t, t, null, c)
         return F.mse_loss(now_c, eps_0 + eta * (eps_c - eps_0)) + self.alpha_2 * F.mse_loss(now_0, eps_0)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["later"] = self.later.state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.later.restore(checkpoint["later"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import chain
 from types import MappingProxyType
-from typing import Generic, Self
+from typing import ClassVar, Generic, Self
 
 import pytorch_lightning as pl
 import torch
@@ -65,7 +65,12 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or images for a method that learns from images.
         regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
+
+    Attributes:
+        resumed: Names of attributes with `state()` and `restore(state)` that a checkpoint holds beside the weights.
     """
+
+    resumed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -171,6 +176,13 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         hold(self.pair, self._constraints)
         finite = all(torch.isfinite(p).all() for p in self.weights.values())
         self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before a checkpoint has them
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint |= {name: getattr(self, name).state() for name in self.resumed}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        for name in self.resumed:
+            getattr(self, name).restore(checkpoint[name])
 
     @staticmethod
     def _check_finite(finite: bool | Tensor, message: str) -> None:

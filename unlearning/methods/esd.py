@@ -26,7 +26,7 @@ So `method=esd_x method.trajectory_model=teacher method.template='{}' method.ite
 the script of 2025, which also draws x_t at 1024 pixels where the model's own size is 512.
 """
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class ESD(TrainedMethod):
         template: How the name of a concept becomes a prompt in training; None for the task's template.
         training: TrainedMethod's arguments.
     """
+
+    resumed: ClassVar[tuple[str, ...]] = ("points",)
 
     def __init__(
         self,
@@ -107,9 +109,3 @@ class ESD(TrainedMethod):
             anchor = teacher.encode_prompts(self.anchors(c.prompts))
             target = classifier_free(teacher, x_t, t, c, anchor, -self.eta)  # the bracket of eq. 6
         return F.mse_loss(self.student.predict(x_t, t, c), target)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["points"] = self.points.state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.points.restore(checkpoint["points"])

@@ -197,6 +197,7 @@ class Receler(TrainedMethod):
         training: TrainedMethod's arguments, the student being BesideCrossAttention.
     """
 
+    resumed = ("points", "_adversary")
     writable = False
 
     def __init__(
@@ -254,10 +255,3 @@ class Receler(TrainedMethod):
         *_, erasers = self.student.side.values()
         with ExitStack() as stack:
             yield [stack.enter_context(outputs_of(module)) for module in erasers.modules.values()]
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["points"], checkpoint["adversary"] = self.points.state(), self._adversary.state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.points.restore(checkpoint["points"])
-        self._adversary.restore(checkpoint["adversary"])

@@ -72,6 +72,8 @@ class TRCE(TrainedMethod):
         training: TrainedMethod's arguments.
     """
 
+    resumed = ("points", "others")
+
     def __init__(
         self,
         *,
@@ -162,10 +164,3 @@ class TRCE(TrainedMethod):
         with torch.no_grad():
             before = self.teacher.predict(z, t, null)
         return F.mse_loss(self.student.predict(z, t, null), before)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["points"], checkpoint["others"] = self.points.state(), self.others.state()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.points.restore(checkpoint["points"])
-        self.others.restore(checkpoint["others"])
