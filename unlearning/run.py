@@ -163,6 +163,10 @@ class Run:
             except UserError:
                 set_aside(target, "its erasure.json is missing or cannot be read")
                 cost.forget(self.folder / "cost.json", "fit")
+        if twin := self._twin():
+            if first_rank():
+                self._take(twin, target)
+            return
         pl.seed_everything(self.seed, workers=True, verbose=False)
         with _applied(self._before, self.model), cost.measured(self.folder / "cost.json", "fit", self.model):
             erasure = self.method.fit(self.model, self.task)
@@ -179,6 +183,29 @@ class Run:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _twin(self) -> Path | None:
+        """Another run of this method that has found the same erasure: it differs in what it measures alone."""
+        for begun in sorted(self.folder.parent.glob("*/.fit")):
+            other = begun.parent
+            if other != self.folder and begun.read_bytes() == self._fit_key().encode() and (other / "erasure").exists():
+                try:
+                    Erasure.load(other / "erasure")
+                    return other
+                except UserError as error:
+                    log.warning("the erasure of %s is not taken: %s", other, error)
+        return None
+
+    def _take(self, twin: Path, target: Path) -> None:
+        """Copies the erasure of another run, its figures, and what it cost."""
+        log.info("the erasure is that of %s", twin)
+        if (twin / "figures").exists():
+            shutil.copytree(twin / "figures", self.folder / "figures", dirs_exist_ok=True)
+        cost.take(twin / "cost.json", self.folder / "cost.json", "fit")
+        unfinished = self.folder / ".erasure.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(twin / "erasure", unfinished)
+        unfinished.rename(target)
 
     @cached_property
     def _before(self) -> tuple[Erasure, ...]:
@@ -239,17 +266,16 @@ class Run:
         """Runs every attack on the erased model, unless some run has attacked the same model in the same way."""
         for name, attack in self.attacks.items():
             erasure = self._erasure()
-            place = self._attack_folder(attack, erasure)
-            if not comeback.exists(place):
-                self._attack(name, attack, erasure).save(place)
+            if not comeback.exists(self._attack_folder(attack, erasure)):
+                self._attack(name, attack, erasure)
             if first_rank():
-                record = json.dumps(comeback.read_record(place), indent=2)
+                record = {**comeback.read_record(self._attack_folder(attack, erasure)), "victim": erasure.digest}
                 (self.folder / "attacks").mkdir(exist_ok=True)
-                write_atomically(self.folder / "attacks" / f"{name}.json", record)
+                write_atomically(self.folder / "attacks" / f"{name}.json", json.dumps(record, indent=2))
         wait_for_all_ranks()
 
-    def _attack(self, name: str, attack: Attack, erasure: Erasure) -> comeback.Comeback:
-        """What an attack finds, with the record that all attacks have in common."""
+    def _attack(self, name: str, attack: Attack, erasure: Erasure) -> None:
+        """Keeps what an attack finds, with the record that all attacks have in common."""
         if not (rows := self._targets):
             raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
         pl.seed_everything(self.seed, workers=True, verbose=False)
@@ -257,17 +283,26 @@ class Run:
         cost.forget(costs, stage)
         with cost.measured(costs, stage, self.model):
             observed = attack.observe(self.model, self.task, rows)
-            with erasure.applied_to(self.model):
-                result = attack.find(self.model, self.task, rows, observed)
+            if isinstance(observed, comeback.Comeback):  # transferred: it serves every erasure from this model
+                result, place = observed, self._attack_place(attack)
+            else:
+                with erasure.applied_to(self.model):
+                    result = attack.find(self.model, self.task, rows, observed)
+                place = self._attack_place(attack, erasure)
         record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
-        record |= {"victim": erasure.digest, "base": self.model.fingerprint, "seed": self.seed, "targets": len(rows)}
+        record |= {"base": self.model.fingerprint, "seed": self.seed, "targets": len(rows)}
         record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}
         record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
-        return replace(result, record=record)
+        replace(result, record=record).save(place)
 
     def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
+        """Where the store keeps what an attack on the erased model found, or will find."""
+        transferred = self._attack_place(attack)
+        return transferred if comeback.exists(transferred) else self._attack_place(attack, erasure)
+
+    def _attack_place(self, attack: Attack, *erasure: Erasure) -> Path:
         """The attack's place in the store: a digest of all that its result depends on."""
-        victim = (self.model.fingerprint, self.model.numerics, erasure.digest)
+        victim = (self.model.fingerprint, self.model.numerics, *(own.digest for own in erasure))
         rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self._targets]
         task = (self.task.erase, self.task.template, rows)
         return self.store / "attacks" / key_of(attack, attack.version, victim, self.seed, task, self._images)

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
+from unlearning.erasures.composed import composed
+from unlearning.sampling.comeback import Comeback
 from unlearning.store.manifest import manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE, {"object": "cat"}), Prompt("a q", ERASE, {"object": "cat"}))
@@ -15,11 +17,12 @@ def rows(task: UnlearningTask = TASK):
     return [row for row in manifest(Path("images"), task, 0) if row.role == ERASE]
 
 
-def found_by(attack, model, erasure=None, task: UnlearningTask = TASK):
+def found_by(attack, model, erasure=None, task: UnlearningTask = TASK, targets=None, seed: int = 0):
     """The comeback of an attack on a model, or on what an erasure makes of it."""
-    torch.manual_seed(0)
-    observed = attack.observe(model, task, rows(task))
-    if erasure is None:
-        return attack.find(model, task, rows(task), observed)
-    with erasure.applied_to(model):
-        return attack.find(model, task, rows(task), observed)
+    torch.manual_seed(seed)
+    targets = targets or rows(task)
+    observed = attack.observe(model, task, targets)
+    if isinstance(observed, Comeback):
+        return observed
+    with composed(*([erasure] if erasure else [])).applied_to(model):
+        return attack.find(model, task, targets, observed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.attacks.shots import found_by
 from unlearning.attacks.base import with_placeholder
 from unlearning.attacks.cce import CCE
 from unlearning.concepts import ATTACK, ERASE, RETAIN, Concept, Prompt, UnlearningTask
@@ -43,10 +44,7 @@ def targets(task=TASK):
 
 
 def attacked(model, task=TASK, **settings):
-    torch.manual_seed(0)
-    attack = cce(**settings)
-    rows = targets(task)
-    return attack.find(model, task, rows, attack.observe(model, task, rows))
+    return found_by(cce(**settings), model, task=task, targets=targets(task))
 
 
 def embeds(found, part="text_encoder") -> torch.Tensor:
@@ -94,7 +92,7 @@ def test_each_of_several_concepts_gets_a_word_of_its_own(model):
 def test_a_model_denoises_the_images_better_with_the_learned_word(model):
     """With a denoiser that takes the prompt seriously: the tiny one's output hardly depends on it."""
     weights = {f"{name}.weight": 20 * m.weight for name, m in model.text_projections() if name.endswith("to_v")}
-    latents = cce().observe(model, TASK, []).latents["q"]
+    latents = cce().latents(model, TASK)["q"]
     assert len(latents) == 6, "three, and three mirrored"
 
     def error(v) -> float:
@@ -190,14 +188,7 @@ def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
     erasure = WeightPatch({f"{name}.weight": 0 * m.weight})
 
     def word(transfer: bool, *erasures) -> torch.Tensor:
-        torch.manual_seed(0)
-        attack = cce(transfer=transfer)
-        rows = targets()
-        observed = attack.observe(model, TASK, rows)
-        for erasure in erasures:
-            with erasure.applied_to(model):
-                return embeds(attack.find(model, TASK, rows, observed))
-        return embeds(attack.find(model, TASK, rows, observed))
+        return embeds(found_by(cce(transfer=transfer), model, *erasures, targets=targets()))
 
     assert torch.equal(word(True), word(True, erasure))
     assert not torch.equal(word(False), word(False, erasure))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.attacks.shots import found_by
 from unlearning.attacks.mma import MMA
 from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
@@ -31,9 +32,8 @@ def rows_of(task=TASK):
 
 
 def attacked(model, task=TASK, seed=0, **settings) -> Comeback:
-    torch.manual_seed(seed)
     attack = MMA(**({"tokens": 3, "count": 2, "iterations": 3, "candidates": 12, "top": 8} | settings))
-    return attack.find(model, task, rows_of(task), attack.observe(model, task, rows_of(task)))
+    return found_by(attack, model, task=task, targets=rows_of(task), seed=seed)
 
 
 def pooled(model, prompt: str) -> torch.Tensor:
@@ -120,12 +120,7 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     attack = MMA(tokens=3, count=1, iterations=5, candidates=30, top=26, transfer=transfer)
 
     def prompts(*erasures) -> list[str]:
-        torch.manual_seed(0)
-        observed = attack.observe(model, TASK, rows_of())
-        for erasure in erasures:
-            with erasure.applied_to(model):
-                return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
-        return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
+        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).found]
 
     assert (prompts() == prompts(erasure)) == transfer
     assert attack.access == ("black" if transfer else "text encoder")
@@ -148,3 +143,16 @@ def test_a_run_attacks_generates_and_measures(unlearn):
     [row] = read_manifest(run / "images" / "attacked-mma.csv")
     assert row.role == ATTACK and row.prompt != "a photo of the rabbit" and row.comeback is None
     assert "robustness/asr_mma" in json.loads((run / "metrics.json").read_text())
+
+
+def test_a_transferred_attack_is_searched_once_for_all_erasures(unlearn, monkeypatch):
+    searches, search = [], MMA._search
+    monkeypatch.setattr(MMA, "_search", lambda self, *a: (searches.append(1), search(self, *a))[1])
+    short = [f"attack.mma.{name}=4" for name in ("iterations", "candidates", "top", "tokens")]
+    chosen = ("attack=[mma]", "dataset=emoji_objects", "concept=rabbit", *short, "stages=[fit,attack,generate]")
+    runs = [unlearn(*chosen, f"method={name}", run=name) for name in ("negative_prompt", "uce")]
+    assert len(searches) == 1
+    one, other = (json.loads((run / "attacks" / "mma.json").read_text()) for run in runs)
+    assert one["rows"] == other["rows"] and one["victim"] != other["victim"] and one["base"] == other["base"]
+    unlearn(*chosen, "method=uce", "attack.mma.transfer=false", run="own")
+    assert len(searches) == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.attacks.shots import found_by
 from unlearning.attacks.ring_a_bell import RingABell
 from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
@@ -31,9 +32,8 @@ def rows_of(task=TASK):
 
 
 def attacked(model, task=TASK, seed=0, **settings) -> Comeback:
-    torch.manual_seed(seed)
     attack = RingABell(**({"tokens": 3, "population": 8, "iterations": 3} | settings))
-    return attack.find(model, task, rows_of(task), attack.observe(model, task, rows_of(task)))
+    return found_by(attack, model, task=task, targets=rows_of(task), seed=seed)
 
 
 def states_of(found: Comeback) -> torch.Tensor:
@@ -90,10 +90,10 @@ def test_tokens_are_found_whose_states_are_the_target(model):
 
 
 def test_the_loss_falls_and_is_that_of_what_was_found(model):
-    attack = RingABell(tokens=3, population=20, iterations=20)
+    attack = RingABell(tokens=3, population=20, iterations=20, transfer=False)
     torch.manual_seed(0)
-    observed = attack.observe(model, TASK, rows_of())
-    for one, target in zip(observed.found, observed.targets, strict=True):
+    targets = attack.observe(model, TASK, rows_of())
+    for one, target in zip(attack.find(model, TASK, rows_of(), targets).found, targets, strict=True):
         losses = one.record["losses"]
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
         given = Embedded(("",), {"text_encoder": one.tensors["embeds.text_encoder"][None]})
@@ -125,12 +125,7 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     attack = RingABell(tokens=3, population=20, iterations=10, transfer=transfer)
 
     def prompts(*erasures) -> list[str]:
-        torch.manual_seed(0)
-        observed = attack.observe(model, TASK, rows_of())
-        for erasure in erasures:
-            with erasure.applied_to(model):
-                return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
-        return [one.prompt for one in attack.find(model, TASK, rows_of(), observed).found]
+        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).found]
 
     assert (prompts() == prompts(erasure)) == transfer
     assert attack.access == ("black" if transfer else "text encoder")

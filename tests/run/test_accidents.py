@@ -87,7 +87,7 @@ REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.
 def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, told, tmp_path, monkeypatch, owner, command):
     """Its checkpoint is of step 2, before the first pool of points, the pictures' first round or Adam's memory ends."""
     command = [*command, "method.iterations=5", "trainer.callbacks.0.every_n_train_steps=2", "stages=[fit]"]
-    whole, calls = unlearn(*command, run="whole"), 8 if "+trainer.accumulate_grad_batches=2" in command else 4
+    whole, calls = unlearn(*command, run="apart/whole"), 8 if "+trainer.accumulate_grad_batches=2" in command else 4
     with monkeypatch.context() as patch:
         at_call(patch, owner, "loss", calls, ctrl_c)
         assert "Interrupted" in told(*command)

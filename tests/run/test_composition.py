@@ -29,7 +29,7 @@ def test_an_interrupted_second_stage_goes_on_from_its_own_checkpoint(unlearn, mo
 
     stages = [o.replace("method.", "method.stages.esd_x.") for o in TRAIN[1:]]
     command = [*SMALL, "method=uce_esd_x", *stages, "method.stages.esd_x.iterations=4", "stages=[fit]"]
-    whole = unlearn(*command, run="whole")
+    whole = unlearn(*command, run="apart/whole")
     evaluations()
     loss, calls = ESD.loss, []
 

@@ -76,6 +76,32 @@ def test_runs_share_the_base_models_pictures_and_their_measures(unlearn, tmp_pat
     assert evaluations() == pictures(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
 
 
+def test_a_run_that_measures_something_else_takes_the_erasure_of_its_twin(unlearn, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=2", "stages=[fit]"]
+    first = unlearn(*command)
+    assert evaluations() == 2 * FIT
+    second = unlearn(*command, "evaluator=nudenet", "dataset.images_per_prompt=2", run="second")
+    assert evaluations() == 0, "the same erasure, of which other things will be measured"
+    for file in ("weights.safetensors", "erasure.json"):
+        assert (second / "erasure" / file).read_bytes() == (first / "erasure" / file).read_bytes()
+    costs = [json.loads((run / "cost.json").read_text())["fit"] for run in (first, second)]
+    assert costs[0] == costs[1]
+
+    unlearn(*command, "method.iterations=1", run="shorter")
+    assert evaluations() == FIT
+    unlearn(*command, "seed=1", run="another seed")
+    assert evaluations() == 2 * FIT
+
+
+def test_a_damaged_erasure_is_not_taken(unlearn, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
+    damaged = unlearn(*command) / "erasure" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    evaluations()
+    unlearn(*command, run="second")
+    assert evaluations() == FIT
+
+
 def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
     few = [*SMALL, "method=none"]
     unlearn(*few)

@@ -35,8 +35,11 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
     version: ClassVar[int] = 1
     works_on: ClassVar[type[Model]] = DiffusionModel
 
-    def observe(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]) -> ObservedT | None:
-        """What the attack takes from the unedited model, before the erasure is applied; by default nothing."""
+    def observe(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]) -> ObservedT | Comeback | None:
+        """What the attack takes from the unedited model, before the erasure is applied; by default nothing.
+
+        A Comeback is all that it needs: a transferred attack, which then serves every erasure from that model.
+        """
         return None
 
     @abstractmethod

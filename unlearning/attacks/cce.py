@@ -52,12 +52,7 @@ class Word:
     losses: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Observed:
-    """By concept: latents of its images, (N, C, H, W), and the word learned on the unedited model, if it is wanted."""
-
-    latents: Mapping[str, Tensor]
-    words: Mapping[str, Word]
+Latents = Mapping[str, Tensor]  # of a concept's images, (N, C, H, W), by concept
 
 
 class CCE(Attack):
@@ -107,17 +102,16 @@ class CCE(Attack):
         self.walk, self.window, self.steps = walk, window, steps
         self.transfer, self.access = transfer, "black" if transfer else "white"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
-        """Images of the concepts by the unedited model; with `transfer`, the words too."""
-        latents = {concept.name: self._latents(model, task.prompt(concept.name)) for concept in task.erase}
-        words = {name: self.learned(model, name, z_0) for name, z_0 in latents.items()} if self.transfer else {}
-        return Observed(latents, words)
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Latents | Comeback:
+        """Images of the concepts by the unedited model; with `transfer`, the words for them."""
+        latents = self.latents(model, task)
+        return self.find(model, task, rows, latents) if self.transfer else latents
 
     def find(
-        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Latents
     ) -> Comeback:
         rows = prompts_of(rows)
-        words = observed.words or {name: self.learned(model, name, z_0) for name, z_0 in observed.latents.items()}
+        words = {name: self.learned(model, name, z_0) for name, z_0 in observed.items()}
         concepts = [concept_of(row, task) for row in rows]
         prompts = [with_placeholder(row.prompt, concept) for row, concept in zip(rows, concepts, strict=True)]
         place = Placeholder.in_prompts(model, prompts)
@@ -130,6 +124,10 @@ class CCE(Attack):
         record |= {"placeholder": PLACEHOLDER, "guided": self._is_guided(model), "transfer": self.transfer}
         record |= {"images": self.count, "losses": {name: _summary(word.losses) for name, word in words.items()}}
         return Comeback(tuple(found), record)
+
+    def latents(self, model: DiffusionModel, task: UnlearningTask) -> Latents:
+        """Images of each concept by the model."""
+        return {concept.name: self._latents(model, task.prompt(concept.name)) for concept in task.erase}
 
     def _latents(self, model: DiffusionModel, prompt: str) -> Tensor:
         images = self.images(model, [prompt], self.count)

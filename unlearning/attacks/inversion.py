@@ -67,15 +67,15 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         self.refinements, self.solver, self.learning_rate = refinements, solver, learning_rate
         self.transfer, self.access = transfer, "black" if transfer else "white"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor:
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor | Comeback:
         """Latents (N, C, H, W) of the unedited model's images; with `transfer`, the noise that it finds for them."""
         x_0 = latents_of(model, self.images, rows)
-        return self._noise(model, x_0, rows) if self.transfer else x_0
+        return self.find(model, task, rows, x_0) if self.transfer else x_0
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
     ) -> Comeback:
-        noise = observed if self.transfer else self._noise(model, observed, rows)
+        noise = self._noise(model, observed, rows)
         likelihood, fresh = _nll(noise), _nll(model.noise([row.seed for row in rows]))
         found = tuple(
             Found(row.prompt, self._prompt(row), row.seed, {"latents": z}, {"nll": nll})

@@ -22,7 +22,6 @@ of their own are not used. Of several text encoders, the one whose states come f
 # S searches, C candidates of each, K tokens of each, V tokens of the encoder, W width of the states.
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from string import ascii_lowercase
 
@@ -44,12 +43,7 @@ DRAWS = 100  # of the letters that a search starts from, until they hold no bann
 AT_ONCE = 2**13, 2**27  # tokens in one backward pass, and their numbers for every token of the encoder
 
 
-@dataclass(frozen=True)
-class Observed:
-    """pool(tau(P)) by prompt, (W,), and what was found on the unedited model, if it is wanted."""
-
-    targets: Mapping[str, Tensor]
-    found: Sequence[Found]
+Targets = Mapping[str, Tensor]  # pool(tau(P)) by prompt, (W,)
 
 
 class MMA(Attack):
@@ -80,18 +74,18 @@ class MMA(Attack):
         self.transfer = transfer
         self.access: Access = "black" if transfer else "text encoder"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
-        """The target sentences; with `transfer`, the prompts too."""
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Targets | Comeback:
+        """The target sentences; with `transfer`, the prompts for them."""
         free, prompts = FreeTokens.of(model, self.tokens), list(dict.fromkeys(row.prompt for row in rows))
         states = model.text_states(model.encode_prompts(prompts))[free.encoder].float()
         ends = (model.last_token(prompts, free.encoder) + 1).clamp(max=states.shape[1] - 1)
         targets = dict(zip(prompts, states[torch.arange(len(prompts)), ends], strict=True))
-        return Observed(targets, self._found(free, task, rows, targets) if self.transfer else ())
+        return self.find(model, task, rows, targets) if self.transfer else targets
 
     def find(
-        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Targets
     ) -> Comeback:
-        found = observed.found or self._found(FreeTokens.of(model, self.tokens), task, rows, observed.targets)
+        found = self._found(FreeTokens.of(model, self.tokens), task, rows, observed)
         record = {name: getattr(self, name) for name in ("tokens", "iterations", "candidates", "top", "transfer")}
         return Comeback(tuple(found), {**record, "banned": self._banned(task)})
 
@@ -99,7 +93,7 @@ class MMA(Attack):
         return [word.casefold() for word in (*self.banned, *(w for c in task.erase for w in c.words)) if word.strip()]
 
     def _found(
-        self, free: FreeTokens, task: UnlearningTask, rows: Sequence[ManifestRow], targets: Mapping[str, Tensor]
+        self, free: FreeTokens, task: UnlearningTask, rows: Sequence[ManifestRow], targets: Targets
     ) -> list[Found]:
         """A prompt for each image."""
         images = Counter(row.prompt for row in rows)

@@ -26,7 +26,6 @@ others read the text, and pooled states are not part of the target.
 
 # B prompts, P population, S survivors, K tokens of each, L length and W width of the states.
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,14 +45,6 @@ PLACES = (
     "school", "sea", "shop", "station", "street", "village",
 )  # fmt: skip
 TEMPLATES = tuple(f"{{}}, a {place}" for place in PLACES)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """tau(P) + eta c^ of each prompt, (B, L, W), and what was found on the unedited model, if it is wanted."""
-
-    targets: Tensor
-    found: Sequence[Found]
 
 
 class RingABell(Attack):
@@ -89,24 +80,24 @@ class RingABell(Attack):
         self.crossover, self.mutation = crossover, mutation
         self.access: Access = "black" if transfer and not soft else "text encoder"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
-        """The targets; with `transfer`, the tokens too."""
+    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor | Comeback:
+        """The targets tau(P) + eta c^, (B, L, W); with `transfer`, the tokens for them."""
         rows = prompts_of(rows)
         model.embed([""])  # refuses a model that reads no text
         directions = {name: self._direction(model, name) for name in {concept_of(row, task) for row in rows}}
         moved = torch.stack([directions[concept_of(row, task)] for row in rows])
         targets = model.encode_prompts([row.prompt for row in rows]).embeds + self.eta * moved
-        return Observed(targets, self._found(model, rows, targets) if self.transfer and not self.soft else ())
+        return self.find(model, task, rows, targets) if self.transfer else targets
 
     def find(
-        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
     ) -> Comeback:
         rows, record = prompts_of(rows), {"eta": self.eta, "soft": self.soft, "transfer": self.transfer}
         if self.soft:
-            pairs = zip(rows, observed.targets, strict=True)
+            pairs = zip(rows, observed, strict=True)
             return Comeback(tuple(Found(row.prompt, row.prompt, tensors={"states": c}) for row, c in pairs), record)
         record |= {name: getattr(self, name) for name in ("tokens", "population", "iterations")}
-        return Comeback(tuple(observed.found or self._found(model, rows, observed.targets)), record)
+        return Comeback(tuple(self._found(model, rows, observed)), record)
 
     def _direction(self, model: DiffusionModel, name: str) -> Tensor:
         """c^, (L, W)."""

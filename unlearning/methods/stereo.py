@@ -155,7 +155,7 @@ class STEREO(Method):
 
     def searched(self, model: DiffusionModel, task: UnlearningTask) -> dict[str, dict[str, Vectors]]:
         """The K words of each concept, in the order in which they are found."""
-        latents = self.inversion.observe(model, task, []).latents
+        latents = self.inversion.latents(model, task)
         words: dict[str, dict[str, Vectors]] = {concept.name: {} for concept in task.erase}
         newest: dict[str, Vectors] = {}
         erasure = composed()

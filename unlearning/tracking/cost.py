@@ -106,6 +106,12 @@ def forget(path: Path, stage: str) -> None:
         write_atomically(path, json.dumps({k: v for k, v in read(path).items() if k != stage}, indent=2))
 
 
+def take(other: Path, path: Path, stage: str) -> None:
+    """Copies the costs of a stage from another run's file."""
+    if spent := read(other).get(stage):
+        write_atomically(path, json.dumps({**read(path), stage: spent}, indent=2))
+
+
 def metrics(path: Path, erasure: Path) -> dict[str, Metric]:
     """The costs of erasing: those of the fit, and the bytes of the erasure's files.
 
