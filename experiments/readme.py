@@ -17,9 +17,16 @@ def first_line(path: Path) -> str:
     return next(line for line in lines if not line.startswith("@package"))
 
 
+def choices(group: str) -> dict[str, Path]:
+    """A group's files by the names that choose them, without variants: those are in a folder beside their file."""
+    folder = ROOT / "conf" / group
+    files = (path for path in sorted(folder.rglob("*.yaml")) if not path.parent.with_suffix(".yaml").exists())
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
 def table(group: str) -> str:
     """A Markdown table of a group's choices."""
-    rows = [(path.stem, first_line(path)) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+    rows = [(name, first_line(path)) for name, path in choices(group).items()]
     linked = [(name, ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", line.rstrip("."))) for name, line in rows]
     said = [f"| `{name}` | {line} |" for name, line in linked]
     return "\n".join([f"| `{group}=` | |", "| --- | --- |", *said])

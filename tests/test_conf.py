@@ -34,9 +34,16 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", overrides=[*GIVEN, *overrides])
 
 
+def group_and_name(choice: str) -> tuple[str, str]:
+    """How a user chooses a file: method=after/relearn, hydra/launcher=slurm."""
+    parts = choice.split("/")
+    depth = 2 if parts[0] == "hydra" else 1
+    return "/".join(parts[:depth]), "/".join(parts[depth:])
+
+
 def choose(choice: str) -> DictConfig:
     """The config of a user who chooses the file `choice`."""
-    group, _, name = choice.rpartition("/")
+    group, name = group_and_name(choice)
     needs = NEEDS.get(choice, [])
     try:
         return composed(f"{group}={name}", *needs)
@@ -71,7 +78,7 @@ def test_the_main_config_is_valid():
 def test_every_choice_composes_and_fits_what_it_configures(choice):
     config = choose(choice)
     check(config)
-    group = choice.rpartition("/")[0]
+    group, _ = group_and_name(choice)
     written = OmegaConf.load(CONF / f"{choice}.yaml")
     if "_target_" in written and "# @package" not in (CONF / f"{choice}.yaml").read_text():
         node = OmegaConf.select(config, group.replace("/", "."))

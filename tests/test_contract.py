@@ -19,6 +19,7 @@ from unlearning.__main__ import CONF
 from unlearning.attacks.base import Access
 from unlearning.concepts import ATTACK, ERASE, Concept
 from unlearning.config import instances
+from unlearning.config.suggestions import choices
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
@@ -30,9 +31,9 @@ from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling import comeback
 from unlearning.sampling.comeback import Comeback
 
-METHODS, ATTACKS = (sorted((CONF / group).glob("*.yaml")) for group in ("method", "attack"))
-METHODS = [path.stem for path in METHODS]
-ATTACKS = [path.stem for path in ATTACKS if "@package" in path.read_text()]  # the others are suites of attacks
+METHODS = choices(CONF, "method")
+# Without suites, which are no attack of their own, and without variants.
+ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
 # Settings that make a fit or an attack short, wherever one has them; random weights tell no concept from another, and
 # know no words.
 SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps": 2, "rank": 2, "repeats": 2}

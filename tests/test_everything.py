@@ -58,5 +58,4 @@ def test_every_method_that_erases_objects_is_there_on_three_of_them_and_two_seed
             methods += values["method"]
     there = {path.stem for path in (CONF / "method").glob("*.yaml")}
     elsewhere = {"lcr_nudity", "weights", "oracle", "eraseanything"}  # people, a file, another model; a flow
-    elsewhere |= {"finetune", "relearn", "quantize"}  # on top of an erasure
     assert there - {*methods} == elsewhere

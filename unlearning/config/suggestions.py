@@ -156,8 +156,9 @@ def groups(conf: Path) -> list[str]:
 
 
 def choices(conf: Path, group: str) -> list[str]:
-    """The names that can be chosen of a group: its files."""
-    return sorted(file.stem for file in (conf / group).glob("[!_.]*.yaml"))
+    """The names that can be chosen of a group: its files, those in subfolders as "folder/file"."""
+    files = (file.relative_to(conf / group) for file in (conf / group).rglob("[!_.]*.yaml"))
+    return sorted(file.with_suffix("").as_posix() for file in files)
 
 
 def _settings(node: object) -> dict:
