@@ -239,7 +239,7 @@ TOLD = {
         | {"negative_prompt": "", "true_cfg_scale": told["guidance_scale"], "guidance_scale": Flux.embedded_guidance}
     ),
     "pixart": lambda told: told | LIKE_OURS,
-    "sana": lambda told: told | LIKE_OURS | {"height": 2 * SIDE, "width": 2 * SIDE},
+    "sana": lambda told: told | LIKE_OURS | {"height": 2 * told["height"], "width": 2 * told["width"]},
     "dit": lambda told: {
         "class_labels": [CLASSES[prompt] for prompt in told["prompt"]],
         "guidance_scale": told["guidance_scale"],
@@ -248,10 +248,16 @@ TOLD = {
 
 
 def drawn_by_diffusers(
-    family: str, pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int], steps: int, scale: float
+    family: str,
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    scale: float,
+    size: tuple[int, int] = (SIDE, SIDE),
 ) -> torch.Tensor:
     """What a Sampler should draw: pictures (B, 3, height, width) in [0, 1]."""
-    usual = {"prompt": prompts, "guidance_scale": scale, "height": SIDE, "width": SIDE}
+    usual = {"prompt": prompts, "guidance_scale": scale, "height": size[0], "width": size[1]}
     told = TOLD[family](usual) if family in TOLD else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipeline(**told, num_inference_steps=steps, generator=generators, output_type="pt").images

@@ -52,6 +52,7 @@ class Prompt:
         seed: The seed of the prompt's first image; None derives it from the run's seed.
         guidance_scale: The prompt's own guidance scale; None is the sampler's.
         concept: The name of the erased concept that the prompt belongs to; "" if it belongs to none.
+        height, width: Of the prompt's own images, in pixels; None is the model's.
     """
 
     text: str
@@ -60,6 +61,8 @@ class Prompt:
     seed: int | None = None
     guidance_scale: float | None = None
     concept: str = ""
+    height: int | None = None
+    width: int | None = None
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels

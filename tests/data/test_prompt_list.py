@@ -2,11 +2,14 @@
 
 import csv
 import gzip
+import json
 
 import pytest
 from hydra.utils import instantiate
+from PIL import Image
 
 from tests.composed import config
+from unlearning.data.captions import captions
 from unlearning.data.prompt_list import prompt_list
 from unlearning.errors import UserError
 from unlearning.sampling.sampler import Sampler
@@ -98,6 +101,33 @@ def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
 def test_lists_of_the_field_are_read(listed, header, row, seed, scale):
     [prompt] = prompt_list("cat", listed(row, header=f"{header}\n")).prompts
     assert (prompt.text, prompt.seed, prompt.guidance_scale) == ("a cat", seed, scale)
+
+
+SIZED = "prompt,sd_seed,sd_image_width,Height\n"
+
+
+def test_every_row_brings_its_size(listed):
+    path = listed("a cat,1,512,768", "a dog,2,640.0,", "a fox,3, ,", header=SIZED)
+    assert [(p.height, p.width) for p in prompt_list("cat", path).prompts] == [(768, 512), (None, 640), (None, None)]
+    assert {(p.height, p.width) for p in prompt_list("cat", path, sizes=False).prompts} == {(None, None)}
+    assert {(p.height, p.width) for p in captions("cat", path).prompts} == {(None, None)}, "those of photographs"
+
+
+@pytest.mark.parametrize("width", ["wide", "0", "-64", "12.5", "1e9", "nan"])
+def test_a_size_that_is_none_is_named_by_its_line(listed, width):
+    task = prompt_list("cat", listed("a cat,1,512,768", f"a dog,2,{width},768", header=SIZED))
+    [skipped] = task.skipped
+    assert len(task.prompts) == 1 and "line 3" in skipped and "sd_image_width is" in skipped
+
+
+def test_rows_of_several_sizes_are_drawn_and_measured(unlearn, listed):
+    rows = ["a cat,1,16,16", "a dog,2,24,32", "a cat,3,,", "a dog,4,24,32", "a fox,5,,48"]
+    chosen = ["dataset=prompt_list", f"dataset.path={listed(*rows, header=SIZED)}", "dataset.anchor=sky"]
+    run = unlearn(*chosen, "method=uce", "evaluator=[clip_score]")
+    assert "efficacy/clip_score_e" in json.loads((run / "metrics.json").read_text()) and (run / "report.html").exists()
+    for name in ("base", "erased"):
+        drawn = [(r.seed, Image.open(r.path).size) for r in read_manifest(run / "images" / f"{name}.csv")]
+        assert drawn == [(1, (16, 16)), (2, (24, 32)), (3, (16, 16)), (4, (24, 32)), (5, (16, 48))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1"])

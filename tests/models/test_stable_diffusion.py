@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from unlearning.models.diffusion import Conditioning
 from unlearning.models.folders import fingerprint
 from unlearning.models.side_modules import LowRank, SideModules
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.sampling.sampler import Sampler
 from unlearning.scrubbing.prototypes import Prototypes
+from unlearning.store.manifest import ManifestRow
 from unlearning.training.student import Weights
 
 SCALE = 5.0
@@ -67,6 +70,30 @@ def test_pictures_are_those_of_diffusers_own_pipeline(any_pipeline, model):
     ours = Sampler(steps=4, guidance_scale=SCALE)(model, prompts, seeds)
     theirs = tiny.drawn_by_diffusers(family, model.pipeline, prompts, seeds, steps=4, scale=SCALE)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_pictures_of_another_size_are_those_of_diffusers_own_pipeline(any_pipeline, model):
+    family, _ = any_pipeline
+    side = Sampler(steps=1)(model, ["a cat"], [0]).shape[-1]
+    row = ManifestRow(Path("x"), "a cat", "erase", {}, 3, height=side + 1, width=2 * side - 1)  # which is rounded
+    draw = Sampler(steps=4, guidance_scale=SCALE)
+    if family == "dit":
+        with pytest.raises(UserError, match=f"{2 * side - 1} by {side + 1}"):
+            draw.check(model, [row])
+        return
+    draw.check(model, [row])
+    ours, _ = draw.draw(model, [row])
+    size = tiny.SIDE, 2 * tiny.SIDE
+    theirs = tiny.drawn_by_diffusers(family, model.pipeline, ["a cat"], [3], steps=4, scale=SCALE, size=size)
+    assert ours.shape[-2:] == (side, 2 * side)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    assert draw(model, ["a cat"], [3]).shape[-2:] == (side, side), "the model itself keeps its size"
+
+
+def test_a_size_beyond_the_model_is_refused_before_anything_is_drawn(sd3):
+    model = StableDiffusion3.load(str(sd3), device="cpu")
+    with pytest.raises(UserError, match="pixels a side"):
+        Sampler().check(model, [ManifestRow(Path("x"), "a cat", "erase", {}, 3, height=4096)])
 
 
 def test_the_yamls_sampler_walks_as_the_pipeline_does(any_pipeline, model, tmp_path):

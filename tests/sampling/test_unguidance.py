@@ -91,6 +91,10 @@ def test_a_prompt_is_asked_about_once(model, adapter):
             assert not calls and torch.equal(again, first.flip(0))
             rule.differences(model, model.encode_prompts(PROMPTS[:1]), 5.0)
             assert calls, "another scale is another question"
+            side = 2 * Sampler(steps=1)(model, PROMPTS[:1], [0]).shape[-1]
+            calls.clear()
+            rule.differences(model.at_size(side, None), model.encode_prompts(PROMPTS[:1]), 5.0)
+            assert calls, "so is another size"
         finally:
             hook.remove()
 

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from unlearning.errors import UserError
 from unlearning.store.images import write_image
 from unlearning.store.manifest import (
     ManifestRow,
+    batches,
     image_path,
     image_seed,
     link_outputs,
@@ -75,6 +77,19 @@ def test_what_an_attack_found_is_part_of_the_path(tmp_path):
     assert row.path == image_path(STORE, "a cat", row.seed)
 
 
+def test_a_size_of_its_own_is_part_of_the_path():
+    sizes = [(None, None), (768, 512), (512, 768), (None, 512), (512, None)]
+    prompts = [Prompt("a cat", "erase", seed=3, height=height, width=width) for height, width in sizes]
+    rows = manifest(STORE, replace(task(count=1), prompts=tuple(prompts)), 0)
+    assert [(row.height, row.width) for row in rows] == sizes and len(set(paths(rows))) == len(sizes)
+    assert rows[0].path.name == "a54c143dc5f2a0b4.png", "earlier runs have stored images under it"
+
+
+def test_batches_hold_images_of_one_size():
+    rows = [ManifestRow(Path(f"{i}"), "", "erase", {}, i, height=(None, 64)[i in (1, 4)]) for i in range(6)]
+    assert [[row.seed for row in batch] for batch in batches(rows, 3)] == [[0, 2, 3], [5], [1, 4]]
+
+
 def test_a_prompt_asked_twice_is_drawn_once(tmp_path):
     rows = manifest(tmp_path, task("a cat", "a cat", count=2), 0)
     assert len(rows) == 4 and len(missing(rows)) == 2
@@ -101,6 +116,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
             regions=(Region((1, 2, 3, 4), "erase", {"object": "cat"}),),
             concept="cat",
             comeback=tmp_path / "run" / "attacks" / "0.safetensors",
+            height=768,
         ),
     ]
     write_manifest(tmp_path / "run" / "images" / "base.csv", rows)

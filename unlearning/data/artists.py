@@ -5,6 +5,7 @@ The prompts come from a paper's CSV, or are MACE's five templates filled with na
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from unlearning.concepts import ERASE, RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
@@ -38,8 +39,8 @@ def artists(
 
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
-        path: A CSV with columns of artists and prompts and, if it has one, of seeds. Artists in it that are not erased
-            are to be retained.
+        path: A CSV with columns of artists and prompts and, if it has them, of seeds and sizes. Artists in it that are
+            not erased are to be retained.
         others, seeds: If there is no CSV: the artists to retain, and the seeds of each prompt.
         source: Where to get a CSV, for the error message if there is neither a CSV nor others.
         template: How an artist's name becomes a prompt, for the methods.
@@ -51,9 +52,9 @@ def artists(
     erase = concepts(concept, anchor=anchor)
     erased = [one.name for one in erase]
 
-    def prompt(text: str, artist: str, seed: int | None, scale: float | None = None) -> Prompt:
+    def prompt(text: str, artist: str, seed: int | None, **own: Any) -> Prompt:
         role, of = (ERASE, artist) if artist in erased else (RETAIN, "")
-        return Prompt(text, role, seed=seed, guidance_scale=scale, concept=of)
+        return Prompt(text, role, seed=seed, concept=of, **own)
 
     if path is not None:
         named: dict[str, None] = {}
@@ -61,7 +62,8 @@ def artists(
         def parse(row: Row) -> Prompt:
             artist = row.text("artist")
             named[artist] = None
-            return prompt(row.text(), artist, row.seed, row.number("guidance"))
+            size = {"height": row.side("height"), "width": row.side("width")}
+            return prompt(row.text(), artist, row.seed, guidance_scale=row.number("guidance"), **size)
 
         prompts, skipped = read(path, COLUMNS, parse)
         for artist in erased:

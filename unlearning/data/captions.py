@@ -34,6 +34,7 @@ def captions(
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
         path: The CSV, with a column of prompts and, if it has one, of seeds (`unlearning.data.prompt_list.COLUMNS`).
+            Sizes in it are those of photographs: all images have the model's.
         count: Number of captions; None takes all.
         subset: The seed that chooses the captions if the CSV has more.
         source: Where to get the CSV, for the error message if there is no path.

@@ -1,6 +1,6 @@
 """A CSV of prompts, with the columns of any of the field's lists: I2P, COCO, UnlearnDiffAtk, Ring-A-Bell, MMA.
 
-I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Seed and guidance scale are optional. A column
+I2P: Inappropriate Image Prompts (Schramowski et al., CVPR 2023). Seed, guidance scale and size are optional. A column
 `concept` says which of several erased concepts a prompt belongs to; columns of other names are ignored.
 """
 
@@ -31,6 +31,7 @@ COLUMNS = {
 }
 DELIMITERS = ",\t;|"
 LARGEST = 2**63 - 1  # a seed of PyTorch's generators
+LONGEST = 8192  # side of an image in pixels: a longer one is a mistake
 log = logging.getLogger(__name__)
 csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is an error
 
@@ -68,12 +69,19 @@ class Row:
     @property
     def seed(self) -> int | None:
         """The seed; None if there is no such column. Raises ValueError for anything but 0 to LARGEST."""
-        if (value := self.number("seed")) is None:
+        return self._whole("seed", 0, LARGEST)
+
+    def side(self, column: str) -> int | None:
+        """The height or width in pixels; None without one. Raises ValueError for anything but 1 to LONGEST."""
+        return self._whole(column, 1, LONGEST) if (self.cells.get(column) or "").strip() else None
+
+    def _whole(self, column: str, least: int, most: int) -> int | None:
+        if (value := self.number(column)) is None:
             return None
-        text = (self.cells["seed"] or "").strip()
+        text = (self.cells[column] or "").strip()
         whole = int(text) if text.isdecimal() else int(value)  # a float does not hold every whole number
-        if value != int(value) or not 0 <= whole <= LARGEST:
-            raise ValueError(f"{self.names['seed']} is {text}, not a whole number from 0 to {LARGEST}")
+        if value != int(value) or not least <= whole <= most:
+            raise ValueError(f"{self.names[column]} is {text}, not a whole number from {least} to {most}")
         return whole
 
 
@@ -119,8 +127,6 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
         raise UserError("\n".join([f"{path} has no valid prompt.", *skipped]))
     for message in skipped:
         log.warning("skipped: %s", message)
-    if "width" in names or "height" in names:
-        log.info("%s states sizes of images, which are left aside: all images have the model's size.", path)
     return prompts, skipped
 
 
@@ -176,6 +182,7 @@ def prompt_list(
     concept: str | Sequence[str],
     path: str | Path | None,
     *,
+    sizes: bool = True,
     source: str = "",
     anchor: str | Mapping[str, str] = "",
     template: Template = "a photo of the {}",
@@ -189,6 +196,8 @@ def prompt_list(
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).
         path: The CSV.
+        sizes: Whether images have the heights and widths that the CSV states, rounded to what the model can draw. Some
+            scripts of the field draw I2P's prompts so, others at the model's size: False.
         source: Where to get the CSV, for the error message if there is no path.
         template: How a concept's name becomes a prompt, for the methods.
         images_per_prompt: The first image of a prompt has the row's seed, the next one the seed plus one, ... Without
@@ -207,8 +216,11 @@ def prompt_list(
         return name
 
     def prompt(row: Row) -> Prompt:
-        scale = row.number("guidance")
-        return Prompt(row.text(), ERASE, seed=row.seed, guidance_scale=scale, concept=belongs_to(row))
+        height, width = (row.side(column) if sizes else None for column in ("height", "width"))
+        return Prompt(
+            row.text(), ERASE, seed=row.seed, guidance_scale=row.number("guidance"), concept=belongs_to(row),
+            height=height, width=width,
+        )  # fmt: skip
 
     prompts, skipped = read(required(path, ["prompt"], source), ["prompt"], prompt)
     return UnlearningTask(

@@ -133,6 +133,7 @@ class DiffusionModel(Model):
     side: dict[str, "SideModules"]
     weights: Mapping[str, Tensor] | None = None  # of a snapshot: values by full name that replace the model's own
     without_side: frozenset[str] = frozenset()  # of a view: the sets of side modules that it leaves out
+    latent_size: tuple[int, int] | None = None  # of a view: (H, W) of its latents, in place of what it was trained at
 
     @property
     def middle(self) -> str:
@@ -344,6 +345,26 @@ class DiffusionModel(Model):
         view.without_side = self.without_side | {name}
         return view
 
+    def at_size(self, height: int | None, width: int | None) -> "DiffusionModel":
+        """This model, for images of another size.
+
+        Args:
+            height, width: In pixels; each is rounded to the nearest that the model can draw. None is the model's own.
+
+        Raises:
+            UserError: If the model cannot draw images of this size.
+        """
+        if height is None and width is None:
+            return self
+        _, *own = self.latent_shape
+        H, W = (
+            here if side is None else max(1, round(side / (self._scale * self.patch))) * self.patch
+            for side, here in zip((height, width), own, strict=True)
+        )
+        view = copy.copy(self)
+        view.latent_size = H, W
+        return view
+
     @contextmanager
     def _side_gains(self, gains: Mapping[str, Tensor], t: Tensor | None = None) -> Iterator[None]:
         """Within it the output of each set of side modules is scaled by its gain (B,), 0 if a view leaves it out.
@@ -382,6 +403,11 @@ class DiffusionModel(Model):
         return functional_call(_Caller(encoders), own, (call,)) if own else call()
 
     # The algebra of diffusion.
+
+    @property
+    @abstractmethod
+    def _scale(self) -> int:
+        """The side of an image over the side of its latent."""
 
     @property
     @abstractmethod

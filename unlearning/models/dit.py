@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from torch import Tensor, nn
 
 from unlearning.errors import UserError, nearest, suggest
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.models.stable_diffusion import StableDiffusion
 
 
@@ -29,6 +29,12 @@ class DiT(StableDiffusion):
         """
         classes = torch.tensor([self._class(prompt) for prompt in prompts], device=self.device)
         return Conditioning(classes.reshape(-1, 1, 1))
+
+    def at_size(self, height: int | None, width: int | None) -> DiffusionModel:
+        view = super().at_size(height, width)
+        if view.latent_shape != self.latent_shape:
+            raise UserError(f"{self.name} draws images of one size only, not of {width} by {height} pixels.")
+        return view
 
     def vocabulary(self) -> list[str]:
         return list(self._labels)

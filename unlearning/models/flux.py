@@ -44,8 +44,8 @@ class Flux(JointAttention):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = self.vae.config.sample_size // self.pipeline.vae_scale_factor
-        return self.denoiser.config.in_channels // self.patch**2, size, size
+        H, W = self.latent_size or (self.vae.config.sample_size // self.pipeline.vae_scale_factor,) * 2
+        return self.denoiser.config.in_channels // self.patch**2, H, W
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device)

@@ -124,8 +124,8 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = self.denoiser.config.sample_size
-        return self.denoiser.config.in_channels, size, size
+        H, W = self.latent_size or (self.denoiser.config.sample_size,) * 2
+        return self.denoiser.config.in_channels, H, W
 
     def _encode(self, prompts: list[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
@@ -187,7 +187,6 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def _scale(self) -> int:
-        """The side of an image over the side of its latent."""
         return self.pipeline.vae_scale_factor
 
     @property

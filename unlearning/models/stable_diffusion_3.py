@@ -3,7 +3,8 @@
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.errors import UserError
+from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.models.joint_attention import JointAttention
 
 
@@ -20,6 +21,12 @@ class StableDiffusion3(JointAttention):
             texts, texts, texts, device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )
         return Conditioning(embeds, {"pooled": pooled})
+
+    def at_size(self, height: int | None, width: int | None) -> DiffusionModel:
+        view, most = super().at_size(height, width), self.denoiser.config.pos_embed_max_size * self.patch
+        if max(view.latent_shape[1:]) > most:
+            raise UserError(f"{self.name} draws {most * self._scale} pixels a side at most, not {width} by {height}.")
+        return view
 
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:
         """CLIP's two encoders side by side, padded with zeros, and then the tokens of T5."""

@@ -34,8 +34,8 @@ class StableDiffusionXL(StableDiffusion):
             given = torch.tensor([bool(p) for p in prompts], device=embeds.device)
             embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
         # The size that it generates. Images to learn from are cropped and resized to it beforehand.
-        side = self.latent_shape[-1] * self.pipeline.vae_scale_factor
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=embeds.device)
+        size = [side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:]]
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=embeds.device)
         return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
 
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:

@@ -160,7 +160,8 @@ def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
 
 def _attacked(folder: Path, row: ManifestRow, result: Mapping) -> ManifestRow:
     file = folder / result["file"] if result["file"] else None
-    path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file)
+    size = row.height, row.width
+    path = image_path(row.path.parent, result["prompt"], row.seed, row.guidance_scale, file, size)
     judged = (Region(tuple(result["judged"]), ATTACK, row.labels),) if "judged" in result else ()
     return replace(row, path=path, prompt=result["prompt"], role=ATTACK, comeback=file, regions=judged)
 

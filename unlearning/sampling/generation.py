@@ -18,7 +18,7 @@ from unlearning.sampling.reconstruction import FAILED, Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import write_image
 from unlearning.store.locks import claimed
-from unlearning.store.manifest import ManifestRow, missing
+from unlearning.store.manifest import ManifestRow, batches, missing
 from unlearning.training.trainers import shows_progress, without_bar
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Generation(pl.LightningModule):
         """
         size = min(self.size, len(rows)) or 1
         try:
-            for i in range(0, len(rows), size):
-                self._draw(rows[i : i + size])
+            for batch in batches(rows, size):
+                self._draw(batch)
             return
         except torch.OutOfMemoryError as error:
             if size == 1 or (self.size < self.sampler.batch_size and not self.sampler.automatic):
@@ -113,7 +113,7 @@ def generate(
     Rows that another process is drawing are left to it, and waited for at the end. An image that fails is named in a
     warning and stays missing.
     """
-    todo = missing(rows)
+    todo = [row for batch in batches(missing(rows), sampler.batch_size) for row in batch]  # those of one size together
     if todo:
         hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
         bar = tqdm(total=len(todo), desc="generating", unit="image", leave=False, disable=hidden)

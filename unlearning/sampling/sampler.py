@@ -166,12 +166,22 @@ class Sampler:
     manifest = staticmethod(manifest)
 
     def check(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> None:
-        """Raises UserError if the rows cannot be drawn with the model's guidance. It takes no time."""
+        """Raises UserError if the rows cannot be drawn with the model's guidance or at their sizes. Takes no time."""
         for scale in {self.guidance_scale if row.guidance_scale is None else row.guidance_scale for row in rows}:
             check_scale(model.guidance, scale)
+        for height, width in {(row.height, row.width) for row in rows}:
+            model.at_size(height, width)
 
     def draw(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict[str, float]]]:
-        """The images of a manifest's rows, and what the guidance decided about each."""
+        """The images of a manifest's rows, and what the guidance decided about each.
+
+        Raises:
+            UserError: If the rows have several sizes.
+        """
+        size, *others = {(row.height, row.width) for row in rows}
+        if others:
+            raise UserError("Images of several sizes cannot be drawn at once: they are no tensor.")
+        model = model.at_size(*size)
         prompts, seeds, files = zip(*((row.prompt, row.seed, row.comeback) for row in rows), strict=True)
         return self.sample(model, restored(model, prompts, seeds, files), [row.guidance_scale for row in rows])
 

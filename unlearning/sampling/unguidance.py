@@ -115,7 +115,7 @@ class UnGuidance(LatentDifference, Guidance):
         """D (N,). A value that is known for the same model, prompt and scale is not computed again."""
         scale = torch.as_tensor(scale, dtype=torch.float32).flatten().expand(len(c))
         keys = [
-            digest(model.state, row.detach().float().cpu().numpy().tobytes().hex(), s)
+            digest(model.state, model.latent_shape, row.detach().float().cpu().numpy().tobytes().hex(), s)
             for row, s in zip(c.embeds, scale.tolist(), strict=True)
         ]
         new = list({k: i for i, k in enumerate(keys) if k not in self._known}.values())

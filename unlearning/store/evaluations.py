@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from unlearning.errors import UserError
 from unlearning.store.files import digest, read_state, write_atomically
-from unlearning.store.manifest import ManifestRow, load_images
+from unlearning.store.manifest import ManifestRow, batches, load_images
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def evaluation(
     if stored := read_state(path, lambda kept: _restored(kept, path.with_suffix(".jsonl"))):
         return stored
     with tqdm(total=len(rows), desc=label, unit="image", leave=False) as bar:
-        for i in range(0, len(rows), batch_size):
-            batch = rows[i : i + batch_size]
+        for batch in batches(rows, batch_size):
             evaluator.update(load_images(batch), batch)
             bar.update(len(batch))
     values = evaluator.compute()

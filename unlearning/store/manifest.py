@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class ManifestRow:
         comeback: A file with what an attack found for this image (`unlearning.sampling.comeback`).
         oracle: The image of the model that never knew the concept, for the same prompt and seed; None if the run does
             not compare with it.
+        height, width: As a prompt's.
     """
 
     path: Path
@@ -64,6 +65,8 @@ class ManifestRow:
     concept: str = ""
     comeback: Path | None = None
     oracle: Path | None = None
+    height: int | None = None
+    width: int | None = None
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:
@@ -75,7 +78,12 @@ def image_seed(seed: int, prompt: str, sample: int) -> int:
 
 
 def image_path(
-    folder: Path, prompt: str, seed: int, guidance_scale: float | None = None, comeback: Path | None = None
+    folder: Path,
+    prompt: str,
+    seed: int,
+    guidance_scale: float | None = None,
+    comeback: Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> Path:
     """Where an image is stored: a file in the model's `folder`, named by a digest of all else that it depends on.
 
@@ -84,9 +92,11 @@ def image_path(
         prompt, seed: The image's.
         guidance_scale: The image's own; None is the sampler's.
         comeback: A file with what an attack found; its content counts, not its name.
+        size: The image's own height and width; None is the model's.
     """
     own: list[object] = [] if guidance_scale is None else [guidance_scale]
     own += [] if comeback is None else [file_digest(comeback)]
+    own += [] if size == (None, None) else [size]
     return folder / f"{digest(prompt, seed, *own)}.png"
 
 
@@ -106,10 +116,11 @@ def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[ManifestRow]
 
     def row(prompt: Prompt, sample: int) -> ManifestRow:
         own = image_seed(seed, prompt.text, sample) if prompt.seed is None else prompt.seed + sample
-        path = image_path(folder, prompt.text, own, prompt.guidance_scale)
+        path = image_path(folder, prompt.text, own, prompt.guidance_scale, size=(prompt.height, prompt.width))
         return ManifestRow(
-            path, prompt.text, prompt.role, prompt.labels, own, prompt.guidance_scale, concept=prompt.concept
-        )
+            path, prompt.text, prompt.role, prompt.labels, own, prompt.guidance_scale, concept=prompt.concept,
+            height=prompt.height, width=prompt.width,
+        )  # fmt: skip
 
     return [row(prompt, i) for prompt in task.prompts for i in range(task.images_per_prompt)]
 
@@ -146,8 +157,17 @@ def missing(rows: Iterable[ManifestRow]) -> list[ManifestRow]:
     return list({row.path: row for row in rows if not row.path.exists()}.values())
 
 
+def batches(rows: Iterable[ManifestRow], most: int) -> Iterator[list[ManifestRow]]:
+    """The rows in batches of images of one size, at most so many in each; rows of a size keep their order."""
+    by_size: dict[tuple[int | None, int | None], list[ManifestRow]] = {}
+    for row in rows:
+        by_size.setdefault((row.height, row.width), []).append(row)
+    for alike in by_size.values():
+        yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+
 def load_images(rows: Sequence[ManifestRow], which: str = "path") -> np.ndarray:
-    """The images of the rows, (N, H, W, 3) uint8.
+    """The images of the rows, (N, H, W, 3) uint8, which must have one size (`batches`).
 
     Args:
         which: "path", or "base", "source" or "oracle" if all rows have one.
@@ -227,6 +247,8 @@ def read_manifest(path: Path) -> list[ManifestRow]:
             concept=cells.get("concept") or "",
             comeback=file(cells.get("comeback")),
             oracle=file(cells.get("oracle")),
+            height=int(cells.get("height") or 0) or None,
+            width=int(cells.get("width") or 0) or None,
         )
 
     try:
