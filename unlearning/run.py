@@ -42,6 +42,7 @@ from unlearning.store.files import digest, file_digest, read_state, set_aside, w
 from unlearning.store.finished import state
 from unlearning.store.images import figure_paths, write_figures
 from unlearning.store.locks import alone_in
+from unlearning.store.loops import kept_in
 from unlearning.store.manifest import ManifestRow, link_outputs, missing, read_manifest, with_decided, write_manifest
 from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
@@ -279,21 +280,23 @@ class Run:
         if not (rows := self._targets):
             raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
         pl.seed_everything(self.seed, workers=True, verbose=False)
-        stage, costs = f"attack {name}", self.folder / "cost.json"
-        cost.forget(costs, stage)
-        with cost.measured(costs, stage, self.model):
-            observed = attack.observe(self.model, self.task, rows)
-            if isinstance(observed, comeback.Comeback):  # transferred: it serves every erasure from this model
-                result, place = observed, self._attack_place(attack)
-            else:
-                with erasure.applied_to(self.model):
-                    result = attack.find(self.model, self.task, rows, observed)
-                place = self._attack_place(attack, erasure)
-        record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
-        record |= {"base": self.model.fingerprint, "seed": self.seed, "targets": len(rows)}
-        record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}
-        record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
-        replace(result, record=record).save(place)
+        stage, costs, place = f"attack {name}", self.folder / "cost.json", self._attack_place(attack, erasure)
+        begun = self.folder / f".attack-{place.name}"
+        if not begun.exists():
+            cost.forget(costs, stage)
+        with kept_in(begun):
+            with cost.measured(costs, stage, self.model):
+                result = attack.observe(self.model, self.task, rows)
+                if isinstance(result, comeback.Comeback):  # transferred: it serves every erasure from this model
+                    place = self._attack_place(attack)
+                else:
+                    with erasure.applied_to(self.model):
+                        result = attack.find(self.model, self.task, rows, result)
+            record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
+            record |= {"base": self.model.fingerprint, "seed": self.seed, "targets": len(rows)}
+            record |= {"sampler": attack.sampler(cast(Sampler, self.sampler)).protocol}
+            record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
+            replace(result, record=record).save(place)
 
     def _attack_folder(self, attack: Attack, erasure: Erasure) -> Path:
         """Where the store keeps what an attack on the erased model found, or will find."""

@@ -16,6 +16,7 @@ Deviation: what is not the concept are images of the task's retained concepts, o
 # B batch, N latents, C H W latent shape.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
 from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise, per_row
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 from unlearning.training.forget_retain import encoded
 
@@ -100,8 +102,8 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         y = torch.cat([torch.ones(len(observed.shown)), torch.zeros(len(observed.others))]).to(x_0)
         network = Classifier(x_0[0].numel()).to(x_0.device)
         optimizer, weight = self.optimizer(list(network.parameters())), (len(y) - y.sum()) / y.sum()
-        losses = []
-        for _ in range(self.epochs):
+        now = SimpleNamespace(network=network, optimizer=optimizer, losses=[])
+        for _ in resumed(range(self.epochs), "training the classifier", now):
             total = 0.0
             for chosen in torch.randperm(VIEWS * len(y)).remainder(len(y)).split(self.batch_size):
                 t = model.timesteps(torch.rand(len(chosen)) ** (1 / 3))
@@ -111,8 +113,8 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(chosen)
-            losses.append(total / (VIEWS * len(y)))
-        return {f"classifier.{name}": w.detach() for name, w in network.state_dict().items()}, losses
+            now.losses.append(total / (VIEWS * len(y)))
+        return {f"classifier.{name}": w.detach() for name, w in network.state_dict().items()}, now.losses
 
 
 class Classifier(nn.Module):

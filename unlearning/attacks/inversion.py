@@ -20,6 +20,7 @@ Deviation: both sample with the solver that inverted; TINA's authors sample with
 # B batch, N rows, C H W latent shape.
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ from unlearning.sampling.comeback import Comeback, Found, Restored
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inverse import Solver, noise_of
 from unlearning.sampling.sampler import Sampler
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 PROMPTS = {"neutral": "a photo", "empty": ""}
@@ -92,15 +94,16 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         return PROMPTS.get(self.prompt, row.prompt)
 
     def _noise(self, model: DiffusionModel, x_0: Tensor, rows: Sequence[ManifestRow]) -> Tensor:
-        size, parts = self.images.batch_size, []
-        for i in range(0, len(rows), size):
+        size, now = self.images.batch_size, SimpleNamespace(parts=[])
+        for i in resumed(range(0, len(rows), size), "inverting", now):
             c = model.encode_prompts([self._prompt(row) for row in rows[i : i + size]])
             walk = begin(model, c, self.guidance_scale)
-            parts.append(noise_of(
+            noise = noise_of(
                 model, x_0[i : i + size], walk, steps=self.steps, refinements=self.refinements, solver=self.solver,
                 learning_rate=self.learning_rate,
-            ))  # fmt: skip
-        return torch.cat(parts)
+            )  # fmt: skip
+            now.parts.append(noise.cpu())
+        return torch.cat(now.parts).to(x_0)
 
 
 class Returning(Sampler):

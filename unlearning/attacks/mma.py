@@ -24,11 +24,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from unlearning.attacks.base import Access, Attack
 from unlearning.concepts import UnlearningTask
@@ -37,6 +37,7 @@ from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.tokens import FreeTokens
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 DRAWS = 100  # of the letters that a search starts from, until they hold no banned word
@@ -127,17 +128,18 @@ class MMA(Attack):
         usable = [i for i in free.usable.tolist() if not _holds(free.texts[i], banned)]
         ids = self._start(free, usable, len(goals), banned)
         allowed = torch.isin(torch.arange(len(free.embeds), device=ids.device), torch.tensor(usable, device=ids.device))
-        best, highest = ids, similar(ids[:, None])[:, 0]
-        course = [highest]
-        for i in tqdm(range(self.iterations), "searching", leave=False):
-            candidates = self._candidates(ids, self._replacements(free, ids, goals, allowed))
+        now = SimpleNamespace(ids=ids, best=ids, highest=similar(ids[:, None])[:, 0])
+        now.course = [now.highest.cpu()]
+        for i in resumed(range(self.iterations), "searching", now):
+            candidates = self._candidates(now.ids, self._replacements(free, now.ids, goals, allowed))
             orders = similar(candidates).argsort(1, descending=True)
-            ids = torch.stack([best_of(*own) for own in zip(candidates, orders, ids, strict=True)])
-            now = similar(ids[:, None])[:, 0]
-            best, highest = torch.where((now > highest)[:, None], ids, best), now.maximum(highest)
+            now.ids = torch.stack([best_of(*own) for own in zip(candidates, orders, now.ids, strict=True)])
+            reached = similar(now.ids[:, None])[:, 0]
+            now.best = torch.where((reached > now.highest)[:, None], now.ids, now.best)
+            now.highest = reached.maximum(now.highest)
             if i % max(1, self.iterations // 10) == 0 or i == self.iterations - 1:
-                course.append(highest)
-        return best, torch.stack(course)
+                now.course.append(now.highest.cpu())
+        return now.best, torch.stack(now.course)
 
     def _start(self, free: FreeTokens, usable: Sequence[int], count: int, banned: Sequence[str]) -> Tensor:
         """Random letters, words of their own if the encoder has such tokens, (S, K)."""

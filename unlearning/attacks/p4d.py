@@ -20,12 +20,12 @@ the prompt as it is.
 # B batch, k tokens, M pairs, C H W latent shape, D width of an encoder.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unlearning.attacks.base import Attack, prompts_of
 from unlearning.attacks.observed import latents_of
@@ -37,6 +37,7 @@ from unlearning.sampling.guidance import begin, classifier_free
 from unlearning.sampling.inversion import Placeholder, noised
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 WORDS = 3  # of the prompt, before each token of P4D-K
@@ -114,22 +115,22 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         frame = with_tokens(prompt, self.kind, self.tokens)
         search = Search(model, vocabulary, frame, prompt)
         optimizer = self.optimizer([search.free])
-        best, losses = (float("inf"), search.ids()), []
+        now = SimpleNamespace(v=search.free, optimizer=optimizer, losses=[], lowest=float("inf"), best=search.ids())
         with model.without_checkpointing(), torch.enable_grad():
-            for i in tqdm(range(self.iterations), "P4D", leave=False):
+            for i in resumed(range(self.iterations), "P4D", now):
                 chosen = torch.randint(self.samples, (1 if model.guidance else self.batch_size,))
                 loss = self._loss(model, search.embedded(), pairs, chosen)
                 optimizer.zero_grad()
                 search.free.grad = search.gradient(loss)
                 optimizer.step()
                 if (i + 1) % self.check == 0 or i + 1 == self.iterations:
-                    losses.append(self._over_all(model, search, pairs))
-                    best = min(best, (losses[-1], search.ids()))
-        text = search.of(best[1])
+                    now.losses.append(self._over_all(model, search, pairs))
+                    now.lowest, now.best = min((now.lowest, now.best), (now.losses[-1], search.ids()))
+        text = search.of(now.best)
         tensors = {f"embeds.{part}": e[0].detach() for part, e in text.embeds.items()}
-        words = [vocabulary.decoded([i]) for i in best[1]]
+        words = [vocabulary.decoded([i]) for i in now.best]
         return Found(prompt, " ".join(frame.format(*words).split()), tensors=tensors, record={
-            "tokens": best[1], "loss": best[0], "losses": losses,
+            "tokens": now.best, "loss": now.lowest, "losses": now.losses,
         })  # fmt: skip
 
     def _loss(self, model: DiffusionModel, text: Embedded, pairs: Pairs, chosen: Tensor) -> Tensor:

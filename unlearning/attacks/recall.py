@@ -18,6 +18,7 @@ sampler is the evaluation's.
 
 # B batch, N rows, C H W latent shape.
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
 from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise, timesteps_of
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 
@@ -71,13 +73,13 @@ class Recall(Attack[DiffusionModel, Tensor]):
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
     ) -> Comeback:
-        size, found = self.images.batch_size, []
-        for i in range(0, len(rows), size):
-            batch, r = rows[i : i + size], observed[i : i + size]
-            for row, a in zip(batch, self._moved(model, [row.prompt for row in batch], r), strict=True):
-                found.append(Found(row.prompt, row.prompt, row.seed, {"image": a}))
+        size, now = self.images.batch_size, SimpleNamespace(moved=[])
+        for i in resumed(range(0, len(rows), size), "RECALL", now):
+            prompts = [row.prompt for row in rows[i : i + size]]
+            now.moved.append(self._moved(model, prompts, observed[i : i + size]).cpu())
+        moved = zip(rows, torch.cat(now.moved), strict=True)
         record = {name: getattr(self, name) for name in ("iterations", "ascend", "strength")}
-        return Comeback(tuple(found), record)
+        return Comeback(tuple(Found(row.prompt, row.prompt, row.seed, {"image": a}) for row, a in moved), record)
 
     def _moved(self, model: DiffusionModel, prompts: list[str], r: Tensor) -> Tensor:
         """a, (B, C, H, W)."""

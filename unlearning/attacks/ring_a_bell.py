@@ -26,10 +26,10 @@ others read the text, and pooled states are not part of the target.
 
 # B prompts, P population, S survivors, K tokens of each, L length and W width of the states.
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unlearning.attacks.base import Access, Attack, concept_of, prompts_of
 from unlearning.concepts import UnlearningTask
@@ -37,6 +37,7 @@ from unlearning.config.values import Count, Finite, Several, Share, Template
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.tokens import FreeTokens
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 PLACES = (
@@ -131,17 +132,18 @@ class RingABell(Attack):
 
             return free.scores(ids.flatten(0, 1), distance).unflatten(0, ids.shape[:2])
 
-        population = drawn(len(targets), self.population, self.tokens)
-        best, lowest, course = population[:, 0], targets.new_full((len(targets),), torch.inf), []
-        for i in tqdm(range(self.iterations), "searching", leave=False):
-            fitness, order = losses(population).sort(1)
-            parents = _taken(population, order[:, : self.population // 2])
-            better = fitness[:, 0] < lowest
-            best, lowest = torch.where(better[:, None], parents[:, 0], best), torch.where(better, fitness[:, 0], lowest)
+        now = SimpleNamespace(population=drawn(len(targets), self.population, self.tokens), course=[])
+        now.best, now.lowest = now.population[:, 0], targets.new_full((len(targets),), torch.inf)
+        for i in resumed(range(self.iterations), "searching", now):
+            fitness, order = losses(now.population).sort(1)
+            parents = _taken(now.population, order[:, : self.population // 2])
+            better = fitness[:, 0] < now.lowest
+            now.best = torch.where(better[:, None], parents[:, 0], now.best)
+            now.lowest = torch.where(better, fitness[:, 0], now.lowest)
             if i % max(1, self.iterations // 10) == 0 or i == self.iterations - 1:
-                course.append(lowest)
-            population = self._next(parents, drawn)
-        return best, torch.stack(course)
+                now.course.append(now.lowest.cpu())
+            now.population = self._next(parents, drawn)
+        return now.best, torch.stack(now.course)
 
     def _next(self, parents: Tensor, drawn: Callable[..., Tensor]) -> Tensor:
         """Parents (B, S, K) and their children, some with one token replaced: the next generation, (B, P, K)."""

@@ -23,12 +23,12 @@ the prompt as it is.
 """
 
 # B rows, k tokens, V vocabulary, C H W latent shape.
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unlearning.attacks.base import Attack
 from unlearning.attacks.denoising import denoising_loss
@@ -41,6 +41,7 @@ from unlearning.sampling.comeback import Comeback, Found, Restored
 from unlearning.sampling.inversion import Noised, Placeholder
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
+from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
 
@@ -100,26 +101,30 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         return [row for row, count in zip(rows, counts, strict=True) if count <= self.longest]
 
     def _found(self, model: DiffusionModel, rows: list[ManifestRow], z_0: Tensor) -> list[Found]:
-        scores = self._scores(model, rows, [{}] * len(rows))
-        found = [self._plain(row, score) for row, score in zip(rows, scores, strict=True)]
-        left = [i for i, score in enumerate(scores) if score <= self.witness.threshold]
         search = Search(model, rows, self.tokens, self.place, self.optimizer)
-        for n, t in enumerate(tqdm(self._times(model), "UnlearnDiffAtk", leave=False), 1):
-            if not left:
+        without = self._scores(model, rows, [{}] * len(rows))
+        now = SimpleNamespace(search=search, scores=without, first=dict.fromkeys(self._successes(without), 0))
+        for n, t in resumed(list(enumerate(self._times(model), 1)), "UnlearnDiffAtk", now):
+            if not (left := [i for i in range(len(rows)) if i not in now.first]):
                 break
             self._descend(model, search, left, z_0, t)
-            given = search.tensors(left)
-            scores = self._scores(model, [rows[i] for i in left], given)
-            for i, tensors, score in zip(left, given, scores, strict=True):
-                record = {"score": score, "without": found[i].record["without"], "tokens": search.ids(i)}
-                record |= {"first success": n} if score > self.witness.threshold else {}
-                found[i] = Found(rows[i].prompt, search.prompt(i), rows[i].seed, tensors, record)
-            left = [i for i, score in zip(left, scores, strict=True) if score <= self.witness.threshold]
-        return found
+            scores = dict(zip(left, self._scores(model, [rows[i] for i in left], search.tensors(left)), strict=True))
+            now.scores = [scores.get(i, score) for i, score in enumerate(now.scores)]
+            now.first |= {i: n for i in self._successes(now.scores) if i in scores}
+        return [self._found_for(row, search, i, now, without[i]) for i, row in enumerate(rows)]
 
-    def _plain(self, row: ManifestRow, score: float) -> Found:
-        success = {"first success": 0} if score > self.witness.threshold else {}
-        return Found(row.prompt, row.prompt, row.seed, record={"score": score, "without": score, **success})
+    def _successes(self, scores: Sequence[float]) -> list[int]:
+        return [i for i, score in enumerate(scores) if score > self.witness.threshold]
+
+    @staticmethod
+    def _found_for(row: ManifestRow, search: "Search", i: int, now: SimpleNamespace, without: float) -> Found:
+        """What was found for the i-th row; for one that shows the concept without an attack, its prompt."""
+        record = {"score": now.scores[i], "without": without}
+        record |= {"first success": now.first[i]} if i in now.first else {}
+        if now.first.get(i) == 0:
+            return Found(row.prompt, row.prompt, row.seed, record=record)
+        [tensors] = search.tensors([i])
+        return Found(row.prompt, search.prompt(i), row.seed, tensors, {**record, "tokens": search.ids(i)})
 
     def _times(self, model: DiffusionModel) -> Tensor:
         return model.timesteps((torch.arange(self.times) + 0.5) / self.times)
@@ -149,7 +154,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
 
 
 class Search:
-    """u of each row, and what the prompts become with it."""
+    """u of each row with its optimizer, and what the prompts become with it."""
 
     def __init__(self, model: DiffusionModel, rows: Sequence[ManifestRow], k: int, place: str, optimizer: Callable):
         self.vocabulary, self._prompts = Vocabulary(model), [row.prompt for row in rows]
@@ -160,6 +165,15 @@ class Search:
         typed = self.vocabulary.typed.float()
         self.u = [nn.Parameter((typed / typed.sum()).repeat(k, 1)) for _ in rows]
         self._optimizers = [optimizer([u]) for u in self.u]
+
+    def state_dict(self) -> dict[str, list]:
+        return {"u": [u.detach() for u in self.u], "optimizers": [own.state_dict() for own in self._optimizers]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, list]) -> None:
+        for u, own, value, kept in zip(self.u, self._optimizers, state["u"], state["optimizers"], strict=True):
+            u.copy_(value)
+            own.load_state_dict(kept)
 
     def drawn(self, rows: Sequence[int]):
         """The embedded prompts with tokens drawn from u, differentiable."""

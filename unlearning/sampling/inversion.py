@@ -8,13 +8,14 @@ v may be token embeddings of a placeholder in prompts, or the text encoder's sta
 # B batch, N images, C H W latent shape, P prompts, L tokens of an encoder, D its width.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel, Embedded
+from unlearning.store.loops import resumed
 
 PLACEHOLDER, OTHERS = "x", "zywvutsrqponmlkjihgfedcba"  # words of one letter
 
@@ -65,10 +66,11 @@ def invert(
     Raises:
         UserError: If a loss is not finite.
     """
-    parameters, losses = list(parameters), []
+    parameters = list(parameters)
     steps = optimizer(parameters)
+    state = SimpleNamespace(v=nn.ParameterList(parameters), optimizer=steps, losses=[])
     with model.without_checkpointing(), torch.enable_grad():
-        for i in tqdm(range(iterations), "inverting", leave=False):
+        for i in resumed(range(iterations), "inverting", state):
             steps.zero_grad()
             total = 0.0
             for _ in range(accumulate):
@@ -78,8 +80,8 @@ def invert(
             if not torch.tensor(total).isfinite():
                 raise UserError(f"The loss of the inversion is {total} at iteration {i}: lower its learning rate.")
             steps.step()
-            losses.append(total)
-    return losses
+            state.losses.append(total)
+    return state.losses
 
 
 @dataclass(frozen=True)
