@@ -1,6 +1,7 @@
 """Erased weights of other code, in every format that is read, and what is refused of them."""
 
 import pickle
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +17,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.weights import SavedWeights
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 
 TASK = UnlearningTask((Concept("cat"),))
@@ -86,6 +88,77 @@ STATES = {
         of("text_encoder", e, "text_model.") | {"text_model.embeddings.position_ids": torch.arange(32)[None]}
     ),
 }
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+WHOLE = {
+    r"conv_in\.": "input_blocks.0.0.",
+    r"conv_norm_out\.": "out.0.",
+    r"conv_out\.": "out.2.",
+    r"time_embedding\.linear_([12])": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
+    r"down_blocks\.(\d)\.(resnets|attentions)\.0": lambda m: f"input_blocks.{1 + 2 * int(m[1])}.{PART[m[2]]}",
+    r"down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{2 + 2 * int(m[1])}.0.op",
+    r"mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
+    r"mid_block\.attentions\.0": "middle_block.1",
+    r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)": (
+        lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{PART[m[2]]}"
+    ),
+    r"up_blocks\.(\d)\.upsamplers\.0": lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2",
+}
+PART = {"resnets": 0, "attentions": 1}
+
+
+def in_whole_ldm(unet: dict) -> dict:
+    """All weights of the tiny UNet, of one layer a block, by ldm's names."""
+    found = {}
+    for name, value in unet.items():
+        for ours, theirs in WHOLE.items():
+            name = re.sub(rf"^{ours}", theirs, name)
+        if ".transformer_blocks." not in name:
+            for ours, theirs in RESNET.items():
+                name = name.replace(f".{ours}.", f".{theirs}.")
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+def test_a_whole_unet_of_ldm_is_converted(model, edited, tmp_path, prefix):
+    unet = of("unet", edited)
+    state = {f"{prefix}{name}": value for name, value in in_whole_ldm(unet).items()}
+    assert not any("resnets" in name for name in state) and len(state) == len(unet)
+    save_file(state, tmp_path / "erased.safetensors")
+    erasure = read(tmp_path / "erased.safetensors", model)
+    assert erasure.weights.keys() == {f"unet.{name}" for name in unet}
+    assert all(torch.equal(v, edited[n]) for n, v in erasure.weights.items())
+
+
+def test_a_whole_checkpoint_of_ldm_is_converted(model, edited, tmp_path):
+    text = of("text_encoder", edited, "cond_stage_model.transformer.text_model.")
+    unet = {f"model.diffusion_model.{name}": value for name, value in in_whole_ldm(of("unet", edited)).items()}
+    vae = {"first_stage_model.quant_conv.bias": torch.ones(8), "first_stage_model.decoder.norm_out.bias": torch.ones(8),
+           "first_stage_model.decoder.up.1.block.0.conv1.bias": torch.ones(8)}  # fmt: skip
+    beside = {"betas": torch.rand(1000), "model_ema.decay": torch.tensor(0.9),
+              "model_ema.diffusion_modelout2bias": torch.ones(4)}  # fmt: skip
+    torch.save({"state_dict": {**unet, **text, **vae, **beside}, "global_step": 3}, tmp_path / "model.ckpt")
+    weights = read(tmp_path / "model.ckpt", model).weights
+    own = {"vae.quant_conv.bias", "vae.decoder.conv_norm_out.bias", "vae.decoder.up_blocks.0.resnets.0.conv1.bias"}
+    assert weights.keys() == edited.keys() | own
+    assert all(torch.equal(v, edited.get(n, torch.ones(8))) for n, v in weights.items())
+
+
+def test_a_whole_checkpoint_of_another_model_is_refused(model, edited, sd3, tmp_path):
+    state = in_whole_ldm(of("unet", edited))
+    for wrong, words in (
+        ({"label_emb.0.0.weight": torch.ones(2, 2)}, "diffusers knows"),
+        ({"out.2.bias": torch.ones(5)}, r"conv_out\.bias is \(5,\)"),
+        ({"input_blocks.4.0.in_layers.0.weight": torch.ones(8)}, "no weight"),
+    ):
+        save_file({**state, **wrong}, tmp_path / "erased.safetensors")
+        with pytest.raises(UserError, match=rf"erased\.safetensors.*{words}"):
+            read(tmp_path / "erased.safetensors", model)
+    with pytest.raises(UserError, match="a UNet, which"):
+        read(tmp_path / "erased.safetensors", StableDiffusion3.load(str(sd3), device="cpu"))
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -3,7 +3,8 @@
 Read are, from .safetensors or from a pickle of tensors only (.pt, .pth, .ckpt, .bin):
 
 - state dicts of a part of the model, whole or in part: ESD's and UCE's UNets, AdvUnlearn's text encoders, Concept
-  Ablation's {"unet": {...}}; by diffusers' names, or those of cross-attention in `ldm`; new values or differences;
+  Ablation's {"unet": {...}}; by diffusers' names, or by those of `ldm`, of cross-attention or of a whole checkpoint;
+  new values or differences;
 - LoRAs by the names of kohya (SPM), of diffusers, old and new, and of PEFT, through diffusers' own converters;
 - lora.pth of UnGuide's repository;
 - folders that `Erasure.save` wrote.
@@ -28,7 +29,7 @@ from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError, did_you_mean
 from unlearning.models.base import Model
-from unlearning.models.ldm import diffusers_name, read_adapter
+from unlearning.models.ldm import converted, diffusers_name, is_whole, read_adapter
 from unlearning.models.stable_diffusion import StableDiffusion
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -112,7 +113,7 @@ def _patch(state: Mapping[str, Tensor], model: Model, path: Path, difference: bo
     parameters = model.named_parameters()
     buffers = {f"{part}.{name}" for part, module in model.parts.items() for name, _ in module.named_buffers()}
     there = parameters.keys() | buffers
-    state = {_diffusers(name): value for name, value in state.items()}
+    state = {_diffusers(name): value for name, value in _converted(state, model, path).items()}
     # The part whose names these are, unless they begin with a part's.
     parts = ["", *(f"{part}." for part in (model.component, *(p for p in model.parts if p != model.component)))]
     prefix = max(parts, key=lambda part: sum(_own(part + name, there) in there for name in state))
@@ -135,6 +136,18 @@ def _patch(state: Mapping[str, Tensor], model: Model, path: Path, difference: bo
     if not changed:
         raise UserError(f"{path} holds the weights that {model.name} has: nothing is erased in it.")
     return WeightPatch(changed)
+
+
+def _converted(state: Mapping[str, Tensor], model: Model, path: Path) -> Mapping[str, Tensor]:
+    """A whole UNet or checkpoint of ldm by diffusers' names; any other state dict as it is."""
+    if not is_whole(state):
+        return state
+    if not isinstance(model, StableDiffusion) or model.component != "unet":
+        raise UserError(f"{path} holds a UNet, which {model.name} does not have.")
+    try:
+        return converted(state, model.pipeline.unet, model.vae)
+    except ValueError as error:
+        raise UserError(f"{path} is not for this model: {error}.") from error
 
 
 def _diffusers(name: str) -> str:

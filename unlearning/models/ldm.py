@@ -1,14 +1,53 @@
-"""Layer names and adapters of the `ldm` code base, in which Stable Diffusion 1 was published."""
+"""Checkpoints, layer names and adapters of the `ldm` code base, in which Stable Diffusion 1 was published."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from unlearning.errors import UserError
 
 PER_LEVEL = 3  # blocks of a level: two layers and a sampler in input_blocks, three layers in output_blocks
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+BEFORE, FIRST = (UNET, "diffusion_model.", ""), "input_blocks.0.0.weight"  # how the names of a whole UNet begin
+
+
+def is_whole(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict holds all of ldm's UNet, with or without the rest of a checkpoint."""
+    return any(before + FIRST in state for before in BEFORE)
+
+
+def converted(state: Mapping[str, Tensor], unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The weights of a whole UNet or checkpoint by diffusers' names, from its own converters.
+
+    The constants of the noise schedule and the weights' moving average are left out; the text encoder's names stay.
+
+    Args:
+        state: See `is_whole`.
+        unet, vae: Networks with the same architecture.
+
+    Raises:
+        ValueError: If diffusers has no name for some of the weights.
+    """
+    before = next(before for before in BEFORE if before + FIRST in state)
+    named = {UNET + n.removeprefix(before) if n.startswith(before) else n: v for n, v in state.items()}
+    named = {n: v for n, v in named.items() if "." in n and not n.startswith("model_ema.")}
+    parts = (("unet", UNET, convert_ldm_unet_checkpoint, unet), ("vae", VAE, convert_ldm_vae_checkpoint, vae))
+    found = {name: value for name, value in named.items() if not name.startswith((UNET, VAE))}
+    for part, prefix, convert, network in parts:
+        given = {name: value for name, value in named.items() if name.startswith(prefix)}
+        try:
+            weights = convert(dict(given), network.config) if given else {}
+        except KeyError as error:
+            raise ValueError(f"its {part} has no {error}") from error
+        if len(weights) != len(given):
+            raise ValueError(f"of {len(given)} weights of its {part}, diffusers knows {len(weights)}")
+        found |= {f"{part}.{name}": value for name, value in weights.items()}
+    return found
 
 
 def diffusers_name(name: str) -> str:
