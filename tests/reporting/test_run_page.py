@@ -9,6 +9,8 @@ from html import unescape
 
 import numpy as np
 import pytest
+import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.reporting.browser import BROWSER, MISSING, Browser
@@ -72,6 +74,25 @@ def test_settings_card_and_attribution(run, finished):
     assert LICENCE in page
     assert LICENCE not in report(finished("other", model="sd14")).read_text()
     assert "cat, nothing erased" in report(finished("unedited", method="none")).read_text()
+
+
+def test_a_legend_explains_the_metrics_there_are(run):
+    legend = report(run).read_text().partition('<dl class="notes legend">')[2].partition("</dl>")[0]
+    assert "efficacy/acc_e" in legend and "fidelity/fid" in legend and "summary/h_o" not in legend
+
+
+def test_settings_do_not_tell_where_the_machine_has_its_folders(finished):
+    inside = {"path": "/machine/code/weights/unet", "cache": "/machine/work/cache", "note": "/machine/workshop"}
+    run = finished(config={"extra": inside})
+    for name, own in {
+        "resolved": {"paths": {"weights": "/machine/code/weights", "output_dir": str(run)}},
+        "hydra": {"hydra": {"runtime": {"cwd": "/machine/work"}}},
+    }.items():
+        path = run / ".hydra" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), own))))
+    shown = report(run).read_text().partition("All settings")[2].partition("</details>")[0]
+    assert "path: ${paths.weights}/unet" in shown and "cache: cache" in shown
+    assert "note: /machine/workshop" in shown, "another folder, whose name begins the same"
 
 
 def test_neighbours_are_named_where_the_prompt_does_not(run):

@@ -20,7 +20,8 @@ from unlearning.data import openmoji
 from unlearning.errors import UserError
 from unlearning.reporting.figures import data_uri, encode, thumbnail
 from unlearning.reporting.formats import UNITS, decimals, quantity, render_page
-from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run
+from unlearning.reporting.glossary import legend
+from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run, settings_text
 from unlearning.store.files import read_state, write_atomically
 from unlearning.store.images import figure_paths
 from unlearning.store.manifest import ManifestRow, read_manifest
@@ -180,6 +181,7 @@ def report(run: Path) -> Path:
         purposes=by_purpose(names),
         show=_show,
         protocols=[*protocols],
+        legend=legend(names),
         sections=sections(frames),
         never_knew=any("oracle" in frame.images for frame in frames),
         differences=differences,
@@ -187,7 +189,7 @@ def report(run: Path) -> Path:
         image=lambda path: thumbnail(path, THUMBNAIL),
         limit={"images": IMAGES, "prompts": PROMPTS, "concepts": CONCEPTS},
         command=_command(run),
-        config=_read(run / ".hydra" / "resolved.yaml", "fit"),
+        config=settings_text(run),
         readme=_markdown(_read(run / "erasure" / "README.md", "fit")),
         licence=openmoji.LICENCE if str(finished["model"]).startswith("emoji") else "",
     )

@@ -22,7 +22,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seconds for thousands
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """
+    """A run as its folder has it.
+
     Attributes:
         folder: The folder of the run.
         settings: By dotted name ("sampler.steps"), and by Hydra group the chosen file ("method": "esd_x"). A list is
@@ -78,14 +79,35 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 def read_settings(folder: Path) -> dict[str, object]:
     """The settings of a run, see `FinishedRun`. Raises UserError if `folder` is not the folder of a run."""
-    config, hydra = (_read_yaml(folder / ".hydra" / f"{name}.yaml") for name in ("resolved", "hydra"))
-    choices = ((hydra.get("hydra") or hydra).get("runtime") or {}).get("choices") or {}
+    config, choices = _read_yaml(folder / ".hydra" / "resolved.yaml"), _runtime(folder).get("choices") or {}
     places = sorted((config.get("paths") or {}).items(), key=lambda item: -len(str(item[1])))  # the innermost first
     prefixes = {f"{path}/": f"{{{name}}}/" for name, path in places}
     settings = {name: _portable(value, prefixes) for name, value in _flat(config)}
     if after := config.get("after"):
         settings["after"] = "+".join(map(_earlier_run, [after] if isinstance(after, str) else after))
     return settings | {group: _joined(file) for group, file in choices.items() if not group.startswith("hydra/")}
+
+
+def settings_text(folder: Path) -> str:
+    """The settings of a run as YAML, without what its machine calls its folders: paths are relative to the working
+    folder, or begin with ${paths.NAME} or with ~.
+
+    Raises UserError if `folder` is not the folder of a run.
+    """
+    path = folder / ".hydra" / "resolved.yaml"
+    places = {str(place): f"${{paths.{name}}}" for name, place in (_read_yaml(path).get("paths") or {}).items()}
+    text = path.read_text()
+    for place in sorted(places, key=len, reverse=True):  # the innermost first
+        text = text.replace(f"{place}/", f"{places[place]}/") if os.path.isabs(place) else text
+    if cwd := _runtime(folder).get("cwd"):
+        text = text.replace(f"{cwd}/", "")
+    return text.replace(f"{Path.home()}/", "~/")
+
+
+def _runtime(folder: Path) -> Mapping:
+    """What Hydra has noted of the process: the choices of groups, the working folder."""
+    hydra = _read_yaml(folder / ".hydra" / "hydra.yaml")
+    return (hydra.get("hydra") or hydra).get("runtime") or {}
 
 
 def _earlier_run(erasure: str) -> str:

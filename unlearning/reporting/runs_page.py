@@ -29,6 +29,7 @@ from unlearning.reporting.comparison import (
 )
 from unlearning.reporting.figures import SAMPLES, Sample, samples, thumbnail
 from unlearning.reporting.formats import BEST, UNITS, Cell, quantity, render_page
+from unlearning.reporting.glossary import meaning
 from unlearning.reporting.plots import Course, Panel, Plot, Point, learning_curves
 from unlearning.reporting.runs import UNEDITED, FinishedRun, by_purpose, purpose, read_runs
 from unlearning.store.files import write_atomically
@@ -351,6 +352,7 @@ def page(folder: Path, to: Path | None = None) -> Path:
         values=values,
         image=cache(lambda path: thumbnail(path, SIDE, "webp", quality=QUALITY)),  # some are shown twice
         quantity=_quantity,
+        meaning=meaning,
         best=BEST,
         unedited=UNEDITED,
         before=BEFORE,
