@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count
@@ -67,9 +68,13 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
 
     Attributes:
+        trains: The class of students that the method is for; any other is refused.
+        max_grad_norm: The norm to which gradients are clipped; None for what the Trainer does (gradient_clip_val).
         resumed: Names of attributes with `state()` and `restore(state)` that a checkpoint holds beside the weights.
     """
 
+    trains: ClassVar[type[Student]] = Student
+    max_grad_norm: float | None = None
     resumed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -105,7 +110,14 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         return self.iterations
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        self.check_student()
         return self.regulariser.fit(self._fit, model, task)
+
+    def check_student(self) -> None:
+        """Raises UserError for a student of another class than `trains`."""
+        if not isinstance(self.moving, self.trains):
+            kind = self.trains.__name__
+            raise UserError(f"{type(self).__name__} trains a {kind}: student@method.student={kind.lower()}.")
 
     def _fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         if model.autocast == torch.float16:
@@ -176,6 +188,12 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         hold(self.pair, self._constraints)
         finite = all(torch.isfinite(p).all() for p in self.weights.values())
         self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before a checkpoint has them
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
+        if self.max_grad_norm is None:
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+        else:
+            self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint |= {name: getattr(self, name).state() for name in self.resumed}

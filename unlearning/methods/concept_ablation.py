@@ -67,7 +67,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {  # 200 each; {} is the anchor's place
 
 
 class ConceptAblation(TrainedMethod):
-    """
+    """Trains the concept's prompts towards an anchor.
+
     Args:
         generated: Draws the anchor's images, once.
         kind: "object" or "style".
@@ -155,9 +156,6 @@ class ConceptAblation(TrainedMethod):
         x_0 = torch.where(per_row(torch.rand(len(x_0), device=x_0.device) < 0.5), x_0, mirrored)
         t = self.teacher.timesteps(torch.rand(len(x_0)))
         return x_0, self.teacher.add_noise(x_0, torch.randn_like(x_0), t), t
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_, **__) -> None:
-        self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
 
 def _check(**chosen: tuple[str, object]) -> None:

@@ -32,11 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, NonNegative, Positive
 from unlearning.data.generated import Generated
-from unlearning.erasures.base import Erasure
-from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
 from unlearning.models.attention import concept_places, text_attention_maps
 from unlearning.models.base import Model
@@ -49,7 +46,8 @@ UNRELATED = ("bicycle", "umbrella", "clock", "bridge", "apple", "guitar", "mount
 
 
 class EraseAnything(ESD):
-    """
+    """ESD and attention losses for rectified flows.
+
     Args:
         generated: Draws the concept's images, once.
         count: Images, over all concepts.
@@ -62,6 +60,7 @@ class EraseAnything(ESD):
     """
 
     works_on: type[Model] = JointAttention
+    trains = LoRA
 
     def __init__(
         self,
@@ -79,11 +78,6 @@ class EraseAnything(ESD):
         super().__init__(**esd)
         self.generated, self.count, self.predicting = generated, count, teacher
         self.beta, self.gamma_1, self.gamma_2, self.unrelated, self.tau = beta, gamma_1, gamma_2, unrelated, tau
-
-    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        if not isinstance(self.moving, LoRA):
-            raise UserError("EraseAnything trains a LoRA: student@method.student=lora.")
-        return super().fit(model, task)
 
     def anchors(self, prompts: tuple[str, ...]) -> list[str]:
         of = {self.prompt(concept.name): self.prompt(concept.anchor) for concept in self.task.erase}

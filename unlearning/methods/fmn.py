@@ -33,7 +33,8 @@ from unlearning.training.forget_retain import ForgetRetain, drawn, noised
 
 
 class FMN(TrainedMethod):
-    """
+    """Minimises attention to the concept's tokens.
+
     Args:
         generated: Draws the images, once.
         count: Images, over all concepts.
@@ -79,9 +80,6 @@ class FMN(TrainedMethod):
         with text_attention_maps(self.student) as maps:
             self.student.predict(x_t, t, c)
         return attention_norm(maps, self.places[prompts])
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_, **__) -> None:
-        self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
 
 def attention_norm(maps: dict[str, list[Tensor]], places: Tensor) -> Tensor:

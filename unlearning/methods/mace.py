@@ -41,12 +41,12 @@ from unlearning.config.values import Count, Finite, NonNegative, Positive, Templ
 from unlearning.data.generated import Generated
 from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch
-from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.methods.closed_form import closed_form, edited, projections, shared, states
 from unlearning.models.attention import attended, concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.forget_retain import ForgetRetain, encoded
+from unlearning.training.student import LoRA
 
 MASKED_AT = 0.3  # the share of the schedule at which images are noised for their masks
 GENERIC = {"object": "object", "style": "art"}  # anchors
@@ -63,7 +63,8 @@ ABOUT = {  # begins of the thirty prompts, and their ends
 
 
 class MACE(TrainedMethod):
-    """
+    """Closed form, a LoRA for each concept, and their fusion.
+
     Args:
         generated: Draws the images of the concepts, once.
         kind: "object" or "style".
@@ -76,6 +77,8 @@ class MACE(TrainedMethod):
         max_grad_norm: The norm to which gradients are clipped.
         training: TrainedMethod's arguments; the student is a LoRA, and is trained for each concept.
     """
+
+    trains = LoRA
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class MACE(TrainedMethod):
         self.mask_threshold, self.max_grad_norm = mask_threshold, max_grad_norm
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
+        self.check_student()
         cross_attention(model)  # raises, before images are drawn
         self._shown = {concept.name: self.images(model, task, concept) for concept in task.erase}
         try:
@@ -110,8 +114,7 @@ class MACE(TrainedMethod):
 
     def _adapter(self, model: DiffusionModel, task: UnlearningTask) -> Adapter:
         adapter = super().fit(model, task)
-        if not isinstance(adapter, Adapter):
-            raise UserError("MACE trains a LoRA: student@method.student=lora.")
+        assert isinstance(adapter, Adapter)  # a LoRA's
         return adapter
 
     # Stage 1.
@@ -172,9 +175,6 @@ class MACE(TrainedMethod):
         every = torch.arange(self.teacher.scheduler.config.num_train_timesteps)
         likely = torch.sigmoid(0.05 * (every - 200)) - torch.sigmoid(0.05 * (every - 400))
         return torch.multinomial(likely if self.focal else torch.ones(len(every)), count, replacement=True)
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_, **__) -> None:
-        self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
     # Stage 3.
 

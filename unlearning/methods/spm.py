@@ -37,6 +37,7 @@ from unlearning.erasures.module_edit import Adapter, Gate
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
+from unlearning.training.student import LoRA
 
 POOLED = ("text_embeds", "pooled")  # of Conditioning.extra: what else is text
 
@@ -66,7 +67,8 @@ class FacilitatedTransport(Gate):
 
 
 class SPM(ESD):
-    """
+    """ESD with a gated adapter for each concept.
+
     Args:
         lamb: Weight of latent anchoring.
         anchor_count: J, anchors in a step; of a larger batch, each x_t gets its share of them.
@@ -75,6 +77,7 @@ class SPM(ESD):
     """
 
     writable = False
+    trains = LoRA
 
     def __init__(self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: Template | None = "{}", **esd):
         super().__init__(template=template, **esd)
@@ -87,8 +90,7 @@ class SPM(ESD):
 
     def _adapter(self, model: DiffusionModel, task: UnlearningTask, concept: Concept) -> Adapter:
         adapter = super().fit(model, replace(task, erase=(concept,)))
-        if not isinstance(adapter, Adapter):
-            raise UserError("SPM trains a LoRA: student@method.student=lora.")
+        assert isinstance(adapter, Adapter)  # a LoRA's
         return replace(adapter, gate=FacilitatedTransport(concept.name))
 
     def loss(self, prompts: list[str]) -> Tensor:

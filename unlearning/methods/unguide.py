@@ -39,7 +39,8 @@ TEMPLATES = ("a {}", "an image of a {}", "a picture of the {}", "a drawing of a 
 
 
 class UnGuide(ESD):
-    """
+    """ESD with a LoRA, which guidance weighs by the prompt.
+
     Args:
         w_1, w_2: The base model's share for prompts about the concept, and for all others.
         threshold: "empty" (the paper's) or "calibrated".
@@ -50,6 +51,8 @@ class UnGuide(ESD):
     """
 
     writable = False
+    trains = LoRA
+    moving: LoRA
 
     def __init__(
         self,
@@ -73,8 +76,7 @@ class UnGuide(ESD):
         return [of[prompt] for prompt in prompts]
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Adapter:
-        if not isinstance(self.moving, LoRA):
-            raise UserError("UnGuide trains a LoRA: student@method.student=lora.")
+        self.check_student()
         adapter = Adapter(read_adapter(self.lora, self.moving.alpha)) if self.lora else super().fit(model, task)
         assert isinstance(adapter, Adapter)  # a LoRA's
         difference = LatentDifference(self.repeats, schedule=self.points.schedule)
