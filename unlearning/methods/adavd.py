@@ -80,7 +80,8 @@ class ValueEdit(ModuleEdit):
 
 
 class AdaVD(Method):
-    """
+    """Takes the concept out of the values of cross-attention.
+
     Args:
         shift: Whether there is a shift factor.
         p, b, s: Of the shift factor.

@@ -84,7 +84,8 @@ class Adversary:
 
 
 class AdvUnlearn(ESD):
-    """
+    """ESD on the text encoder, against adversarial tokens.
+
     Args:
         tokens: k.
         inner_steps, inner_lr: Steps of Adam for delta before each step of the encoder, and their learning rate.

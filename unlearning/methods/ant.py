@@ -40,7 +40,8 @@ from unlearning.training.regulariser import Constraint, largest, masked, summed_
 
 
 class ANT(ESD):
-    """
+    """ESD on the later steps of a trajectory; the first are retained.
+
     Args:
         early: The first steps, as a share of all.
         early_from: Whether "noise" or the "image" is where they are counted from.

@@ -104,7 +104,8 @@ class SteeringEdit(ModuleEdit):
 
 
 class CASteer(Method):
-    """
+    """Turns the outputs of cross-attention away from the concept.
+
     Args:
         kind: What the concept is, which decides the prompts: "object", "style" or "people".
         beta: The strength.

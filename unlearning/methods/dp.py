@@ -35,7 +35,8 @@ NOTHING = 1e-6  # the share of a state's norm that rounding leaves of nothing
 
 
 class DP(Method):
-    """
+    """Closed form, by two projections.
+
     Args:
         positions: The states of a prompt: at its last word piece, or from there "to_end".
         energy: The share of the sum of squared singular values of S that its basis holds; 1 for all of S.

@@ -35,7 +35,8 @@ from unlearning.methods.relabelling import Relabelling
 
 
 class EraseDiff(Relabelling):
-    """
+    """Relabelling as a constrained problem: retain as far as forgetting leaves room.
+
     Args:
         lamb: Weight of forgetting; None for the adaptive one.
         eta: Of the adaptive lamb.

@@ -46,7 +46,8 @@ TrajectoryModel = Literal["student", "teacher"]
 
 
 class ESD(TrainedMethod):
-    """
+    """Trains the concept's prompt towards guidance away from it.
+
     Args:
         eta: Strength of the negative guidance.
         trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".

@@ -75,7 +75,8 @@ class MLPsAndLastAttention(Student):
 
 
 class FewShot(TrainedMethod):
-    """
+    """Gradient ascent of the text encoder on a few images.
+
     Args:
         generated: Draws the images, once.
         count: N, images, over all concepts.

@@ -27,7 +27,8 @@ from unlearning.training.forget_retain import ForgetRetain, encoded, noised
 
 
 class FineTuning(TrainedMethod):
-    """
+    """The diffusion loss on captioned images.
+
     Args:
         images: "retain" or "forget", see above.
         count: How many of them; None takes all.

@@ -60,7 +60,8 @@ def states(model: DiffusionModel, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 class HiRM(TrainedMethod):
-    """
+    """Trains the text encoder's first layer to misdirect the concept.
+
     Args:
         direction: r. HiRM-R: "tokens" or "global"; HiRM-S: "anchor" or "pairs" (see above).
         c: Factor of r.

@@ -30,7 +30,8 @@ from unlearning.models.vqgan import VQGAN
 
 
 class LCR(Method):
-    """
+    """Replaces the codes of the concept.
+
     Args:
         selection: Chooses E and S.
         replacement: What replaces the codes.

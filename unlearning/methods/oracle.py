@@ -17,7 +17,8 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class Oracle(Method[StableDiffusion]):
-    """
+    """The model that never knew the concept, from a folder.
+
     Args:
         path: The folder of the model that was trained without the concepts of the run.
     """

@@ -26,7 +26,8 @@ from unlearning.models.diffusion import DiffusionModel
 
 
 class Quantization(Method[DiffusionModel]):
-    """
+    """Rounds the weights.
+
     Args:
         bits: Of each weight.
         group: Weights that share a scale; None for all that enter an output.

@@ -32,7 +32,8 @@ from unlearning.models.diffusion import DiffusionModel
 
 
 class RECE(UCE):
-    """
+    """UCE, then again for what brings the concept back.
+
     Args:
         repetitions: How often states c' are found and erased; 0 is UCE.
         lamb_c: The weight of the norm of c'.

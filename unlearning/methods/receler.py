@@ -186,7 +186,8 @@ def outside(E: Tensor, M: Tensor) -> Tensor:
 
 
 class Receler(TrainedMethod):
-    """
+    """Trains erasers beside cross-attention.
+
     Args:
         eta: Strength of the negative guidance.
         beta, mask_threshold: Weight of the concept-localised regularisation, and the threshold of its mask.

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 
 class L1SP(Regulariser):
-    """
+    """A penalty on the mean distance of the weights from their start.
+
     Args:
         weight: Of the penalty.
     """
@@ -68,7 +69,8 @@ class L2SP(L1SP):
 
 
 class GradientProjection(Regulariser):
-    """
+    """Holds what the maps that read text make of the retained concepts.
+
     Args:
         project: "update": what the weights have moved by; "gradient": the gradients, as the authors do.
         positions: Which states of a prompt are held: "last", "to_end" or "all" (methods/closed_form.py).
@@ -125,7 +127,8 @@ class GradientProjection(Regulariser):
 
 
 class SelFT(Regulariser):
-    """
+    """Moves only the most important entries.
+
     Args:
         share: Of the trained entries, those that move.
         batches: On how many batches the gradient is summed.
@@ -146,7 +149,8 @@ class SelFT(Regulariser):
 
 
 class Merge(Regulariser):
-    """
+    """Erases each concept by itself, and merges the differences.
+
     Args:
         how: "ties", "sum" (task arithmetic) or "mean".
         scale: Factor of the merged difference.

@@ -23,7 +23,8 @@ from unlearning.training.forget_retain import ForgetRetain, drawn, noised
 
 
 class Relabelling(TrainedMethod):
-    """
+    """Trains images of the concept towards the prediction for another prompt.
+
     Args:
         generated: Draws the images, once.
         count: N, images of the concepts to erase, and as many to retain.

@@ -61,7 +61,8 @@ def projector(vectors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SubspaceFilter(ConditioningEdit):
-    """
+    """Projects a prompt's trigger tokens out of the concept's subspace.
+
     Args:
         concepts: Phrases that span C.
         alpha: By what share a trigger's distance exceeds the mean of the others.
@@ -230,7 +231,8 @@ def joints(unet: ModelMixin) -> Iterator[tuple[nn.Module, int]]:
 
 
 class SAFREE(Method):
-    """
+    """Filters the prompt, and the UNet's features, while images are generated.
+
     Args:
         concepts: Phrases that span the concept's subspace; None for the names of the erased concepts.
         alpha, up_t, k, b: As in SubspaceFilter.

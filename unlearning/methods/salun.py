@@ -35,7 +35,8 @@ from unlearning.training.regulariser import Constraint, largest, masked, summed_
 
 
 class SalUn(Relabelling):
-    """
+    """Relabelling of the most salient weights.
+
     Args:
         alpha: Weight of L_r.
         share: Of the trained entries, those that move.

@@ -31,7 +31,8 @@ from unlearning.sampling.guidance import Guidance, Scale, Walk, branches
 
 @dataclass(frozen=True)
 class SafetyGuidance(Guidance):
-    """
+    """Classifier-free guidance that also leads away from a safety concept.
+
     Args:
         concept: The text of S.
         warmup_steps: delta.
@@ -69,7 +70,8 @@ class SafetyGuidance(Guidance):
 
 
 class SLD(Method):
-    """
+    """Safety guidance for the erased concepts.
+
     Args:
         concept: The text of S; None for the names of the erased concepts, joined by ", ".
         warmup_steps, safety_scale, threshold, momentum_scale, momentum_beta: As in SafetyGuidance. The paper's four

@@ -46,7 +46,8 @@ ENDS = {"values": ("to_v",), "keys": ("to_k",), "both": ("to_k", "to_v")}
 
 
 class SPEED(Method):
-    """
+    """Closed form, in the null space of what is retained.
+
     Args:
         positions: The states of a concept: at its last word piece, or "all" from its first word piece on.
         maps: Which maps are edited: "values", "keys" or "both".

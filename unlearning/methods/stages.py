@@ -10,7 +10,8 @@ from unlearning.models.base import Model
 
 
 class Stages(Method):
-    """
+    """Methods in turn, as one method.
+
     Args:
         stages: The methods by name, in their order. Each fits the task on the model that the earlier ones have edited,
             and keeps its own checkpoints.

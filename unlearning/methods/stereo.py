@@ -136,7 +136,8 @@ class AtOnce(ESD):
 
 
 class STEREO(Method):
-    """
+    """Searches for words that bring the concept back, then erases all of them.
+
     Args:
         search: Erases the concept, and then each of the words, in the first stage.
         inversion: Learns the words, from images by the model as it was.

@@ -58,7 +58,8 @@ TEMPLATES = (
 
 
 class TRCE(TrainedMethod):
-    """
+    """Closed form, then training of a trajectory's first steps.
+
     Args:
         eta: The weight of what is preserved in closed form.
         lamb: The weight of the distance to W.

@@ -36,7 +36,8 @@ TEMPLATES = {
 
 
 class UCE(Method):
-    """
+    """Closed form.
+
     Args:
         positions: The states of a prompt that are edited: "to_end" or "last" (see above).
         templates: What names of concepts and anchors are put into; "objects" or "art" for the authors' six.

@@ -19,7 +19,8 @@ from unlearning.models.base import Model
 
 
 class SavedWeights(Method):
-    """
+    """An erasure read from a file.
+
     Args:
         path: The file, or the folder `erasure/` of a run.
         scale: Factor of a LoRA's update, beside the alpha / r that the file states; None is 8 for UnGuide's lora.pth,

@@ -22,7 +22,8 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """
+    """A cell of a table.
+
     Attributes:
         text: The text of the cell.
         rank: 1 for the best of the competing rows, 2 for the second best, 0 for no emphasis.
