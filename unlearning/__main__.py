@@ -16,7 +16,7 @@ import hydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 
-from unlearning.config import instances, job, messages, studies, sweeps, validation
+from unlearning.config import instances, job, messages, precision, studies, sweeps, validation
 from unlearning.config.containers import as_written, resolved
 from unlearning.config.decisive import decisive
 from unlearning.config.naming import register_resolvers
@@ -34,6 +34,7 @@ register_resolvers()
 def run(cfg: DictConfig) -> dict[str, float | str]:
     """Executes the run that `cfg` describes, unless it is finished. Returns what metrics.json holds."""
     validation.check_text(as_written(cfg))
+    precision.settle(cfg := cfg.copy(), cfg.model.device)
     settings = resolved(cfg)
     folder = Path(cfg.paths.output_dir)
     key = finished.key(decisive(settings, "folder"), files=decisive(settings, "numbers"))

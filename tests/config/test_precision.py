@@ -5,10 +5,13 @@ import logging
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from unlearning.__main__ import CONF
 from unlearning.config import precision
 from unlearning.config.naming import config_hash
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.models.vqgan import VQGAN
 
 
 @pytest.fixture
@@ -28,17 +31,35 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, None)])
-def test_the_default_is_what_the_processor_is_fast_in(machine, fast, expected):
+def test_auto_is_the_default_and_stands_for_what_the_processor_is_fast_in(machine, fast, expected):
     machine(fast)
-    assert composed("model=sd14").model.autocast == expected
-    assert composed("model=sd14", "model.dtype=float16").model.autocast is None, "weights in half precision need none"
+    assert composed("model=sd14").model.autocast == "auto"
     assert composed("model=emoji_vqgan").model.autocast is None, "half precision changes codes"
+    for overrides, used in (([], expected), (["model.dtype=float16"], None), (["model.autocast=null"], None)):
+        precision.settle(config := composed("model=sd14", *overrides), "cpu")
+        assert config.model.autocast == used
+    assert precision.chosen_autocast("auto", "float32", "cpu") == expected
+    assert precision.chosen_autocast("float16", "float32", "cpu") == "float16"
+
+
+@pytest.mark.parametrize(("fast", "used"), [(True, "bfloat16"), (False, None)])
+def test_a_run_records_what_was_used(machine, unlearn, fast, used):
+    machine(fast)
+    run = unlearn("dataset=prompt", "model.autocast=auto", "model.device=cpu", "stages=[fit]")
+    assert OmegaConf.load(run / ".hydra" / "resolved.yaml").model.autocast == used
+
+
+def test_a_model_is_loaded_with_auto(machine, sd1, vqgan):
+    machine(True)
+    for load, folder in ((StableDiffusion.load, sd1), (VQGAN.load, vqgan)):
+        assert load(str(folder), device="cpu", autocast="auto").autocast == torch.bfloat16
 
 
 def test_the_name_of_a_run_says_what_was_used(machine):
     machine(True)
     default, chosen, other = (
-        config_hash(composed(*o)) for o in ((), ("model.autocast=bfloat16",), ("model.autocast=null",))
+        config_hash(composed(*o))
+        for o in (["model.autocast=auto"], ["model.autocast=bfloat16"], ["model.autocast=null"])
     )
     machine(False)
     assert default == chosen != other == config_hash(composed())
@@ -49,7 +70,7 @@ def test_slow_bfloat16_is_warned_of_with_the_factor(machine, monkeypatch, caplog
     monkeypatch.setattr(precision, "_slowdown", lambda: 15.2)
     with caplog.at_level(logging.WARNING):
         precision.warn_if_slow("bfloat16", "cpu")
-        assert "15 times slower" in caplog.text and "model.autocast=null" in caplog.text
+        assert "15 times slower" in caplog.text and "model.autocast=auto" in caplog.text
         caplog.clear()
         precision.warn_if_slow(None, "cpu")
         precision.warn_if_slow("bfloat16", "cuda")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from unlearning.config.containers import as_written, resolved
 from unlearning.config.decisive import Result, decisive
-from unlearning.config.precision import fast_autocast
+from unlearning.config.precision import settle
 from unlearning.store.files import digest
 
 
@@ -37,6 +37,7 @@ def config_hash(config: DictConfig, result: Result = "images") -> str:
     """
     kept = OmegaConf.create(decisive(as_written(config), result))
     kept._set_parent(config)  # interpolations refer to the rest of the config
+    settle(kept, OmegaConf.select(config, "model.device"))  # which decides nothing else
     return digest(decisive(resolved(kept), result))[:8]
 
 
@@ -58,5 +59,4 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("joined", joined, replace=True)
     OmegaConf.register_new_resolver("chosen", chosen, replace=True)
     OmegaConf.register_new_resolver("dashboard_group", dashboard_group, replace=True)
-    OmegaConf.register_new_resolver("fast_autocast", fast_autocast, replace=True)
     OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)

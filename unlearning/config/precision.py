@@ -1,13 +1,30 @@
-"""What a model computes in where nobody says: bfloat16 where the hardware is fast in it."""
+"""What `model.autocast=auto` stands for: bfloat16 where the hardware is fast in it, float32 elsewhere."""
 
 import logging
 import platform
 import time
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
+AUTO = "auto"
 FAST = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of processors that compute in bfloat16; Arm's is the last
 AMPERE = (8, 0)  # the first compute capability of NVIDIA with bfloat16 in hardware
 log = logging.getLogger(__name__)
+
+
+def settle(config: DictConfig, device: str) -> None:
+    """Writes what the model computes in on this machine in the place of `model.autocast=auto`.
+
+    Keys and records then name what was used.
+    """
+    if OmegaConf.select(config, "model.autocast") == AUTO:
+        config.model.autocast = fast_autocast(config.model.dtype, device)
+
+
+def chosen_autocast(autocast: str | None, dtype: str, device: str) -> str | None:
+    """`autocast`, or what "auto" stands for; see `fast_autocast`."""
+    return fast_autocast(dtype, device) if autocast == AUTO else autocast
 
 
 def fast_autocast(dtype: str, device: str) -> str | None:
@@ -31,7 +48,7 @@ def warn_if_slow(autocast: str | None, device: str) -> None:
     if factor > 1:
         log.warning(
             "model.autocast=bfloat16 is %.0f times slower than float32 on this processor, which emulates it: "
-            "model.autocast=null",
+            "model.autocast=auto takes float32 here",
             factor,
         )
 

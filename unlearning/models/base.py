@@ -13,7 +13,8 @@ from unlearning.errors import UserError, did_you_mean
 from unlearning.store.files import digest
 
 ModelT = TypeVar("ModelT", bound="Model", contravariant=True)
-DType = Literal["float32", "bfloat16", "float16"]  # the values that a config may give for weights and for autocast
+DType = Literal["float32", "bfloat16", "float16"]  # the values that a config may give for weights
+Autocast = DType | Literal["auto"] | None  # and for what networks compute in
 
 
 class Model(ABC):

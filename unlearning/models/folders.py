@@ -45,9 +45,9 @@ def check(path: str, pipeline_class: type[DiffusionPipeline], options: Mapping[s
     if folder.suffix == ".safetensors" and folder.is_file():
         raise UserError(
             f"{path} is a single file: configurations and tokenizers are not in it, and diffusers takes them from the "
-            f"hub. Convert it once: {_conversion(pipeline_class, 'from_single_file', folder)}\nand give that folder with "
-            "model.path=... Without network add config='/a/folder' to from_single_file's arguments, of a model of the "
-            "same kind."
+            f"hub. Convert it once: {_conversion(pipeline_class, 'from_single_file', folder)}\nand give that folder "
+            "with model.path=... Without network add config='/a/folder' to from_single_file's arguments, of a model of "
+            "the same kind."
         )
     if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise UserError(f"There is no model folder at {path}. Set model.path to a folder that diffusers saved.")

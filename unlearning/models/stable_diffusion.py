@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from unlearning.config.precision import warn_if_slow
+from unlearning.config.precision import chosen_autocast, warn_if_slow
 from unlearning.errors import UserError
-from unlearning.models.base import DType, chosen_device
+from unlearning.models.base import Autocast, DType, chosen_device
 from unlearning.models.diffusion import Conditioning, DiffusionModel
 from unlearning.models.folders import check, fingerprint, limit_lengths, load_complete, variant
 
@@ -48,7 +48,7 @@ class StableDiffusion(DiffusionModel):
         path: str,
         *,
         dtype: DType = "float32",
-        autocast: DType | None = None,
+        autocast: Autocast = None,
         device: str = "auto",
         attention_slicing: bool = False,
         gradient_checkpointing: bool = False,
@@ -61,7 +61,8 @@ class StableDiffusion(DiffusionModel):
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub. Weights of a variant
                 ("fp16") are read if there are no others.
             dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, if it is another dtype. The weights keep theirs.
+            autocast: What the networks compute in, if it is another dtype; "auto" is bfloat16 where the hardware is
+                fast in it. The weights keep theirs.
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.
@@ -75,7 +76,7 @@ class StableDiffusion(DiffusionModel):
                 lacks weights, or the hub cannot be reached.
         """
         place, path = chosen_device(device), os.path.expanduser(path)
-        warn_if_slow(autocast, place.type)
+        warn_if_slow(autocast := chosen_autocast(autocast, dtype, device), place.type)
         check(path, cls.pipeline_class, cls.load_options)
         try:
             folder = path if Path(path).is_dir() else cls.pipeline_class.download(path, use_safetensors=True)

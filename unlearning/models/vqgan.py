@@ -11,10 +11,10 @@ from diffusers import VQModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unlearning.config.precision import warn_if_slow
+from unlearning.config.precision import chosen_autocast, warn_if_slow
 from unlearning.errors import UserError
 from unlearning.models import taming
-from unlearning.models.base import DType, Model, chosen_device
+from unlearning.models.base import Autocast, DType, Model, chosen_device
 from unlearning.models.folders import fingerprint, load_complete
 
 # Two codes whose values differ by less are a tie, because rounding can swap them. In units of the squared length of an
@@ -47,22 +47,21 @@ class VQGAN(Model):
         self.name, self.fingerprint, self.dtype, self._device = name, fingerprint, vq.dtype, device
 
     @classmethod
-    def load(
-        cls, path: str, *, dtype: DType = "float32", autocast: DType | None = None, device: str = "auto"
-    ) -> "VQGAN":
+    def load(cls, path: str, *, dtype: DType = "float32", autocast: Autocast = None, device: str = "auto") -> "VQGAN":
         """Loads a folder that VQModel.save_pretrained wrote, or a checkpoint of taming-transformers.
 
         Args:
             path: The folder or the file.
             dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, if it is another dtype. Half precision changes codes.
+            autocast: What the networks compute in, if it is another dtype; "auto" is bfloat16 where the hardware is
+                fast in it. Half precision changes codes.
             device: "auto" is the accelerator if there is one.
 
         Raises:
             UserError: If there is no model at `path`, or it cannot be read.
         """
         target, folder, kept = chosen_device(device), Path(path).expanduser(), getattr(torch, dtype)
-        warn_if_slow(autocast, target.type)
+        warn_if_slow(autocast := chosen_autocast(autocast, dtype, device), target.type)
         if folder.is_dir():
             try:
                 vq, logits = load_complete(VQModel, folder, dtype=kept, use_safetensors=True), None
