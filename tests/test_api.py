@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,38 @@ def test_a_mistake_is_answered_with_what_was_meant(pipe, settings, suggestion):
     before = weights(pipe)
     with pytest.raises(UserError, match=suggestion.replace("(", r"\(")):
         erase(pipe, "cat", **settings)
+    assert same(weights(pipe), before)
+
+
+TASK = UnlearningTask((Concept("cat"),))
+
+
+@pytest.mark.parametrize(
+    ("concept", "settings", "named"),
+    [
+        ("cat", {"template": "a photo of it"}, "`template`"),
+        ("cat", {"template": "a photo of the {x}"}, "`template`"),
+        ("cat", {"template": "a photo of the {"}, "`template`"),
+        ("cat", {"template": None}, "`template`"),
+        ("cat", {"seed": -1}, "`seed`"),
+        ("cat", {"seed": 1.5}, "`seed`"),
+        ("cat", {"retain": "dog"}, "`retain`"),
+        ("cat", {"synonyms": "kitty"}, "`synonyms`"),
+        ("cat", {"anchor": None}, "`anchor`"),
+        ("cat", {"return_erasure": "yes"}, "`return_erasure`"),
+        ("cat", {"after": "outputs/erasure"}, r"Erasure\.load"),
+        ("cat", {"method": UCE}, r"method=UCE\("),
+        ("cat", {"method": None}, "method='uce'"),
+        (None, {}, "Nothing to erase"),
+        (3.10, {}, "quotes"),
+        (TASK, {"anchor": "sky"}, "anchor"),
+        (replace(TASK, template="a photo"), {}, r"`task\.template`"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_before_anything_is_made(pipe, concept, settings, named):
+    before = weights(pipe)
+    with pytest.raises(UserError, match=named):
+        erase(pipe, concept, **{"method": "uce", **settings})
     assert same(weights(pipe), before)
 
 

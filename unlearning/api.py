@@ -19,6 +19,7 @@ from unlearning.config import instances, validation
 from unlearning.config.containers import resolved
 from unlearning.config.signatures import parameters
 from unlearning.config.suggestions import choices, explain, no_such_setting
+from unlearning.config.values import Seed, Template
 from unlearning.data import prompt
 from unlearning.erasures.base import NOT_WRITABLE, Erasure
 from unlearning.erasures.composed import composed
@@ -64,15 +65,16 @@ def erase(
     anchor: str | Mapping[str, str] = "",
     retain: Sequence[str] = (),
     synonyms: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    template: str = "a photo of the {}",
-    seed: int = 0,
+    template: Template = "a photo of the {}",
+    seed: Seed = 0,
     **settings: Any,
 ) -> DiffusionPipeline | Erasure:
     """Erases concepts from a pipeline that is in memory. Nothing is reloaded or copied to disk.
 
     Args:
         pipeline: Of any family in models/families.py. Device, dtype and scheduler stay as they are.
-        concept: One name or several, or a whole task (of images: unlearning.data.folder.folder).
+        concept: One name or several, or a whole task (of images: unlearning.data.folder.folder), which then says all
+            that anchor, synonyms, retain and template say of a name.
         method: A name as on the command line, with the defaults of conf/method, or an instance.
         return_erasure: Whether the erasure is returned, and the pipeline left as it was.
         after: An earlier erasure of this pipeline, on top of which is erased; the result has both.
@@ -87,16 +89,16 @@ def erase(
         erasure, for `with erasure.applied_to(pipeline):` and `erasure.save(folder)`.
 
     Raises:
-        UserError: For an unknown method or setting, for a pipeline or a task that the method cannot work with, and for
-            an erasure that weights cannot hold, if it is not returned.
+        UserError: For an unknown method or setting, for a value that does not fit, for a pipeline or a task that the
+            method cannot work with, and for an erasure that weights cannot hold, if it is not returned.
     """
+    words = {"anchor": anchor, "retain": retain, "synonyms": synonyms, "template": template}
+    _check(method, after, {**words, "seed": seed, "return_erasure": return_erasure})
+    task = _task(concept, words)
     with as_model(pipeline) as model, TemporaryDirectory() as folder:
         chosen = _chosen(method, settings, model, Path(folder))
         if not return_erasure and not (chosen.writable and (after is None or after.writable)):
             raise UserError(NOT_WRITABLE)
-        task = concept
-        if not isinstance(task, UnlearningTask):
-            task = prompt.task(task, anchor=anchor, retain=retain, synonyms=synonyms, template=template)
         quieten_lightning()
         with _seeded(seed, model.device), after.applied_to(model) if after else nullcontext():
             erasure = chosen.fit(model, task)
@@ -105,6 +107,28 @@ def erase(
             return erasure.made_from(model)
         erasure.write_into(model)
     return pipeline
+
+
+def _check(method: object, after: object, values: Mapping[str, object]) -> None:
+    """Raises UserError for an argument of `erase` that does not fit, as the command line does for its settings."""
+    if not isinstance(method, str | Method):
+        raise UserError(f"method is {method!r}, neither a name nor an instance: method='uce', or method=UCE(lamb=0.1).")
+    if not isinstance(after, Erasure | None):
+        raise UserError(f"after is {after!r}, not an erasure: after=Erasure.load('its/folder').")
+    accepted, _ = parameters(erase)
+    for name, value in values.items():
+        validation.check_value(name, value, accepted[name].annotation)
+
+
+def _task(concept: str | Sequence[str] | UnlearningTask, words: Mapping[str, Any]) -> UnlearningTask:
+    """The task itself, or that of a concept in free text. Raises UserError for words beside a whole task."""
+    if not isinstance(concept, UnlearningTask):
+        return prompt.task(concept, **words)
+    accepted, _ = parameters(erase)
+    if beside := [name for name, value in words.items() if value != accepted[name].default]:
+        raise UserError(f"{beside[0]} is beside a whole task, which has its own: dataclasses.replace(task, ...).")
+    validation.check_value("task.template", concept.template, Template)
+    return concept
 
 
 def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiffusion, folder: Path) -> Method:
