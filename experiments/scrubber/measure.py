@@ -38,7 +38,7 @@ from sklearn.metrics import roc_auc_score
 from unlearning.__main__ import CONF
 from unlearning.concepts import RETAIN, Concept, UnlearningTask
 from unlearning.evaluators.fid import FID
-from unlearning.reporting.comparison import conditions, group_runs, separating
+from unlearning.reporting.grouping import conditions, group_runs, separating
 from unlearning.reporting.runs import UNEDITED, FinishedRun, read_runs
 from unlearning.scrubbing.conditioning import conditioning_rows
 from unlearning.store.manifest import ManifestRow, load_images, read_manifest

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from unlearning.errors import UserError
-from unlearning.reporting.comparison import BY
+from unlearning.reporting.grouping import BY
 from unlearning.reporting.table import check, table
 
 E, F = "efficacy/acc_e", "fidelity/fid"

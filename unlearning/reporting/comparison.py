@@ -1,139 +1,29 @@
 """What is compared: runs are averaged into rows, and rows compete, metric by metric.
 
-The runs of a row agree in every setting that decides a result; they differ in the seed and in what `by` leaves out.
-Rows compete if they differ in nothing but the method, are means over the same concepts, and were measured by the same
-protocol. The unedited model does not compete.
+Rows compete that differ in nothing but the method (grouping.py), are means over the same concepts, and were measured by
+the same protocol. The unedited model does not compete.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import accumulate
 from statistics import mean, stdev
 
-from unlearning.config.decisive import decides
 from unlearning.errors import UserError
 from unlearning.reporting.formats import Cell, Note, Table, decimals, listed
+from unlearning.reporting.grouping import BY, Key, competitors, concepts, conditions, group_runs, separating
+from unlearning.reporting.labels import Place, label, label_cells, shortened
 from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 
-BY = ("model", "dataset", "concept", "method")
-METHOD = ("method", "trainer", "after")  # those of them in which competing rows may differ
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 PROTOCOL, REPEATED, SEPARATED, PUBLISHED, COVERAGE = "†‡§¶‖"  # marks of footnotes
 UNSTATED = "protocol not stated"
 
-Key = tuple  # the values of a row's settings
-Place = tuple  # the values of the conditions, and the concept: runs of one place should share a protocol
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def group_runs(runs: Iterable[FinishedRun], by: Sequence[str]) -> dict[Key, list[FinishedRun]]:
-    """The runs of each row, by their values of the settings `by`; rows are sorted, the unedited model first."""
-    groups: dict[Key, list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run[name] for name in by), []).append(run)
-    return {key: groups[key] for key in sorted(groups, key=lambda key: [_order(value) for value in key])}
-
-
-def _order(value: object) -> tuple:
-    return (0, value, "") if isinstance(value, int | float) else (value != UNEDITED, 0, str(value))
-
-
-def group_of(setting: str) -> str:
-    """The Hydra group of a setting: "method" for method.eta and for student@method.student."""
-    return setting.rpartition("@")[2].partition(".")[0]
-
-
-def conditions(by: Iterable[str]) -> list[str]:
-    """Those of the settings `by` that competing rows have in common: all but the method's own."""
-    return [name for name in by if group_of(name) not in METHOD]
-
-
-def competitors(keys: Iterable[Key], by: Sequence[str]) -> list[list[Key]]:
-    """The rows in groups that agree in all conditions."""
-    places = [i for i, name in enumerate(by) if group_of(name) not in METHOD]
-    groups: dict[tuple, list[Key]] = {}
-    for key in keys:
-        groups.setdefault(tuple(key[i] for i in places), []).append(key)
-    return list(groups.values())
-
-
-def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...]:
-    """`by`, and the settings without which runs would be averaged or compete that differ in what decides a result.
-
-    As few settings as possible. A setting that a run does not have differs from nothing.
-    """
-    names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
-    for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
-        if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
-            by = (*by, name)
-    return tuple(by)
-
-
-def _decides(name: str) -> bool:
-    """Whether runs that differ in a setting are not averaged. Rows are means over seeds, and a metric's protocol states
-    the evaluator's settings. Whether a run was attacked changes no other number, but how it was attacked does.
-    """
-    return name not in ("seed", "attack") and group_of(name) != "evaluator" and decides(name, "numbers")
-
-
-def _differ(runs: Iterable[FinishedRun], name: str) -> bool:
-    return len({repr(run[name]) for run in runs if name in run.settings or _is_null(run, name)}) > 1
-
-
-def _is_null(run: FinishedRun, name: str) -> bool:
-    """Whether the run has null where other runs have a section with this setting, as a null scheduler has no rate."""
-    return any(run.settings.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
-
-
-def _precedence(name: str) -> tuple[bool, bool]:
-    """Conditions come first, because a method's settings may follow from them; the file chosen for a group comes before
-    the group's settings, because it says more.
-    """
-    return group_of(name) in METHOD, "." in name and "@" not in name
-
-
-def _held_equal(name: str, by: Sequence[str]) -> list[str]:
-    """The settings in which runs have to agree before a difference in `name` separates them.
-
-    A method's settings may depend on the model, the dataset and the concept. A dataset's settings may depend on the
-    concept, as its template or its neighbours do.
-    """
-    if group_of(name) in METHOD:
-        return list(dict.fromkeys((*by, *BY)))
-    if name.startswith("dataset.") and name != "dataset.images_per_prompt":
-        return list(dict.fromkeys((*conditions(by), "concept")))
-    return conditions(by)
-
-
-def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRun]:
-    """What runs measured of the base model, as runs of the method "none", for the concepts without a run of it.
-
-    Runs that differ in nothing but the method share one.
-    """
-    known = {run.concept for run in runs if run["method"] == UNEDITED}
-    of_base: dict[tuple, FinishedRun] = {}
-    for run in runs:
-        metrics = {name: metric.of_base() for name, metric in run.metrics.items() if metric.base is not None}
-        if run.concept not in known and metrics:
-            settings = {name: value for name, value in run.settings.items() if group_of(name) not in METHOD}
-            same = (run.concept, run["seed"], *(settings.get(name) for name in by))
-            of_base.setdefault(same, FinishedRun(run.folder, {**settings, "method": UNEDITED}, metrics))
-    return list(of_base.values())
-
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def concepts(runs: Iterable[FinishedRun]) -> frozenset[str]:
-    """The concepts that the runs erase."""
-    return frozenset(run.concept for run in runs)
 
 
 def ranks(values: Mapping[Key, float], by: Sequence[str], higher_is_better: bool) -> dict[Key, int]:
@@ -384,55 +274,3 @@ def _published_notes(columns: Iterable[Column]) -> Iterator[Note]:
             where.setdefault(reason, []).append(column.metric + rows)
     for reason, metrics in where.items():
         yield Note(f"{', '.join(metrics)}: {reason}.", PUBLISHED)
-
-
-# --- the words of footnotes -------------------------------------------------------------------------------------------
-
-_SPECIFIC = re.compile(r"\w*\d\w*(?:\.\w+)*")  # a number, a version, a digest
-
-
-def label_cells(key: Key) -> list[Cell]:
-    """The cells that name a row."""
-    return [Cell("–" if value is None else str(value), values=(value,)) for value in key]
-
-
-def label(key: Key) -> str:
-    """The name of a row in a footnote."""
-    return ", ".join(cell.text for cell in label_cells(key))
-
-
-def shortened(protocols: Mapping[Place, str]) -> str:
-    """Protocols by place in one line; all places are tuples of one length.
-
-    What protocols share that differ only in numbers and digests is written once, and of a place only what they depend
-    on: "1000 real (…). Of cat: f9bfbddf; of key: 3ab08c11".
-    """
-    parts = _deciding_parts(protocols)
-    kinds: dict[str, dict[str, str]] = {}
-    for place, protocol in protocols.items():
-        kinds.setdefault(_SPECIFIC.sub("…", protocol), {})[" ".join(str(place[i]) for i in parts)] = protocol
-    texts = []
-    for places in kinds.values():
-        values = {protocol: _SPECIFIC.findall(protocol) for protocol in places.values()}
-        differs = [len({*column}) > 1 for column in zip(*values.values(), strict=True)]
-        protocol, first = next(iter(values.items()))
-        text, gaps = "", _SPECIFIC.split(protocol)
-        for gap, value, d in zip(gaps, [*first, ""], [*differs, False], strict=True):
-            text += gap + ("…" if d else value)
-        for way, numbers in values.items() if any(differs) else ():
-            names = listed(place for place, other in places.items() if other == way)
-            own = ", ".join(value for value, d in zip(numbers, differs, strict=True) if d)
-            text += f"{'. Of' if way == protocol else '; of'} {names}: {own}"
-        texts.append(text if any(differs) or len(kinds) == 1 else f"of {listed(places)}: {text}")
-    return " | ".join(texts)
-
-
-def _deciding_parts(protocols: Mapping[Place, str]) -> list[int]:
-    """The indices of the parts of a place that decide its protocol. The first parts are the first to be left out."""
-    kept = list(range(len(next(iter(protocols), ()))))
-    for part in range(len(kept)):
-        fewer = [i for i in kept if i != part]
-        pairs = {(tuple(place[i] for i in fewer), protocol) for place, protocol in protocols.items()}
-        if len({place for place, _ in pairs}) == len(pairs):
-            kept = fewer
-    return kept

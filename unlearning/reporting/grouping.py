@@ -1,0 +1,116 @@
+"""Which runs are a row of a table, and which rows compete.
+
+The runs of a row agree in every setting that decides a result; they differ in the seed and in what `by` leaves out.
+Rows compete if they differ in nothing but the method.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+from unlearning.config.decisive import decides
+from unlearning.reporting.runs import UNEDITED, FinishedRun
+
+BY = ("model", "dataset", "concept", "method")
+METHOD = ("method", "trainer", "after")  # groups of settings in which competing rows may differ
+
+Key = tuple  # the values of a row's settings
+
+
+def group_runs(runs: Iterable[FinishedRun], by: Sequence[str]) -> dict[Key, list[FinishedRun]]:
+    """The runs of each row, by their values of the settings `by`; rows are sorted, the unedited model first."""
+    groups: dict[Key, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in by), []).append(run)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: [_order(value) for value in key])}
+
+
+def _order(value: object) -> tuple:
+    return (0, value, "") if isinstance(value, int | float) else (value != UNEDITED, 0, str(value))
+
+
+def group_of(setting: str) -> str:
+    """The Hydra group of a setting: "method" for method.eta and for student@method.student."""
+    return setting.rpartition("@")[2].partition(".")[0]
+
+
+def conditions(by: Iterable[str]) -> list[str]:
+    """Those of the settings `by` that competing rows have in common: all but the method's own."""
+    return [name for name in by if group_of(name) not in METHOD]
+
+
+def competitors(keys: Iterable[Key], by: Sequence[str]) -> list[list[Key]]:
+    """The rows in groups that agree in all conditions."""
+    places = [i for i, name in enumerate(by) if group_of(name) not in METHOD]
+    groups: dict[tuple, list[Key]] = {}
+    for key in keys:
+        groups.setdefault(tuple(key[i] for i in places), []).append(key)
+    return list(groups.values())
+
+
+def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...]:
+    """`by`, and the settings without which runs would be averaged or compete that differ in what decides a result.
+
+    As few settings as possible. A setting that a run does not have differs from nothing.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
+    for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
+        if name not in by and any(_differ(group, name) for group in group_runs(runs, _held_equal(name, by)).values()):
+            by = (*by, name)
+    return tuple(by)
+
+
+def _decides(name: str) -> bool:
+    """Whether runs that differ in a setting are not averaged. Rows are means over seeds, and a metric's protocol states
+    the evaluator's settings. Whether a run was attacked changes no other number, but how it was attacked does.
+    """
+    return name not in ("seed", "attack") and group_of(name) != "evaluator" and decides(name, "numbers")
+
+
+def _differ(runs: Iterable[FinishedRun], name: str) -> bool:
+    return len({repr(run[name]) for run in runs if name in run.settings or _is_null(run, name)}) > 1
+
+
+def _is_null(run: FinishedRun, name: str) -> bool:
+    """Whether the run has null where other runs have a section with this setting, as a null scheduler has no rate."""
+    return any(run.settings.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
+
+
+def _precedence(name: str) -> tuple[bool, bool]:
+    """Conditions come first, because a method's settings may follow from them; the file chosen for a group comes before
+    the group's settings, because it says more.
+    """
+    return group_of(name) in METHOD, "." in name and "@" not in name
+
+
+def _held_equal(name: str, by: Sequence[str]) -> list[str]:
+    """The settings in which runs have to agree before a difference in `name` separates them.
+
+    A method's settings may depend on the model, the dataset and the concept. A dataset's settings may depend on the
+    concept, as its template or its neighbours do.
+    """
+    if group_of(name) in METHOD:
+        return list(dict.fromkeys((*by, *BY)))
+    if name.startswith("dataset.") and name != "dataset.images_per_prompt":
+        return list(dict.fromkeys((*conditions(by), "concept")))
+    return conditions(by)
+
+
+def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRun]:
+    """What runs measured of the base model, as runs of the method "none", for the concepts without a run of it.
+
+    Runs that differ in nothing but the method share one.
+    """
+    known = {run.concept for run in runs if run["method"] == UNEDITED}
+    of_base: dict[tuple, FinishedRun] = {}
+    for run in runs:
+        metrics = {name: metric.of_base() for name, metric in run.metrics.items() if metric.base is not None}
+        if run.concept not in known and metrics:
+            settings = {name: value for name, value in run.settings.items() if group_of(name) not in METHOD}
+            same = (run.concept, run["seed"], *(settings.get(name) for name in by))
+            of_base.setdefault(same, FinishedRun(run.folder, {**settings, "method": UNEDITED}, metrics))
+    return list(of_base.values())
+
+
+def concepts(runs: Iterable[FinishedRun]) -> frozenset[str]:
+    """The concepts that the runs erase."""
+    return frozenset(run.concept for run in runs)
