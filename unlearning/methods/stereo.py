@@ -27,16 +27,16 @@ Deviations:
 - A word is learned anew when an interrupted fit goes on; the trainings go on from their checkpoints.
 """
 
-# B batch, C H W latent shape, D width of a text encoder.
+# B batch, N images, C H W latent shape, D width of a text encoder.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearning.attacks.cce import CCE
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.config.values import Count, Finite, Share, Template
 from unlearning.erasures.base import Erasure
@@ -51,6 +51,25 @@ from unlearning.store.files import digest
 from unlearning.training.batches import Prompts
 
 Vectors = Mapping[str, Tensor]  # a word's token embeddings, (D,) by text encoder
+
+
+class Word(Protocol):
+    """A learned word."""
+
+    @property
+    def v(self) -> Vectors: ...
+
+
+class Inversion(Protocol):
+    """Learns a word for a concept; CCE's does (attacks/cce.py)."""
+
+    def latents(self, model: DiffusionModel, task: UnlearningTask) -> Mapping[str, Tensor]:
+        """Images of each concept by the model, (N, C, H, W)."""
+        ...
+
+    def learned(self, model: DiffusionModel, name: str, latents: Tensor) -> Word:
+        """The word for a concept, learned on the model from these images."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,7 @@ class STEREO(Method):
         rounds: K.
     """
 
-    def __init__(self, *, search: ESD, inversion: CCE, erase: AtOnce, rounds: Count = 4):
+    def __init__(self, *, search: ESD, inversion: Inversion, erase: AtOnce, rounds: Count = 4):
         self.search, self.inversion, self.erase, self.rounds = search, inversion, erase, rounds
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
