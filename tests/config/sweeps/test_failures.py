@@ -68,7 +68,7 @@ def test_a_mistake_in_one_job_is_reported_with_its_own_message(error_of, tmp_pat
 
 def test_ctrl_c_stops_the_whole_sweep(error_of, tmp_path, monkeypatch):
     at_call(monkeypatch, UCE, "fit", 2, ctrl_c)
-    assert error_of("method=uce", "seed=0,1,2") == "Interrupted. The same command goes on from here."
+    assert error_of("method=uce", "seed=0,1,2").startswith("Interrupted")
     assert set(metrics(tmp_path / "runs")) == {"uce/seed0"} and not list(tmp_path.rglob("failed.json"))
 
 
@@ -82,7 +82,7 @@ def test_a_termination_stops_the_whole_sweep(error_of, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "draw", terminated)
         message = error_of("method=none", "seed=0,1", "sampler.batch_size=1")
-    assert message == "Interrupted. The same command goes on from here."
+    assert message.startswith("Interrupted")
     assert not list((tmp_path / "store").rglob("*.png")) and not list(tmp_path.rglob("failed.json"))
 
 
