@@ -38,7 +38,23 @@ def test_a_line_to_type_gives_the_value_in_a_real_shell():
 
 
 @pytest.mark.parametrize(
-    "name", ["cat's", "C#", "a=b", "f(x)", "cat (animal)", "猫", "🐱 cat", 'say "hi"', "a!b's", "é"]
+    "name",
+    [
+        "cat's",
+        "C#",
+        "a=b",
+        "f(x)",
+        "cat (animal)",
+        "猫",
+        "🐱 cat",
+        'say "hi"',
+        "a!b's",
+        "é",
+        "[b]cat[/b]",
+        "'t",
+        "{x",
+        "[a",
+    ],
 )
 def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
     override = f"concept={name}"
@@ -46,6 +62,14 @@ def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
         OverridesParser.create().parse_overrides(readable([override]))
     [line] = words(explain(error.value, CONF, [override]).partition("type ")[2])
     assert read(line) == name
+
+
+def test_a_list_that_the_shell_took_apart_is_put_together():
+    taken = ["concept=[cat,", "Van", "Gogh]", "method=uce"]
+    with pytest.raises(OverrideParseException) as error:
+        OverridesParser.create().parse_overrides(taken)
+    [line] = words(explain(error.value, CONF, taken).partition("type ")[2])
+    assert read(line) == ["cat", "Van Gogh"]
 
 
 def test_a_name_with_commas_is_explained(told):

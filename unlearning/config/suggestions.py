@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -16,7 +17,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from unlearning.config.containers import as_written
-from unlearning.config.quoting import typed
+from unlearning.config.quoting import for_shell, typed
 from unlearning.errors import did_you_mean, suggest
 
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+)'")
@@ -125,10 +126,24 @@ def _unreadable(override: str, conf: Path, argv: Sequence[str]) -> str:
         several = end - start > 1 and "," in value
         line = typed(setting, [part.strip() for part in value.split(",") if part.strip()] if several else value)
         return f"Cannot read `{override}`. For this text, type {line}"
+    if not equals:
+        return (
+            f"Cannot read `{override}`: an override has the form setting=value. Put quotes around the whole where its "
+            "value has brackets, commas or spaces: 'setting=[a, b]'."
+        )
+    if _is_override(whole := f"{setting}={value}"):  # which the shell took apart
+        return f"Cannot read `{override}`. Quotes keep its words together: type {for_shell(whole)}"
     return (
-        f"Cannot read `{override}`: an override has the form setting=value. Put quotes around the whole where its "
-        "value has brackets, commas or spaces: 'setting=[a, b]'."
+        f"Cannot read `{override}`: a bracket or a quote is not closed, or something follows it. For this text, type "
+        f"{typed(setting, value)}"
     )
+
+
+def _is_override(word: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_overrides([word]))
+    except HydraException:
+        return False
 
 
 def _several(override: str) -> str:
