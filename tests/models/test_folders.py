@@ -67,6 +67,12 @@ def test_a_single_file_is_refused_with_the_command_that_converts_it(tmp_path):
         loaded(tmp_path / "model.safetensors")
 
 
+def test_an_empty_path_is_not_the_working_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"model\.path is empty"):
+        loaded("")
+
+
 def test_a_folder_of_another_family_is_named(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))

@@ -14,7 +14,7 @@ from unlearning.store.files import digest
 
 ModelT = TypeVar("ModelT", bound="Model", contravariant=True)
 DType = Literal["float32", "bfloat16", "float16"]  # the values that a config may give for weights
-Autocast = DType | Literal["auto"] | None  # and for what networks compute in
+Autocast = Literal["auto", "float32", "bfloat16", "float16"] | None  # and for what networks compute in
 
 
 class Model(ABC):

@@ -35,6 +35,8 @@ def check(path: str, pipeline_class: type[DiffusionPipeline], options: Mapping[s
     Args:
         options: Of the loading; a part that they set to None is not loaded.
     """
+    if not path.strip():
+        raise UserError("model.path is empty: give a folder that diffusers saved, or a repository's name on the hub.")
     folder = Path(path)
     if folder.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(
