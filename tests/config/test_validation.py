@@ -77,6 +77,11 @@ def test_half_a_character_is_refused_first(message, monkeypatch, yaml, setting):
         ("defaults: [override /methd: uce]", "methd", "method"),
         ("defaults: [override /sampler: dimm]", "sampler dimm", "ddim"),
         ("sampler: {_target_: unlearning.sampling.Samplr}", "sampler._target_ unlearning.sampling.Samplr", None),
+        (
+            "sampler: {scheduler: {path: diffusers.DDIMSchedular}}",
+            "sampler.scheduler.path diffusers.DDIMSchedular",
+            None,
+        ),
     ],
 )
 def test_a_typo_in_a_file_is_answered(message, yaml, key, suggestion):

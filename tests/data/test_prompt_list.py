@@ -80,6 +80,8 @@ def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
     for unclosed in (['"a cat,x,1,7', *ROWS[1:]], ['"a cat,x,1,7', *ROWS], ['a ""cat"",x,1,7', '"a dog" or two,x,1,7']):
         with pytest.raises(UserError, match=r"list\.csv, line \d: its quotes"):
             prompt_list("cat", listed(*unclosed))
+    with pytest.raises(UserError, match="line 2: its quotes"):
+        prompt_list("cat", listed('"a cat,x,1,7', *ROWS[1:]))
     with pytest.raises(UserError, match=r"none\.csv"):
         prompt_list("cat", tmp_path / "none.csv")
 

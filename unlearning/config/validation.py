@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_object
+from hydra.utils import get_class, get_method, get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreConfig, SchemaValidator
@@ -27,6 +27,7 @@ from unlearning.errors import UserError, nearest
 NAMED_LISTS = ("attack", "evaluator", "logger")  # groups of which a run has any number, each under its file's name
 UNCHECKED = ("paths", "judge")  # groups whose settings other groups refer to, and which build nothing themselves
 STRICT = ("int", "float", "bool")  # pydantic would make 3 of "3", and True of 1 or "yes"
+NAMING = (get_class, get_method, get_object)  # Hydra's, for settings that are a class or a function themselves
 BOUNDS = {"ge": "of at least", "gt": "greater than", "le": "of at most", "lt": "less than"}
 OF_NUMBERS = ("int", "float", "finite", "greater", "less")  # how the names of pydantic's errors about numbers begin
 LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type", "sequence_str")
@@ -134,8 +135,10 @@ def check(settings: object, path: str = "") -> None:
     Raises:
         UserError: For the first setting that its target does not know, needs, or takes with a value of another type.
     """
-    if _is_built(settings) and (target := _target(settings["_target_"], path)):
+    if _is_built(settings) and (target := _target(settings["_target_"], f"{path}._target_")):
         _check_against(target, settings, path)
+        if target in NAMING:
+            _target(str(settings.get("path")), f"{path}.path")
     children: Iterable[tuple[object, object]] = ()
     if isinstance(settings, Mapping):
         children = settings.items()
@@ -150,13 +153,14 @@ def _is_built(value: object) -> TypeGuard[Mapping]:
 
 
 def _target(name: str, path: str) -> Callable | None:
+    """What `name`, the value of the setting `path`, names. Raises UserError if it cannot be imported."""
     try:
         return get_object(name)
     except (ImportError, ValueError) as error:
         if path.startswith("logger."):
             return None  # the run warns, and goes on without it
         why = (str(error).splitlines() or [type(error).__name__])[-1]
-        raise UserError(f"`{path}._target_` is {name}, which cannot be imported. {why}") from None
+        raise UserError(f"`{path}` is {name}, which cannot be imported. {why}") from None
 
 
 def _check_against(target: Callable, settings: Mapping, path: str) -> None:

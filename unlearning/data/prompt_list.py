@@ -114,6 +114,7 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
     end = 0
     try:
         next(rows)
+        end = rows.line_num
         for cells in filter(None, rows):
             end = rows.line_num
             row = Row({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
