@@ -34,35 +34,25 @@ from unlearning.sampling.comeback import Comeback
 METHODS = choices(CONF, "method")
 # Without suites, which are no attack of their own, and without variants.
 ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
-# Settings that make a fit or an attack short, wherever one has them; random weights tell no concept from another, and
-# know no words.
-SHORT = {"iterations": 2, "steps": 3, "batch_size": 2, "count": 3, "inner_steps": 2, "rank": 2, "repeats": 2}
-SHORT |= {
-    "times": 2,
-    "tokens": 2,
-    "samples": 3,
-    "mask_seeds": 1,
-    "mask_batches": 1,
-    "warmup_steps": 0,
-    "top": 4,
-    "min_freq": 1,
-    "purity": 0.0,
-    "conditioning": "generic",
-}
+MOST = 3  # any whole number of a method or an attack, so that it is short
+# Random weights tell no concept from another and know no words; and a warm-up would be all there is.
+RANDOM = {"purity": 0.0, "conditioning": "generic", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 WANTING = ("advunlearn", "erasediff", "salun")  # they need an anchor, or something to retain
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat
 
 
 def shortened(node: DictConfig) -> None:
-    """Sets every setting that SHORT names, at any depth."""
+    """Lowers every whole number to MOST, and sets what RANDOM names, at any depth."""
     for name in list(node):
-        if OmegaConf.is_missing(node, name):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         if OmegaConf.is_dict(node[name]):
             shortened(node[name])
-        elif name in SHORT and not OmegaConf.is_interpolation(node, name) and node[name] is not None:
-            node[name] = SHORT[name]
+        elif name in RANDOM:
+            node[name] = RANDOM[name]
+        elif type(node[name]) is int:
+            node[name] = min(node[name], MOST)
 
 
 def built(folder, *chosen: str) -> tuple[DictConfig, Model, object, object]:

@@ -224,9 +224,18 @@ class Run:
 
     @cached_property
     def _oracle(self) -> Erasure | None:
-        """What makes of the model one that never knew the concept, if an evaluator compares with its images."""
-        oracles = [evaluator.oracle for evaluator in self.evaluators.values() if evaluator.oracle]
-        return oracles[0].fit(self.model, self.task) if oracles else None
+        """What makes of the model the one that an evaluator compares the images with; None if none does.
+
+        Raises:
+            UserError: If two evaluators compare with different ones.
+        """
+        oracles = {name: evaluator.oracle for name, evaluator in self.evaluators.items() if evaluator.oracle}
+        if len({key_of(oracle) for oracle in oracles.values()}) > 1:
+            raise UserError(
+                f"{' and '.join(oracles)} compare with different images, and a run generates one set of them. Choose "
+                "one of these evaluators; another run measures the other, on the same erasure."
+            )
+        return next(iter(oracles.values())).fit(self.model, self.task) if oracles else None
 
     def _erasure(self) -> Erasure:
         """The run's finished erasure."""

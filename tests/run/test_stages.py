@@ -216,6 +216,17 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, to
     assert evaluations() == 0 and not (tmp_path / "missing" / "erasure").exists()
 
 
+def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn, told, evaluations):
+    run = unlearn(
+        *SMALL, "evaluator=fid_word_removed", "method=prompt_filter", "dataset.images_per_prompt=2", run="filter"
+    )
+    assert evaluations() == 2 * pictures(6), "the reference is what the filter makes of the model"
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["retention/fid_word_removed"] == pytest.approx(0, abs=1e-3)
+    both = [*SMALL, "method=none", "evaluator=[fid_oracle,fid_word_removed]"]
+    assert "fid_oracle and fid_word_removed" in told(*both, run="both") and evaluations() == 0
+
+
 def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, told):
     run = unlearn(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     before = (run / "metrics.json").read_bytes()

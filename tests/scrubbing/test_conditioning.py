@@ -20,6 +20,7 @@ from unlearning.scrubbing.conditioning import (
     find_words,
     inverted,
     log_error_ratio,
+    spread,
 )
 from unlearning.training.forget_retain import encoded
 
@@ -104,8 +105,9 @@ def test_the_retain_images_do_not_matter_if_a_word_helps(search):
 def test_the_words_for_retain_images_range_from_the_worst_to_the_best(search):
     words = [f"w{i:03}" for i in range(267)]
     found, others = search(words, lambda words, samples: torch.tensor([[float(word[1:])] * samples for word in words]))
-    places = [words.index(word) for word in others]
-    assert found[0] == "w266" and len(others) == RETAIN_WORDS and places == sorted(places)
+    assert found[0] == "w266" and others == words[: 267 - FINALISTS]
+    places = [words.index(word) for word in spread(others, RETAIN_WORDS)]
+    assert len(places) == RETAIN_WORDS and places == sorted(places)
     assert places[0] == 0 and places[-1] == 266 - FINALISTS and max(np.diff(places)) <= 4
 
 

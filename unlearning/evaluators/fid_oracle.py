@@ -1,7 +1,8 @@
-"""Fréchet distance to the images of the model that never knew the concept, for the same prompts and seeds.
+"""Fréchet distance to the images of a model that draws what ought to be drawn instead, for the same prompts and seeds.
 
 What an eraser leaves cannot be judged by the concept's absence alone: noise, too, is no cat. The oracle is what the
-model would be without the concept, and draws what ought to be drawn instead.
+model would be if it had never known the concept. Where there is none, the unedited model's images of the prompts
+without the concept's word may take its place (IGMU, arXiv:2506.02761).
 """
 
 # F features, R roles.
@@ -15,42 +16,44 @@ import torch
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.fid import Features, add, distance, gaussian, moments, width
-from unlearning.methods.oracle import Oracle
+from unlearning.methods.base import Method
 from unlearning.store.manifest import ManifestRow, load_images
 
-KEYS = {"efficacy/fid_oracle": (ERASE, SYNONYM), "retention/fid_oracle": (RETAIN,)}
+ROLES = {"efficacy": (ERASE, SYNONYM), "retention": (RETAIN,)}
 
 
 class FIDOracle(Evaluator):
     """
     Args:
         features: Maps images to features.
-        oracle: The model that never knew. The run generates its images beside those of the base model.
+        oracle: Makes of the model the one to compare with. The run generates its images beside the base model's.
     """
 
-    needs: ClassVar[str] = "two images that the model that never knew has drawn, too"
-    higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(KEYS, False)
+    name: ClassVar[str] = "oracle"
+    whose: ClassVar[str] = "the model that never knew"
+    higher_is_better: ClassVar[dict[str, bool]] = {"efficacy/fid_oracle": False, "retention/fid_oracle": False}
+    needs: ClassVar[str] = "two images that the model to compare with has drawn, too"
 
-    def __init__(self, features: Features, oracle: Oracle, device: str = "auto"):
+    def __init__(self, features: Features, oracle: Method, device: str = "auto"):
         super().__init__(device)
         self.features, self.oracle = features, oracle
         size = width(features, self.device)
         # Of each role, of the run's images and the oracle's
-        self.zeros("counts", len(KEYS), 2)
-        self.zeros("sums", len(KEYS), 2, size)
-        self.zeros("products", len(KEYS), 2, size, size)
+        self.zeros("counts", len(ROLES), 2)
+        self.zeros("sums", len(ROLES), 2, size)
+        self.zeros("products", len(ROLES), 2, size, size)
 
     @property
     def protocol(self) -> str:
         """States the numbers of images since the last `reset`."""
-        counts = ", ".join(f"{key.partition('/')[0]} {int(n)}" for key, (n, _) in zip(KEYS, self.counts, strict=True))
+        counts = ", ".join(f"{purpose} {int(n)}" for purpose, (n, _) in zip(ROLES, self.counts, strict=True))
         return (
-            f"clean-fid {version('clean-fid')} on {self.features.name}, to images of the same prompts and seeds by the "
-            f"model that never knew; images: {counts}"
+            f"clean-fid {version('clean-fid')} on {self.features.name}, to images of the same prompts and seeds by "
+            f"{self.whose}; images: {counts}"
         )
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
-        for i, roles in enumerate(KEYS.values()):
+        for i, roles in enumerate(ROLES.values()):
             if chosen := [j for j, row in enumerate(rows) if row.role in roles and row.oracle]:
                 pair = images[chosen], load_images([rows[j] for j in chosen], "oracle")
                 for side, pictures in enumerate(pair):
@@ -59,10 +62,21 @@ class FIDOracle(Evaluator):
 
     def compute(self) -> dict[str, float]:
         numbers = {}
-        for i, key in enumerate(KEYS):
+        for i, purpose in enumerate(ROLES):
             if self.counts[i, 0] >= 2:
                 own, oracle = (
                     gaussian(self.counts[i, side], self.sums[i, side], self.products[i, side]) for side in range(2)
                 )
-                numbers[key] = distance(oracle, own)
+                numbers[f"{purpose}/fid_{self.name}"] = distance(oracle, own)
         return numbers
+
+
+class FIDWordRemoved(FIDOracle):
+    """The same to the images of the unedited model, given the prompts without the concept's words."""
+
+    name = "word_removed"
+    whose = "the unedited model, given the prompts without the concept's words"
+    higher_is_better: ClassVar[dict[str, bool]] = {
+        "efficacy/fid_word_removed": False,
+        "retention/fid_word_removed": False,
+    }

@@ -29,17 +29,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unlearning.concepts import UnlearningTask
 from unlearning.config.values import NonNegative
-from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import Conditioning
 from unlearning.scrubbing.blinding import Blinding, replacement
 from unlearning.scrubbing.conditioning import ConditioningKind, conditioning_rows
 from unlearning.scrubbing.first_phase import FirstPhase, cached
+from unlearning.scrubbing.images import forget_and_retain
 from unlearning.scrubbing.prototype_plots import plot_first_phase
 from unlearning.scrubbing.prototypes import PrototypeSearch
-from unlearning.training.forget_retain import ForgetRetain, encoded
+from unlearning.training.forget_retain import ForgetRetain
 
 log = logging.getLogger(__name__)
 MAX_GAIN = 214.0  # 1 / SNR at the last timestep of Stable Diffusion's schedule
@@ -86,8 +85,7 @@ class Scrubber(TrainedMethod):
     def _first_phase(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor]]:
         """Phase 1. Returns (z_0, M, eta) of the forget images and (z_0,) of the retain images."""
         teacher, task = self.teacher, self.task
-        _check_images(task)
-        forget, retain = (encoded(teacher, images) for images in (task.forget_images, task.retain_images))
+        forget, retain = forget_and_retain(teacher, task)
         found = cached(lambda: self._find(forget, retain), self.trainer, teacher.device)
         self.prototypes, self.rows = found.prototypes, found.rows
         self.figures = plot_first_phase(self.search, found, teacher, task, forget, retain)
@@ -178,18 +176,3 @@ def _sum(values: Tensor) -> Tensor:
 def _some(c: Conditioning, batch: int) -> Conditioning:
     """`batch` random rows of c."""
     return c[torch.randint(len(c), (batch,), device=c.embeds.device)]
-
-
-def _check_images(task: UnlearningTask) -> None:
-    """Raises UserError if there are no forget images, or some of them are retain images too."""
-    if not len(task.forget_images):
-        raise UserError(
-            "The scrubber learns from images, but this dataset has no forget images. Use dataset=folder "
-            "forget=/a/folder, or one of the emoji datasets."
-        )
-    forget = {hash(image.tobytes()) for image in task.forget_images}
-    if both := sum(hash(image.tobytes()) in forget for image in task.retain_images):
-        raise UserError(
-            f"{both} of the {len(task.retain_images)} retain images are forget images too. Remove them from one of "
-            "the two sets."
-        )

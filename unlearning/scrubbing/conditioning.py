@@ -93,8 +93,9 @@ def conditioning_rows(
             others = [concept.name for concept in task.retain]
             return ConditioningRows(null, with_null(_prompts(names)), with_null(_prompts(others)))
         case "words":
-            chosen, others = find_words(teacher, forget, retain, M, _candidates(words, teacher.vocabulary()))
-            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(_prompts(others)), tuple(chosen))
+            chosen, others = find_words(teacher, forget, retain, M, candidates(words, teacher.vocabulary()))
+            some = spread(others, RETAIN_WORDS)
+            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(_prompts(some)), tuple(chosen))
         case "inverted":
             return ConditioningRows(null, inverted(teacher, forget, M, batch=batch), null)
     raise unknown("conditioning", kind, get_args(ConditioningKind))
@@ -104,7 +105,13 @@ def _prompts(words: Sequence[str]) -> list[str]:
     return [template.format(word) for word in words for template in TEMPLATES]
 
 
-def _candidates(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[str]:
+def spread(words: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the words, at equal distances from the first to the last."""
+    places = np.linspace(0, len(words) - 1, min(count, len(words))).round().astype(int)
+    return [words[i] for i in places]
+
+
+def candidates(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[str]:
     """The given words, completed with random words of the vocabulary, which the retain images' prompts need."""
     if not given:
         return list(vocabulary)
@@ -118,7 +125,7 @@ def _candidates(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[
 def find_words(
     teacher: DiffusionModel, forget: Tensor, retain: Tensor, M: Tensor, words: list[str], samples: int = 16
 ) -> tuple[list[str], list[str]]:
-    """The words that describe the forget images, best first, and words that do not, the best of them last.
+    """The words that describe the forget images, best first, and those that do not, the best of them last.
 
     The search uses the half of the images that shows the concept largest: a word describes an image of one thing best.
     If no word explains these better than the null prompt does (as for a style, whose name is no caption), the search
@@ -171,9 +178,7 @@ def _search(
     chosen = [word for word in ranked if mean[word] >= best / 2]
     if rivals := ranked[len(chosen) :]:
         _warn_if_close(ranked[0], rivals[0], dict(zip(left, measured, strict=True)))
-    others = sorted((word for word in words if word not in ranked), key=lambda word: mean[word])
-    spread = np.linspace(0, len(others) - 1, min(RETAIN_WORDS, len(others))).round().astype(int)
-    return chosen, [others[i] for i in spread]
+    return chosen, sorted((word for word in words if word not in ranked), key=lambda word: mean[word])
 
 
 def _warn_if_close(best: str, rival: str, evidence: dict[str, Tensor]) -> None:

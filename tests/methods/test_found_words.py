@@ -1,0 +1,71 @@
+"""Words are found in images, and an eraser is told them; the task's own names are not used."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import unlearning
+from unlearning.concepts import Concept
+from unlearning.data.objects import emoji_objects
+from unlearning.erasures.base import Erasure
+from unlearning.methods import found_words
+from unlearning.methods.base import Method
+from unlearning.methods.found_words import FoundWords
+from unlearning.methods.uce import UCE
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.scrubbing.conditioning import TEMPLATES
+from unlearning.scrubbing.prototypes import PrototypeSearch
+
+
+class Told(Method):
+    """Keeps the task that it was given."""
+
+    def fit(self, model, task) -> Erasure:
+        self.task = task
+        return UCE().fit(model, task)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion.load(str(Path(unlearning.__file__).parent / "weights" / "emoji_unet"), device="cpu")
+
+
+@pytest.fixture
+def method(monkeypatch):
+    monkeypatch.setattr(found_words, "find_words", lambda *_: (["bunny", "rabbit"], ["pizza", "clock", "robot"]))
+    return lambda erase, **settings: FoundWords(
+        prototypes=PrototypeSearch(K=4, purity=0, draws=1), erase=erase, **settings
+    )
+
+
+def test_the_eraser_is_told_the_words_that_were_found(model, method):
+    told = Told()
+    method(told, retained=2).fit(model, emoji_objects("cat", pictures=6))
+    assert [(c.name, c.synonyms, c.anchor) for c in told.task.erase] == [("bunny", (), ""), ("rabbit", (), "")]
+    assert [c.name for c in told.task.retain] == [TEMPLATES[0].format("pizza"), TEMPLATES[1].format("robot")]
+
+
+def test_no_label_is_used(model, method):
+    task = emoji_objects("rabbit", pictures=6)
+    nameless = replace(task, erase=(Concept("x"),), retain=())
+    one, other = (method(UCE()).fit(model, own) for own in (task, nameless))
+    assert one.digest == other.digest
+
+
+def test_words_are_erased_and_all_other_words_keep_what_the_denoiser_reads(model, method):
+    """W' c is W c_0 at the words that were found, and stays W c at those retained."""
+    erase = UCE(templates=TEMPLATES, preserve_scale=0.1)
+    erasure = method(erase).fit(model, emoji_objects("rabbit", pictures=6))
+    prompts = ["a photo of the rabbit", "a bunny", "pizza", "a clock", ""]
+    c = model.encode_prompts(prompts).embeds.double()
+    name, W = next(iter(model.text_projections()))
+    before = c @ W.weight.double().T
+    with erasure.applied_to(model):
+        after = c @ dict(model.text_projections())[name].weight.double().T
+    whole = (before - before[-1]).square().sum((1, 2))  # the distance to the null prompt
+    moved = (after - before).square().sum((1, 2))
+    left = (after - before[-1]).square().sum((1, 2))
+    assert (left[:2] < 0.2 * whole[:2]).all() and (moved[2:4] < 0.05 * whole[2:4]).all()
+    assert torch.isfinite(after).all()

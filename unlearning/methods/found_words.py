@@ -1,0 +1,63 @@
+"""The scrubber without training: words that say what the forget images show, and an eraser that is told them. Ours.
+
+The scrubber (methods/scrubber.py) finds words for a folder of images without labels: those with which the teacher
+denoises the images best. Its second phase moves the denoiser by gradient steps, and with it what all other prompts
+draw. But once the words are known, any eraser of words can be told them. With UCE it is the minimiser, in closed form,
+of
+
+    sum_{w found} || W' c_w - W c_0 ||^2  +  s_p sum_{w other} || W' c_w - W c_w ||^2  +  lamb || W' - W ||_F^2,
+
+over the text states of all words of the vocabulary, those found and all others, with those c_0 of the null prompt: the
+rest of the vocabulary is held in the same system that erases.
+
+Words that were close to those found are in neither sum: synonyms, too, which the images may explain less well.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+
+from unlearning.concepts import Concept, UnlearningTask
+from unlearning.config.values import Natural
+from unlearning.erasures.base import Erasure
+from unlearning.methods.base import Method
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.scrubbing.conditioning import TEMPLATES, candidates, find_words, spread
+from unlearning.scrubbing.images import forget_and_retain
+from unlearning.scrubbing.prototypes import PrototypeSearch
+
+log = logging.getLogger(__name__)
+
+
+class FoundWords(Method):
+    """Finds words for the forget images, and erases them.
+
+    Args:
+        prototypes: How the prototypes of the concept are found, by which the images that show it largest are chosen.
+        erase: The eraser. The task's concepts are replaced by the words that were found, and what it may retain by
+            prompts with other words.
+        words: Candidates; None for all words of the tokenizer.
+        retained: Other words that are retained, at most, each in one template.
+    """
+
+    def __init__(
+        self, *, prototypes: PrototypeSearch, erase: Method, words: list[str] | None = None, retained: Natural = 2000
+    ):
+        self.search, self.erase, self.words, self.retained = prototypes, erase, words, retained
+
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        found, others = self.found(model, task)
+        log.info("The teacher denoises the forget images best with the words: %s", ", ".join(found))
+        templates = zip(spread(others, self.retained), cycle(TEMPLATES))
+        retain = tuple(Concept(template.format(word)) for word, template in templates)
+        return self.erase.fit(model, replace(task, erase=tuple(map(Concept, found)), retain=retain))
+
+    @torch.no_grad()
+    def found(self, model: DiffusionModel, task: UnlearningTask) -> tuple[Sequence[str], Sequence[str]]:
+        """The words that describe the forget images, best first, and those that do not."""
+        forget, retain = forget_and_retain(model, task)
+        M = self.search.mask(self.search(model, forget, retain), model, forget)
+        return find_words(model, forget, retain, M, candidates(self.words, model.vocabulary()))
