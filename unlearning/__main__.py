@@ -27,6 +27,7 @@ from unlearning.store.files import read_state
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, of a checkout
+PLAIN_FORMAT = warnings.formatwarning
 log = logging.getLogger(__name__)
 register_resolvers()
 
@@ -171,9 +172,19 @@ def _run_and_print(cfg: DictConfig) -> float | list[float] | None:
     return studies.objective(cfg.objective, metrics)
 
 
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as Python prints it, but one of this package without the line of code that it comes from."""
+    if Path(filename).is_relative_to(PACKAGE):
+        return f"{message}\n"
+    return PLAIN_FORMAT(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """The console command. A mistake of the user's ends in one message and exit code 1, not in a traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    warnings.formatwarning = _formatted
     studies.register()
     sys.argv[1:] = readable(sys.argv[1:])
     try:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -112,6 +114,15 @@ def test_a_file_of_another_format_is_not_opened_whatever_it_is_called(folders):
     (forget / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n")
     with pytest.warns(UserWarning, match=r"0\.png \(cannot identify image file"):
         assert len(read(forget, 16)) == 5
+
+
+def test_a_warning_is_shown_without_the_code_that_gives_it(folders, unlearn):
+    forget, retain = folders
+    (forget / "photo.heic").touch()
+    chosen = ["dataset=folder", "dataset.size=16", f"forget={forget}", f"retain={retain}", "stages=[]"]
+    command = [sys.executable, "-m", "unlearning", *unlearn.arguments(*chosen)]
+    shown = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "photo" not in shown and "1 .heic" in shown and "UserWarning" not in shown and ".py" not in shown
 
 
 def test_heic_images_get_a_hint(folders):
