@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from unlearning.attacks.paraphrase import KINDS, Paraphrase, in_turn, misspelt, paraphrases
+from unlearning.attacks.paraphrase import KINDS, Paraphrase, in_turn, misspelt
 from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.data.imagenette import CLASSES
 from unlearning.data.openmoji import OBJECTS
+from unlearning.data.words import paraphrases
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
 from unlearning.models.stable_diffusion import StableDiffusion

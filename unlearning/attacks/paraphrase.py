@@ -14,19 +14,15 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from itertools import islice, zip_longest
 from string import ascii_lowercase
 from typing import Literal, get_args
 
-import yaml
-
-from unlearning import data
 from unlearning.attacks.base import Attack, concept_of, with_placeholder
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.config.values import Count, Seed
 from unlearning.data.openmoji import OBJECTS
+from unlearning.data.words import paraphrases
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
@@ -100,12 +96,6 @@ class Paraphrase(Attack):
             "misspellings": islice(misspelt(concept.name, self.seed), self.count),
         }
         return {kind: [t for t in texts[kind] if t.casefold() != name] for kind in KINDS}
-
-
-@cache
-def paraphrases() -> Mapping[str, Mapping]:
-    """The lists, by the names of concepts in lower case."""
-    return yaml.safe_load(files(data).joinpath("paraphrases.yaml").read_text())
 
 
 def misspelt(name: str, seed: int) -> Iterator[str]:
