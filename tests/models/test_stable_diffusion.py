@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_pictures_of_another_size_are_those_of_diffusers_own_pipeline(any_pipeli
     assert ours.shape[-2:] == (side, 2 * side)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     assert draw(model, ["a cat"], [3]).shape[-2:] == (side, side), "the model itself keeps its size"
+    with pytest.raises(UserError, match=r"dataset\.sizes=false"):
+        draw.draw(model, [row, replace(row, height=None)])
 
 
 def test_a_size_beyond_the_model_is_refused_before_anything_is_drawn(sd3):

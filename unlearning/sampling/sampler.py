@@ -180,7 +180,10 @@ class Sampler:
         """
         size, *others = {(row.height, row.width) for row in rows}
         if others:
-            raise UserError("Images of several sizes cannot be drawn at once: they are no tensor.")
+            raise UserError(
+                "Images of several sizes cannot be drawn at once, as this attack asks: dataset.sizes=false gives all "
+                "the model's size."
+            )
         model = model.at_size(*size)
         prompts, seeds, files = zip(*((row.prompt, row.seed, row.comeback) for row in rows), strict=True)
         return self.sample(model, restored(model, prompts, seeds, files), [row.guidance_scale for row in rows])
