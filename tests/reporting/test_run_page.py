@@ -92,6 +92,7 @@ def test_settings_do_not_tell_where_the_machine_has_its_folders(finished):
         path.write_text(yaml.safe_dump(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), own))))
     shown = report(run).read_text().partition("All settings")[2].partition("</details>")[0]
     assert "path: ${paths.weights}/unet" in shown and "cache: cache" in shown
+    assert "/machine/code" not in shown and str(run) not in shown
     assert "note: /machine/workshop" in shown, "another folder, whose name begins the same"
 
 

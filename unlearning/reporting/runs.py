@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 def settings_text(folder: Path) -> str:
     """The settings of a run as YAML, without what its machine calls its folders: paths are relative to the working
-    folder, or begin with ${paths.NAME} or with ~.
+    folder, or begin with ${paths.NAME} or with ~; of those paths themselves the last name is left.
 
     Raises UserError if `folder` is not the folder of a run.
     """
@@ -101,7 +102,10 @@ def settings_text(folder: Path) -> str:
         text = text.replace(f"{place}/", f"{places[place]}/") if os.path.isabs(place) else text
     if cwd := _runtime(folder).get("cwd"):
         text = text.replace(f"{cwd}/", "")
-    return text.replace(f"{Path.home()}/", "~/")
+    text = text.replace(f"{Path.home()}/", "~/")
+    for place in filter(os.path.isabs, places):  # what is left of the paths themselves
+        text = re.sub(f" {re.escape(place)}$", f" …/{Path(place).name}", text, flags=re.MULTILINE)
+    return text
 
 
 def _runtime(folder: Path) -> Mapping:
