@@ -33,10 +33,10 @@ from torch import Tensor
 from unlearning.concepts import Concept
 from unlearning.config.values import Count, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
-from unlearning.errors import UserError
+from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
 from unlearning.sampling.sampler import per_row
-from unlearning.training.forget_retain import ForgetRetain, encoded
+from unlearning.training.forget_retain import ForgetRetain, encoded, noised
 
 Kind = Literal["object", "style"]
 Target = Literal["model", "noise"]
@@ -97,7 +97,9 @@ class ConceptAblation(TrainedMethod):
         **training,
     ):
         super().__init__(**training)
-        _check(kind=(kind, Kind), target=(target, Target), teacher=(teacher, Teacher))
+        for name, value, known in (("kind", kind, Kind), ("target", target, Target), ("teacher", teacher, Teacher)):
+            if value not in get_args(known):
+                raise unknown(name, value, get_args(known))
         self.generated, self.kind, self.based_on, self.predicting = generated, kind, target, teacher
         self.count, self.templates = count, tuple(templates or TEMPLATES[kind])
         self.prior_weight, self.flip, self.max_grad_norm = prior_weight, flip, max_grad_norm
@@ -154,11 +156,4 @@ class ConceptAblation(TrainedMethod):
     def _noised(self, x_0: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x_0, x_t, t) of B images, each mirrored or not."""
         x_0 = torch.where(per_row(torch.rand(len(x_0), device=x_0.device) < 0.5), x_0, mirrored)
-        t = self.teacher.timesteps(torch.rand(len(x_0)))
-        return x_0, self.teacher.add_noise(x_0, torch.randn_like(x_0), t), t
-
-
-def _check(**chosen: tuple[str, object]) -> None:
-    for name, (value, kind) in chosen.items():
-        if value not in get_args(kind):
-            raise UserError(f"There is no {name} {value!r}; there are {', '.join(get_args(kind))}.")
+        return x_0, *noised(self.teacher, x_0)

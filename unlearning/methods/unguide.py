@@ -26,7 +26,7 @@ from torch import Tensor
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite
 from unlearning.erasures.module_edit import Adapter
-from unlearning.errors import UserError
+from unlearning.errors import unknown
 from unlearning.methods.esd import ESD
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.ldm import read_adapter
@@ -68,7 +68,7 @@ class UnGuide(ESD):
         super().__init__(**esd)
         self.w_1, self.w_2, self.repeats, self.lora, self.sampling_scale = w_1, w_2, repeats, lora, sampling_scale
         if threshold not in THRESHOLDS:
-            raise UserError(f"There is no threshold {threshold!r}; there are {', '.join(THRESHOLDS)}.")
+            raise unknown("threshold", threshold, THRESHOLDS)
         self.threshold = threshold
 
     def anchors(self, prompts: tuple[str, ...]) -> list[str]:
