@@ -316,8 +316,9 @@ class Run:
         """The attack's place in the store: a digest of all that its result depends on."""
         victim = (self.model.fingerprint, self.model.numerics, *(own.digest for own in erasure))
         rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self._targets]
+        sizes = [(row.height, row.width) for row in self._targets if row.height or row.width]
         task = (self.task.erase, self.task.template, rows)
-        return self.store / "attacks" / key_of(attack, attack.version, victim, self.seed, task, self._images)
+        return self.store / "attacks" / key_of(attack, attack.version, victim, self.seed, task, self._images, *sizes)
 
     # generate
 
