@@ -145,6 +145,16 @@ def test_a_metric_that_some_seeds_lack(finished, runs):
     assert row[4:] == ["3", "7.50 ± 0.00 (n=2)"]
 
 
+def test_runs_that_measured_something_else_are_not_in_the_way(finished, tmp_path):
+    """The same method and seed once without and once with an attack; and a method that was not attacked."""
+    for method in ("uce", "esd_x"):
+        finished(f"both/{method}", measured(5.0), method=method, config={"images": 10})
+    finished("both/attacked", {"robustness/asr_cce": 80.0}, method="uce", config={"images": 5})
+    text = table(tmp_path / "both", ["robustness/*"])
+    assert [row[3:] for row in cells(text)[1:]] == [["uce", "1", "80.0"]] and "‡" not in text
+    assert {row[3] for row in cells(table(tmp_path / "both"))[1:]} == {"uce", "esd_x"}
+
+
 def test_runs_that_share_a_seed_are_told_apart_by_a_setting(finished, runs):
     finished("runs/slow", measured(5.0), method="ac", seed=0, config={"method": {"lamb": 2}})
     text = table(runs, [E])

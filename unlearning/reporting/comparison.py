@@ -145,7 +145,7 @@ class Comparison:
     Args:
         runs: At least one.
         by: The settings of a row. `separating` adds those that decide a result and differ.
-        metrics: Names or patterns ("retention/*"); None for all.
+        metrics: Names or patterns ("retention/*"); None for all. Rows without any of them are left out.
         published: A paper's numbers, shown beside ours; None shows none.
 
     Raises UserError for a pattern that matches no metric.
@@ -158,13 +158,15 @@ class Comparison:
         metrics: Sequence[str] | None = None,
         published: Published | None = None,
     ):
+        chosen = _matching(metric_names(runs), metrics)
+        runs = runs if metrics is None else _concerned(runs, by, chosen)
         self.by = separating(runs, by)
         self.added = self.by[len(by) :]
         self.rows = group_runs(runs, self.by)
         self.published = published
         self.unedited = {key for key, group in self.rows.items() if {run["method"] for run in group} == {UNEDITED}}
         self.uneven = uneven_coverage({key: concepts(group) for key, group in self.rows.items()}, self.by)
-        self.columns = {metric: self._column(metric) for metric in _matching(metric_names(runs), metrics)}
+        self.columns = {metric: self._column(metric) for metric in chosen}
 
     def _column(self, metric: str) -> Column:
         having = {key: [run for run in runs if run.value(metric) is not None] for key, runs in self.rows.items()}
@@ -235,6 +237,25 @@ class Comparison:
         parts += [f"Runs of one method differ in {', '.join(own)}: they are not averaged."] if own else []
         if parts:
             yield Note(" ".join(parts), SEPARATED)
+
+
+def _concerned(runs: Sequence[FinishedRun], by: Sequence[str], metrics: Sequence[str]) -> list[FinishedRun]:
+    """The runs without rows that have none of the metrics, and without runs that measured other things at a seed.
+
+    A run that lacks the metrics stays if no other has them at its seed: something failed there.
+    """
+
+    def row(run: FinishedRun) -> tuple[str, ...]:
+        return tuple(str(run[name]) for name in by)
+
+    def place(run: FinishedRun) -> tuple[object, ...]:
+        return (*row(run), concepts([run]), run["seed"])
+
+    having = [any(run.value(metric) is not None for metric in metrics) for run in runs]
+    rows, places = ({of(run) for run, has in zip(runs, having, strict=True) if has} for of in (row, place))
+    return [
+        run for run, has in zip(runs, having, strict=True) if has or (row(run) in rows and place(run) not in places)
+    ]
 
 
 def _matching(available: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
