@@ -36,7 +36,7 @@ METHODS = choices(CONF, "method")
 ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
 MOST = 3  # any whole number of a method or an attack, so that it is short
 # Random weights tell no concept from another and know no words; and a warm-up would be all there is.
-RANDOM = {"purity": 0.0, "conditioning": "generic", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
+RANDOM = {"purity": 0.0, "conditioning": "null", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 WANTING = ("advunlearn", "erasediff", "salun")  # they need an anchor, or something to retain
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat

@@ -161,7 +161,7 @@ def scrubber(bench: Bench) -> Sides:
     """The second phase: training; the first, the search for prototypes, is not in the seconds."""
     N = bench.few(8)
     search = PrototypeSearch(K=2, tau=0.0, draws=1, vectors=64, purity=0.0)
-    make = partial(Scrubber, student=Weights(ATTENTION), prototypes=search, conditioning="generic")
+    make = partial(Scrubber, student=Weights(ATTENTION), prototypes=search, conditioning="null")
 
     def loop(bench: Bench, model: DiffusionModel) -> published.Scrubber:
         forget, retain = torch.randn(2, N, *model.latent_shape, device=bench.device)

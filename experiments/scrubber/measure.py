@@ -217,7 +217,7 @@ class Watch(pl.Callback):
 def steps(student: str, overrides: list[str], count: int = 12) -> dict:
     """Seconds and memory of one training in this process."""
     chosen = f"student@method.student={STUDENTS[student]}"
-    fast = ["method.conditioning=generic", "method.blinding=gaussian", "dataset.pictures=16", "method.prototypes.K=8",
+    fast = ["method.conditioning=null", "method.blinding=gaussian", "dataset.pictures=16", "method.prototypes.K=8",
             "method.prototypes.purity=0"]  # fmt: skip
     cfg = configured("concept=cat", chosen, *fast, f"method.iterations={count}", *overrides)
     model, task, watch = instantiate(cfg.model), instantiate(cfg.dataset), Watch()

@@ -58,7 +58,7 @@ def make(tmp_path):
             drawn = Generated(str(tmp_path), Sampler(steps=2))
             return ConceptAblation(generated=drawn, count=4, templates=["a {}"], **training)
         search = PrototypeSearch(K=4, tau=0.0, vectors=100, purity=0.0, confirmed=False)
-        return Scrubber(prototypes=search, conditioning="generic", blinding="gaussian", **training)
+        return Scrubber(prototypes=search, conditioning="null", blinding="gaussian", **training)
 
     return of
 

@@ -104,7 +104,7 @@ def test_l_f_is_a_share_of_what_there_is_to_forget_unless_it_is_not_normalised(m
 
     def left(covered, change, *overrides, student=model):
         torch.manual_seed(0)
-        method, _ = scrub("method.blinding=blurred", "method.lamb_b=0", "method.lamb_r=0", *overrides)
+        method, _ = scrub("method.blinding=shuffled", "method.lamb_b=0", "method.lamb_r=0", *overrides)
         method.student, method.teacher, method.rows = student, model, ConditioningRows(null, null, null)
         return method.loss({"forget": (z_0, covered, z_0 + change * off)}).item()
 
@@ -116,7 +116,7 @@ def test_l_f_is_a_share_of_what_there_is_to_forget_unless_it_is_not_normalised(m
 
 def test_a_student_equal_to_the_teacher_has_a_loss_for_the_concept_only(model, scrub):
     torch.manual_seed(0)
-    method, _ = scrub("method.blinding=blurred", "method.lamb_b=1", "method.lamb_r=1")
+    method, _ = scrub("method.blinding=shuffled", "method.lamb_b=1", "method.lamb_r=1")
     null = model.encode_prompts([""])
     method.student = method.teacher = model
     method.rows = ConditioningRows(null, null, null)
@@ -139,7 +139,7 @@ def test_the_teacher_gets_the_null_prompt_and_the_student_its_conditioning(model
 
         return View()
 
-    method, _ = scrub("method.lamb_r=0", "method.blinding=blurred")
+    method, _ = scrub("method.lamb_r=0", "method.blinding=shuffled")
     method.student, method.teacher = recording("student"), recording("teacher")
     null, cat = model.encode_prompts([""]), model.encode_prompts(["cat"])
     method.rows = ConditioningRows(null, cat, null)
@@ -178,7 +178,7 @@ def test_float16_without_gradient_scaling_is_refused(sd1, scrub):
 
 def test_steps_lower_the_loss(model, scrub):
     """On one batch with one noise, and a mask of ones."""
-    method, task = scrub("method.iterations=4", "method.optimizer.lr=1e-5", "method.blinding=blurred")
+    method, task = scrub("method.iterations=4", "method.optimizer.lr=1e-5", "method.blinding=shuffled")
     losses, loss = [], method.loss
 
     def repeated(batch):

@@ -145,14 +145,19 @@ def test_a_metric_that_some_seeds_lack(finished, runs):
     assert row[4:] == ["3", "7.50 ± 0.00 (n=2)"]
 
 
-def test_runs_that_measured_something_else_are_not_in_the_way(finished, tmp_path):
+def test_runs_of_the_same_images_are_one_run_whatever_they_measured(finished, tmp_path):
     """The same method and seed once without and once with an attack; and a method that was not attacked."""
+    cce, said = "robustness/asr_cce", {f"{E}/protocol": "one"}
     for method in ("uce", "esd_x"):
-        finished(f"both/{method}", measured(5.0), method=method, config={"images": 10})
-    finished("both/attacked", {"robustness/asr_cce": 80.0}, method="uce", config={"images": 5})
-    text = table(tmp_path / "both", ["robustness/*"])
-    assert [row[3:] for row in cells(text)[1:]] == [["uce", "1", "80.0"]] and "‡" not in text
-    assert {row[3] for row in cells(table(tmp_path / "both"))[1:]} == {"uce", "esd_x"}
+        finished(f"both/{method}", {E: 5.0, **said}, method=method)
+    finished("both/attacked", {E: 5.0, cce: 80.0, **said}, method="uce", chosen={"attack": "cce"})
+    body = cells(table(tmp_path / "both"))[1:]
+    assert {row[3]: row[4] for row in body} == {"uce": "1", "esd_x": "1"} and "‡" not in str(body)
+    only = cells(table(tmp_path / "both", ["robustness/*"]))[1:]
+    assert [row[3:] for row in only] == [["uce", "1", "80.0"]]
+
+    finished("both/otherwise", {E: 9.0, f"{E}/protocol": "another"}, method="uce", chosen={"evaluator": "other"})
+    assert {row[3]: row[4] for row in cells(table(tmp_path / "both"))[1:]}["uce"] == "2‡"
 
 
 def test_runs_that_share_a_seed_are_told_apart_by_a_setting(finished, runs):

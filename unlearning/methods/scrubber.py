@@ -50,9 +50,9 @@ class Scrubber(TrainedMethod):
     Args:
         prototypes: How the prototypes of the concept are found.
         target_space: "raw" or "x0".
-        conditioning: "null", "generic", "words", "inverted" or "caption".
+        conditioning: "null", "words", "inverted" or "caption".
         words: Candidates for conditioning=words; None for all words of the tokenizer.
-        blinding: "gaussian", "blurred", "shuffled" or "inpaint".
+        blinding: "gaussian", "shuffled" or "inpaint".
         detect: "once" or "every_step".
         normalised: Whether L_f is a share of what there is to forget, and L_b a mean over its mask.
         lamb_f, lamb_b, lamb_r: Weights of the losses.

@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from unlearning.errors import UserError
 from unlearning.reporting.formats import Cell, Note, Table, decimals, listed
-from unlearning.reporting.grouping import BY, Key, competitors, concepts, conditions, group_runs, separating
+from unlearning.reporting.grouping import BY, Key, competitors, concepts, conditions, group_runs, merged, separating
 from unlearning.reporting.labels import Place, label, label_cells, shortened
 from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
@@ -159,10 +159,14 @@ class Comparison:
         published: Published | None = None,
     ):
         chosen = _matching(metric_names(runs), metrics)
-        runs = runs if metrics is None else _concerned(runs, by, chosen)
+        runs = merged(runs)
         self.by = separating(runs, by)
         self.added = self.by[len(by) :]
-        self.rows = group_runs(runs, self.by)
+        self.rows = {
+            key: group
+            for key, group in group_runs(runs, self.by).items()
+            if metrics is None or any(run.value(metric) is not None for run in group for metric in chosen)
+        }
         self.published = published
         self.unedited = {key for key, group in self.rows.items() if {run["method"] for run in group} == {UNEDITED}}
         self.uneven = uneven_coverage({key: concepts(group) for key, group in self.rows.items()}, self.by)
@@ -237,25 +241,6 @@ class Comparison:
         parts += [f"Runs of one method differ in {', '.join(own)}: they are not averaged."] if own else []
         if parts:
             yield Note(" ".join(parts), SEPARATED)
-
-
-def _concerned(runs: Sequence[FinishedRun], by: Sequence[str], metrics: Sequence[str]) -> list[FinishedRun]:
-    """The runs without rows that have none of the metrics, and without runs that measured other things at a seed.
-
-    A run that lacks the metrics stays if no other has them at its seed: something failed there.
-    """
-
-    def row(run: FinishedRun) -> tuple[str, ...]:
-        return tuple(str(run[name]) for name in by)
-
-    def place(run: FinishedRun) -> tuple[object, ...]:
-        return (*row(run), concepts([run]), run["seed"])
-
-    having = [any(run.value(metric) is not None for metric in metrics) for run in runs]
-    rows, places = ({of(run) for run, has in zip(runs, having, strict=True) if has} for of in (row, place))
-    return [
-        run for run, has in zip(runs, having, strict=True) if has or (row(run) in rows and place(run) not in places)
-    ]
 
 
 def _matching(available: Sequence[str], patterns: Sequence[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ Rows compete if they differ in nothing but the method.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from unlearning.config.decisive import decides
@@ -14,6 +15,30 @@ BY = ("model", "dataset", "concept", "method")
 METHOD = ("method", "trainer", "after")  # groups of settings in which competing rows may differ
 
 Key = tuple  # the values of a row's settings
+
+
+def merged(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
+    """Runs that generated the same images of the same erasure and measured different things, as one run of each.
+
+    Runs that measured one thing by different protocols stay apart.
+    """
+    same: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        decisive = sorted((name, str(value)) for name, value in run.settings.items() if decides(name))
+        group = same.setdefault((run.concept, *decisive), [])
+        for i, other in enumerate(group):
+            if _agree(run, other):
+                group[i] = replace(other, metrics={**run.metrics, **other.metrics})
+                break
+        else:
+            group.append(run)
+    return [run for group in same.values() for run in group]
+
+
+def _agree(run: FinishedRun, other: FinishedRun) -> bool:
+    """Whether what both have measured was measured in the same way. Costs are those of the same erasure."""
+    both = {name for name in run.metrics.keys() & other.metrics.keys() if not name.startswith("cost/")}
+    return all(run.metrics[name].protocol == other.metrics[name].protocol for name in both)
 
 
 def group_runs(runs: Iterable[FinishedRun], by: Sequence[str]) -> dict[Key, list[FinishedRun]]:

@@ -1,7 +1,6 @@
 """What replaces the concept in the teacher's image: z_blind = (1 - M) z_0 + M eta  (eq. 8).
 
 - gaussian: eta ~ N(0, I), drawn at every step; the write-up's.
-- blurred: the background, spread smoothly over the mask.
 - shuffled: patches of the background in random order.
 - inpaint: what the teacher generates there, given the background.
 """
@@ -19,7 +18,7 @@ from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 from unlearning.sampling.guidance import Guidance, Scale, Walk
 from unlearning.sampling.sampler import denoise
 
-Blinding = Literal["gaussian", "blurred", "shuffled", "inpaint"]
+Blinding = Literal["gaussian", "shuffled", "inpaint"]
 PER_CALL, STEPS = 16, 20  # images in one call of the teacher; steps of inpainting
 
 
@@ -54,8 +53,6 @@ def replacement(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor)
     match kind:
         case "gaussian":
             return torch.randn_like(z_0)
-        case "blurred":
-            return blurred(z_0, M)
         case "shuffled":
             return shuffled(z_0, M)
         case "inpaint":
@@ -63,15 +60,6 @@ def replacement(kind: Blinding, teacher: DiffusionModel, z_0: Tensor, M: Tensor)
             pairs = zip(z_0.split(few), M.split(few), strict=True)
             return torch.cat([inpainted(teacher, z, m) for z, m in pairs])
     raise unknown("blinding", kind, get_args(Blinding))
-
-
-def blurred(z_0: Tensor, M: Tensor) -> Tensor:
-    """The local mean of the background, by a Gaussian whose sigma is a quarter of the side."""
-    H, W = z_0.shape[-2:]
-    rows, columns = (torch.arange(side, device=z_0.device, dtype=z_0.dtype) for side in (H, W))
-    near_rows, near_columns = ((x[:, None] - x).div(len(x) / 4).square().mul(-0.5).exp() for x in (rows, columns))
-    weight = (1 - M).clamp(min=1e-4)
-    return (near_rows @ (weight * z_0) @ near_columns) / (near_rows @ weight @ near_columns)
 
 
 def shuffled(z_0: Tensor, M: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The student's conditioning. Without labels, the name of the concept is unknown.
 
 - null: the null prompt; the write-up's. The path from text to the concept stays open.
-- generic: prompts that name nothing.
 - words: the words of a vocabulary with which the teacher denoises the forget images best: a diffusion classifier (Li et
   al., 2023, https://arxiv.org/abs/2303.16203, eq. 5) with every word as a class.
 - inverted: embeddings that are trained until the teacher denoises the forget images best (Gal et al., 2023,
@@ -27,8 +26,7 @@ from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
 from unlearning.sampling.inversion import invert, noised
 
 log = logging.getLogger(__name__)
-ConditioningKind = Literal["null", "generic", "words", "inverted", "caption"]
-GENERIC = ("a photo", "an image", "a picture", "a drawing", "a painting", "a photo of something")
+ConditioningKind = Literal["null", "words", "inverted", "caption"]
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 PER_CALL = 32  # images in one call of the teacher
 FINALISTS, FINAL_SAMPLES = 16, 256  # words in the last round of the search, and samples for each of them
@@ -86,8 +84,6 @@ def conditioning_rows(
     match kind:
         case "null" | None:  # YAML reads null as None
             return ConditioningRows(null, null, null)
-        case "generic":
-            return ConditioningRows(null, with_null(GENERIC), null)
         case "caption":
             names = [word for concept in task.erase for word in (concept.name, *concept.synonyms)]
             others = [concept.name for concept in task.retain]
