@@ -209,7 +209,7 @@ def located(path: str, base: type[T]) -> type[T]:
 def _read(folder: Path) -> dict:
     path = folder / SETTINGS
     if not path.exists():
-        raise UserError(f"There is no erasure in {folder}: run the fit stage first.")
+        raise UserError(f"There is no erasure in {folder}: run the fit stage first, or choose the folder of another.")
     try:
         saved = json.loads(path.read_text())
         if not {"kind", "base", "tensors", "settings"} <= saved.keys():

@@ -156,6 +156,13 @@ def _title(settings: Mapping[str, object]) -> str:
     return f"{concept}, nothing erased" if method == UNEDITED else f"{concept}, erased by {method}"
 
 
+def _third(metrics: Iterable[str]) -> str:
+    """Whose images stand beside those of the unedited and the erased model."""
+    if any(name.endswith("fid_word_removed") for name in metrics):
+        return "the unedited model, given the prompt without the concept's words"
+    return "the model that never knew the concept"
+
+
 def _command(run: Path) -> str:
     """The command line of the whole run, even if the last command was only for some of its stages."""
     overrides = yaml.safe_load(_read(run / ".hydra" / "overrides.yaml", "fit")) or []
@@ -183,7 +190,7 @@ def report(run: Path) -> Path:
         protocols=[*protocols],
         legend=legend(names),
         sections=sections(frames),
-        never_knew=any("oracle" in frame.images for frame in frames),
+        third=_third(names) if any("oracle" in frame.images for frame in frames) else "",
         differences=differences,
         figures={caption: data_uri(path.read_bytes()) for caption, path in figure_paths(run).items()},
         image=lambda path: thumbnail(path, THUMBNAIL),
