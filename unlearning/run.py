@@ -119,13 +119,11 @@ class Run:
         """Runs the stages in their order; returns what metrics.json holds, if there is one.
 
         Raises:
-            UserError: For an unknown stage, for none, or if another process is at work in the folder.
+            UserError: For an unknown stage, or if another process is at work in the folder.
         """
         unknown = set(stages) - set(STAGES)
         if unknown:
             raise UserError(f"There is no stage {sorted(unknown)[0]!r}. Stages: {', '.join(STAGES)}.")
-        if not stages:
-            raise UserError(f"There is nothing to do: `stages` is empty. Stages: {', '.join(STAGES)}.")
         path = self.folder / "metrics.json"
         with alone_in(self.folder, wait=self.done is not None):
             done = self.done is not None and self.done()

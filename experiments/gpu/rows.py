@@ -12,7 +12,7 @@ from torchvision.models import inception_v3
 
 from experiments.gpu.bench import CAT, Bench, Row, Run, Sides, flops_of
 from experiments.speed import published
-from unlearning.attacks.cce import CCE, Observed
+from unlearning.attacks.cce import CCE
 from unlearning.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearning.codes.frequency import count_codes
 from unlearning.concepts import ERASE, Concept, UnlearningTask
@@ -240,7 +240,7 @@ def cce(bench: Bench, *, batch: int, accumulate: int, one_by_one: bool = False) 
             images=unused, optimizer=optimizer, iterations=iterations, batch_size=batch, accumulate=accumulate,
             initial="cat",
         )  # fmt: skip
-        attack.find(model, bench.task(), [ManifestRow(bench.folder, CAT, ERASE, {}, 0)], Observed({"cat": z_0}, {}))
+        attack.find(model, bench.task(), [ManifestRow(bench.folder, CAT, ERASE, {}, 0)], {"cat": z_0})
 
     theirs = (
         {"batch": 1, "accumulate": batch * accumulate} if one_by_one else {"batch": batch, "accumulate": accumulate}

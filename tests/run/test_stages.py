@@ -137,7 +137,6 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[generate]", "run the fit stage first"),
         ("[report]", "run the evaluate stage"),
         ("[fitt]", "'report', and is 'fitt'"),
-        ("[]", "stages` is empty"),
     ],
 )
 def test_a_stage_whose_turn_has_not_come_says_which_is_missing(told, stages, answer):
