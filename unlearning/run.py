@@ -187,14 +187,15 @@ class Run:
 
     def _twin(self) -> Path | None:
         """Another run of this method that has found the same erasure: it differs in what it measures alone."""
+        key = self._fit_key().encode()
         for begun in sorted(self.folder.parent.glob("*/.fit")):
             other = begun.parent
-            if other != self.folder and begun.read_bytes() == self._fit_key().encode() and (other / "erasure").exists():
-                try:
+            try:
+                if other != self.folder and begun.read_bytes() == key and (other / "erasure").exists():
                     Erasure.load(other / "erasure")
                     return other
-                except UserError as error:
-                    log.warning("the erasure of %s is not taken: %s", other, error)
+            except (OSError, UserError) as error:
+                log.warning("the erasure of %s is not taken: %s", other, error)
         return None
 
     def _take(self, twin: Path, target: Path) -> None:
