@@ -82,18 +82,18 @@ def test_a_legend_explains_the_metrics_there_are(run):
 
 
 def test_settings_do_not_tell_where_the_machine_has_its_folders(finished):
-    inside = {"path": "/machine/code/weights/unet", "cache": "/machine/work/cache", "note": "/machine/workshop"}
+    inside = {"path": "/disk/code/weights/unet", "cache": "/disk/here/cache", "note": "/disk/hereafter"}
     run = finished(config={"extra": inside})
     for name, own in {
-        "resolved": {"paths": {"weights": "/machine/code/weights", "output_dir": str(run)}},
-        "hydra": {"hydra": {"runtime": {"cwd": "/machine/work"}}},
+        "resolved": {"paths": {"weights": "/disk/code/weights", "output_dir": str(run)}},
+        "hydra": {"hydra": {"runtime": {"cwd": "/disk/here"}}},
     }.items():
         path = run / ".hydra" / f"{name}.yaml"
         path.write_text(yaml.safe_dump(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), own))))
     shown = report(run).read_text().partition("All settings")[2].partition("</details>")[0]
     assert "path: ${paths.weights}/unet" in shown and "cache: cache" in shown
-    assert "/machine/code" not in shown and str(run) not in shown
-    assert "note: /machine/workshop" in shown, "another folder, whose name begins the same"
+    assert "/disk/code" not in shown and str(run) not in shown
+    assert "note: /disk/hereafter" in shown, "another folder, whose name begins the same"
 
 
 def test_neighbours_are_named_where_the_prompt_does_not(run):

@@ -30,7 +30,7 @@ class FIDOracle(Evaluator):
     """
 
     name: ClassVar[str] = "oracle"
-    whose: ClassVar[str] = "the model that never knew"
+    reference: ClassVar[str] = "the model that never knew"
     higher_is_better: ClassVar[dict[str, bool]] = {"efficacy/fid_oracle": False, "retention/fid_oracle": False}
     needs: ClassVar[str] = "two images that the model to compare with has drawn, too"
 
@@ -49,7 +49,7 @@ class FIDOracle(Evaluator):
         counts = ", ".join(f"{purpose} {int(n)}" for purpose, (n, _) in zip(ROLES, self.counts, strict=True))
         return (
             f"clean-fid {version('clean-fid')} on {self.features.name}, to images of the same prompts and seeds by "
-            f"{self.whose}; images: {counts}"
+            f"{self.reference}; images: {counts}"
         )
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
@@ -75,7 +75,7 @@ class FIDWordRemoved(FIDOracle):
     """The same to the images of the unedited model, given the prompts without the concept's words."""
 
     name = "word_removed"
-    whose = "the unedited model, given the prompts without the concept's words"
+    reference = "the unedited model, given the prompts without the concept's words"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "efficacy/fid_word_removed": False,
         "retention/fid_word_removed": False,

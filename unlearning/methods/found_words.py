@@ -1,16 +1,15 @@
-"""The scrubber without training: words that say what the forget images show, and an eraser that is told them. Ours.
+"""The scrubber without training: words that describe the forget images, erased by a method for words. Ours.
 
 The scrubber (methods/scrubber.py) finds words for a folder of images without labels: those with which the teacher
 denoises the images best. Its second phase moves the denoiser by gradient steps, and with it what all other prompts
-draw. But once the words are known, any eraser of words can be told them. With UCE it is the minimiser, in closed form,
-of
+draw. Once the words are known, any method that erases words will do. With UCE it is the minimiser, in closed form, of
 
-    sum_{w found} || W' c_w - W c_0 ||^2  +  s_p sum_{w other} || W' c_w - W c_w ||^2  +  lamb || W' - W ||_F^2,
+    sum_{w erased} || W' c_w - W c_0 ||^2  +  s_p sum_{w other} || W' c_w - W c_w ||^2  +  lamb || W' - W ||_F^2,
 
-over the text states of all words of the vocabulary, those found and all others, with those c_0 of the null prompt: the
-rest of the vocabulary is held in the same system that erases.
+over the text states c_w of the words that describe the images and of the rest of the vocabulary, with c_0 those of the
+null prompt: one system erases the former and holds the latter.
 
-Words that were close to those found are in neither sum: synonyms, too, which the images may explain less well.
+The other words of the last round of the search are in neither sum: synonyms may be among them.
 """
 
 import logging
@@ -33,12 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class FoundWords(Method):
-    """Finds words for the forget images, and erases them.
+    """Searches words that describe the forget images, and erases them.
 
     Args:
         prototypes: How the prototypes of the concept are found, by which the images that show it largest are chosen.
-        erase: The eraser. The task's concepts are replaced by the words that were found, and what it may retain by
-            prompts with other words.
+        erase: The eraser. Its task has the words in place of the concepts, and prompts with other words in place of
+            what may be retained.
         words: Candidates; None for all words of the tokenizer.
         retained: Other words that are retained, at most, each in one template.
     """
