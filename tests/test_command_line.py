@@ -121,6 +121,17 @@ def test_progress_bars_can_be_turned_off(unlearn, capfd):
     assert "it/s" not in shown.out + shown.err and "Loading" not in shown.out + shown.err
 
 
+def test_every_progress_bar_names_the_model_that_generates(unlearn, capfd):
+    unlearn("method=uce", "dataset=prompt", "attack=[paraphrase]", "trainer.enable_progress_bar=true")
+    shown = capfd.readouterr().err
+    assert all(f"images of {name}:" in shown for name in ("base", "erased", "attacked-paraphrase"))
+
+
+def test_without_numbers_no_table_is_printed(unlearn, capfd):
+    unlearn("dataset=prompt", "stages=[fit]")
+    assert "base" not in capfd.readouterr().out
+
+
 def test_lightning_prints_no_advertisements(unlearn, capfd):
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.INFO)  # as their import leaves them

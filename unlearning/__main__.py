@@ -162,7 +162,8 @@ def _run_and_print(cfg: DictConfig) -> float | list[float] | None:
     if int(os.environ.get("LOCAL_RANK", 0)):
         return None  # the first process of a distributed run prints
     console = Console()
-    console.print(summary(metrics), markup=False)
+    if metrics:
+        console.print(summary(metrics), markup=False)
     if (page := Path(cfg.paths.output_dir) / "report.html").exists():
         console.print(f"[bold]{escape(str(page))}[/bold] shows the images.", soft_wrap=True)
     for message in messages.incomplete(metrics):

@@ -2,13 +2,12 @@
 
 import logging
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from unlearning.config.quoting import typed
+from unlearning.config.quoting import typed, unprintable
 from unlearning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -146,7 +145,6 @@ class UnlearningTask:
         return self.template.format(word) if word else ""
 
 
-UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, separators of lines
 NOTHING_TO_ERASE = (
     "Nothing to erase: give a concept (concept=cat), several (concept=[cat,dog]), or images (forget=...)."
 )
@@ -181,7 +179,7 @@ def as_name(name: object) -> str:
     text = "" if name is None else str(name)
     if not text.strip():
         raise UserError(f"A concept is called {text!r}, which is no name: give it a word, or leave it out.")
-    if bad := next((c for c in text if unicodedata.category(c) in UNPRINTABLE), None):
+    if bad := unprintable(text):
         raise UserError(f"The concept {text!r} holds the character {bad!a}, which no prompt can have.")
     if re.match(r"~?/|\.+(/|$)", text.strip()):
         raise UserError(f"The concept {text!r} is a path. A folder of images is dataset=folder {typed('forget', text)}")

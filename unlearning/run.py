@@ -395,7 +395,7 @@ class Run:
             sign(place, [row.path.name for row in todo], provenance.code())
         stage = f"generate {drawing.name}"
         with cost.measured(self.folder / "cost.json", stage, self.model), _applied(drawing.erasures, self.model):
-            generate(self.model, drawing.sampler, rows, self.trainer)
+            generate(self.model, drawing.sampler, rows, self.trainer, f"images of {drawing.name}")
         wait_for_all_ranks()
         code = signed(place)
         return [code.get(row.path.name) for row in rows]

@@ -64,6 +64,12 @@ def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
     assert read(line) == name
 
 
+@pytest.mark.parametrize("character", ["\udcc3", "\n", "\x07"])
+def test_a_character_that_no_quotes_help_is_named(told, character):
+    message = told(f"concept=a{character}b")
+    assert ascii(character) in message and "type" not in message and message.strip().isascii()
+
+
 def test_a_list_that_the_shell_took_apart_is_put_together():
     taken = ["concept=[cat,", "Van", "Gogh]", "method=uce"]
     with pytest.raises(OverrideParseException) as error:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,6 +13,13 @@ from hydra.errors import HydraException
 NAMES = {"concept", "dataset.others", "dataset.retain", "dataset.synonyms", "dataset.anchor"}
 # A name as the command line has it, with or without quotes; in a mapping it is a key if a colon follows.
 ELEMENT = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s,\[\]{}()'"\\%s])(?:\\.|[^,\[\]{}()'"\\%s])*"""
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, separators of lines
+
+
+def unprintable(text: str) -> str | None:
+    """The first character that no one line of text can have; None without one."""
+    return next((character for character in text if unicodedata.category(character) in UNPRINTABLE), None)
 
 
 def typed(setting: str, value: object) -> str:

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from unlearning.config.containers import as_written
-from unlearning.config.quoting import for_shell, typed
+from unlearning.config.quoting import for_shell, typed, unprintable
 from unlearning.errors import did_you_mean, suggest
 
 AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.+)'")
@@ -110,6 +110,8 @@ def _no_such_key(error: ConfigKeyError | ConfigAttributeError, conf: Path) -> st
 
 def _unreadable(override: str, conf: Path, argv: Sequence[str]) -> str:
     """Most often a value with spaces in it that the shell took apart, or a choice without its group."""
+    if bad := unprintable(override):
+        return f"Cannot read {override!a}: it holds the character {bad!a}."
     words = list(argv)
     start = words.index(override) if override in words else len(words)
     if "=" not in override:

@@ -265,6 +265,7 @@ def _explain(name: str, value: object, error: ValidationError, schema: Any) -> s
     for e in kinds:
         ranges = list(_ranges(schema)) if e["type"].startswith(OF_NUMBERS) else []
         text = "a list" if e["type"] in LISTS else re.sub("^(Input should be|Value error,) ", "", e["msg"])
+        text = text.replace("a valid string", "text")
         wanted |= dict.fromkeys(ranges or [text])
     message = f"`{name}` has to be {' or '.join(wanted)}, and is {'null' if value is None else repr(value)}."
     if [*wanted] == ["a list"] and isinstance(given, str | int | float):

@@ -33,7 +33,7 @@ class Generated:
         folder = Path(self._store) / "images" / digest("generated", model.state, self.sampler.protocol)
         rows = [self._row(folder, prompts[i % len(prompts)], i) for i in range(count)]
         todo, size = missing(rows), self.sampler.batch_size
-        for batch in tqdm([todo[i : i + size] for i in range(0, len(todo), size)], "generating", leave=False):
+        for batch in tqdm([todo[i : i + size] for i in range(0, len(todo), size)], "images to learn from", leave=False):
             images, _ = self.sampler.draw(model, batch)
             for image, row in zip((images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), batch, strict=True):
                 write_image(row.path, image)

@@ -106,17 +106,24 @@ class Generation(pl.LightningModule):
 
 
 def generate(
-    model: Model, sampler: Sampler | Reconstruction, rows: Sequence[ManifestRow], trainer: partial[pl.Trainer]
+    model: Model,
+    sampler: Sampler | Reconstruction,
+    rows: Sequence[ManifestRow],
+    trainer: partial[pl.Trainer],
+    label: str = "images",
 ) -> int:
     """Generates every image that is not in the store yet; returns how many were missing.
 
     Rows that another process is drawing are left to it, and waited for at the end. An image that fails is named in a
     warning and stays missing.
+
+    Args:
+        label: Of the progress bar.
     """
     todo = [row for batch in batches(missing(rows), sampler.batch_size) for row in batch]  # those of one size together
     if todo:
         hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
-        bar = tqdm(total=len(todo), desc="generating", unit="image", leave=False, disable=hidden)
+        bar = tqdm(total=len(todo), desc=label, unit="image", leave=False, disable=hidden)
         generation = Generation(model, sampler, bar)
         loader: DataLoader = DataLoader(todo, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
         # Within a batch, too; an image-to-image model calls its parts alone.
