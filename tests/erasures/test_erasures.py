@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -152,6 +154,19 @@ def test_it_comes_back_from_disk_and_in_a_composition(model, predict, tmp_path, 
             expected = predict()
         with again.applied_to(model):
             assert torch.equal(predict(), expected)
+
+
+@pytest.mark.parametrize("kind", range(6))
+def test_its_readme_names_no_folder_of_this_machine(model, tmp_path, kind):
+    erasure = every_kind(model)[kind]
+    weights = files("unlearning") / "weights"
+    names = {str(weights / "emoji_unet"): "weights/emoji_unet", "me/sd15": "me/sd15", "/disk/sd15": "to/sd15"}
+    for name, shown in names.items():
+        base = copy(model)
+        base.name = name
+        erasure.save(tmp_path, base=base)
+        text = (tmp_path / "README.md").read_text()
+        assert shown in text and str(weights) not in text and "/disk" not in text
 
 
 def test_a_fresh_process_restores_it(model, tmp_path):

@@ -1,6 +1,7 @@
 """Receler's theorems (arXiv:2311.17717)."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -98,6 +99,7 @@ def test_plain_diffusers_uses_the_weights_as_the_readme_says(sd1, model, tmp_pat
     receler(lr=1e-1).fit(model, TASK).save(tmp_path, base=model)
     monkeypatch.chdir(tmp_path)
     code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace(f"path/to/{Path(model.name).name}", model.name)  # which is the reader's to fill in
     there: dict = {}
     exec(code, there)
     c = model.encode_prompts(["a cat"])

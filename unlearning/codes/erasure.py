@@ -13,7 +13,7 @@ from torch import Tensor
 from unlearning.codes.replacement import CodeStatistics, Replacement
 from unlearning.detectors.base import Detector, Known, detect
 from unlearning.detectors.geometry import cells
-from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.erasures.base import Erasure, as_json, from_json, source
 from unlearning.models.base import Model
 from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import FAILED
@@ -61,7 +61,7 @@ class CodebookEdit(Erasure):
     def usage(self, base: Model) -> str:
         settings = json.dumps(self._settings(), indent=2)
         return (
-            f"Codes are replaced between the encoder and the decoder of `{base.name}`, with these settings:\n\n"
+            f"Codes are replaced between the encoder and the decoder of `{source(base)}`, with these settings:\n\n"
             f"```json\n{settings}\n```\n\nTo edit other images: `unlearn ... dataset=folder input=/a/folder/of/images`."
         )
 

@@ -32,6 +32,7 @@ HEADER = """\
 
 Made by `unlearning` from `{base}`.
 """
+ROOT = Path(__file__).parents[2]  # of the package
 SETTINGS, WEIGHTS = "erasure.json", "weights.safetensors"
 T = TypeVar("T")
 NOT_IN_NETWORKS = (
@@ -156,7 +157,7 @@ class Erasure(ABC, Generic[ModelT]):
         if self._tensors():
             weights = serialised({k: v.contiguous().cpu() for k, v in self._tensors().items()})
             write_atomically(folder / WEIGHTS, weights)  # an error of save_file is not an OSError
-        write_atomically(folder / "README.md", HEADER.format(title=title, how=self.usage(base), base=base.name))
+        write_atomically(folder / "README.md", HEADER.format(title=title, how=self.usage(base), base=source(base)))
         settings = {"kind": path_of(type(self)), "base": base.fingerprint, "tensors": _digests(self._tensors())}
         write_atomically(folder / SETTINGS, json.dumps({**settings, "settings": self._settings()}, indent=2))
 
@@ -183,6 +184,14 @@ class Erasure(ABC, Generic[ModelT]):
     def base_of(folder: Path) -> str:
         """The fingerprint of the model that a saved erasure was made from."""
         return _read(folder)["base"]
+
+
+def source(base: Model) -> str:
+    """What others load the model from: a repository on the hub, a path in this one, or a folder of their own."""
+    path = Path(base.name)
+    if not path.is_absolute():
+        return base.name
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"path/to/{path.name}"
 
 
 def path_of(kind: type) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.erasures.base import Erasure, as_json, from_json, source
 from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import Guidance, NegativePrompt
@@ -32,7 +32,7 @@ class GuidanceEdit(Erasure):
 
     def usage(self, base: Model) -> str:
         if isinstance(self.guidance, NegativePrompt):
-            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{base.name}` at every call.'
+            return f'Pass `negative_prompt="{self.guidance.prompt}"` to the pipeline of `{source(base)}` at every call.'
         how = json.dumps(self._settings(), indent=2)
         return f"A guidance of this package, with these settings:\n\n```json\n{how}\n```"
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unlearning.erasures.base import Erasure, as_json, from_json
+from unlearning.erasures.base import Erasure, as_json, from_json, source
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.models.base import Model
@@ -147,7 +147,7 @@ class Adapter(ModuleEdit):
             f"A LoRA of {len(self.weights) // 2} layers:\n\n"
             "```python\n"
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{source(base)}")\n'
             'pipe.load_lora_weights(".", weight_name="weights.safetensors")\n'
             "```"
         )

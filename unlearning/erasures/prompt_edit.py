@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unlearning.erasures.base import NOT_IN_NETWORKS, Erasure, as_json, from_json
+from unlearning.erasures.base import NOT_IN_NETWORKS, Erasure, as_json, from_json, source
 from unlearning.models.base import Model
 from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -58,7 +58,7 @@ class PromptEdit(Erasure):
             "from pathlib import Path\n"
             "from unlearning.erasures.base import Erasure\n"
             "from unlearning.models.stable_diffusion import StableDiffusion\n\n"
-            f'model, erasure = StableDiffusion.load("{base.name}"), Erasure.load(Path("."))\n'
+            f'model, erasure = StableDiffusion.load("{source(base)}"), Erasure.load(Path("."))\n'
             'image = model.pipeline(**erasure.for_diffusers(model, ["a prompt"])).images[0]\n'
             "```"
         )

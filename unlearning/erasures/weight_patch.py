@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unlearning.erasures.base import Erasure
+from unlearning.erasures.base import Erasure, source
 from unlearning.errors import UserError
 from unlearning.models.base import Model
 
@@ -63,7 +63,7 @@ class WeightPatch(Erasure):
             "```python\n"
             "from diffusers import DiffusionPipeline\n"
             "from safetensors.torch import load_file\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{source(base)}")\n'
             'weights = load_file("weights.safetensors")\n'
             f"for part in {parts}:\n"
             '    own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}\n'

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.config.values import Count, Finite, Natural, NonNegative, Positive, Steps
+from unlearning.erasures.base import source
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
@@ -93,7 +94,7 @@ class Erasers(ModuleEdit):
             "import torch.nn.functional as F\n"
             "from diffusers import DiffusionPipeline\n"
             "from safetensors.torch import load_file\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{base.name}")\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{source(base)}")\n'
             'weights = load_file("weights.safetensors")\n\n'
             "def erase(layer, inputs, o):\n"
             "    inner = F.gelu(F.linear(o, layer.eraser[0], layer.eraser[1]))\n"
