@@ -3,9 +3,13 @@
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from unlearning.__main__ import CONF
+
+MOST = 3  # any whole number of a method or an attack, so that it is short
+# Random weights tell no concept from another and know no words; and a warm-up would be all there is.
+RANDOM = {"purity": 0.0, "conditioning": "null", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
 
 
 def config(output: Path, *overrides: str) -> DictConfig:
@@ -21,6 +25,20 @@ def config(output: Path, *overrides: str) -> DictConfig:
         "+trainer.logger=false",
         "trainer.accelerator=cpu",
         "model.device=cpu",
+        "model.autocast=null",  # the same numbers on every processor
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=[*quiet, *overrides])
+
+
+def shortened(node: DictConfig, most: int = MOST) -> None:
+    """Lowers every whole number to `most`, and sets what RANDOM names, at any depth."""
+    for name in list(node):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        if OmegaConf.is_dict(node[name]):
+            shortened(node[name], most)
+        elif name in RANDOM:
+            node[name] = RANDOM[name]
+        elif type(node[name]) is int:
+            node[name] = min(node[name], most)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.composed import config
+from tests.composed import config, shortened
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
 from unlearning.attacks.base import Access
@@ -34,25 +34,9 @@ from unlearning.sampling.comeback import Comeback
 METHODS = choices(CONF, "method")
 # Without suites, which are no attack of their own, and without variants.
 ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
-MOST = 3  # any whole number of a method or an attack, so that it is short
-# Random weights tell no concept from another and know no words; and a warm-up would be all there is.
-RANDOM = {"purity": 0.0, "conditioning": "null", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 WANTING = ("advunlearn", "erasediff", "salun")  # they need an anchor, or something to retain
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat
-
-
-def shortened(node: DictConfig) -> None:
-    """Lowers every whole number to MOST, and sets what RANDOM names, at any depth."""
-    for name in list(node):
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
-            continue
-        if OmegaConf.is_dict(node[name]):
-            shortened(node[name])
-        elif name in RANDOM:
-            node[name] = RANDOM[name]
-        elif type(node[name]) is int:
-            node[name] = min(node[name], MOST)
 
 
 def built(folder, *chosen: str) -> tuple[DictConfig, Model, object, object]:

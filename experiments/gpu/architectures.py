@@ -81,27 +81,28 @@ def unet_sd14(side: int = 64) -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=side, cross_attention_dim=768)
 
 
-def unet_sdxl() -> UNet2DConditionModel:
+def unet_sdxl(middle: int = 2, last: int = 10) -> UNet2DConditionModel:
+    """With so many transformer blocks in each layer of the middle resolution and of the last one."""
     return UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+        transformer_layers_per_block=(1, middle, last), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     )  # fmt: skip
 
 
-def transformer_sd3() -> SD3Transformer2DModel:
+def transformer_sd3(blocks: int = 24) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=blocks, attention_head_dim=64,
         num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
         pos_embed_max_size=192,
     )  # fmt: skip
 
 
-def transformer_flux() -> FluxTransformer2DModel:
+def transformer_flux(double: int = 19, single: int = 38) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
-        in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+        in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=128, num_attention_heads=24,
         joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
     )  # fmt: skip
 
@@ -114,34 +115,34 @@ def sd14(side: int = 64) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(**depth: int) -> StableDiffusionXLPipeline:
     first, second = (_tokens("emoji_unet/tokenizer", 77) for _ in range(2))
     return StableDiffusionXLPipeline(
-        unet=unet_sdxl(), vae=_autoencoder(4, 1024, scaling_factor=0.13025), scheduler=DDIMScheduler(**NOISE),
+        unet=unet_sdxl(**depth), vae=_autoencoder(4, 1024, scaling_factor=0.13025), scheduler=DDIMScheduler(**NOISE),
         text_encoder=CLIPTextModel(_clip_l(first)), text_encoder_2=CLIPTextModelWithProjection(_clip_g(second)),
         tokenizer=first, tokenizer_2=second, add_watermarker=False,
     )  # fmt: skip
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(**depth: int) -> StableDiffusion3Pipeline:
     first, second = (_tokens("emoji_unet/tokenizer", 77) for _ in range(2))
     third = _tokens("emoji_sd3/tokenizer_3", 256)
     vae = _autoencoder(16, 1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
                        use_post_quant_conv=False)  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=transformer_sd3(), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer_sd3(**depth), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=CLIPTextModelWithProjection(_clip_l(first)),
         text_encoder_2=CLIPTextModelWithProjection(_clip_g(second)), text_encoder_3=_thin_t5(third),
         tokenizer=first, tokenizer_2=second, tokenizer_3=third,
     )  # fmt: skip
 
 
-def flux() -> FluxPipeline:
+def flux(**depth: int) -> FluxPipeline:
     first, second = _tokens("emoji_unet/tokenizer", 77), _tokens("emoji_sd3/tokenizer_3", 512)
     vae = _autoencoder(16, 1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
                        use_post_quant_conv=False)  # fmt: skip
     return FluxPipeline(
-        transformer=transformer_flux(), vae=vae, text_encoder=CLIPTextModel(_clip_l(first)), tokenizer=first,
+        transformer=transformer_flux(**depth), vae=vae, text_encoder=CLIPTextModel(_clip_l(first)), tokenizer=first,
         text_encoder_2=_thin_t5(second), tokenizer_2=second,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )  # fmt: skip
@@ -156,7 +157,7 @@ FAMILIES: dict[str, tuple[type[StableDiffusion], Callable[..., DiffusionPipeline
 
 
 def diffusion(name: str, *, device: str, dtype: torch.dtype = torch.float32, **size) -> DiffusionModel:
-    """A diffusion model of an architecture of FAMILIES."""
+    """A diffusion model of an architecture of FAMILIES; `size` is its side, or its numbers of blocks."""
     family, make = FAMILIES[name]
     with random_weights(device, dtype):
         pipe = make(**size)

@@ -1,0 +1,143 @@
+"""One step of every method and attack at full size, with random weights, and its memory: python -m experiments.fullsize
+
+Rows that are missing are measured, each in a process of its own, and written at once.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from experiments.fullsize.memory import Counted
+from experiments.fullsize.steps import method, steps
+from experiments.gpu import architectures
+from experiments.gpu.table import quieten
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.store.files import write_atomically
+from unlearning.tracking.provenance import hardware
+
+RESULTS = Path(__file__).parent / "results.json"
+SMALLER = "SD1.4 at 32²"  # SD1.4 with latents of half the side, to save time
+DEPTHS = {  # the blocks of the larger models, which are built with few of them
+    "SDXL": {"middle": 2, "last": 10},
+    "SD3-medium": {"blocks": 24},
+    "FLUX.1-dev": {"double": 19, "single": 38},
+}
+SOME = {  # of the methods at full size
+    "SD1.4": ("esd_x", "unguide", "uce"),
+    "SDXL": ("esd_x", "unguide", "uce"),
+    "SD3-medium": ("esd_x", "uce", "eraseanything"),
+    "FLUX.1-dev": ("esd_x", "uce", "eraseanything"),
+}
+Numbers = dict[str, float]
+PARTS = ("kept", "gradients", "optimizer", "passing")
+
+
+def names() -> list[str]:
+    """The rows, "MODEL/method/NAME" and the like."""
+    chosen = [f"{model}/method/{name}" for model, methods in SOME.items() for name in methods]
+    return ["SD1.4/image", *chosen, *(f"{SMALLER}/{name}" for name in steps(StableDiffusion)),
+            *(name.replace("/", "/published/", 1) for name in chosen if name.startswith("SD1.4/"))]  # fmt: skip
+
+
+def measured(row: str) -> Numbers:
+    """Bytes and seconds of a row, in this process."""
+    model, _, name = row.partition("/")
+    torch.manual_seed(0)
+    if model in DEPTHS:
+        step = partial(method, name.partition("/")[2])
+        return extrapolated(lambda **depth: step(architectures.diffusion(model, device="cpu", **depth)), DEPTHS[model])
+    made = architectures.diffusion("SD1.4", device="cpu", side=32 if model == SMALLER else 64)
+    return asdict(steps(StableDiffusion)[name](made))
+
+
+def extrapolated(step: Callable[..., Counted], depth: Mapping[str, int]) -> Numbers:
+    """What a step needs with all blocks, from it with one block of each kind and with two of one kind: every block of
+    a kind adds the same.
+
+    Args:
+        step: Takes the numbers of blocks.
+        depth: The published ones.
+    """
+    once = dict.fromkeys(depth, 1)
+    least = asdict(step(**once))
+    more = {kind: asdict(step(**once | {kind: 2})) for kind in depth}
+
+    def whole(column: str) -> float:
+        return least[column] + sum((n - 1) * (more[kind][column] - least[column]) for kind, n in depth.items())
+
+    return {column: whole(column) for column in least}
+
+
+def table(rows: Mapping[str, Numbers]) -> str:
+    """Markdown; GiB. A published loop stands beside ours."""
+    head = ["what", *PARTS, "sum", "published", "ours / published", "seconds"]
+
+    def total(row: Numbers) -> float:
+        return sum(row[part] for part in PARTS)
+
+    def line(name: str, row: Numbers) -> str:
+        theirs = rows.get(name.replace("/", "/published/", 1))
+        beside = [f"{total(theirs) / 2**30:.2f}", f"{total(row) / total(theirs):.2f}"] if theirs else ["", ""]
+        cells = [name, *(f"{row[part] / 2**30:.2f}" for part in PARTS), f"{total(row) / 2**30:.2f}", *beside]
+        cells.append("" if name.split("/")[0] in DEPTHS else f"{row['seconds']:.0f}")
+        return f"| {' | '.join(cells)} |"
+
+    lines = [line(name, row) for name, row in rows.items() if "/published/" not in name]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""])
+
+
+def in_its_own_process(row: str) -> Numbers:
+    """The numbers of a row. Raises RuntimeError with the end of what the process says, if it fails."""
+    done = subprocess.run([sys.executable, "-m", "experiments.fullsize", "--row", row], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stderr.splitlines()[-8:]))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def limit_memory() -> None:
+    """An allocation that this machine has no memory for fails, instead of another process."""
+    if (status := Path("/proc/meminfo")).exists():
+        free = next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "MemAvailable" in line)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * free), resource.RLIM_INFINITY))
+
+
+def main() -> int:
+    """Measures the rows that are missing; returns how many failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="rows whose names have this text")
+    parser.add_argument("--row", help="measures this row here, and prints its numbers")
+    options = parser.parse_args()
+    if options.row:
+        limit_memory()
+        print(json.dumps(measured(options.row)))
+        return 0
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results["machine"] = f"{hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    failed = 0
+    for name in names():
+        if options.only not in name or name in results["rows"]:
+            continue
+        try:
+            results["rows"][name] = in_its_own_process(name)
+        except RuntimeError as error:
+            failed += 1
+            print(f"{name} failed:\n{error}", file=sys.stderr)
+            continue
+        ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}
+        write_atomically(RESULTS, json.dumps(results | {"rows": ordered}, indent=1) + "\n")
+        print(f"{results['rows'][name]['seconds']:6.1f} s  {name}", flush=True)
+    print(f"\n{results['machine']}\n\n{table(results['rows'])}")
+    return failed
+
+
+if __name__ == "__main__":
+    quieten()
+    sys.exit(1 if main() else 0)
