@@ -150,6 +150,8 @@ class Run:
         """Finds the erasure, unless it is there. What another model or other settings left is deleted first."""
         self._record(seed=self.seed, model=self.model.fingerprint, data=self._data_key())
         _ = self._oracle  # one that is missing ends the run before anything is trained
+        for attack in self.attacks.values():
+            attack.check_rows(self.model, self._targets)
         target, begun = self.folder / "erasure", self.folder / ".fit"
         if not begun.exists() or begun.read_bytes() != self._fit_key().encode():
             for old in (target, self.folder / "checkpoints", self.folder / "figures"):
@@ -287,8 +289,7 @@ class Run:
 
     def _attack(self, name: str, attack: Attack, erasure: Erasure) -> None:
         """Keeps what an attack finds, with the record that all attacks have in common."""
-        if not (rows := self._targets):
-            raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
+        attack.check_rows(self.model, rows := self._targets)
         pl.seed_everything(self.seed, workers=True, verbose=False)
         stage, costs, place = f"attack {name}", self.folder / "cost.json", self._attack_place(attack, erasure)
         begun = self.folder / f".attack-{place.name}"

@@ -132,6 +132,20 @@ def test_rows_of_several_sizes_are_drawn_and_measured(unlearn, listed):
         assert drawn == [(1, (16, 16)), (2, (24, 32)), (3, (16, 16)), (4, (24, 32)), (5, (16, 48))]
 
 
+@pytest.mark.parametrize("attack", ["unlearndiffatk", "completion"])
+def test_an_attack_on_images_of_other_sizes_is_refused_before_anything_is_fitted(told, tmp_path, listed, attack):
+    chosen = ["dataset=prompt_list", f"dataset.path={listed('a cat,1,24,32', header=SIZED)}", f"attack=[{attack}]"]
+    said = told(*chosen, "method=uce")
+    assert "24×32" in said and "dataset.sizes=false" in said and not (tmp_path / "run" / "erasure").exists()
+
+
+def test_an_attack_by_prompts_alone_takes_any_size(unlearn, listed):
+    rows = listed("a cat,1,24,32", "a cat,2,,", header=SIZED)
+    run = unlearn("dataset=prompt_list", f"dataset.path={rows}", "attack=[paraphrase]", "stages=[fit,attack,generate]")
+    sizes = [Image.open(row.path).size for row in read_manifest(run / "images" / "attacked-paraphrase.csv")]
+    assert sizes == [(24, 32), (16, 16)]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_lists_of_any_encoding_are_read(tmp_path, encoding, packed):

@@ -7,9 +7,10 @@ bit-identical.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar, cast
 
 from unlearning.concepts import UnlearningTask
+from unlearning.errors import UserError
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback
@@ -29,11 +30,24 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
         access: What of the erased model it uses.
         version: Raised when its results change, so that stored ones are not taken.
         works_on: The class of models it can attack.
+        own_size: Whether it attacks images of the model's own size only: it takes latents from the unedited model.
     """
 
     access: Access
     version: ClassVar[int] = 1
     works_on: ClassVar[type[Model]] = DiffusionModel
+    own_size: ClassVar[bool] = False
+
+    def check_rows(self, model: ModelT, rows: Sequence[ManifestRow]) -> None:
+        """Raises UserError if there are no rows, or if they cannot be attacked. Takes no time."""
+        if not rows:
+            raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
+        if self.own_size and (others := _other_sizes(cast(DiffusionModel, model), rows)):
+            raise UserError(
+                f"{type(self).__name__} attacks images of the model's own size, and some prompts ask for others "
+                f"({', '.join(others)}). dataset.sizes=false, or a list without columns of sizes, gives all images the "
+                "model's size."
+            )
 
     def observe(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]) -> ObservedT | Comeback | None:
         """What the attack takes from the unedited model, before the erasure is applied; by default nothing.
@@ -53,6 +67,13 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
     def sampler(self, sampler: Sampler) -> Sampler:
         """How the attacked images are drawn; by default as all others are."""
         return sampler
+
+
+def _other_sizes(model: DiffusionModel, rows: Sequence[ManifestRow]) -> list[str]:
+    """The sizes of rows whose images are not of the model's own size: "512×768"."""
+    asked = dict.fromkeys((row.width, row.height) for row in rows)
+    others = [(w, h) for w, h in asked if model.at_size(h, w).latent_shape != model.latent_shape]
+    return [f"{w or 'own'}×{h or 'own'}" for w, h in others]
 
 
 def concept_of(row: ManifestRow, task: UnlearningTask) -> str:

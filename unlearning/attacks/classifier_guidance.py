@@ -59,6 +59,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(
         self,

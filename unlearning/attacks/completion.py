@@ -32,6 +32,7 @@ class Completion(Attack[DiffusionModel, Tensor]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(self, *, images: Sampler, begun: Part = 0.1):
         self.images, self.begun = images, begun

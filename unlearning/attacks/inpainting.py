@@ -28,6 +28,7 @@ class Inpainting(Attack[DiffusionModel, Tensor]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(self, *, images: Sampler):
         self.images = images

@@ -53,6 +53,8 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         transfer: Whether the unedited model inverts: a black-box attack.
     """
 
+    own_size = True
+
     def __init__(
         self,
         *,

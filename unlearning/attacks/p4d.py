@@ -68,6 +68,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(
         self,

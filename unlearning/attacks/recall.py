@@ -50,6 +50,7 @@ class Recall(Attack[DiffusionModel, Tensor]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(
         self,

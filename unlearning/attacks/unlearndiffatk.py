@@ -61,6 +61,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
     """
 
     access = "white"
+    own_size = True
 
     def __init__(
         self,

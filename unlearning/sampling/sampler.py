@@ -181,8 +181,8 @@ class Sampler:
         size, *others = {(row.height, row.width) for row in rows}
         if others:
             raise UserError(
-                "Images of several sizes cannot be drawn at once, as this attack asks: dataset.sizes=false gives all "
-                "the model's size."
+                "Images of several sizes cannot be generated in one batch: dataset.sizes=false gives all the model's "
+                "size."
             )
         model = model.at_size(*size)
         prompts, seeds, files = zip(*((row.prompt, row.seed, row.comeback) for row in rows), strict=True)
