@@ -369,6 +369,17 @@ def test_an_edited_metrics_json_is_measured_again(unlearn):
     assert (run / "metrics.json").read_bytes() == whole
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("version https://git-lfs.github.com")])
+def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn, told, damage):
+    command = [*SMALL, "method=uce"]
+    weights = unlearn(*command) / "erasure" / "weights.safetensors"
+    whole = weights.read_bytes()
+    damage(weights)
+    assert str(weights) in told(*command)
+    weights.write_bytes(whole)
+    assert (unlearn(*command) / "report.html").exists()
+
+
 def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, tmp_path, monkeypatch):
     unlearn(*SMALL, run="runs/first")
     open_, mkdir = Path.write_bytes, Path.mkdir

@@ -88,5 +88,9 @@ def _read(mark: Path, key: str) -> dict[str, str] | None:
 
 
 def _digest(folder: Path, stage: str) -> str | None:
+    """A digest of the file that a stage writes, and of the size of tensors beside it; None without the file."""
     path = folder / LEFT[stage]
-    return file_digest(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    tensors = [(beside.name, beside.stat().st_size) for beside in sorted(path.parent.glob("*.safetensors"))]
+    return digest(file_digest(path), tensors)
