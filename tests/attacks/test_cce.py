@@ -18,8 +18,9 @@ from unlearning.concepts import ATTACK, ERASE, RETAIN, Concept, Prompt, Unlearni
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
+from unlearning.models.guidance import Guidance, Walk
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt, Walk
+from unlearning.sampling.guidance import ClassifierFree, NegativePrompt
 from unlearning.sampling.inversion import Placeholder, first_piece, noised
 from unlearning.store.manifest import manifest, read_manifest
 

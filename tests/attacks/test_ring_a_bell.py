@@ -11,8 +11,8 @@ from unlearning.attacks.ring_a_bell import RingABell
 from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Embedded
 from unlearning.models.dit import DiT
+from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.comeback import Comeback, restored
 from unlearning.sampling.tokens import FreeTokens

@@ -20,8 +20,9 @@ from unlearning.erasures.prompt_edit import ConditioningEdit, PromptEdit
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.uce import UCE
+from unlearning.models.guidance import Guidance
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.guidance import ClassifierFree, Guidance, NegativePrompt
+from unlearning.sampling.guidance import ClassifierFree, NegativePrompt
 from unlearning.sampling.sampler import Sampler
 from unlearning.training.student import LoRA, Weights
 

@@ -9,7 +9,7 @@ from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
 from unlearning.methods.adavd import AdaVD, Decomposer, dual, released_dual
 from unlearning.methods.uce import UCE
-from unlearning.models.diffusion import outputs_of
+from unlearning.models.layers import outputs_of
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 

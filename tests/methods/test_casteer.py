@@ -10,7 +10,7 @@ from unlearning.errors import UserError
 from unlearning.methods.casteer import CASteer, Steering, SteeringEdit
 from unlearning.methods.uce import UCE
 from unlearning.models.attention import text_only_attention
-from unlearning.models.diffusion import outputs_of
+from unlearning.models.layers import outputs_of
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 

@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES, shrunk
 from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.scrubbing.conditioning import ConditioningRows
 from unlearning.store.images import figure_paths
 

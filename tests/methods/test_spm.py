@@ -18,7 +18,8 @@ from unlearning.erasures.composed import Composed, composed
 from unlearning.erasures.module_edit import Gate
 from unlearning.errors import UserError
 from unlearning.methods.spm import SPM, FacilitatedTransport, anchors
-from unlearning.models.diffusion import Conditioning, Embedded
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 from unlearning.training.student import LoRA

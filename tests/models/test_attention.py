@@ -12,7 +12,7 @@ from unlearning.models.attention import (
     text_attention,
     text_attention_maps,
 )
-from unlearning.models.diffusion import outputs_of
+from unlearning.models.layers import outputs_of
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

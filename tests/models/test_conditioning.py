@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 
 
 def constant(value: float, rows: int = 2) -> Conditioning:

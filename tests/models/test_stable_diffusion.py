@@ -16,7 +16,7 @@ from torch import nn
 from tests import tiny
 from tests.composed import config
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.folders import fingerprint
 from unlearning.models.side_modules import LowRank, SideModules
 from unlearning.models.stable_diffusion import StableDiffusion

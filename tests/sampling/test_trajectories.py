@@ -6,8 +6,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 
 from tests.tiny import FAMILIES
 from unlearning.errors import UserError
+from unlearning.models.guidance import Walk
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.guidance import Walk, begin
+from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import as_published, denoise, skim
 from unlearning.sampling.trajectories import Exact, Reuse
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.scrubbing.prototypes import PrototypeSearch
 
 D, SIDE, MEAN = 24, 8, 5.0

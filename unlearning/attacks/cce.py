@@ -36,7 +36,8 @@ from unlearning.attacks.base import Attack, concept_of, prompts_of, with_placeho
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert, noised

@@ -28,8 +28,8 @@ from unlearning.config.values import Count, Positive
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
-from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise, per_row
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow

@@ -18,8 +18,8 @@ from unlearning.attacks.base import Attack
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Part
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Comeback, Found, Tensors
-from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise
 from unlearning.store.manifest import ManifestRow
 

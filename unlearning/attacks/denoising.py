@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inversion import Noised
 

@@ -15,8 +15,8 @@ from unlearning.attacks.base import Attack
 from unlearning.attacks.observed import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
-from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise
 from unlearning.store.manifest import ManifestRow
 

@@ -20,8 +20,8 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import NonNegative, Positive
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
-from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise, per_row
 from unlearning.store.manifest import ManifestRow
 

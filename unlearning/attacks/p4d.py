@@ -31,7 +31,8 @@ from unlearning.attacks.base import Attack, prompts_of
 from unlearning.attacks.observed import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite
-from unlearning.models.diffusion import DiffusionModel, Embedded
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.guidance import begin, classifier_free
 from unlearning.sampling.inversion import Placeholder, noised

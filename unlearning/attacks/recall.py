@@ -29,8 +29,8 @@ from unlearning.attacks.observed import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Natural, Part, Positive, Share
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
-from unlearning.sampling.guidance import Walk
 from unlearning.sampling.sampler import Sampler, denoise, timesteps_of
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow

@@ -34,7 +34,8 @@ from torch import Tensor
 from unlearning.attacks.base import Access, Attack, concept_of, prompts_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Several, Share, Template
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
 from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.loops import resumed

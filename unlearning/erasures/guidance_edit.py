@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from unlearning.erasures.base import Erasure, as_json, from_json, source
 from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.guidance import Guidance, NegativePrompt
+from unlearning.models.guidance import Guidance
+from unlearning.sampling.guidance import NegativePrompt
 
 
 @dataclass(frozen=True)

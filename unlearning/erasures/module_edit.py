@@ -15,9 +15,11 @@ from unlearning.erasures.base import Erasure, as_json, from_json, source
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.models.base import Model
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Text
+from unlearning.models.guidance import Guidance
 from unlearning.models.side_modules import LowRank, SideModule, SideModules
-from unlearning.sampling.guidance import Guidance
 
 
 class Gate(ABC):

@@ -11,7 +11,9 @@ import torch
 
 from unlearning.erasures.base import NOT_IN_NETWORKS, Erasure, as_json, from_json, source
 from unlearning.models.base import Model
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Text
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

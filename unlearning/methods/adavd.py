@@ -36,7 +36,9 @@ from unlearning.config.values import Finite, Positive
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.methods.base import Method
 from unlearning.models.attention import text_only_attention
-from unlearning.models.diffusion import Conditioning, DiffusionModel, outputs_of
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.layers import outputs_of
 from unlearning.models.side_modules import SideModule
 
 

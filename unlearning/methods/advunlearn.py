@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from unlearning.config.values import Count, Natural, NonNegative, Positive, Template
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD, TrajectoryModel
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded
 from unlearning.sampling.guidance import branches
 from unlearning.sampling.inversion import Placeholder
 from unlearning.sampling.tokens import Vocabulary

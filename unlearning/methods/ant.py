@@ -34,7 +34,7 @@ from torch import Tensor
 from unlearning.config.values import Count, NonNegative, Part, Template
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.sampling.guidance import branches
 from unlearning.training.regulariser import Constraint, largest, masked, summed_gradients
 

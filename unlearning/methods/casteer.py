@@ -40,7 +40,8 @@ from unlearning.erasures.composed import composed
 from unlearning.erasures.module_edit import ModuleEdit
 from unlearning.methods.base import Method
 from unlearning.models.attention import text_only_attention
-from unlearning.models.diffusion import DiffusionModel, eager
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.layers import eager
 from unlearning.models.side_modules import SideModule
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import denoise

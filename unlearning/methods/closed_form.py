@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 
 AT_ONCE = 64  # prompts in one call of the text encoders
 Positions = Literal["last", "end", "to_end", "from_first", "all"]

@@ -35,7 +35,8 @@ from torch import Tensor
 from unlearning.config.values import Finite, NonNegative, Steps, Template
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.sampler import Schedule
 from unlearning.sampling.trajectories import Exact, Kind, Points

@@ -37,7 +37,8 @@ from unlearning.config.values import Count, Positive
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import DiffusionModel, outputs_of
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.layers import outputs_of
 from unlearning.training.batches import Prompts
 from unlearning.training.regulariser import Regulariser
 from unlearning.training.student import Student

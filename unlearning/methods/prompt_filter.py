@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from unlearning.concepts import UnlearningTask
 from unlearning.erasures.prompt_edit import ConditioningEdit, PromptEdit
 from unlearning.methods.base import Method
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded, Text
 
 
 @dataclass(frozen=True)

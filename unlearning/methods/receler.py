@@ -42,7 +42,9 @@ from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.attention import concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.base import Model
-from unlearning.models.diffusion import Conditioning, DiffusionModel, outputs_of
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.layers import outputs_of
 from unlearning.models.side_modules import SideModule, SideModules
 from unlearning.sampling.guidance import branches
 from unlearning.sampling.sampler import Schedule

@@ -47,8 +47,12 @@ from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.prompt_edit import ConditioningEdit, PromptEdit
 from unlearning.errors import UserError
 from unlearning.methods.base import Method
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text, eager
-from unlearning.sampling.guidance import Guidance, Scale, Walk, branches
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded, Text
+from unlearning.models.guidance import Guidance, Scale, Walk
+from unlearning.models.layers import eager
+from unlearning.sampling.guidance import branches
 
 FOREVER = sys.maxsize  # sampling steps
 

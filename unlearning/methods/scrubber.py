@@ -31,7 +31,7 @@ from torch import Tensor
 
 from unlearning.config.values import NonNegative
 from unlearning.methods.base import TrainedMethod
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.scrubbing.blinding import Blinding, replacement
 from unlearning.scrubbing.conditioning import ConditioningKind, conditioning_rows
 from unlearning.scrubbing.first_phase import FirstPhase, cached

@@ -25,8 +25,10 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, Natural, NonNegative, Share
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.base import Method
-from unlearning.models.diffusion import Conditioning, DiffusionModel
-from unlearning.sampling.guidance import Guidance, Scale, Walk, branches
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Guidance, Scale, Walk
+from unlearning.sampling.guidance import branches
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ from unlearning.erasures.composed import composed
 from unlearning.erasures.module_edit import Adapter, Gate
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded, Text
 from unlearning.training.student import LoRA
 
 POOLED = ("text_embeds", "pooled")  # of Conditioning.extra: what else is text

@@ -44,7 +44,9 @@ from unlearning.erasures.composed import composed
 from unlearning.methods.base import Method
 from unlearning.methods.concept_ablation import TEMPLATES
 from unlearning.methods.esd import ESD
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Text
 from unlearning.sampling.guidance import branches
 from unlearning.sampling.inversion import Placeholder
 from unlearning.store.files import digest

@@ -18,7 +18,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from unlearning.errors import UserError
-from unlearning.models.diffusion import DiffusionModel, eager
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.layers import eager
 
 MASK_SIDE = 16  # of the attention maps that a mask is made of
 

@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from torch import Tensor, nn
 
 from unlearning.errors import UserError, nearest, suggest
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlearning.config.signatures import forwards_to
 from unlearning.config.values import NonNegative
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.joint_attention import JointAttention
 from unlearning.models.stable_diffusion import StableDiffusion
 

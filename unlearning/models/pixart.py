@@ -6,7 +6,7 @@ from typing import ClassVar
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

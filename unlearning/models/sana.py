@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SanaPipeli
 from diffusers.models.autoencoders.vae import EncoderOutput
 from torch import Tensor, nn
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 # What SanaPipeline writes in front of a prompt, though never of the null prompt.

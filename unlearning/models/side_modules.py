@@ -5,6 +5,7 @@ several sets can be attached at once, in any order, and each row of a batch gets
 """
 
 # B batch.
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.base import Model
 
 
 class SideModule(nn.Module, ABC):
@@ -89,7 +90,7 @@ class SideModules:
         self.t: Tensor | None = None
 
     @contextmanager
-    def attached_to(self, model: DiffusionModel, name: str) -> Iterator[str]:
+    def attached_to(self, model: "SideModuleHost", name: str) -> Iterator[str]:
         """Attaches the modules while the context lasts. Yields the name under which `model.side` has them.
 
         Raises:
@@ -118,3 +119,35 @@ class SideModules:
             return output + added.to(output.dtype)
 
         return add
+
+
+class SideModuleHost(Model):
+    """A model to which sets of side modules can be attached.
+
+    Attributes:
+        side: The sets that are attached now, by name. Views of the model share it.
+    """
+
+    side: dict[str, SideModules]
+    without_side: frozenset[str] = frozenset()  # of a view: the sets that it leaves out
+
+    def without(self, name: str) -> Self:
+        """This model without one set of side modules: the base model of an adapted one."""
+        view = copy.copy(self)
+        view.without_side = self.without_side | {name}
+        return view
+
+    @contextmanager
+    def _side_gains(self, gains: Mapping[str, Tensor], t: Tensor | None = None) -> Iterator[None]:
+        """Within it the output of each set of side modules is scaled by its gain (B,), 0 if a view leaves it out.
+
+        Side modules also get the timesteps t of the rows, () or (B,).
+        """
+        try:
+            for name, side in self.side.items():
+                side.gain = torch.zeros(1, device=self.device) if name in self.without_side else gains.get(name)
+                side.t = t
+            yield
+        finally:
+            for side in self.side.values():
+                side.gain = side.t = None

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from unlearning.config.precision import chosen_autocast, warn_if_slow
 from unlearning.errors import UserError
 from unlearning.models.base import Autocast, DType, chosen_device
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import lookup_tables
 from unlearning.models.folders import check, fingerprint, limit_lengths, load_complete, variant
 
 AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
@@ -146,7 +148,7 @@ class StableDiffusion(DiffusionModel):
 
     def token_table(self, encoder: str | None = None) -> tuple[Tensor, list[str]]:
         name, tokenizer = encoder or self.tokenizer.replace("tokenizer", "text_encoder"), self._tokenizer(encoder)
-        table = dict(self._token_tables())[name]
+        table = dict(lookup_tables(self.text_encoders))[name]
         with torch.no_grad():  # some layers scale what they look up
             embeds = table(torch.arange(table.num_embeddings, device=table.weight.device)).to(self.device)
         # Decoders trim the ends of a text: so each token stands between two letters.

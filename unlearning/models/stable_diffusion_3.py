@@ -4,7 +4,8 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.joint_attention import JointAttention
 
 

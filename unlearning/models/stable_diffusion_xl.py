@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
 
 

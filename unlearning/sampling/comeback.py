@@ -25,7 +25,9 @@ from torch import Tensor
 
 from unlearning.concepts import ATTACK, Box, Region
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel, Embedded, Text
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded, Text
 from unlearning.store.files import file_digest, read_state, write_atomically
 from unlearning.store.manifest import ManifestRow, image_path
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.guidance import Walk
+from unlearning.models.guidance import Walk
 from unlearning.sampling.sampler import timesteps_of
 
 Solver = Literal["fixed_point", "descent"]

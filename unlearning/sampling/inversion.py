@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearning.errors import UserError
-from unlearning.models.diffusion import DiffusionModel, Embedded
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded
 from unlearning.store.loops import resumed
 
 PLACEHOLDER, OTHERS = "x", "zywvutsrqponmlkjihgfedcba"  # words of one letter

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Walk
 from unlearning.sampling.comeback import Restored, Tensors, restored
-from unlearning.sampling.guidance import Walk, begin, check_scale
+from unlearning.sampling.guidance import begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
 
 MOST, USUAL = 64, 16  # images in a batch: more are no faster

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import DiffusionModel, Embedded, Text
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.embeddings import Embedded, Text
 from unlearning.sampling.inversion import Placeholder
 
 AT_ONCE = 2**15  # tokens that the encoder reads in one call

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import Schedule, as_published, denoise, skim
 

@@ -20,8 +20,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning, DiffusionModel
-from unlearning.sampling.guidance import ClassifierFree, Guidance, Scale, Walk, classifier_free
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.models.guidance import Guidance, Scale, Walk
+from unlearning.sampling.guidance import ClassifierFree, classifier_free
 from unlearning.sampling.sampler import Schedule, as_published, denoise, per_row
 from unlearning.store.files import digest
 

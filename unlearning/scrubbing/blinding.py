@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.errors import unknown
-from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
-from unlearning.sampling.guidance import Guidance, Scale, Walk
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel, at_once
+from unlearning.models.guidance import Guidance, Scale, Walk
 from unlearning.sampling.sampler import denoise
 
 Blinding = Literal["gaussian", "shuffled", "inpaint"]

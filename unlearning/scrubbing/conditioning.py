@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from unlearning.concepts import UnlearningTask
 from unlearning.errors import UserError, unknown
-from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel, at_once
 from unlearning.sampling.inversion import invert, noised
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from unlearning.models.diffusion import Conditioning
+from unlearning.models.conditioning import Conditioning
 from unlearning.scrubbing.conditioning import ConditioningRows
 from unlearning.scrubbing.prototypes import Prototypes
 from unlearning.store.files import write_atomically

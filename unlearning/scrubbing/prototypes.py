@@ -18,7 +18,8 @@ from torch import Tensor
 
 from unlearning.config.values import Count, Finite, Positive, Seed, Share, Timestep
 from unlearning.errors import UserError
-from unlearning.models.diffusion import Conditioning, DiffusionModel, at_once
+from unlearning.models.conditioning import Conditioning
+from unlearning.models.diffusion import DiffusionModel, at_once
 
 PER_CALL = 16  # images in one call of the teacher
 MAX_VECTORS = 200_000  # of all images together, so that memory does not grow with their number
