@@ -16,6 +16,7 @@ import torch
 import yaml
 from annotated_types import Ge
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.run.small import files
@@ -193,6 +194,17 @@ def test_truncated_weights_are_reported(told, tmp_path, sd1, part):
     weights = folder / f"{part}.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"No model could be loaded from '{folder}'" in told(f"model.path={folder}")
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_of_weights_that_are_missing_only_this_package_speaks(told, tmp_path, sd1, part, capfd):
+    folder = shutil.copytree(sd1, tmp_path / "model")
+    weights = load_file(file := folder / f"{part}.safetensors")
+    gone = next(iter(weights))
+    save_file({name: value for name, value in weights.items() if name != gone}, file, {"format": "pt"})
+    assert gone.removeprefix("text_model.") in told(f"model.path={folder}")
+    shown = "".join(capfd.readouterr())
+    assert "initialized" not in shown and "TRAIN" not in shown and "MISSING" not in shown
 
 
 def test_two_models_of_the_hub_are_never_mixed_up(unlearn, tmp_path, monkeypatch):

@@ -63,11 +63,12 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     task = instances.builder("dataset", cfg.dataset)()  # before any heavy import: its names are mistyped most
     validation.check(settings)
 
+    _quieten()
     from unlearning.run import Run, metrics_of
     from unlearning.tracking import loggers
     from unlearning.training import trainers
 
-    _quieten()
+    quieten_lightning()
     _check_family(cfg)
     evaluators = {name: instances.builder(f"evaluator {name}", node)() for name, node in cfg.evaluator.items()}
     studies.check_objective(settings["objective"], metrics_of(evaluators.values(), cfg.attack))
@@ -126,13 +127,16 @@ def _as_list(value: Any) -> list:
 
 
 def _quieten() -> None:
-    """Leaves the terminal to this package: no bars for the loading of weights, which takes a moment."""
+    """Leaves the terminal to this package: libraries print errors only, and no bars while they load weights.
+
+    What they would warn of in a model's files, this package refuses by name (models/folders.py).
+    """
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-    quieten_lightning()
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def quieten_lightning() -> None:
