@@ -61,9 +61,9 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     validation.check_top(settings)
     validation.check(settings["dataset"], "dataset")
     task = instances.builder("dataset", cfg.dataset)()  # before any heavy import: its names are mistyped most
+    _quieten()  # before the libraries are imported to read the signatures of classes
     validation.check(settings)
 
-    _quieten()
     from unlearning.run import Run, metrics_of
     from unlearning.tracking import loggers
     from unlearning.training import trainers
