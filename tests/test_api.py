@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline, UNet2DModel
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tests import tiny
 from unlearning import Erasure, erase
@@ -217,3 +219,54 @@ def test_a_pipeline_is_of_the_family_that_has_its_class():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, unlearning; sys.exit('torch' in sys.modules or 'erase' not in unlearning.__all__)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def quantised(pipe):
+    """A pipeline whose UNet's linear maps are held as 8-bit codes."""
+    quantize_(pipe.unet, Int8WeightOnlyConfig())
+    return pipe
+
+
+def test_an_adapter_is_trained_beside_quantised_weights_which_stay_quantised(quantised):
+    first, held = drawn(quantised), [type(p).__name__ for p in quantised.unet.parameters()]
+    erasure = erase(quantised, "cat", **{**ESD, "student": LoRA("attn2", rank=2)}, return_erasure=True)
+    with erasure.applied_to(quantised):
+        assert not torch.equal(drawn(quantised), first)
+    assert torch.equal(drawn(quantised), first)
+    assert [type(p).__name__ for p in quantised.unet.parameters()] == held and "Int8Tensor" in held
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "uce", "anchor": "sky", "return_erasure": True},
+        {**ESD, "return_erasure": True},
+        {**ESD, "iterations": 10**9, "student": LoRA("attn2")},
+    ],
+)
+def test_new_values_for_quantised_weights_are_refused_before_anything_is_trained(quantised, settings):
+    with pytest.raises(UserError, match="quantised"):
+        erase(quantised, "cat", **settings)
+
+
+def test_a_patch_is_not_written_into_integers(pipe):
+    patch = erase(pipe, "cat", method="uce", anchor="sky", return_erasure=True)
+    layer = pipe.unet.get_submodule(next(iter(patch.weights)).removeprefix("unet.").removesuffix(".weight"))
+    codes = (127 * layer.weight.detach()).to(torch.int8)
+    layer.weight = torch.nn.Parameter(codes.clone(), requires_grad=False)
+    with pytest.raises(UserError, match="quantised"), patch.applied_to(pipe):
+        pass
+    assert torch.equal(layer.weight, codes)
+
+
+def test_a_pipeline_whose_parts_are_moved_when_they_work_is_erased(pipe):
+    alone = erase(pipeline("sd1"), "cat", **ESD, return_erasure=True)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert erase(pipe, "cat", **ESD, return_erasure=True).digest == alone.digest
+
+
+def test_weights_that_are_not_in_memory_are_refused(pipe):
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(UserError, match="enable_model_cpu_offload"):
+        erase(pipe, "cat", **ESD)

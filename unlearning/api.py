@@ -97,8 +97,10 @@ def erase(
     task = _task(concept, words)
     with as_model(pipeline) as model, TemporaryDirectory() as folder:
         chosen = _chosen(method, settings, model, Path(folder))
-        if not return_erasure and not (chosen.writable and (after is None or after.writable)):
-            raise UserError(NOT_WRITABLE)
+        if not return_erasure:
+            if not (chosen.writable and (after is None or after.writable)):
+                raise UserError(NOT_WRITABLE)
+            model.require_values(name for name in model.named_parameters() if name.startswith(f"{model.component}."))
         quieten_lightning()
         with _seeded(seed, model.device), after.applied_to(model) if after else nullcontext():
             erasure = chosen.fit(model, task)
@@ -156,7 +158,7 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[*chosen, *quiet])
     place = model.device
-    devices = 1 if place.index is None else [place.index]
+    devices = 1 if place.type == "cpu" or place.index is None else [place.index]
     cfg.merge_with({"paths": {"store": str(folder), "output_dir": str(folder)}})
     cfg.merge_with({"trainer": {"accelerator": place.type, "devices": devices}})
     existing, _ = parameters(get_class(cfg.method._target_))

@@ -138,6 +138,7 @@ class Adapter(ModuleEdit):
         return self.in_networks
 
     def _write(self, model: DiffusionModel) -> None:
+        model.require_values(f"{name}.weight" for name in self._by_layer())
         for name, state in self._by_layer().items():
             W = cast(Tensor, model.layer(name).weight)
             A, B = (state[own].to(W.device, torch.float32) for own in LowRank.names)

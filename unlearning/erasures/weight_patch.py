@@ -40,7 +40,12 @@ class WeightPatch(Erasure):
         write(self._checked(model), self.weights)
 
     def _checked(self, model: Model) -> Mapping[str, Tensor]:
-        """The model's parameters. Raises UserError if it lacks one of the patch's, or has it in another shape."""
+        """The model's parameters.
+
+        Raises:
+            UserError: If the model lacks one of the patch's, has it in another shape, or quantised.
+        """
+        model.require_values(self.weights)
         parameters = model.named_parameters()
         for name, value in self.weights.items():
             if name not in parameters:

@@ -126,7 +126,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 "which scales them."
             )
         self.seed, self.task = torch.initial_seed(), task
-        state = model.state
+        own = checkpoints.key_of(self, model.state)  # while the model is no part of the method
         gated = model.without_checkpointing() if model.side else nullcontext()  # of an earlier erasure
         with gated, self.moving.of(model) as pair:
             self.student, self.teacher, self.pair = pair.student, pair.teacher, pair
@@ -139,7 +139,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                         f"trainer.precision={trainer.precision} would round the small steps of training away: "
                         f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
                     )
-                checkpoints.keep_under(trainer, self._key(trainer, state))
+                checkpoints.keep_under(trainer, self._key(trainer, own))
                 trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
                 return pair.erasure()
             finally:
@@ -147,13 +147,13 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 self._constraints: Mapping[str, Constraint] = {}
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
 
-    def _key(self, trainer: pl.Trainer, state: str) -> str:
-        """A digest of all that the training depends on, of a model in this state."""
+    def _key(self, trainer: pl.Trainer, own: str) -> str:
+        """A digest of all that the training depends on; `own` is that of the method and of the model's state."""
         task, course = self.task, (trainer.precision, trainer.accumulate_grad_batches, trainer.gradient_clip_val)
         captions = task.retain_captions() if task.retain_captions else ()
         images = [checkpoints.key_of(image) for image in chain(task.forget_images, task.retain_images)]
         known = (task.erase, task.retain, task.template, images, captions)
-        return checkpoints.key_of(self, state, known, course, trainer.world_size)
+        return checkpoints.key_of(own, known, course, trainer.world_size)
 
     def setup(self, stage: str) -> None:
         self._constraints = self.constraints()

@@ -39,8 +39,9 @@ def closed_form(c: Tensor, c_star: Tensor, scale: Tensor, lamb: float) -> Tensor
 
 
 def projections(model: DiffusionModel) -> dict[str, nn.Linear]:
-    """The maps W (O, D) by full name. Raises UserError if the model reads no text."""
+    """The maps W (O, D) by full name. Raises UserError if the model reads no text, or if one of them is quantised."""
     maps = dict(model.text_projections())
+    model.require_values(f"{name}.weight" for name in maps)
     if not maps:
         raise UserError(f"{model.name} reads no text: there is no map that could be edited. Choose another method.")
     return maps

@@ -2,12 +2,13 @@
 
 import os
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from unlearning.errors import UserError, did_you_mean
 from unlearning.store.files import digest
@@ -47,6 +48,16 @@ class Model(ABC):
         """Every weight by its full name, "unet.conv_in.weight"."""
         return {f"{part}.{name}": p for part, module in self.parts.items() for name, p in module.named_parameters()}
 
+    def require_values(self, names: Iterable[str]) -> None:
+        """Raises UserError if one of these weights is quantised: codes and scales cannot be edited as values can."""
+        parameters = self.named_parameters()
+        if name := next((name for name in names if name in parameters and quantised(parameters[name])), None):
+            raise UserError(
+                f"{name} is quantised, and this edit would write new values into it. Erase before the model is "
+                "quantised, or train an adapter beside the weights and keep it: erase(..., student=LoRA(...), "
+                "return_erasure=True)."
+            )
+
     def named_modules(self) -> dict[str, nn.Module]:
         """Every layer by its full name, "unet.conv_in"; a part itself by the part's."""
         return {
@@ -84,6 +95,11 @@ class Model(ABC):
         Without `autocast`, the Trainer's precision counts, if a Trainer runs.
         """
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+
+def quantised(weight: Tensor) -> bool:
+    """Whether a weight is held as codes: integers, or a tensor of torchao's."""
+    return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
 
 
 def chosen_device(device: str) -> torch.device:

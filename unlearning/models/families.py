@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from functools import wraps
 
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
@@ -38,7 +39,7 @@ def as_model(pipeline: DiffusionPipeline) -> Iterator[StableDiffusion]:
     nested context of one pipeline gives the same model.
 
     Raises:
-        UserError: If no family has such pipelines.
+        UserError: If no family has such pipelines, or weights are not in memory.
     """
     if id(pipeline) in _open:
         yield _open[id(pipeline)]
@@ -48,6 +49,11 @@ def as_model(pipeline: DiffusionPipeline) -> Iterator[StableDiffusion]:
         known = ", ".join(cls.__name__ for family in FAMILIES for cls in family.pipelines())
         raise UserError(f"A {type(pipeline).__name__} is of no family that this package knows. Known: {known}.")
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    if any(p.is_meta for part in parts for p in part.parameters()):
+        raise UserError(
+            f"This {type(pipeline).__name__} loads each weight when it is used (sequential offload), so none can be "
+            "edited: pipeline.enable_model_cpu_offload() keeps them in memory."
+        )
     training = [part.training for part in parts]
     trainable = [p for part in parts for p in part.parameters() if p.requires_grad]
     dtype = pipeline.vae.dtype
@@ -90,7 +96,10 @@ def refusing_calls(pipeline: DiffusionPipeline, message: str) -> Iterator[None]:
 def _sampled(model: StableDiffusion) -> str:
     """A digest of names, shapes, dtypes and some values of every weight: reading all of them would take long."""
 
-    def some(values: nn.Parameter) -> list[float]:
+    def some(values: Tensor) -> list[float]:
+        if is_traceable_wrapper_subclass(values):  # quantised: codes, scales, ...
+            parts, _ = values.__tensor_flatten__()
+            return [value for part in parts for value in some(getattr(values, part))]
         return values.detach().flatten()[:: max(1, values.numel() // SAMPLE)].float().tolist()
 
     return digest([(n, p.shape, str(p.dtype), some(p)) for n, p in model.named_parameters().items()])

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from unlearning.models.base import Model
+from unlearning.models.base import Model, quantised
 
 
 class SideModule(nn.Module, ABC):
@@ -66,7 +66,7 @@ class LowRank(SideModule):
         assert isinstance(layer, nn.Linear | nn.Conv2d), f"a {type(layer).__name__} has no low-rank update"
         module = cls(layer, rank=len(state["lora_A.weight"]))
         module.load_state_dict(dict(state))
-        return module.to(layer.weight.dtype)
+        return module if quantised(layer.weight) else module.to(layer.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))

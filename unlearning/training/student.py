@@ -70,7 +70,7 @@ class Weights(Student):
         """Student and teacher while the context lasts; then the model is what it was.
 
         Raises:
-            UserError: If no weight matches, or one is in half precision.
+            UserError: If no weight matches, or one is in half precision or quantised.
         """
         moving = {n: p for n, p in model.named_parameters().items() if re.search(self.parameters, n)}
         if not moving:
@@ -78,6 +78,7 @@ class Weights(Student):
                 f"No weight of {model.name} has a name that matches {self.parameters!r}. student@method.student=full "
                 "trains the whole denoiser, method.student.parameters the weights that you name."
             )
+        model.require_values(moving)
         if any(p.dtype.itemsize < 4 for p in moving.values()):  # a step is smaller than what it resolves
             raise UserError(
                 f"{next(iter(moving))} is in half precision, which rounds the small steps of training away: "
