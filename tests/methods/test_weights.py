@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.weights import SavedWeights
+from unlearning.models.ldm import converted, is_whole
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
@@ -92,34 +94,90 @@ STATES = {
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-WHOLE = {
-    r"conv_in\.": "input_blocks.0.0.",
-    r"conv_norm_out\.": "out.0.",
-    r"conv_out\.": "out.2.",
-    r"time_embedding\.linear_([12])": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
-    r"down_blocks\.(\d)\.(resnets|attentions)\.0": lambda m: f"input_blocks.{1 + 2 * int(m[1])}.{PART[m[2]]}",
-    r"down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{2 + 2 * int(m[1])}.0.op",
-    r"mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
-    r"mid_block\.attentions\.0": "middle_block.1",
-    r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)": (
-        lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{PART[m[2]]}"
-    ),
-    r"up_blocks\.(\d)\.upsamplers\.0": lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2",
-}
 PART = {"resnets": 0, "attentions": 1}
 
 
-def in_whole_ldm(unet: dict) -> dict:
-    """All weights of the tiny UNet, of one layer a block, by ldm's names."""
+def in_whole_ldm(unet: dict, layers: int = 1) -> dict:
+    """All weights of a UNet by ldm's names. The tiny one has one layer a block, and Stable Diffusion two."""
+    after = {block: 1 + any(f"up_blocks.{block}.attentions" in name for name in unet) for block in "0123"}
+    places = {
+        r"conv_in\.": "input_blocks.0.0.",
+        r"conv_norm_out\.": "out.0.",
+        r"conv_out\.": "out.2.",
+        r"time_embedding\.linear_([12])": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
+        r"down_blocks\.(\d)\.(resnets|attentions)\.(\d)": (
+            lambda m: f"input_blocks.{1 + (layers + 1) * int(m[1]) + int(m[3])}.{PART[m[2]]}"
+        ),
+        r"down_blocks\.(\d)\.downsamplers\.0\.conv": lambda m: f"input_blocks.{(layers + 1) * (1 + int(m[1]))}.0.op",
+        r"mid_block\.resnets\.(\d)": lambda m: f"middle_block.{2 * int(m[1])}",
+        r"mid_block\.attentions\.0": "middle_block.1",
+        r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)": (
+            lambda m: f"output_blocks.{(layers + 1) * int(m[1]) + int(m[3])}.{PART[m[2]]}"
+        ),
+        r"up_blocks\.(\d)\.upsamplers\.0": (
+            lambda m: f"output_blocks.{(layers + 1) * int(m[1]) + layers}.{after[m[1]]}"
+        ),
+    }
     found = {}
     for name, value in unet.items():
-        for ours, theirs in WHOLE.items():
+        for ours, theirs in places.items():
             name = re.sub(rf"^{ours}", theirs, name)
         if ".transformer_blocks." not in name:
             for ours, theirs in RESNET.items():
                 name = name.replace(f".{ours}.", f".{theirs}.")
         found[name] = value
     return found
+
+
+def vae_in_ldm(vae: dict) -> dict:
+    """All weights of an autoencoder of four levels by ldm's names, where attention has convolutions."""
+    places = {
+        r"down_blocks\.(\d)\.resnets": r"down.\1.block",
+        r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+        r"up_blocks\.(\d)\.resnets": lambda m: f"up.{3 - int(m[1])}.block",
+        r"up_blocks\.(\d)\.upsamplers\.0": lambda m: f"up.{3 - int(m[1])}.upsample",
+        r"mid_block\.resnets\.(\d)": lambda m: f"mid.block_{1 + int(m[1])}",
+        r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+        r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
+        r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+        r"conv_norm_out": "norm_out",
+        r"conv_shortcut": "nin_shortcut",
+    }
+    found = {}
+    for name, value in vae.items():
+        value = value[..., None, None] if ".attentions." in name and value.ndim == 2 else value
+        for ours, theirs in places.items():
+            name = re.sub(ours, theirs, name)
+        found[name] = value
+    return found
+
+
+def test_a_published_checkpoint_of_stable_diffusion_1_has_all_its_weights_converted():
+    """Its architecture and all its names; the weights take no memory."""
+    levels = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
+              "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}  # fmt: skip
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(cross_attention_dim=768), AutoencoderKL(**levels)
+    own = {"unet": unet.state_dict(), "vae": vae.state_dict()}
+    assert [len(state) for state in own.values()] == [686, 248], "as many as the published file has"
+    state = {f"model.diffusion_model.{n}": v for n, v in in_whole_ldm(own["unet"], layers=2).items()}
+    state |= {f"first_stage_model.{n}": v for n, v in vae_in_ldm(own["vae"]).items()}
+    names = "\n".join(state)
+    for published in (
+        "input_blocks.3.0.op.weight", "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",
+        "input_blocks.11.0.out_layers.3.bias", "middle_block.1.proj_in.weight", "output_blocks.2.1.conv.weight",
+        "output_blocks.5.2.conv.weight", "output_blocks.11.1.proj_out.bias", "out.2.weight", "time_embed.2.bias",
+        "encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.3.upsample.conv.weight", "mid.attn_1.proj_out.weight",
+        "post_quant_conv.weight",
+    ):  # fmt: skip
+        assert f"{published}\n" in f"{names}\n", published
+    beside = {"betas": torch.rand(1000), "sqrt_alphas_cumprod": torch.rand(1000), "model_ema.decay": torch.ones(())}
+    assert is_whole(state)
+    found = converted({**state, **beside}, unet, vae)
+    for part, expected in own.items():
+        shapes = {n.removeprefix(f"{part}."): v.shape for n, v in found.items() if n.startswith(f"{part}.")}
+        assert shapes == {name: value.shape for name, value in expected.items()}
+    assert len(found) == 686 + 248
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
