@@ -19,19 +19,21 @@ from experiments.fullsize.memory import Counted
 from experiments.fullsize.steps import method, steps
 from experiments.gpu import architectures
 from experiments.gpu.table import quieten
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.store.files import write_atomically
 from unlearning.tracking.provenance import hardware
 
 RESULTS = Path(__file__).parent / "results.json"
-SMALLER = "SD1.4 at 32²"  # SD1.4 with latents of half the side, to save time
+SIDE = 32  # of the latents where nothing else is said, to save time
+LARGER = "SD1.4 at 64²"
 DEPTHS = {  # the blocks of the larger models, which are built with few of them
     "SDXL": {"middle": 2, "last": 10},
     "SD3-medium": {"blocks": 24},
     "FLUX.1-dev": {"double": 19, "single": 38},
 }
-SOME = {  # of the methods at full size
-    "SD1.4": ("esd_x", "unguide", "uce"),
+SOME = {  # of the methods
+    LARGER: ("esd_x", "unguide", "uce"),
     "SDXL": ("esd_x", "unguide", "uce"),
     "SD3-medium": ("esd_x", "uce", "eraseanything"),
     "FLUX.1-dev": ("esd_x", "uce", "eraseanything"),
@@ -42,20 +44,26 @@ PARTS = ("kept", "gradients", "optimizer", "passing")
 
 def names() -> list[str]:
     """The rows, "MODEL/method/NAME" and the like."""
-    chosen = [f"{model}/method/{name}" for model, methods in SOME.items() for name in methods]
-    return ["SD1.4/image", *chosen, *(f"{SMALLER}/{name}" for name in steps(StableDiffusion)),
-            *(name.replace("/", "/published/", 1) for name in chosen if name.startswith("SD1.4/"))]  # fmt: skip
+    small = [f"SD1.4/{name}" for name in steps(StableDiffusion)]
+    chosen = [f"{model}/{kind}method/{name}" for model in SOME for name in SOME[model]
+              for kind in ("", "published/") if model == LARGER or not kind]  # fmt: skip
+    return [*small, *sorted(chosen, key=lambda name: name.startswith(LARGER)), f"{LARGER}/image"]
 
 
 def measured(row: str) -> Numbers:
     """Bytes and seconds of a row, in this process."""
     model, _, name = row.partition("/")
     torch.manual_seed(0)
-    if model in DEPTHS:
-        step = partial(method, name.partition("/")[2])
-        return extrapolated(lambda **depth: step(architectures.diffusion(model, device="cpu", **depth)), DEPTHS[model])
-    made = architectures.diffusion("SD1.4", device="cpu", side=32 if model == SMALLER else 64)
-    return asdict(steps(StableDiffusion)[name](made))
+
+    def made(**depth: int) -> DiffusionModel:
+        built = architectures.diffusion(model.removesuffix(" at 64²"), device="cpu", **depth)
+        built.latent_size = None if model == LARGER else (SIDE, SIDE)
+        return built
+
+    if model not in DEPTHS:
+        return asdict(steps(StableDiffusion)[name](made()))
+    step = partial(method, name.partition("/")[2])
+    return extrapolated(lambda **depth: step(made(**depth)), DEPTHS[model])
 
 
 def extrapolated(step: Callable[..., Counted], depth: Mapping[str, int]) -> Numbers:
