@@ -20,8 +20,9 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.guidance import Guidance, Walk
 from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.sampling.denoising import noised
 from unlearning.sampling.guidance import ClassifierFree, NegativePrompt
-from unlearning.sampling.inversion import Placeholder, first_piece, noised
+from unlearning.sampling.inversion import Placeholder, first_piece
 from unlearning.store.manifest import manifest, read_manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE), Prompt("Q on a sofa", ERASE), Prompt("a dog", RETAIN))
@@ -99,8 +100,9 @@ def test_a_model_denoises_the_images_better_with_the_learned_word(model):
     def error(v) -> float:
         c = model.encode_prompts(Placeholder.in_prompts(model, ["a photo of a {}"]).filled(v))
         torch.manual_seed(1)
-        z = noised(model, latents, 64)
-        return F.mse_loss(model.predict(z.z_t, z.t, c.expand(64)), model.to_prediction(z.z_0, z.z_t, z.t)).item()
+        z_0 = latents[torch.randint(len(latents), (64,))]
+        z_t, t = noised(model, z_0)
+        return F.mse_loss(model.predict(z_t, t, c.expand(64)), model.to_prediction(z_0, z_t, t)).item()
 
     with WeightPatch(weights).applied_to(model), torch.no_grad():
         found = attacked(model, iterations=150, batch_size=8)

@@ -33,14 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack, concept_of, prompts_of, with_placeholder
+from unlearning.attacks.denoising import undefended
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.sampling.guidance import begin
-from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert, noised
+from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert
 from unlearning.store.manifest import ManifestRow
 from unlearning.training.forget_retain import encoded
 
@@ -155,29 +157,30 @@ class CCE(Attack):
         return Word({part: e.detach() for part, e in v.items()}, losses)
 
     def _loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
-        """|| eps - eps_erased(z_t, t, c) ||^2, or the same of v or flow."""
-        z = noised(model, latents, self.batch_size)
-        prediction = model.predict(z.z_t, z.t, c.at(model.step_at(z.t, self.steps)))
-        return F.mse_loss(prediction, model.to_prediction(z.z_0, z.z_t, z.t))
+        """|| eps - eps_erased(z_t, t, c) ||^2."""
+        z_0 = self._some(latents)
+        z_t, t = noised(model, z_0)
+        return denoising_loss(model, z_0, z_t, t, c.at(model.step_at(t, self.steps)))
 
     def _guided_loss(self, model: DiffusionModel, latents: Tensor, c: Conditioning, name: str) -> Tensor:
         """|| eps_0 + s (eps - eps_0) - eps~(z_t, t, c) ||^2 at the end of a walk."""
-        z_0 = latents[torch.randint(len(latents), (self.batch_size,), device=latents.device)]
+        z_0 = self._some(latents)
         eps, times = torch.randn_like(z_0), self._times(model)
         walk = begin(model, c, self.guidance_scale)
         walk.skip(int(model.step_at(times[0], self.steps)))
         for t in times:
             z_t = model.add_noise(z_0, eps, t.expand(len(z_0)))
             guided = walk(z_t, t)
-        with torch.no_grad():
+        if self.reference == "name":
+            with torch.no_grad():
+                eps = model.predict(z_t, t, model.encode_prompts([name]).expand(len(z_t)))
+        else:
+            eps = model.to_prediction(z_0, z_t, t.expand(len(z_0)))
+        return F.mse_loss(guided, undefended(model, eps, z_t, t, self.guidance_scale))
 
-            def given(prompt: str) -> Tensor:
-                return model.predict(z_t, t, model.encode_prompts([prompt]).expand(len(z_t)))
-
-            eps_0 = given("")
-            eps = given(name) if self.reference == "name" else model.to_prediction(z_0, z_t, t.expand(len(z_0)))
-            target = eps_0 + self.guidance_scale * (eps - eps_0)
-        return F.mse_loss(guided, target)
+    def _some(self, latents: Tensor) -> Tensor:
+        """A batch (B, C, H, W) of latents (N, C, H, W), drawn with replacement."""
+        return latents[torch.randint(len(latents), (self.batch_size,), device=latents.device)]
 
     def _times(self, model: DiffusionModel) -> Tensor:
         """The timesteps of a walk, in falling order, (walk,): drawn within a window that lies anywhere."""

@@ -1,4 +1,4 @@
-"""The loss by which white-box attacks search: how well the erased model denoises an image of the concept."""
+"""What a white-box attack compares: the erased model's prediction, and what an undefended model would predict."""
 
 # B batch, C H W latent shape.
 import torch
@@ -7,25 +7,31 @@ from torch import Tensor
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.guidance import begin
-from unlearning.sampling.inversion import Noised
 
 
-def denoising_loss(model: DiffusionModel, z: Noised, c: Conditioning, scale: float, steps: int) -> Tensor:
-    """|| eps - eps_erased(z_t, t, c) ||^2 of each row, (B,), or the same of v or flow.
-
-    Of a model whose guidance an erasure has changed it is || eps_0 + s (eps - eps_0) - eps~(z_t, t, c) ||^2, where
-    eps_0 is the prediction given the null prompt, and eps~ the guided one; all rows then share t.
+def prediction(model: DiffusionModel, z_t: Tensor, t: Tensor, c: Conditioning, scale: float, steps: int) -> Tensor:
+    """eps_erased(z_t, t, c), (B, C, H, W); of a model whose guidance an erasure has changed, the guided eps~.
 
     Args:
-        scale: s.
+        t: (B,); equal for all rows if the guidance has changed.
+        scale: s of the guidance.
         steps: Sampling steps of a whole trajectory: a conditioning, or a guidance, may depend on the step.
     """
-    wanted, step = model.to_prediction(z.z_0, z.z_t, z.t), model.step_at(z.t, steps)
+    step = model.step_at(t, steps)
     if model.guidance is None:
-        return (model.predict(z.z_t, z.t, c.at(step)) - wanted).square().mean((1, 2, 3))
+        return model.predict(z_t, t, c.at(step))
     walk = begin(model, c, scale)
     walk.skip(int(step[0]))
-    guided = walk(z.z_t, z.t[0])
-    with torch.no_grad():
-        eps_0 = model.predict(z.z_t, z.t, model.encode_prompts([""]).expand(len(z.z_t)))
-    return (guided - (eps_0 + scale * (wanted - eps_0))).square().mean((1, 2, 3))
+    return walk(z_t, t[0])
+
+
+@torch.no_grad()
+def undefended(model: DiffusionModel, eps: Tensor, z_t: Tensor, t: Tensor, scale: float) -> Tensor:
+    """eps_0 + s (eps - eps_0), (B, C, H, W): what classifier-free guidance makes of eps; eps_0: given the null prompt.
+
+    Args:
+        t: () or (B,).
+        scale: s.
+    """
+    eps_0 = model.predict(z_t, t, model.encode_prompts([""]).expand(len(z_t)))
+    return eps_0 + scale * (eps - eps_0)

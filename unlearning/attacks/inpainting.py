@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unlearning.attacks.base import Attack
-from unlearning.attacks.observed import latents_of
+from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk

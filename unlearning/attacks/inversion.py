@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from unlearning.attacks.base import Attack
-from unlearning.attacks.observed import latents_of
+from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, Natural, Positive, Steps
 from unlearning.models.diffusion import DiffusionModel

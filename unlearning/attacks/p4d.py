@@ -28,14 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack, prompts_of
-from unlearning.attacks.observed import latents_of
+from unlearning.attacks.denoising import prediction
+from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.embeddings import Embedded
 from unlearning.sampling.comeback import Comeback, Found
-from unlearning.sampling.guidance import begin, classifier_free
-from unlearning.sampling.inversion import Placeholder, noised
+from unlearning.sampling.denoising import noised
+from unlearning.sampling.guidance import classifier_free
+from unlearning.sampling.inversion import Placeholder
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.loops import resumed
@@ -94,13 +96,14 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         return [self._pairs(model, [row for row in rows if row.prompt == p.prompt]) for p in prompts_of(rows)]
 
     def _pairs(self, model: DiffusionModel, rows: list[ManifestRow]) -> Pairs:
-        z = noised(model, latents_of(model, self.images, rows), self.samples)
+        latents = latents_of(model, self.images, rows)
+        drawn, times = noised(model, latents[torch.randint(len(latents), (self.samples,), device=latents.device)])
         target, guided, size = [], [], self.images.batch_size
         c, null = model.encode_prompts([rows[0].prompt]), model.encode_prompts([""])
-        for z_t, t in zip(z.z_t.split(size), z.t.split(size), strict=True):
+        for z_t, t in zip(drawn.split(size), times.split(size), strict=True):
             target.append(model.predict(z_t, t, c.expand(len(z_t))))
             guided.append(classifier_free(model, z_t, t, c.expand(len(z_t)), null, self.guidance_scale))
-        return Pairs(z.z_t, z.t, torch.cat(target), torch.cat(guided))
+        return Pairs(drawn, times, torch.cat(target), torch.cat(guided))
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Sequence[Pairs]
@@ -138,12 +141,8 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
     def _loss(self, model: DiffusionModel, text: Embedded, pairs: Pairs, chosen: Tensor) -> Tensor:
         z_t, t = pairs.z_t[chosen], pairs.t[chosen]
         c = model.encode(text).expand(len(chosen))
-        step = model.step_at(t, self.images.steps)
-        if model.guidance is None:
-            return F.mse_loss(model.predict(z_t, t, c.at(step)), pairs.target[chosen])
-        walk = begin(model, c, self.guidance_scale)
-        walk.skip(int(step[0]))
-        return F.mse_loss(walk(z_t, t[0]), pairs.guided[chosen])
+        target = pairs.guided if model.guidance else pairs.target
+        return F.mse_loss(prediction(model, z_t, t, c, self.guidance_scale, self.images.steps), target[chosen])
 
     @torch.no_grad()
     def _over_all(self, model: DiffusionModel, search: "Search", pairs: Pairs) -> float:

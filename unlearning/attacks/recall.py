@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.attacks.base import Attack
-from unlearning.attacks.observed import latents_of
+from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Natural, Part, Positive, Share
 from unlearning.models.diffusion import DiffusionModel

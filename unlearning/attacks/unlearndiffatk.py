@@ -31,14 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack
-from unlearning.attacks.denoising import denoising_loss
-from unlearning.attacks.observed import latents_of
+from unlearning.attacks.denoising import prediction, undefended
+from unlearning.attacks.latents import latents_of
 from unlearning.attacks.witness import Witness
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.comeback import Comeback, Found, Restored
-from unlearning.sampling.inversion import Noised, Placeholder
+from unlearning.sampling.inversion import Placeholder
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
 from unlearning.store.loops import resumed
@@ -148,10 +149,14 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         with model.without_checkpointing(), torch.enable_grad():
             for _ in range(self.iterations):
                 z_t = model.add_noise(z_0, torch.randn_like(z_0), at)
-                z = Noised(torch.arange(len(left)), z_0, at, z_t)
-                c = model.encode(search.drawn(left))
-                loss = denoising_loss(model, z, c, self.guidance_scale, self.images.steps)
+                loss = self._loss(model, z_0, z_t, at, model.encode(search.drawn(left)))
                 search.step(left, loss.sum())
+
+    def _loss(self, model: DiffusionModel, z_0: Tensor, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """|| eps - eps_erased(z_t, t, c) ||^2 of each row, (B,)."""
+        eps = model.to_prediction(z_0, z_t, t)
+        target = undefended(model, eps, z_t, t, self.guidance_scale) if model.guidance else eps
+        return (prediction(model, z_t, t, c, self.guidance_scale, self.images.steps) - target).square().mean((1, 2, 3))
 
 
 class Search:

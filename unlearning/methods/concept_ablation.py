@@ -35,8 +35,9 @@ from unlearning.config.values import Count, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
+from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.sampling.sampler import per_row
-from unlearning.training.forget_retain import ForgetRetain, encoded, noised
+from unlearning.training.forget_retain import ForgetRetain, encoded
 
 Kind = Literal["object", "style"]
 Target = Literal["model", "noise"]
@@ -133,25 +134,22 @@ class ConceptAblation(TrainedMethod):
     def ablation(self, x_0: Tensor, mirrored: Tensor, prompts: Tensor) -> Tensor:
         """|| eps_theta(x_t, c*) - target ||^2, ()."""
         x_0, x_t, t = self._noised(x_0, mirrored)
-        target = self._true(x_0, x_t, t) if self.based_on == "noise" else self._anchors(x_t, t, prompts)
         c_target = self.student.encode([self.target_prompts[i] for i in prompts.tolist()])
-        return F.mse_loss(self.student.predict(x_t, t, c_target), target)
+        if self.based_on == "noise":
+            return denoising_loss(self.student, x_0, x_t, t, c_target)
+        return F.mse_loss(self.student.predict(x_t, t, c_target), self._anchors(x_t, t, prompts))
 
     def prior(self, x_0: Tensor, mirrored: Tensor, prompts: Tensor) -> Tensor:
         """|| eps_theta(x_t, c) - eps ||^2, ()."""
         x_0, x_t, t = self._noised(x_0, mirrored)
         c = self.student.encode([self.anchor_prompts[i] for i in prompts.tolist()])
-        return F.mse_loss(self.student.predict(x_t, t, c), self._true(x_0, x_t, t))
+        return denoising_loss(self.student, x_0, x_t, t, c)
 
     @torch.no_grad()
     def _anchors(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """sg[eps(x_t, c)], (B, C, H, W)."""
         model = self.teacher if self.predicting == "frozen" else self.student
         return model.predict(x_t, t, model.encode_prompts([self.anchor_prompts[i] for i in prompts.tolist()]))
-
-    def _true(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The training target that belongs to x_0; for a model of epsilon, the noise that was added."""
-        return self.teacher.to_prediction(x_0, x_t, t)
 
     def _noised(self, x_0: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x_0, x_t, t) of B images, each mirrored or not."""

@@ -39,7 +39,8 @@ from unlearning.models.attention import concept_places, text_attention_maps
 from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.joint_attention import JointAttention
-from unlearning.training.forget_retain import ForgetRetain, drawn, noised
+from unlearning.sampling.denoising import noised
+from unlearning.training.forget_retain import ForgetRetain, drawn
 from unlearning.training.student import LoRA
 
 UNRELATED = ("bicycle", "umbrella", "clock", "bridge", "apple", "guitar", "mountain", "book")  # if nothing is retained

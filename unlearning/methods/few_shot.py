@@ -25,7 +25,6 @@ from itertools import product
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.config.values import Count, Template
@@ -33,7 +32,8 @@ from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.training.forget_retain import ForgetRetain, drawn, noised
+from unlearning.sampling.denoising import denoising_loss, noised
+from unlearning.training.forget_retain import ForgetRetain, drawn
 from unlearning.training.student import Pair, Student, Weights
 
 Kind = Literal["object", "style"]
@@ -120,4 +120,4 @@ class FewShot(TrainedMethod):
         names = [self.task.erase[i].name for i in concepts.tolist()]
         x_t, t = noised(self.teacher, x_0)
         c = self.student.encode([template.format(name) for template, name in zip(templates, names, strict=True)])
-        return -F.mse_loss(self.student.predict(x_t, t, c), self.teacher.to_prediction(x_0, x_t, t))
+        return -denoising_loss(self.student, x_0, x_t, t, c)

@@ -17,13 +17,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.config.values import Count
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
-from unlearning.training.forget_retain import ForgetRetain, encoded, noised
+from unlearning.sampling.denoising import denoising_loss, noised
+from unlearning.training.forget_retain import ForgetRetain, encoded
 
 
 class FineTuning(TrainedMethod):
@@ -75,4 +75,4 @@ class FineTuning(TrainedMethod):
         x_0, rows = batch[self.images]
         x_t, t = noised(self.student, x_0)
         c = self.student.encode_prompts([self.captions[i] for i in rows.tolist()])
-        return F.mse_loss(self.student.predict(x_t, t, c), self.student.to_prediction(x_0, x_t, t))
+        return denoising_loss(self.student, x_0, x_t, t, c)

@@ -29,7 +29,8 @@ from unlearning.erasures.base import Erasure
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.attention import concept_places, text_attention, text_attention_maps
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.training.forget_retain import ForgetRetain, drawn, noised
+from unlearning.sampling.denoising import noised
+from unlearning.training.forget_retain import ForgetRetain, drawn
 
 
 class FMN(TrainedMethod):

@@ -19,7 +19,8 @@ from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.methods.base import TrainedMethod
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.training.forget_retain import ForgetRetain, drawn, noised
+from unlearning.sampling.denoising import denoising_loss, noised
+from unlearning.training.forget_retain import ForgetRetain, drawn
 
 
 class Relabelling(TrainedMethod):
@@ -64,7 +65,7 @@ class Relabelling(TrainedMethod):
         """L_r () on images of what is retained."""
         x_t, t = noised(self.teacher, x_0)
         c = self.student.encode([self.c_r[i] for i in prompts.tolist()])
-        return F.mse_loss(self.student.predict(x_t, t, c), self.teacher.to_prediction(x_0, x_t, t))
+        return denoising_loss(self.student, x_0, x_t, t, c)
 
 
 def _other(concept: Concept, task: UnlearningTask) -> str:

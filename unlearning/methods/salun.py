@@ -29,8 +29,8 @@ from torch import Tensor
 from unlearning.config.values import Finite, NonNegative, Part
 from unlearning.errors import UserError
 from unlearning.methods.relabelling import Relabelling
+from unlearning.sampling.denoising import noised
 from unlearning.sampling.guidance import classifier_free
-from unlearning.training.forget_retain import noised
 from unlearning.training.regulariser import Constraint, largest, masked, summed_gradients
 
 

@@ -21,30 +21,6 @@ from unlearning.store.loops import resumed
 PLACEHOLDER, OTHERS = "x", "zywvutsrqponmlkjihgfedcba"  # words of one letter
 
 
-@dataclass(frozen=True)
-class Noised:
-    """Latents on their way to noise.
-
-    Args:
-        rows: Which of the N latents they are, (B,).
-        z_0: The latents, (B, C, H, W).
-        t: Their timesteps, (B,).
-        z_t: The latents at these, (B, C, H, W).
-    """
-
-    rows: Tensor
-    z_0: Tensor
-    t: Tensor
-    z_t: Tensor
-
-
-def noised(model: DiffusionModel, latents: Tensor, count: int) -> Noised:
-    """`count` of the latents (N, C, H, W), drawn with replacement, at timesteps drawn uniformly."""
-    rows = torch.randint(len(latents), (count,), device=latents.device)
-    z_0, t = latents[rows], model.timesteps(torch.rand(count))
-    return Noised(rows, z_0, t, model.add_noise(z_0, torch.randn_like(z_0), t))
-
-
 def invert(
     model: DiffusionModel,
     parameters: Sequence[nn.Parameter],

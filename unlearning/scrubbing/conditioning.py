@@ -24,7 +24,8 @@ from unlearning.concepts import UnlearningTask
 from unlearning.errors import UserError, unknown
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel, at_once
-from unlearning.sampling.inversion import invert, noised
+from unlearning.sampling.denoising import noised
+from unlearning.sampling.inversion import invert
 
 log = logging.getLogger(__name__)
 ConditioningKind = Literal["null", "words", "inverted", "caption"]
@@ -243,10 +244,11 @@ def inverted(
 
     def loss() -> Tensor:
         own = torch.randint(rows, (batch,), device=embeds.device)
-        z = noised(teacher, latents, batch)
-        error = (teacher.to_x0(teacher.predict(z.z_t, z.t, current()[own]), z.z_t, z.t) - z.z_0).square()
-        mask = M[z.rows]
-        return (teacher.snr(z.t).clamp(max=1) * mask * error).mean() / mask.mean()
+        some = torch.randint(len(latents), (batch,), device=latents.device)
+        z_0, mask = latents[some], M[some]
+        z_t, t = noised(teacher, z_0)
+        error = (teacher.to_x0(teacher.predict(z_t, t, current()[own]), z_t, t) - z_0).square()
+        return (teacher.snr(t).clamp(max=1) * mask * error).mean() / mask.mean()
 
     invert(teacher, [embeds, *extra.values()], loss, optimizer=partial(torch.optim.Adam, lr=lr), iterations=steps)
     with torch.no_grad():

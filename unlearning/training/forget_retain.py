@@ -40,12 +40,6 @@ def drawn(model: DiffusionModel, generated: Generated, prompts: Sequence[str], c
     return x_0, torch.arange(len(x_0), device=x_0.device) % len(prompts)
 
 
-def noised(model: DiffusionModel, x_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, t) of latents (B, C, H, W), at timesteps (B,) drawn uniformly."""
-    t = model.timesteps(torch.rand(len(x_0)))
-    return model.add_noise(x_0, torch.randn_like(x_0), t), t
-
-
 class ForgetRetain(Batches):
     """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is omitted if there are no retain images.
 
