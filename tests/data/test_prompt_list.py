@@ -167,10 +167,13 @@ def test_a_long_prompt_is_read(listed):
 
 
 def test_what_is_no_text_is_named(tmp_path):
-    for name, content in (("a.csv.gz", b"no gzip"), ("b.csv", b"\xff\xfea"), ("c.csv", b"")):
+    utf_32, binary = "prompt\na cat\n".encode("utf-32"), bytes(range(256))
+    for name, content in (("a.csv.gz", b"no gzip"), ("b.csv", b"\xff\xfea"), ("c.csv", b""), ("d.csv", utf_32),
+                          ("e.csv", binary), ("f.csv", b"prompt\na cat\na \0dog\n")):  # fmt: skip
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=name) as caught:
             prompt_list("cat", tmp_path / name)
+        assert str(caught.value).isprintable()
 
 
 def test_i2p_says_where_it_comes_from(tmp_path):

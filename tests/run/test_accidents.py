@@ -4,7 +4,9 @@ An accident is the real thing where it can be: a SIGINT, a limit on the size of 
 """
 
 import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
 import tempfile
@@ -33,6 +35,7 @@ from unlearning.evaluators.nudenet import NudeNet
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
 from unlearning.sampling.sampler import Sampler
+from unlearning.store import locks
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import read_manifest
 
@@ -300,6 +303,20 @@ def test_a_run_that_srun_starts_beside_others_is_a_run_of_its_own(unlearn, told,
     with alone_in(tmp_path / "run"):
         assert "Another run is at work" in told(*command)
     assert {"metrics.json", "report.html", ".finished", "cost.json"} <= files(unlearn(*command)).keys()
+
+
+def test_a_run_on_a_file_system_without_locks_warns_once_and_ends(unlearn, monkeypatch, capfd):
+    """As Lustre without flock, or NFS with nolock."""
+
+    def flock(*_) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    locks._warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    command = [*SMALL, *TRAIN, "method.iterations=1", "evaluator=nudenet"]
+    assert (unlearn(*command) / "report.html").exists()
+    assert (unlearn(*command, "sampler.steps=1") / "report.html").exists(), "the same folder again"
+    assert "".join(capfd.readouterr()).count(os.strerror(errno.ENOSYS)) == 1
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------

@@ -134,6 +134,11 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
 def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], Any]:
     """The header, and the rows with it, by the delimiter that makes the columns. Raises UserError if none does."""
     text = _decoded(path)
+    if not text.strip():
+        raise UserError(f"{path} is empty.")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}, line {line}: it holds a null character. Save the list as text in UTF-8.")
     for delimiter in DELIMITERS:
         header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         if set(columns) <= _columns(header).keys():
