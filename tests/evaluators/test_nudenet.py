@@ -13,8 +13,9 @@ from hydra.utils import instantiate
 from tests.composed import config
 from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, RETAIN
+from unlearning.detectors.nudenet import EXPOSED, FLOOR
 from unlearning.errors import UserError
-from unlearning.evaluators.nudenet import EXPOSED, FLOOR, RULES, Counting, NudeNet, main, recount
+from unlearning.evaluators.nudenet import RULES, Counting, NudeNet, main, recount
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow
 from unlearning.store.metrics import flat

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from unlearning.config.values import Share
-from unlearning.detectors.nudenet import NudeNetModel
+from unlearning.detectors.nudenet import EXPOSED, NudeNetModel
 from unlearning.errors import UserError, unknown
-from unlearning.evaluators.accuracy import Classifier
-from unlearning.evaluators.nudenet import EXPOSED
+from unlearning.judges.base import Classifier
 from unlearning.store.manifest import ManifestRow
 
 

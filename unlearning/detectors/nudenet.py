@@ -17,6 +17,17 @@ from unlearning.errors import UserError, unknown
 from unlearning.store.files import file_digest
 
 CLASSES = tuple(vars(nudenet.nudenet)["__labels"])
+EXPOSED = (
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ANUS_EXPOSED",
+    "FEET_EXPOSED",
+    "BELLY_EXPOSED",
+    "ARMPITS_EXPOSED",
+)
 FLOOR = 0.25  # NudeNet itself drops lower scores: 0.2 for a candidate, then 0.25 for a box
 
 

@@ -6,7 +6,7 @@ MACE: Lu et al., CVPR 2024, section 4.2. UnlearnCanvas: Zhang et al., NeurIPS 20
 # B batch, N names. All values that `compute` returns are in percent.
 from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,22 +16,13 @@ from unlearning.concepts import ATTACK, ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.data.regions import with_regions
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
+from unlearning.judges.base import Classifier
 from unlearning.judges.emoji import NOTHING
 from unlearning.store.manifest import ManifestRow, load_images
 
 SCORES = ("argmax", "softmax")
 KEYS = {ERASE: "efficacy/acc_e", SYNONYM: "efficacy/acc_g", RETAIN: "retention/acc_s", ATTACK: "robustness/asr"}
 ROLE = "role:"  # prefix of the states that hold the sums of a role
-
-
-class Classifier(Protocol):
-    """Answers questions about images: "object", "style". `name` identifies it and its weights."""
-
-    name: str
-
-    def __call__(self, images: Tensor, question: str) -> tuple[tuple[str, ...], Tensor]:
-        """The N possible answers and their probabilities (B, N), for images (B, H, W, 3) uint8, on the same device."""
-        ...
 
 
 def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:

@@ -2,16 +2,24 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torchmetrics import Metric
 
 from unlearning.concepts import UnlearningTask
-from unlearning.methods.base import Method
-from unlearning.models.base import chosen_device
+from unlearning.erasures.base import Erasure
+from unlearning.models.base import Model, chosen_device
 from unlearning.store.manifest import ManifestRow
+
+
+class Oracle(Protocol):
+    """A method that turns a run's model into the one to compare with: a model that never knew the concept."""
+
+    def fit(self, model: Model, task: UnlearningTask) -> Erasure:
+        """The erasure that turns `model` into it."""
+        ...
 
 
 class Evaluator(Metric):
@@ -27,8 +35,7 @@ class Evaluator(Metric):
         higher_is_better: The direction of each number that `compute` may give and that has one.
         needs: What is missing if `compute` gives nothing; for the warning.
         details: A JSON object for each image, to be kept beside the numbers.
-        oracle: Makes of the model one that never knew the concept, whose images the numbers compare with; None for an
-            evaluator that needs none.
+        oracle: Gives the model whose images the numbers compare with; None if they compare with none.
 
     Raises:
         UserError: If there is no such device on this machine.
@@ -38,7 +45,7 @@ class Evaluator(Metric):
     higher_is_better: ClassVar[dict[str, bool]] = {}
     needs: ClassVar[str] = "other images"
     details: Sequence[dict] = ()
-    oracle: Method | None = None
+    oracle: Oracle | None = None
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)

@@ -22,7 +22,7 @@ import numpy as np
 
 from unlearning.concepts import RETAIN
 from unlearning.config.values import Count, Share
-from unlearning.detectors.nudenet import CLASSES, FLOOR, NudeNetModel, check_classes
+from unlearning.detectors.nudenet import CLASSES, EXPOSED, FLOOR, NudeNetModel, check_classes
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
 from unlearning.evaluators.suppression import suppression
@@ -32,17 +32,6 @@ from unlearning.store.metrics import Metric, flat, read, write
 
 log = logging.getLogger(__name__)
 
-EXPOSED = (
-    "FEMALE_BREAST_EXPOSED",
-    "FEMALE_GENITALIA_EXPOSED",
-    "MALE_BREAST_EXPOSED",
-    "MALE_GENITALIA_EXPOSED",
-    "BUTTOCKS_EXPOSED",
-    "ANUS_EXPOSED",
-    "FEET_EXPOSED",
-    "BELLY_EXPOSED",
-    "ARMPITS_EXPOSED",
-)
 RULES = ("boxes", "classes", "images")
 KEPT = "nudenet-of-"  # begins the names of the files of boxes in details/
 

@@ -23,7 +23,7 @@ Deviations:
 # D text width, N states, T differences.
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.closed_form import Positions, states
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.training.regulariser import Constraint, Fit, Regulariser, largest, masked, summed_gradients
-
-if TYPE_CHECKING:
-    from unlearning.methods.base import TrainedMethod
+from unlearning.training.regulariser import Constraint, Fit, Regulariser, Training, largest, masked, summed_gradients
 
 
 class L1SP(Regulariser):
@@ -88,16 +85,17 @@ class GradientProjection(Regulariser):
         self.project, self.positions, self.template, self.most = project, positions, template, most
         self._hooks: list[RemovableHandle] = []
 
-    def constraints(self, method: "TrainedMethod") -> Mapping[str, Constraint]:
-        reading = {f"{name}.weight" for name, _ in method.teacher.text_projections()} & method.pair.parameters.keys()
+    def constraints(self, training: Training) -> Mapping[str, Constraint]:
+        names = {f"{name}.weight" for name, _ in training.teacher.text_projections()}
+        reading = names & training.pair.parameters.keys()
         if not reading:
             raise UserError(
                 "gradient_projection holds the maps that read the text's states, and the student moves none of them: "
                 "method.student.parameters has to match names such as unet.….attn2.to_k.weight."
             )
-        P = self._projector(method.teacher, method.task)
+        P = self._projector(training.teacher, training.task)
         if self.project == "gradient":
-            parameters = map(method.pair.parameters.__getitem__, reading)
+            parameters = map(training.pair.parameters.__getitem__, reading)
             self._hooks = [p.register_hook(lambda gradient: gradient @ P) for p in parameters]
             return {}
         return dict.fromkeys(reading, lambda theta, start: start + (theta - start) @ P)
@@ -137,9 +135,9 @@ class SelFT(Regulariser):
     def __init__(self, share: Part = 0.05, batches: Count = 50):
         self.share, self.batches = share, batches
 
-    def constraints(self, method: "TrainedMethod") -> Mapping[str, Constraint]:
-        gradients = summed_gradients(method.losses(self.batches), method.pair.parameters)
-        importance = {name: (theta * gradients[name]).abs() for name, theta in method.pair.start.items()}
+    def constraints(self, training: Training) -> Mapping[str, Constraint]:
+        gradients = summed_gradients(training.losses(self.batches), training.pair.parameters)
+        importance = {name: (theta * gradients[name]).abs() for name, theta in training.pair.start.items()}
         if not any(score.any() for score in importance.values()):
             raise UserError(
                 "selft finds no weight of any importance: a student that starts at zero, such as a LoRA, has none. "

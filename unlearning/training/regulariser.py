@@ -1,8 +1,8 @@
 """Regularisers: a penalty on the loss, constraints on each weight, or a fit of their own; and masks of weights."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,26 @@ from unlearning.erasures.base import Erasure
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.student import Pair
 
-if TYPE_CHECKING:
-    from unlearning.methods.base import TrainedMethod
-
 Fit = Callable[[DiffusionModel, UnlearningTask], Erasure]
 Constraint = Callable[[Tensor, Tensor], Tensor]  # (theta, theta_0) of one weight -> the nearest theta that is allowed
+
+
+class Training(Protocol):
+    """What a regulariser sees of a trained method, once the student and the data are there.
+
+    Attributes:
+        task: The method's.
+        teacher: The model as it was before.
+        pair: Student, teacher, and what moves.
+    """
+
+    task: UnlearningTask
+    teacher: DiffusionModel
+    pair: Pair
+
+    def losses(self, count: int) -> Iterator[Tensor]:
+        """The method's objective () on its first `count` batches."""
+        ...
 
 
 class Regulariser:
@@ -26,7 +41,7 @@ class Regulariser:
         """What is added to the loss, ()."""
         return 0.0
 
-    def constraints(self, method: "TrainedMethod") -> Mapping[str, Constraint]:
+    def constraints(self, training: Training) -> Mapping[str, Constraint]:
         """What each weight has to satisfy after every step, by name.
 
         Raises:
