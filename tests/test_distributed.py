@@ -36,6 +36,12 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["efficacy/clip_score_e"] >= 0
 
+    last = shared[-1].path
+    last.unlink()
+    (tmp_path / "run" / ".finished").unlink()
+    done = subprocess.run([*two, "stages=[generate]"], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0 and last.exists(), "two processes draw a single image" + done.stderr[-3000:]
+
     accumulated = ["+trainer.accumulate_grad_batches=2", "stages=[fit]", f"hydra.run.dir={tmp_path}/alone"]
     subprocess.run([*command[:-1], *accumulated], capture_output=True, text=True, timeout=240, cwd=tmp_path, check=True)
     found, expected = (Erasure.load(tmp_path / run / "erasure").weights for run in ("run", "alone"))

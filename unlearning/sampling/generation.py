@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 import pytorch_lightning as pl
@@ -124,14 +125,16 @@ def generate(
     if todo:
         hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
         bar = tqdm(total=len(todo), desc=label, unit="image", leave=False, disable=hidden)
-        generation = Generation(model, sampler, bar)
-        loader: DataLoader = DataLoader(todo, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        generation, own = Generation(model, sampler, bar), without_bar(trainer)()
+        processes = own.num_devices * own.num_nodes
+        shared = todo * ceil(processes / len(todo))  # Lightning needs a row for each; the first to claim it draws it
+        loader: DataLoader = DataLoader(shared, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
         # Within a batch, too; an image-to-image model calls its parts alone.
         networks = (model.network, *model.network.children())
         hooks = [network.register_forward_pre_hook(generation.heed_sigterm) for network in networks]
         try:
             with bar:
-                without_bar(trainer)().predict(generation, loader, return_predictions=False)
+                own.predict(generation, loader, return_predictions=False)
                 generation.finish()
         finally:
             for hook in hooks:
