@@ -55,6 +55,28 @@ def test_two_processes_make_one_run(sd1, tmp_path):
     assert (abs(load_images(alone).astype(int) - load_images(shared)) <= 1).all()
 
 
+def test_the_processes_that_srun_starts_make_one_run(sd1, tmp_path):
+    """SLURM's variables are those of `srun --ntasks=2`; with trainer=ddp its tasks are the ranks of one run."""
+    command = [
+        sys.executable, "-m", "unlearning", *RUN, f"model.path={sd1}", f"hydra.run.dir={tmp_path}/run",
+        f"paths.store={tmp_path}/store", "trainer=ddp", "trainer.devices=2", "dataset=prompt", "dataset.others=[dog]",
+        "dataset.images_per_prompt=2",
+    ]  # fmt: skip
+    slurm = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0, "NNODES": 1, "JOB_ID": os.getpid(), "JOB_NAME": "a job",
+             "NODELIST": "localhost", "JOB_NODELIST": "localhost"}  # fmt: skip
+    ranks = []
+    for task in range(2):
+        own = {f"SLURM_{name}": str(value) for name, value in {**slurm, "PROCID": task, "LOCALID": task}.items()}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen(command, env=os.environ | own, cwd=tmp_path, **pipes))
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert sum("report.html" in text for text in said) == 1, "one of them reports"
+    drawn = read_manifest(tmp_path / "run" / "images" / "erased.csv")
+    assert len(drawn) == 4 and all(row.path.exists() for row in drawn)
+    assert Erasure.load(tmp_path / "run" / "erasure").weights
+
+
 class Watched(Scrubber):
     """Leaves what each process found, which pictures it saw and what it came to."""
 
