@@ -397,7 +397,7 @@ def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn
     assert (unlearn(*command) / "report.html").exists()
 
 
-def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, tmp_path, monkeypatch):
+def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, told, tmp_path, monkeypatch):
     unlearn(*SMALL, run="runs/first")
     open_, mkdir = Path.write_bytes, Path.mkdir
 
@@ -412,3 +412,5 @@ def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, tmp_path, mon
     monkeypatch.setattr(Path, "write_bytes", guarded(open_))
     monkeypatch.setattr(Path, "mkdir", guarded(mkdir))
     assert (unlearn(*SMALL, f"paths.runs={tmp_path}/other", run="other/second") / "report.html").exists()
+    said = told(*SMALL, "sampler.steps=1", f"paths.runs={tmp_path}/other", run="other/third")
+    assert "Read-only file system" in said and "paths.store=" in said, "images are missing in it"

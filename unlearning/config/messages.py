@@ -1,5 +1,6 @@
 """What the command line prints when a run ends without all of its results, or with an error."""
 
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ INCOMPLETE = {  # by the number in metrics.json that counts what is missing
     "cost/unmeasured": "measurements that failed: {}. The warnings above say why; the same command tries again.",
 }
 RETRIED = {"cost/failed", "cost/unmeasured"}  # the same command may still complete these
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submitit's errors for a killed worker
 
 
@@ -53,6 +55,8 @@ def error_message(error: BaseException, conf: Path, argv: Sequence[str]) -> str:
     if cause is not None:
         return f"\n{cause}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
+        if error.errno in NOT_WRITABLE:
+            return f"\n{error}\nChoose folders that can be written to: paths.runs=... paths.store=..."
         return f"\n{error}\nWhat was finished is kept; the same command goes on from here."
     if type(error).__name__ == "InstantiationException":
         raise error
