@@ -19,7 +19,6 @@ INCOMPLETE = {  # by the number in metrics.json that counts what is missing
     "cost/unmeasured": "measurements that failed: {}. The warnings above say why; the same command tries again.",
 }
 RETRIED = {"cost/failed", "cost/unmeasured"}  # the same command may still complete these
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submitit's errors for a killed worker
 
 
@@ -55,7 +54,7 @@ def error_message(error: BaseException, conf: Path, argv: Sequence[str]) -> str:
     if cause is not None:
         return f"\n{cause}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        if error.errno in NOT_WRITABLE:
+        if error.errno == errno.EROFS:
             return f"\n{error}\nChoose folders that can be written to: paths.runs=... paths.store=..."
         return f"\n{error}\nWhat was finished is kept; the same command goes on from here."
     if type(error).__name__ == "InstantiationException":
