@@ -1,16 +1,16 @@
 """One step of every method and attack at full size, with random weights, and its memory: python -m experiments.fullsize
 
-Rows that are missing are measured, each in a process of its own, and written at once.
+Rows that are missing are measured, and each is written at once.
 """
 
 import argparse
+import gc
 import json
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -50,20 +50,27 @@ def names() -> list[str]:
     return [*small, *sorted(chosen, key=lambda name: name.startswith(LARGER)), f"{LARGER}/image"]
 
 
+@lru_cache(maxsize=1)
+def whole(model: str) -> DiffusionModel:
+    """SD1.4, with latents of the row's side."""
+    return sized(architectures.diffusion("SD1.4", device="cpu"), model)
+
+
+def sized(built: DiffusionModel, model: str) -> DiffusionModel:
+    built.latent_size = None if model == LARGER else (SIDE, SIDE)
+    return built
+
+
 def measured(row: str) -> Numbers:
-    """Bytes and seconds of a row, in this process."""
+    """Bytes and seconds of a row."""
     model, _, name = row.partition("/")
     torch.manual_seed(0)
-
-    def made(**depth: int) -> DiffusionModel:
-        built = architectures.diffusion(model.removesuffix(" at 64²"), device="cpu", **depth)
-        built.latent_size = None if model == LARGER else (SIDE, SIDE)
-        return built
-
     if model not in DEPTHS:
-        return asdict(steps(StableDiffusion)[name](made()))
+        return asdict(steps(StableDiffusion)[name](whole(model)))
     step = partial(method, name.partition("/")[2])
-    return extrapolated(lambda **depth: step(made(**depth)), DEPTHS[model])
+    return extrapolated(
+        lambda **depth: step(sized(architectures.diffusion(model, device="cpu", **depth), model)), DEPTHS[model]
+    )
 
 
 def extrapolated(step: Callable[..., Counted], depth: Mapping[str, int]) -> Numbers:
@@ -102,14 +109,6 @@ def table(rows: Mapping[str, Numbers]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""])
 
 
-def in_its_own_process(row: str) -> Numbers:
-    """The numbers of a row. Raises RuntimeError with the end of what the process says, if it fails."""
-    done = subprocess.run([sys.executable, "-m", "experiments.fullsize", "--row", row], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError("\n".join(done.stderr.splitlines()[-8:]))
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def limit_memory() -> None:
     """An allocation that this machine has no memory for fails, instead of another process."""
     if (status := Path("/proc/meminfo")).exists():
@@ -121,12 +120,8 @@ def main() -> int:
     """Measures the rows that are missing; returns how many failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose names have this text")
-    parser.add_argument("--row", help="measures this row here, and prints its numbers")
     options = parser.parse_args()
-    if options.row:
-        limit_memory()
-        print(json.dumps(measured(options.row)))
-        return 0
+    limit_memory()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     results["machine"] = f"{hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     failed = 0
@@ -134,11 +129,13 @@ def main() -> int:
         if options.only not in name or name in results["rows"]:
             continue
         try:
-            results["rows"][name] = in_its_own_process(name)
-        except RuntimeError as error:
+            results["rows"][name] = measured(name)
+        except Exception as error:  # the other rows are measured nevertheless
             failed += 1
-            print(f"{name} failed:\n{error}", file=sys.stderr)
+            print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
             continue
+        finally:
+            gc.collect()
         ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}
         write_atomically(RESULTS, json.dumps(results | {"rows": ordered}, indent=1) + "\n")
         print(f"{results['rows'][name]['seconds']:6.1f} s  {name}", flush=True)
