@@ -110,7 +110,7 @@ def make(root: Path, rows: int, images_per_prompt: int) -> tuple[int, int]:
             (run / ".hydra" / "resolved.yaml").write_text(config.replace("seed: 0\n", f"seed: {seed}\n", 1))
             (run / ".hydra" / "hydra.yaml").write_text(hydra)
             write(run / "metrics.json", numbers(rng))
-            (run / provenance.FILE).write_text(json.dumps({"seed": seed, "sittings": [record]}))
+            (run / provenance.FILE).write_text(json.dumps({"seed": seed, "processes": [record]}))
             if method in TRAINED:
                 losses(run, rng)
             task = emoji_objects(concept, images_per_prompt=images_per_prompt)

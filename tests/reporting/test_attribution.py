@@ -12,7 +12,7 @@ from unlearning.reporting.table import check
 from unlearning.tracking.provenance import FILE
 
 
-def sitting(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:
+def process(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:
     packages = {"unlearning": "0.1.0", "torch": torch}
     return {
         **{"begun": "2026-01-01T00:00:00+00:00", "commit": commit, "dirty": dirty, "python": "3.12.1"},
@@ -22,13 +22,13 @@ def sitting(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:
 
 @pytest.fixture
 def made(finished, tmp_path):
-    """made("uce", [sitting, ...], [...]): a run a seed, of so many sittings; of none, a run that recorded nothing."""
+    """made("uce", [process, ...], [...]): a run a seed, of so many processes; of none, a run that recorded nothing."""
 
     def make(method: str, *seeds: list[dict]):
-        for seed, sittings in enumerate(seeds):
+        for seed, processes in enumerate(seeds):
             run = finished(f"runs/{method}{seed}", method=method, seed=seed)
-            if sittings:
-                (run / FILE).write_text(json.dumps({"seed": seed, "sittings": sittings}))
+            if processes:
+                (run / FILE).write_text(json.dumps({"seed": seed, "processes": processes}))
         return tmp_path / "runs"
 
     return make
@@ -44,69 +44,69 @@ def checked(folder) -> tuple[dict[str, tuple[str, str]], str, bool]:
 
 
 def test_rows_of_one_commit_are_sound(made):
-    folder = made("uce", [sitting()], [sitting()])
-    assert checked(made("esd_x", [sitting(commit="b" * 40)]))[0]["esd_x"] == ("b" * 10, "–")
+    folder = made("uce", [process()], [process()])
+    assert checked(made("esd_x", [process(commit="b" * 40)]))[0]["esd_x"] == ("b" * 10, "–")
     assert checked(folder) == ({"esd_x": ("b" * 10, "–"), "uce": ("a" * 10, "–")}, "", True)
 
 
 def test_seeds_of_two_commits_are_marked(made):
-    rows, notes, sound = checked(made("uce", [sitting()], [sitting(commit="b" * 40)], [sitting()]))
+    rows, notes, sound = checked(made("uce", [process()], [process(commit="b" * 40)], [process()]))
     assert rows["uce"] == (f"{'a' * 10} (seed 0, 2); {'b' * 10} (seed 1)†", "–")
     assert notes.startswith("†") and not sound
 
 
 def test_a_run_that_two_commits_made_is_marked(made):
-    rows, _, sound = checked(made("uce", [sitting(), sitting(commit="b" * 40)]))
+    rows, _, sound = checked(made("uce", [process(), process(commit="b" * 40)]))
     assert rows["uce"][0] == f"{'a' * 10} (seed 0); {'b' * 10} (seed 0)†" and not sound
 
 
 def test_a_changed_tree_is_marked(made):
-    rows, notes, sound = checked(made("uce", [sitting(dirty=True)]))
+    rows, notes, sound = checked(made("uce", [process(dirty=True)]))
     assert rows["uce"][0] == f"{'a' * 10}, changed‡" and notes.startswith("‡") and not sound
 
 
 def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
     rows, notes, sound = checked(made("uce", []))
     assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
-    assert checked(made("esd_x", [sitting()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
+    assert checked(made("esd_x", [process()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
 
 
 def test_code_that_made_what_was_found_in_the_store_is_named(made):
-    folder = made("uce", [sitting()], [sitting()])
+    folder = made("uce", [process()], [process()])
     record = folder / "uce1" / FILE
-    other, changed = {**sitting(commit="b" * 40)}, {**sitting(commit="c" * 40, dirty=True)}
+    other, changed = {**process(commit="b" * 40)}, {**process(commit="c" * 40, dirty=True)}
 
     def stored(**codes: list) -> tuple[str, bool]:
-        record.write_text(json.dumps({"sittings": [sitting()], "stored": codes}))
+        record.write_text(json.dumps({"processes": [process()], "stored": codes}))
         rows, _, sound = checked(folder)
         return rows["uce"][0], sound
 
     a, b, c = ("abc"[i] * 10 for i in range(3))
-    assert stored(pictures=[sitting()]) == (a, True)
+    assert stored(pictures=[process()]) == (a, True)
     assert stored(pictures=[other]) == (f"{a} (seed 0, 1); pictures by {b} (seed 1)†", False)
     assert stored(evaluations=[changed]) == (f"{a} (seed 0, 1); evaluations by {c}, changed (seed 1)†‡", False)
     assert stored(pictures=[None]) == (f"{a} (seed 0, 1); pictures by unknown (seed 1)†", False)
 
 
 def test_an_installed_package_is_told_by_its_version_and_marked_for_want_of_a_commit(made):
-    installed = sitting(commit=None, dirty=None)
+    installed = process(commit=None, dirty=None)
     folder = made("uce", [installed])
     rows, notes, sound = checked(folder)
     assert rows["uce"][0] == "unlearning 0.1.0¶" and notes.startswith("¶") and not sound
-    (folder / "uce0" / FILE).write_text(json.dumps({"sittings": [sitting()], "stored": {"pictures": [installed]}}))
+    (folder / "uce0" / FILE).write_text(json.dumps({"processes": [process()], "stored": {"pictures": [installed]}}))
     assert checked(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
 
 
 def test_versions_and_hardware_that_differ_are_named_and_forgiven(made):
-    rows, _, sound = checked(made("uce", [sitting()], [sitting(torch="2.8.0", cpu="another")]))
+    rows, _, sound = checked(made("uce", [process()], [process(torch="2.8.0", cpu="another")]))
     assert rows["uce"][1] == "torch 2.9.0 \\| 2.8.0; cpu a cpu \\| another" and sound
 
 
 def test_the_exit_status(made):
     command = [sys.executable, "-m", "unlearning.reporting.table", "--check", "--by", "method", "--format", "csv"]
-    folder = made("uce", [sitting()])
+    folder = made("uce", [process()])
     done = subprocess.run([*command, "--", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["made by"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["a" * 10]
-    made("esd_x", [sitting(dirty=True)])
+    made("esd_x", [process(dirty=True)])
     assert subprocess.run([*command, "--", str(folder)], capture_output=True).returncode == 1

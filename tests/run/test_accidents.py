@@ -72,7 +72,7 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path,
     unlearn(*command)
     assert evaluations() == 2 * pictures(3) and (run / "report.html").exists()
     cost = json.loads((run / "cost.json").read_text())["fit"]["denoiser_evaluations"]
-    assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its sittings cost"
+    assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its starts cost"
 
 
 SCRUB = [

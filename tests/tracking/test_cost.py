@@ -45,7 +45,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_a_second_sitting_adds_to_the_cost(fitted):
+def test_a_second_start_adds_to_the_cost(fitted):
     first, both = fitted(), fitted()
     assert first["cost/denoiser_evaluations"].value == 6 and both["cost/denoiser_evaluations"].value == 12
     assert both["cost/seconds"].value > first["cost/seconds"].value > 0 and first["cost/artefact_bytes"].value == 0
@@ -99,9 +99,9 @@ def test_the_protocol_says_how_often_a_fit_began_and_what_a_kill_lost(fitted, tm
         with cost.measured(tmp_path / "a.json", "fit", Model()):
             os._exit(1)
     os.waitpid(pid, 0)
-    for sitting in (4, 5):
+    for start in (4, 5):
         protocol = fitted()["cost/seconds"].protocol
-        assert f"begun {sitting} times" in protocol and "killed" in protocol
+        assert f"begun {start} times" in protocol and "killed" in protocol
 
 
 def test_costs_of_an_older_record_are_read_without_a_protocol(tmp_path):

@@ -66,22 +66,22 @@ def test_versions_and_hardware_are_those_of_this_process():
 def test_a_sitting_is_added_if_more_than_the_time_has_changed():
     first = {"begun": "1", "commit": "a", "python": "3.11"}
     known = provenance.joined({}, first, {"seed": 0, "data": "d"})
-    assert known == {"seed": 0, "data": "d", "sittings": [first]}
+    assert known == {"seed": 0, "data": "d", "processes": [first]}
     assert provenance.joined(known, {**first, "begun": "2"}, {"seed": 0}) == known
     other = {**first, "begun": "3", "commit": "b"}
-    assert provenance.joined(known, other, {})["sittings"] == [first, other]
-    assert provenance.joined(known, other, {"seed": 0, "data": "e"}) == {"seed": 0, "data": "e", "sittings": [other]}
+    assert provenance.joined(known, other, {})["processes"] == [first, other]
+    assert provenance.joined(known, other, {"seed": 0, "data": "e"}) == {"seed": 0, "data": "e", "processes": [other]}
 
 
 def test_a_run_keeps_its_record_and_adds_to_it(unlearn, monkeypatch):
     run = unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[fit,generate]")
     first = provenance.read(run)
     assert first["seed"] == 0 and len(first["model"]) > 8 and len(first["data"]) == 16
-    [sitting] = first["sittings"]
-    assert sitting["commit"] == provenance.repository()["commit"] and sitting["packages"]["diffusers"]
+    [process] = first["processes"]
+    assert process["commit"] == provenance.repository()["commit"] and process["packages"]["diffusers"]
 
     unlearn("dataset=prompt", "dataset.others=[dog]")
-    assert provenance.read(run) == first, "the same process, the same machine: one sitting"
+    assert provenance.read(run) == first, "the same process, the same machine: one process"
 
     now = {**provenance.circumstances(), "commit": "another"}
     monkeypatch.setattr(provenance, "circumstances", lambda: now)
@@ -90,12 +90,12 @@ def test_a_run_keeps_its_record_and_adds_to_it(unlearn, monkeypatch):
     assert provenance.read(run) == first and (run / "report.html").exists(), "a report is not a result"
     unlearn("dataset=prompt", "dataset.others=[dog]", "stages=[evaluate]", "evaluator=nudenet")
     again = provenance.read(run)
-    assert [s["commit"] for s in again.pop("sittings")] == [sitting["commit"], "another"]
+    assert [s["commit"] for s in again.pop("processes")] == [process["commit"], "another"]
     assert again.items() <= first.items()
 
     unlearn("dataset=prompt", "dataset.others=[dog,sky]", "stages=[fit]")
     anew = provenance.read(run)
-    assert anew["data"] != first["data"] and [s["commit"] for s in anew["sittings"]] == ["another"]
+    assert anew["data"] != first["data"] and [s["commit"] for s in anew["processes"]] == ["another"]
 
 
 def test_a_run_records_the_code_that_made_what_it_took_from_the_store(unlearn, tmp_path, monkeypatch):

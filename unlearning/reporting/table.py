@@ -74,15 +74,15 @@ def attribution(runs: Sequence[FinishedRun], by: Sequence[str]) -> Table:
     header, lines = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")], []
     for key, group in group_runs(runs, by).items():
         makers: dict[str, list[str]] = {}  # seeds by code
-        sittings, codes, recorded = [], [], True
+        processes, codes, recorded = [], [], True
         for run in group:
             record = read(run.folder) or {}
             for name in _makers(record):
                 makers.setdefault(name, []).append(str(run["seed"]))
-            recorded &= bool(record.get("sittings"))
-            sittings += record.get("sittings", ())
+            recorded &= bool(record.get("processes"))
+            processes += record.get("processes", ())
             codes += [code for stored in record.get("stored", {}).values() for code in stored]
-        codes = [code for code in (*sittings, *codes) if code]
+        codes = [code for code in (*processes, *codes) if code]
         faults = {
             MIXED: len(makers) > 1,
             CHANGED: any(code["dirty"] for code in codes),
@@ -91,23 +91,23 @@ def attribution(runs: Sequence[FinishedRun], by: Sequence[str]) -> Table:
         }
         names = [name if len(makers) == 1 else f"{name} (seed {', '.join(seeds)})" for name, seeds in makers.items()]
         made = Cell("; ".join(names), marks=tuple(mark for mark, fault in faults.items() if fault))
-        lines.append([*label_cells(key), Cell(str(len(group))), made, Cell(_differences(sittings) or "–")])
+        lines.append([*label_cells(key), Cell(str(len(group))), made, Cell(_differences(processes) or "–")])
     marks = {mark for line in lines for mark in line[-2].marks}
     return Table(len(header), header, lines, [Note(text, mark) for mark, text in FAULTS.items() if mark in marks])
 
 
 def _makers(record: Mapping) -> list[str]:
     """The code that made a run, and other code that made what it took from the store: "pictures by f6a7b8c9d0"."""
-    own = dict.fromkeys(map(maker, record.get("sittings", ()))) or {"not recorded": None}
+    own = dict.fromkeys(map(maker, record.get("processes", ()))) or {"not recorded": None}
     stored = ((kind, maker(code)) for kind, codes in record.get("stored", {}).items() for code in codes)
     return [*own, *(f"{kind} by {name}" for kind, name in stored if name not in own)]
 
 
-def _differences(sittings: Sequence[Mapping]) -> str:
+def _differences(processes: Sequence[Mapping]) -> str:
     """The versions and the hardware that are not the same in all: "torch 2.8.0 | 2.9.0"."""
     values: dict[str, dict[str, None]] = {}
-    for sitting in sittings:
-        for name, value in facts(sitting).items():
+    for process in processes:
+        for name, value in facts(process).items():
             values.setdefault(name, {})[str(value)] = None
     return "; ".join(f"{name} {' | '.join(seen)}" for name, seen in values.items() if len(seen) > 1)
 

@@ -21,12 +21,12 @@ PROCESS = Path("/proc/self")  # Linux's files about this process
 
 @contextmanager
 def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
-    """Adds the costs of a stage to the JSON file at `path`. A stage that runs several times adds up its costs.
+    """Within it, the costs of a stage are measured, and added to those in the JSON file at `path`.
 
     An evaluation is one latent that goes through the denoiser once: a guided step with a batch of 16 counts 32. Memory
     is the peak allocation of the accelerator, or without one the peak resident size of the process, which only Linux
-    reports; both in bytes. A distributed run counts its first process. A killed process loses its last seconds, which
-    the record then says ("lost"), as it says in how many "sittings" a stage was run.
+    reports; both in bytes. Of a distributed run, the first process is measured. The record also has "starts", how
+    often the stage was started, and "lost", whether a process was killed, whose last seconds are then not counted.
 
     Args:
         path: The run's cost file.
@@ -48,7 +48,7 @@ def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
         peak = torch.cuda.max_memory_allocated(model.device) if on_cuda else peak_resident() if tracked else None
         if peaks := [p for p in (before.get("peak_memory"), peak) if p is not None]:
             spent["peak_memory"] = max(peaks)
-        spent |= {"sittings": before.get("sittings", 0) + 1, "ended": ended}
+        spent |= {"starts": before.get("starts", 0) + 1, "ended": ended}
         spent["lost"] = before.get("lost", False) or not before.get("ended", True)
         spent["on"] = list(dict.fromkeys([*before.get("on", ()), machine(model.device)]))
         if rank_zero_only.rank == 0:
@@ -113,12 +113,12 @@ def take(other: Path, path: Path, stage: str) -> None:
 
 
 def metrics(path: Path, erasure: Path) -> dict[str, Metric]:
-    """The costs of erasing: those of the fit, and the bytes of the erasure's files.
+    """The costs of the fit, and the size of the erasure's files in bytes.
 
-    After an interruption a fit repeats what its last checkpoint lacks, so the protocol says how often it began.
+    An interrupted fit repeats the steps after its last checkpoint, so the protocol says how often it was started.
     """
     record = read(path).get("fit", {})
-    begun = f", begun {record['sittings']} times" if record.get("sittings", 1) > 1 else ""
+    begun = f", begun {record['starts']} times" if record.get("starts", 1) > 1 else ""
     begun += ", without the last seconds before it was killed" if record.get("lost") else ""
     machines = " and ".join(record.get("on", ()))
     protocols = {"artefact_bytes": "all files of the erasure"}

@@ -96,16 +96,15 @@ def circumstances() -> dict[str, Any]:
 
 
 def joined(known: Mapping, now: Mapping, made_of: Mapping) -> dict:
-    """The record `known`, with the sitting `now` appended unless only its time differs from the last one's.
+    """The record `known` with the process `now` appended, unless it differs from the last one in its time only.
 
-    A sitting is one process that works on the run. If the run is `made_of` something else than the record says, another
-    model or other data, a new record begins.
+    If the run is `made_of` something else than the record says (another model, other data), a new record begins.
     """
     if any(known.get(name) != value for name, value in made_of.items()):
-        known = {**made_of, "sittings": []}
-    sittings = known.get("sittings", [])
-    same = sittings and {**sittings[-1], "begun": ""} == {**now, "begun": ""}
-    return {**known, "sittings": sittings if same else [*sittings, dict(now)]}
+        known = {**made_of, "processes": []}
+    processes = known.get("processes", [])
+    same = processes and {**processes[-1], "begun": ""} == {**now, "begun": ""}
+    return {**known, "processes": processes if same else [*processes, dict(now)]}
 
 
 def record(folder: Path, **made_of: object) -> None:
@@ -147,17 +146,22 @@ def reuse(folder: Path, kind: str, makers: Iterable[Mapping | None]) -> None:
 
 def read(folder: Path) -> dict | None:
     """A run's record; None if it has none."""
-    return read_state(folder / FILE, lambda record: {**record, "sittings": list(record.get("sittings", ()))})
+
+    def parse(saved: dict) -> dict:
+        processes = saved.pop("sittings", ())  # as earlier versions called them
+        return {**saved, "processes": list(saved.get("processes", processes))}
+
+    return read_state(folder / FILE, parse)
 
 
-def facts(sitting: Mapping) -> dict[str, object]:
-    """The versions and the hardware of a sitting: {"python": "3.12.3", "torch": "2.9.0", "cpu": "...", ...}."""
-    return {"python": sitting["python"], **sitting["packages"], **sitting["hardware"]}
+def facts(process: Mapping) -> dict[str, object]:
+    """Package versions and hardware of a process: {"python": "3.12.3", "torch": "2.9.0", "cpu": "...", ...}."""
+    return {"python": process["python"], **process["packages"], **process["hardware"]}
 
 
-def maker(sitting: Mapping | None) -> str:
-    """The code of a sitting in words: the first ten digits of the commit or the installed version, and "changed"."""
-    if sitting is None:
+def maker(process: Mapping | None) -> str:
+    """The code of a process in words: the first ten digits of the commit or the installed version, and "changed"."""
+    if process is None:
         return "unknown"
-    code = sitting["commit"][:10] if sitting["commit"] else f"unlearning {sitting['packages']['unlearning']}"
-    return f"{code}, changed" if sitting["dirty"] else code
+    code = process["commit"][:10] if process["commit"] else f"unlearning {process['packages']['unlearning']}"
+    return f"{code}, changed" if process["dirty"] else code
