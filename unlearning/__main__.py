@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
     except BaseException:
         instances.clear()
         raise
-    from unlearning.run import first_rank
+    from unlearning.stages.ranks import first_rank
 
     if first_rank() and not messages.RETRIED & metrics.keys():
         finished.finish(folder, key, cfg.stages)
@@ -64,7 +64,8 @@ def _execute(cfg: DictConfig, settings: dict, done: Callable[[], bool]) -> dict[
     _quieten()  # before the libraries are imported to read the signatures of classes
     validation.check(settings)
 
-    from unlearning.run import Run, metrics_of
+    from unlearning.run import Run
+    from unlearning.stages.measurement import metrics_of
     from unlearning.tracking import loggers
     from unlearning.training import trainers
 

@@ -28,8 +28,8 @@ from unlearning.data.openmoji import CIFAR10, LAYOUTS, OBJECTS, STYLES
 from unlearning.data.regions import crop
 from unlearning.judges.emoji import EmojiJudge
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.generation import generate
 from unlearning.sampling.sampler import Sampler
+from unlearning.stages.generation import generate
 from unlearning.store.files import digest
 from unlearning.store.manifest import load_images, manifest
 

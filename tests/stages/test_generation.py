@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from unlearning.errors import UserError
-from unlearning.sampling.generation import generate
+from unlearning.stages.generation import generate
 from unlearning.store.manifest import ManifestRow, missing
 
 
@@ -54,7 +54,7 @@ def test_where_memory_is_too_small_half_a_batch_is_drawn_at_once_and_this_is_sai
     sampler = Steps(most=4)
     generate(Model(), sampler, rows, trainer)
     assert not missing(rows) and sampler.sizes == [8, 4, 4, 4, 4, 4]
-    [warning] = [record for record in caplog.records if record.name == "unlearning.sampling.generation"]
+    [warning] = [record for record in caplog.records if record.name == "unlearning.stages.generation"]
     assert "sampler.batch_size=4" in warning.getMessage()
 
 

@@ -1,0 +1,90 @@
+"""Attacks on an erased model. Each result is kept in the store, under a digest of all that it depends on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from unlearning.attacks.base import Attack
+from unlearning.concepts import UnlearningTask
+from unlearning.erasures.base import Erasure
+from unlearning.models.base import Model
+from unlearning.sampling import comeback
+from unlearning.sampling.sampler import Sampler
+from unlearning.store.files import write_atomically
+from unlearning.store.loops import kept_in
+from unlearning.store.manifest import ManifestRow
+from unlearning.tracking import cost
+from unlearning.training.checkpoints import key_of
+
+
+@dataclass(frozen=True)
+class Victim:
+    """What a run's attacks are given, and what their results depend on besides an attack's own settings.
+
+    Args:
+        model: The model, to which the erasure is not applied.
+        erasure: Makes the erased model of it.
+        task: The run's.
+        rows: The evaluation's images of erased concepts.
+        images: Digests of the images that a method may learn from (stages/keys.py).
+        seed: The run's.
+        store: Images, attacks and evaluations that all runs share.
+    """
+
+    model: Model
+    erasure: Erasure
+    task: UnlearningTask
+    rows: Sequence[ManifestRow]
+    images: list
+    seed: int
+    store: Path
+
+    def folder(self, attack: Attack) -> Path:
+        """Where the store keeps the result of an attack, or will keep it."""
+        transferred = self._place(attack)
+        return transferred if comeback.exists(transferred) else self._place(attack, self.erasure)
+
+    def _place(self, attack: Attack, *erasure: Erasure) -> Path:
+        """The folder of a result; without an erasure, of an attack that knows the unedited model alone."""
+        model = (self.model.fingerprint, self.model.numerics, *(own.digest for own in erasure))
+        rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self.rows]
+        sizes = [(row.height, row.width) for row in self.rows if row.height or row.width]
+        task = (self.task.erase, self.task.template, rows)
+        return self.store / "attacks" / key_of(attack, attack.version, model, self.seed, task, self.images, *sizes)
+
+    def attacked(self, name: str, attack: Attack, run: Path, sampler: Sampler) -> None:
+        """Runs an attack and keeps its result, with the record that all attacks have in common.
+
+        Args:
+            name: What the run calls the attack.
+            run: The run's folder; an interrupted attack goes on from what it keeps there.
+            sampler: Generates the evaluation's images.
+        """
+        attack.check_rows(self.model, self.rows)
+        pl.seed_everything(self.seed, workers=True, verbose=False)
+        stage, costs, place = f"attack {name}", run / "cost.json", self._place(attack, self.erasure)
+        begun = run / f".attack-{place.name}"
+        if not begun.exists():
+            cost.forget(costs, stage)
+        with kept_in(begun):
+            with cost.measured(costs, stage, self.model):
+                result = attack.observe(self.model, self.task, self.rows)
+                if isinstance(result, comeback.Comeback):  # transferred: it serves every erasure from this model
+                    place = self._place(attack)
+                else:
+                    with self.erasure.applied_to(self.model):
+                        result = attack.find(self.model, self.task, self.rows, result)
+            record = {"attack": name, "version": attack.version, "access": attack.access, "concept": self.task.name}
+            record |= {"base": self.model.fingerprint, "seed": self.seed, "targets": len(self.rows)}
+            record |= {"sampler": attack.sampler(sampler).protocol}
+            record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
+            replace(result, record=record).save(place)
+
+    def write_record(self, name: str, attack: Attack, run: Path) -> None:
+        """Writes what a finished attack did into the run's folder: attacks/NAME.json."""
+        record = {**comeback.read_record(self.folder(attack)), "victim": self.erasure.digest}
+        (run / "attacks").mkdir(exist_ok=True)
+        write_atomically(run / "attacks" / f"{name}.json", json.dumps(record, indent=2))

@@ -1,0 +1,135 @@
+"""The sets of images that a run compares, and their manifests.
+
+"base" are images by the base model, "erased" by the erased one, "attacked-NAME" by the erased one with the result of an
+attack. "oracle" are images by the model that evaluators compare with; they have no manifest, but the rows of base and
+erased name them.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unlearning.concepts import ERASE
+from unlearning.erasures.base import Erasure
+from unlearning.erasures.composed import composed
+from unlearning.errors import UserError
+from unlearning.models.base import Model
+from unlearning.sampling import comeback
+from unlearning.sampling.reconstruction import Reconstruction
+from unlearning.sampling.sampler import Sampler
+from unlearning.store.files import digest, read_state, write_atomically
+from unlearning.store.manifest import ManifestRow, link_outputs, read_manifest, with_decided, write_manifest
+
+BASE, ERASED, ORACLE, ATTACKED = "base", "erased", "oracle", "attacked-"
+Rows = Mapping[str, Sequence[ManifestRow]]  # by the drawing's name
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A set of images that a run compares: what is applied to the model, and what is generated with it.
+
+    Args:
+        name: "base", "erased", "oracle" or "attacked-NAME"; the manifest is images/NAME.csv.
+        erasures: Applied to the model, in this order.
+        sampler: Draws it.
+        attack: The folder of an attack's result; None for the task's own prompts.
+    """
+
+    name: str
+    erasures: tuple[Erasure, ...]
+    sampler: Sampler | Reconstruction
+    attack: Path | None = None
+
+    def place(self, store: Path, model: Model, precision: object) -> Path:
+        """The folder of its images in the store: a digest of model, precision, erasures and sampler."""
+        edits = [erasure.digest for erasure in self.erasures if not erasure.empty]
+        key = digest(model.fingerprint, (model.numerics, precision), edits, self.sampler.protocol)
+        return store / "images" / key
+
+    def rows(self, place: Path, requested: Sequence[ManifestRow], others: Rows) -> list[ManifestRow]:
+        """Its rows. The base of an image is the unedited model's; of an attacked one, the erased model's.
+
+        Args:
+            place: The folder of its images.
+            requested: The images that the task asks for, in any folder.
+            others: The rows of the drawings before it.
+        """
+        rows = [replace(row, path=place / row.path.name) for row in requested]
+        pairs = zip(rows, others.get(ERASED if self.attack else BASE, rows), strict=True)
+        if self.attack:
+            before = [replace(row, base=own.path) for row, own in pairs if row.role == ERASE]
+            return comeback.attacked(self.attack, before)
+        return [row if row.path == own.path else replace(row, base=own.path) for row, own in pairs]
+
+
+def applied(erasures: Sequence[Erasure], model: Model) -> AbstractContextManager:
+    """A context in which all of the erasures are applied; of none, the model is the unedited one."""
+    return composed(*erasures).applied_to(model) if erasures else nullcontext()
+
+
+def write_manifests(folder: Path, rows: Rows) -> None:
+    """Writes a manifest of each drawing's images that exist, and counts those that do not.
+
+    An image that base or erased model fails on is left out of both manifests: it is neither erased nor retained.
+
+    Args:
+        folder: The run's images/.
+
+    Raises:
+        UserError: If no image exists.
+    """
+    pairs = [(a, b) for a, b in zip(rows[BASE], rows[ERASED], strict=True) if a.path.exists() and b.path.exists()]
+    if not pairs:
+        raise UserError("No image could be generated; the warnings above say why.")
+    kept = {name: [row for row in some if row.path.exists()] for name, some in rows.items()}
+    oracle = {row.path.name: row.path for row in kept.get(ORACLE, ())}
+    kept[BASE], kept[ERASED] = (
+        [replace(row, oracle=oracle.get(row.path.name)) for row in side] for side in zip(*pairs, strict=True)
+    )
+    failures = sum(len(rows[name]) - len(kept[name]) for name in rows if name != ERASED)
+    kept.pop(ORACLE, None)
+    for old in folder.glob(f"{ATTACKED}*.csv"):
+        if old.stem not in kept:
+            old.unlink()
+    for name, some in kept.items():
+        write_manifest(folder / f"{name}.csv", map(with_decided, some))
+        link_outputs(folder / name, [row for row in some if row.source])
+    count = folder / "failed"
+    write_atomically(count, str(failures)) if failures else count.unlink(missing_ok=True)
+
+
+def failed(folder: Path) -> int:
+    """How many images could not be generated, of those whose manifests are in `folder`."""
+    return read_state(folder / "failed", int) or 0
+
+
+def read_manifests(
+    folder: Path, requested: Sequence[ManifestRow], attacks: Iterable[str] = ()
+) -> dict[str, list[ManifestRow]]:
+    """The manifests of base, erased, and the attacks.
+
+    Args:
+        folder: The run's images/.
+        requested: The images that the task asks for.
+
+    Raises:
+        UserError: If a manifest is missing, or base or erased does not list these images.
+    """
+    manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *(f"{ATTACKED}{a}" for a in attacks))}
+    base, erased = ([row.path.name for row in manifests[name]] for name in (BASE, ERASED))
+    asked, listed = Counter(row.path.name for row in requested), Counter(base)
+    if base != erased or listed - asked or (asked - listed).total() > failed(folder):
+        raise UserError(
+            f"The manifests in {folder} do not list the images that the settings ask for: "
+            f"{len(base)} of the base model, {len(erased)} of the erased one, {asked.total()} asked for. "
+            "The generate stage writes them again."
+        )
+    return manifests
+
+
+def _read(path: Path) -> list[ManifestRow]:
+    if not path.exists():
+        raise UserError(f"There is no {path}: run the generate stage first.")
+    return read_manifest(path)
