@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class LogFile(logging.FileHandler):
-    """The log in a run's folder, made with its first line. A folder that can only be read has none."""
+    """The log file of a run, created with its first line; none in a read-only folder."""
 
     def __init__(self, filename: str):
         super().__init__(filename, delay=True)

@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def settle(config: DictConfig, device: str) -> None:
-    """Writes what the model computes in on this machine in the place of `model.autocast=auto`.
+    """Replaces `model.autocast=auto` by what it stands for on this machine.
 
-    Keys and records then name what was used.
+    Keys and records then name the dtype that is used.
     """
     if OmegaConf.select(config, "model.autocast") == AUTO:
         config.model.autocast = fast_autocast(config.model.dtype, device)
@@ -32,7 +32,7 @@ def fast_autocast(dtype: str, device: str) -> str | None:
 
     Args:
         dtype: Of the weights; those in half precision need no autocast.
-        device: As for `StableDiffusion.load`; of several GPUs the first one counts.
+        device: As for `StableDiffusion.load`; of several GPUs the first one decides.
     """
     if dtype != "float32":
         return None
@@ -47,8 +47,8 @@ def warn_if_slow(autocast: str | None, device: str) -> None:
     factor = _slowdown()
     if factor > 1:
         log.warning(
-            "model.autocast=bfloat16 is %.0f times slower than float32 on this processor, which emulates it: "
-            "model.autocast=auto takes float32 here",
+            "model.autocast=bfloat16 is %.0f times slower than float32 on this processor, which emulates bfloat16. "
+            "model.autocast=auto uses float32 here.",
             factor,
         )
 

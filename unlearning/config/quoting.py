@@ -1,4 +1,4 @@
-"""Settings as a user types them in a shell: what needs quotes gets them, and a name is text from the start."""
+"""Settings as a user types them in a shell: values are quoted where needed, and names are always read as text."""
 
 import os
 import re
@@ -18,7 +18,7 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogat
 
 
 def unprintable(text: str) -> str | None:
-    """The first character that no one line of text can have; None without one."""
+    """The first control character, line separator or half of a surrogate pair in `text`; None without one."""
     return next((character for character in text if unicodedata.category(character) in UNPRINTABLE), None)
 
 

@@ -1,4 +1,4 @@
-"""What a class or a function can be given by name, according to its signature."""
+"""The keyword arguments that a class or a function accepts, according to its signature."""
 
 import inspect
 import typing
@@ -28,11 +28,11 @@ def forwards_to(receiver: Callable) -> Callable[[F], F]:
 
 
 def parameters(target: Callable) -> tuple[dict[str, Parameter], bool]:
-    """The parameters that `target` can be given by name, and whether it takes no others.
+    """The keyword arguments that `target` accepts, and whether it accepts no others.
 
-    A class whose `__init__` has **keywords takes the parameters of its parents too. A function shows which **keywords
-    it takes by `functools.wraps`, by `forwards_to`, or by `**keywords: Unpack[SomeTypedDict]`; otherwise it may take
-    anything.
+    A class whose `__init__` has **keywords also accepts the parameters of its parent classes. A function declares its
+    **keywords by `functools.wraps`, by `forwards_to`, or by `**keywords: Unpack[SomeTypedDict]`; otherwise it may
+    accept anything.
 
     Returns:
         The parameters by name, with types for annotations (Any where they are unknown), and whether these are all.

@@ -109,7 +109,10 @@ def _no_such_key(error: ConfigKeyError | ConfigAttributeError, conf: Path) -> st
 
 
 def _unreadable(override: str, conf: Path, argv: Sequence[str]) -> str:
-    """Most often a value with spaces in it that the shell took apart, or a choice without its group."""
+    """The message for an override that Hydra cannot parse.
+
+    Most often the shell has split a value with spaces, or the name of the group is missing before a choice.
+    """
     if bad := unprintable(override):
         return f"Cannot read {override!a}: it holds the character {bad!a}."
     words = list(argv)

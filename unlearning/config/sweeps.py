@@ -1,7 +1,7 @@
-"""What a sweep does beyond its jobs: it checks their folders first, records those that fail, and goes on.
+"""Hydra callbacks for sweeps: folders are checked before the first job, and a failed job is recorded and skipped.
 
-Hydra calls these callbacks (hydra.callbacks) when a sweep and when a job begins and ends, with any launcher. A launcher
-sends them to its worker processes in the state they had when the sweep began.
+Hydra calls them (hydra.callbacks) at the beginning and the end of a sweep and of each job, with every launcher. A
+launcher sends them to its worker processes in the state that they had when the sweep began.
 """
 
 import json

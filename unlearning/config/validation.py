@@ -1,7 +1,7 @@
-"""Checks a config against the signatures of what it configures, before any of it is built.
+"""Checks a config against the signatures of the classes and functions that it configures, before any is called.
 
 Hydra refuses an override of a setting that does not exist. But a file may add any setting to a config, and any setting
-may get a value of the wrong type. Both are reported here, with the nearest name.
+may have a value of the wrong type. Both are reported here, with the nearest name.
 """
 
 import re
@@ -196,9 +196,9 @@ def is_trainer_of_method(path: str) -> bool:
 def check_value(name: str, value: object, hint: Any) -> None:
     """Compares the value of a setting with a type hint and its range, Annotated[int, Ge(1)], as pydantic reads them.
 
-    A number may stand for text (a concept may be called 1984), text for a path or an enum, a list for any sequence;
-    text is no number, a number is no boolean, and no number is infinite. What Hydra builds is not compared, nor is
-    anything with a hint that pydantic does not understand.
+    A number is accepted as text (a concept may be called 1984), text as a path or an enum, and a list as any sequence.
+    Text is not accepted as a number, a number not as a boolean, and an infinite number not at all. Values that Hydra
+    instantiates are not checked, and neither are hints that pydantic does not understand.
 
     Args:
         name: The dotted name of the setting.

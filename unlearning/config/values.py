@@ -51,7 +51,7 @@ TOP: Mapping[str, Any] = {
     "objective": str | list[str] | None,
 }
 
-# Arguments of other libraries' classes, whose signatures state no range. By name: optimizers share theirs.
+# Ranges for arguments of other libraries' classes, by argument name: their signatures have no ranges.
 FOREIGN: Mapping[str, Any] = {
     "lr": Positive,
     "betas": tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]],

@@ -1,4 +1,4 @@
-"""Captions of ordinary images, which measure how well a model still generates everything else.
+"""Captions of ordinary images, to measure how well the erased model generates everything else.
 
 The usual captions are those of MS-COCO, from a CSV of the user's. ESD and MACE measure FID and CLIP score on 30,000
 captions of val2014, papers about attacks on 10,000.

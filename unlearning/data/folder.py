@@ -53,7 +53,7 @@ class Images(Sequence):
 
         Raises:
             ValueError: If the image has less than `SMALLEST` pixels a side.
-            Exception: Whatever the decoder raises for a file that is not an image.
+            Exception: If the file is not an image; each decoder has its own errors.
         """
         with Image.open(path, formats=FORMATS) as image:
             with suppress(SyntaxError, ValueError, OSError):  # EXIF data may be broken in a valid image
@@ -111,7 +111,7 @@ def read(folder: str | Path, size: int) -> Images:
 
 
 def no_file(path: Path) -> str:
-    """What is in a folder in the place of a file; "" for a folder."""
+    """Why an entry of a folder is not a file that can be read: "a link to nothing"; "" for a folder."""
     if path.is_symlink():
         return "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
     return "" if path.is_dir() else "no regular file"

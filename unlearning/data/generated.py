@@ -1,4 +1,4 @@
-"""Images that the model itself generates, kept in the image store: training data of methods, targets of attacks."""
+"""Images that the model itself generates, cached in the image store: training data of methods and attacks."""
 
 # N images, H W height and width.
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from unlearning.store.manifest import ManifestRow, image_path, image_seed, load_
 
 
 class Generated:
-    """Generates images of prompts once; whoever wants the same images again reads them from the store.
+    """Generates images for prompts, or reads them from the store if they were generated before.
 
     Args:
         store: The image store.
-        sampler: Generates them.
-        seed: Of the images; no evaluation uses it.
+        sampler: Generates the images.
+        seed: The seed of the images; no evaluation uses it.
     """
 
     def __init__(self, store: str, sampler: Sampler, seed: Seed = 1_000_003):
         self._store, self.sampler, self.seed = store, sampler, seed  # private: no key of a result has it
 
     def __call__(self, model: DiffusionModel, prompts: Sequence[str], count: int) -> list[np.ndarray]:
-        """`count` images (H, W, 3) uint8 by the model as it is now, of the prompts in turn."""
+        """`count` images (H, W, 3) uint8 of the prompts in turn, by the model with the erasures that are applied."""
         # The sampler's protocol names all that an image depends on, besides the model as it is now.
         folder = Path(self._store) / "images" / digest("generated", model.state, self.sampler.protocol)
         rows = [self._row(folder, prompts[i % len(prompts)], i) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a method leaves behind: a frozen edit that can be applied to a model and undone, composed, saved and loaded."""
+"""The result of a method: a frozen edit of a model that can be applied and undone, composed, saved and loaded."""
 
 import copy
 import hashlib
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]  # of the package
 SETTINGS, WEIGHTS = "erasure.json", "weights.safetensors"
 T = TypeVar("T")
 NOT_IN_NETWORKS = (
-    "This erasure is not in the networks alone, and a pipeline of diffusers does not know of it. Generate with "
+    "This erasure changes more than the networks, and a diffusers pipeline would ignore the rest. Generate with "
     '`with erasure.applied_to(pipe) as model: images = Sampler()(model, ["a prompt"], seeds=[0])`; Sampler is in '
     "unlearning.sampling.sampler."
 )
@@ -47,7 +47,7 @@ NOT_WRITABLE = (
 
 
 class Base(NamedTuple):
-    """What an erasure remembers of the model that it was made from."""
+    """Name and fingerprint of the model that an erasure was made from."""
 
     name: str = "the model that it was made from"
     fingerprint: str = ""
@@ -63,11 +63,14 @@ class Erasure(ABC, Generic[ModelT]):
 
     @contextmanager
     def applied_to(self, model: "ModelT | DiffusionPipeline") -> Iterator:
-        """Within it `model` is the erased model, which it yields.
+        """A context in which `model` is the erased model.
 
         Args:
-            model: A model, or a pipeline of diffusers; of a pipeline, it yields the model of its family. If the erasure
-                is not `in_networks`, a call of the pipeline itself raises UserError within the context.
+            model: A model, or a diffusers pipeline. If the erasure is not `in_networks`, a call of the pipeline itself
+                raises UserError within the context.
+
+        Yields:
+            The erased model; for a pipeline, the model of its family.
 
         Raises:
             UserError: If the erasure is not for this model.
@@ -95,24 +98,24 @@ class Erasure(ABC, Generic[ModelT]):
 
     @abstractmethod
     def _settings(self) -> dict:
-        """All of it that is not a tensor, as JSON."""
+        """Everything that is not a tensor, as JSON."""
 
     def _tensors(self) -> Mapping[str, Tensor]:
         return {}
 
     @property
     def empty(self) -> bool:
-        """Whether it changes nothing, so that the erased model is the unedited one."""
+        """Whether it changes nothing."""
         return False
 
     @property
     def writable(self) -> bool:
-        """Whether new values of the model's weights are all of it."""
+        """Whether it consists of new values for weights only, so that `write_into` can store it in the model."""
         return False
 
     @property
     def in_networks(self) -> bool:
-        """Whether the networks alone generate as the erased model does, while it is applied."""
+        """Whether a diffusers pipeline with the same networks also generates erased images, while it is applied."""
         return self.writable
 
     def write_into(self, model: ModelT) -> None:
@@ -131,7 +134,7 @@ class Erasure(ABC, Generic[ModelT]):
         raise NotImplementedError
 
     def made_from(self, base: Model) -> Self:
-        """This erasure, which remembers for `save` what model it was made from."""
+        """A copy with the name and the fingerprint of its model, which `save` writes."""
         made = copy.copy(self)
         object.__setattr__(made, "_base", Base(base.name, base.fingerprint))
         return made
@@ -149,7 +152,7 @@ class Erasure(ABC, Generic[ModelT]):
         """Writes erasure.json, weights.safetensors if there are tensors, and a README that says how to use them.
 
         Args:
-            base: The model that was erased from, if the erasure does not remember it. The README has its name,
+            base: The model that was erased from, if the erasure is not `made_from` it. The README contains its name,
                 erasure.json its fingerprint.
         """
         folder, base = Path(folder), base or cast(Model, self._base)

@@ -65,10 +65,9 @@ class Composed(Erasure):
 
 
 def composed(*parts: Erasure) -> Erasure:
-    """The erasures in this order, as the simplest erasure that does the same.
+    """The erasures in this order, as the simplest equivalent erasure.
 
-    What is composed already is not nested, empty ones are left out, and patches that follow each other become one: the
-    later values win.
+    Compositions are flattened, empty erasures are left out, and consecutive patches are merged; later values win.
     """
     kept: list[Erasure] = []
     for part in (one for whole in parts for one in (whole.parts if isinstance(whole, Composed) else (whole,))):

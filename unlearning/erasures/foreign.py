@@ -1,6 +1,6 @@
-"""Erased weights that other code has saved, as erasures.
+"""Reads erased weights that other code has saved, as erasures.
 
-Read are, from .safetensors or from a pickle of tensors only (.pt, .pth, .ckpt, .bin):
+Supported, in .safetensors or in a pickle that contains only tensors (.pt, .pth, .ckpt, .bin):
 
 - state dicts of a part of the model, whole or in part: ESD's and UCE's UNets, AdvUnlearn's text encoders, Concept
   Ablation's {"unet": {...}}; by diffusers' names, or by those of `ldm`, of cross-attention or of a whole checkpoint;

@@ -1,4 +1,4 @@
-"""Another guidance in place of the model's own."""
+"""An erasure that replaces the model's guidance."""
 
 import json
 from collections.abc import Iterator

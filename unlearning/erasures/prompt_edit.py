@@ -1,4 +1,4 @@
-"""An edit of what the text becomes, before the denoiser sees it."""
+"""An erasure that edits the conditioning of each prompt, before the denoiser gets it."""
 
 # B batch, L tokens, D text width.
 import json

@@ -62,9 +62,9 @@ class Sample:
 def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sample]:
     """At most `count` samples of one concept; `rows` are the runs of each row of the comparison.
 
-    All are of the run's seed that most rows have. For each role, prompts are taken at even distances, and of a prompt
-    the first image. Of each other drawing it is the first image: an attack may have found another prompt for each
-    method, and keeps the image's seed. Manifests are read no further than the rows that are shown.
+    All have the run's seed that most rows have. For each role, prompts are taken at even distances, and the first image
+    of each. Of every other drawing the first image is taken: an attack may find another prompt for each method, and
+    keeps the seed of the image. Manifests are read only as far as needed.
     """
     seeds = [seed for runs in rows.values() for seed in dict.fromkeys(run["seed"] for run in runs)]
     if not seeds or not count:

@@ -1,4 +1,4 @@
-"""What the short names of metrics stand for: the legend of the pages. The evaluators say how each is computed."""
+"""The meanings of the metrics' names, for the legend of the pages. The evaluators define how each is computed."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""Which runs are a row of a table, and which rows compete.
+"""Which runs form a row of a table, and which rows compete.
 
 The runs of a row agree in every setting that decides a result; they differ in the seed and in what `by` leaves out.
 Rows compete if they differ in nothing but the method.

@@ -1,7 +1,7 @@
-"""Plots as coordinates that a page draws as SVG: efficacy against retention, a metric along a setting, learning curves.
+"""Coordinates of plots that a page draws as SVG: efficacy against retention, a metric along a setting, learning curves.
 
-In the first, each row of a table is a point, and up and to the right is best, whichever direction the metrics have. Its
-coordinates are percent of the plot from the lower left corner, so that a page of any width can draw them.
+In the first, each row of a table is a point, and the best is at the upper right, whichever direction the metrics have.
+Coordinates are percent of the plot from the lower left corner, so that they fit a page of any width.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Evaluations kept in the store: an evaluator that has seen the same images before is not run again."""
+"""A cache of evaluations in the store: an evaluator is not run twice on the same images."""
 
 import json
 import math
@@ -32,16 +32,16 @@ class Evaluation:
 def evaluation(
     store: Path, about: str, rows: Sequence[ManifestRow], evaluator, batch_size: int, code: Mapping, label: str
 ):
-    """The evaluation of a manifest's images, from the store if some run has made it before.
+    """The evaluation of a manifest's images, from the store if another run has already computed it.
 
-    One that failed on some image is not kept: it may succeed next time.
+    An evaluation that failed on an image is not stored, because it may succeed the next time.
 
     Args:
         about: What the run erases; evaluators may depend on it.
-        evaluator: An evaluators.base.Evaluator, prepared.
+        evaluator: An evaluators.base.Evaluator, after `prepare`.
         batch_size: Images in memory at once.
-        code: The code at work, to be kept beside the numbers.
-        label: Names evaluator and images in messages.
+        code: The version of the code, which is stored with the numbers.
+        label: Names the evaluator and the images in messages and in the progress bar.
 
     Raises:
         UserError: If there are no images, or a number is not finite.

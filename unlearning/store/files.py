@@ -1,4 +1,4 @@
-"""Digests of content, files that are written completely or not at all, and what is done with damaged ones."""
+"""Digests of content, atomic writes, and the handling of damaged files."""
 
 import hashlib
 import json
@@ -42,11 +42,11 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
 def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
     """What a JSON file that this package writes holds; None without the file.
 
-    A damaged file is set aside, so that what it held is made anew, and None is returned.
+    A damaged file is set aside, so that its content is computed again, and None is returned.
 
     Args:
-        parse: Makes the result of the parsed JSON. It raises ValueError, TypeError, KeyError or AttributeError for
-            anything else than what it expects.
+        parse: Converts the parsed JSON to the result. It raises ValueError, TypeError, KeyError or AttributeError if
+            the content is not what it expects.
     """
     try:
         return parse(json.loads(path.read_text()))
@@ -64,6 +64,6 @@ def set_aside(path: Path, why: str) -> None:
         if kept.is_dir():
             shutil.rmtree(kept)
         path.replace(kept)
-        log.warning("%s is damaged (%s). It is kept as %s and made anew.", path, why, kept.name)
+        log.warning("%s is damaged (%s). It is kept as %s, and made again.", path, why, kept.name)
     except OSError:
         log.warning("%s is damaged (%s) and is not used.", path, why)

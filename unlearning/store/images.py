@@ -1,4 +1,4 @@
-"""Images as PNG files: written completely or not at all, with what was decided about them on the way."""
+"""Images as PNG files, written atomically, with the decisions of the guidance as metadata."""
 
 import io
 import json

@@ -1,8 +1,8 @@
 """File locks: which of several processes generates an image, and which one works in a run's folder.
 
-The locks are those of the operating system (filelock), so they end with the process that holds them, even if it is
-killed. A lock file on disk does not mean that anyone holds the lock. Where a file system has no locks, or lets no lock
-file be written, the first time gives a warning and work goes on without.
+The locks are those of the operating system (filelock): they end with the process that holds them, even if it is
+killed. A lock file on disk does not mean that a process holds the lock. If the file system has no locks, or is
+read-only, a warning is given once, and the run continues without locks.
 """
 
 import errno

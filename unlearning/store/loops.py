@@ -1,12 +1,12 @@
-"""Loops that go on where an interrupted process left them.
+"""Loops that can be resumed after an interruption.
 
     with kept_in(folder):
         state = SimpleNamespace(v=v, optimizer=optimizer, losses=[])
         for i in resumed(range(iterations), "inverting", state):
             ...
 
-The state and the generators of random numbers are written to a file of each loop. So the code in the block has to
-begin its loops in the same order each time, and each loop has to change nothing but its state.
+The state and the random number generators are written to one file for each loop. Therefore the code in the block has
+to begin its loops in the same order each time, and a loop may change nothing but its state.
 """
 
 import io

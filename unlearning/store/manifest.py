@@ -101,7 +101,7 @@ def image_path(
 
 
 def manifest(folder: Path, task: UnlearningTask, seed: int) -> list[ManifestRow]:
-    """The images of the task's evaluation, whether they exist yet or not.
+    """One row for each image of the task's evaluation; the image files may not exist yet.
 
     Args:
         folder: The folder of model, erasure and sampler in the store.
