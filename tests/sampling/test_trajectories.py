@@ -9,7 +9,7 @@ from unlearning.errors import UserError
 from unlearning.models.guidance import Walk
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import begin
-from unlearning.sampling.sampler import as_published, denoise, skim
+from unlearning.sampling.sampler import as_published, denoise, skim, timesteps_of
 from unlearning.sampling.trajectories import Exact, Reuse
 
 
@@ -44,6 +44,17 @@ def test_a_scheduler_for_another_kind_of_noise_schedule_is_refused(sd1, own, sol
     model.scheduler = own()
     with pytest.raises(UserError, match=own.__name__):
         next(denoise(model, model.noise([0]), walk(model, model.encode_prompts(["a cat"])), steps=2, scheduler=solver))
+
+
+def test_more_steps_than_the_schedule_has_are_refused(sd1):
+    """With steps_offset=1, as Stable Diffusion has it, a thousand steps of DDIM would begin at timestep 1000."""
+    model = StableDiffusion.load(str(sd1), device="cpu")
+    for steps, offset in ((999, 1), (1000, 0)):
+        model.scheduler.register_to_config(steps_offset=offset, timestep_spacing="leading")
+        assert timesteps_of(model, DDIMScheduler, steps).timesteps.max() == 999
+    model.scheduler.register_to_config(steps_offset=1)
+    with pytest.raises(UserError, match="1000 steps"):
+        timesteps_of(model, DDIMScheduler, 1000)
 
 
 def test_skimming_every_timestep_is_denoising(any_pipeline):

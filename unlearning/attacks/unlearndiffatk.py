@@ -13,8 +13,9 @@ that shows the concept ends the search. A prompt that shows the concept as it is
 An erasure that changes the guidance shows nothing in a conditional prediction. There, the guided prediction should be
 what an undefended guidance makes of eps (attacks/denoising.py), as in CCE.
 
-The authors' loader leaves out prompts of more than 60 tokens (24 of its 142): `longest=60`. N before and after is in
-the record.
+Images have the model's own size, as in the authors' code: a list that states other sizes, as I2P, needs
+`dataset.sizes=false`. The authors' loader leaves out prompts of more than 60 tokens (24 of its 142): `longest=60`. N
+before and after is in the record.
 
 Deviations: tokens without a text of their own, special ones among them, are left out, so that the result can be
 typed; the projection is exact where theirs bisects; images are drawn with the evaluation's sampler, theirs with LMS;

@@ -105,6 +105,11 @@ def timesteps_of(
     # DDIM clips by default, which is meant for pixels; the config of a model made for another solver may not say so.
     noise.register_to_config(clip_sample=model.scheduler.config.get("clip_sample", False))
     model.set_timesteps(noise, steps)
+    if diffusion and (first := noise.timesteps.max()) >= (end := len(noise.alphas_cumprod)):
+        raise UserError(
+            f"{steps} steps are too many for {scheduler.__name__}: they would begin at timestep {first:.0f}, and the "
+            f"model's last is {end - 1}. Take fewer steps."
+        )
     return noise
 
 
