@@ -26,7 +26,7 @@ from unlearning.config.precision import _has_accelerator
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.store import locks
 
 QUICK = "import hydra, numpy, PIL"
@@ -255,7 +255,9 @@ class Echo(Attack):
         self.times = times
 
     def find(self, model, task, rows, observed):
-        return Comeback(tuple(Found(row.prompt, " ".join([row.prompt] * self.times)) for row in prompts_of(rows)))
+        return AttackResult(
+            tuple(AttackedPrompt(row.prompt, " ".join([row.prompt] * self.times)) for row in prompts_of(rows))
+        )
 
 
 @pytest.fixture
@@ -298,8 +300,8 @@ def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, 
 
     def find(self, model, task, rows, observed):
         made.append(self)
-        one = Found(rows[0].prompt, rows[0].prompt, tensors={"own": torch.ones(1)})
-        return Comeback((one,), shared={"common": torch.ones(1)})
+        one = AttackedPrompt(rows[0].prompt, rows[0].prompt, tensors={"own": torch.ones(1)})
+        return AttackResult((one,), shared={"common": torch.ones(1)})
 
     monkeypatch.setattr(Echo, "find", find)
     unlearn(*echo, "stages=[fit,attack]")

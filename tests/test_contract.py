@@ -28,8 +28,8 @@ from unlearning.models.base import Model
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.joint_attention import JointAttention
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling import comeback
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.attack_result import AttackResult
+from unlearning.sampling.attack_result import attacked as attacked_rows
 
 METHODS = choices(CONF, "method")
 # Without suites, which are no attack of their own, and without variants.
@@ -175,11 +175,11 @@ def test_an_attack_gives_every_image_something_and_leaves_the_model_bit_identica
     assert unchanged(model, weights)
     with erasure.applied_to(model):
         before, erased = sampler.draw(model, rows[:1])[0], weights_of(model)
-        found = observed if isinstance(observed, Comeback) else attack.find(model, task, rows, observed)
+        found = observed if isinstance(observed, AttackResult) else attack.find(model, task, rows, observed)
         assert unchanged(model, erased)
-        assert {one.target for one in found.found} <= {row.prompt for row in rows}
+        assert {one.target for one in found.prompts} <= {row.prompt for row in rows}
         found.save(tmp_path / "kept")
-        attacked = comeback.attacked(tmp_path / "kept", rows)
+        attacked = attacked_rows(tmp_path / "kept", rows)
         assert {row.role for row in attacked} == {ATTACK} and len(attacked) == len(rows)
         drawn = attack.sampler(sampler).draw(model, attacked[:1])[0]
     assert drawn.isfinite().all() and not torch.equal(drawn, before), "it starts from what the attack found"

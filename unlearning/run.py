@@ -23,7 +23,7 @@ from unlearning.methods.base import Method
 from unlearning.models.base import Model
 from unlearning.reporting.formats import quantity
 from unlearning.reporting.run_page import report, teaser
-from unlearning.sampling import comeback
+from unlearning.sampling.attack_result import exists
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.stages.attacks import Victim
@@ -153,7 +153,7 @@ class Run:
         """Runs every attack on the erased model, unless some run has attacked the same model in the same way."""
         for name, attack in self.attacks.items():
             victim = self._victim(self._erasure())
-            if not comeback.exists(victim.folder(attack)):
+            if not exists(victim.folder(attack)):
                 victim.attacked(name, attack, self.folder, cast(Sampler, self.sampler))
             if first_rank():
                 victim.write_record(name, attack, self.folder)

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from unlearning.__main__ import CONF
 from unlearning.attacks.witness import pixels
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Restored
+from unlearning.sampling.attack_result import Restored
 from unlearning.sampling.sampler import Sampler
 
 PAIRS = (

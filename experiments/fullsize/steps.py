@@ -21,7 +21,7 @@ from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config import instances
 from unlearning.config.suggestions import choices
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.sampler import Sampler
 
 Step = Callable[[DiffusionModel], Counted]
@@ -57,9 +57,9 @@ def attack(name: str, model: DiffusionModel) -> Counted:
     task, made = enlarged(instantiate(cfg.dataset), model), instantiate(cfg.attack[name])
     rows = [row for row in instantiate(cfg.sampler).manifest(Path(mkdtemp()), task, 0) if row.role == ERASE][:1]
 
-    def search() -> Comeback:
+    def search() -> AttackResult:
         observed = made.observe(model, task, rows)
-        return observed if isinstance(observed, Comeback) else made.find(model, task, rows, observed)
+        return observed if isinstance(observed, AttackResult) else made.find(model, task, rows, observed)
 
     return counted([*model.parts.values()], lambda: search)
 

@@ -6,7 +6,7 @@ import torch
 
 from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.composed import composed
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.attack_result import AttackResult
 from unlearning.store.manifest import manifest
 
 PROMPTS = (Prompt("a photo of the q", ERASE, {"object": "cat"}), Prompt("a q", ERASE, {"object": "cat"}))
@@ -18,11 +18,11 @@ def rows(task: UnlearningTask = TASK):
 
 
 def found_by(attack, model, erasure=None, task: UnlearningTask = TASK, targets=None, seed: int = 0):
-    """The comeback of an attack on a model, or on what an erasure makes of it."""
+    """The result of an attack on a model, or on what an erasure makes of it."""
     torch.manual_seed(seed)
     targets = targets or rows(task)
     observed = attack.observe(model, task, targets)
-    if isinstance(observed, Comeback):
+    if isinstance(observed, AttackResult):
         return observed
     with composed(*([erasure] if erasure else [])).applied_to(model):
         return attack.find(model, task, targets, observed)

@@ -51,7 +51,7 @@ def attacked(model, task=TASK, **settings):
 
 def embeds(found, part="text_encoder") -> torch.Tensor:
     """The token embeddings of all rows, (N, L, D)."""
-    return torch.stack([one.tensors[f"embeds.{part}"] for one in found.found])
+    return torch.stack([one.tensors[f"embeds.{part}"] for one in found.prompts])
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_the_placeholder_replaces_the_name_or_comes_before_the_prompt(prompt, re
 
 def test_the_word_stands_where_the_name_was_and_nowhere_else(model):
     found = attacked(model)
-    assert [one.target for one in found.found] == ["a photo of the q", "Q on a sofa"]
+    assert [one.target for one in found.prompts] == ["a photo of the q", "Q on a sofa"]
     learned = embeds(found)
     own = model.embed(["a photo of the q", "q on a sofa"]).embeds["text_encoder"]
     changed = (learned != own).any(-1)
@@ -126,7 +126,7 @@ def test_every_family_that_reads_text_is_attacked(any_model):
             attacked(any_model)
         return
     found = attacked(any_model)
-    given = found.found[0].tensors
+    given = found.prompts[0].tensors
     assert given.keys() == {f"embeds.{part}" for part in any_model.text_encoders}
     assert all(e.isfinite().all() for e in given.values())
 

@@ -65,8 +65,8 @@ def test_a_killed_attack_finds_what_it_would_have_found(name, sd1, tmp_path, mon
     with loops.kept_in(tmp_path / "begun"):
         again = found_by(attack, model)
     assert writes[:2] == [1, 2], "the first step is not done again"
-    assert [(one.prompt, one.record) for one in again.found] == [(one.prompt, one.record) for one in whole.found]
+    assert [(one.prompt, one.record) for one in again.prompts] == [(one.prompt, one.record) for one in whole.prompts]
     assert again.shared.keys() == whole.shared.keys()
-    for one, other in zip([*again.found, again], [*whole.found, whole], strict=True):
+    for one, other in zip([*again.prompts, again], [*whole.prompts, whole], strict=True):
         a, b = (getattr(own, "tensors", None) or getattr(own, "shared", {}) for own in (one, other))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -8,7 +8,7 @@ from tests.attacks.shots import TASK, found_by, rows
 from unlearning.attacks.inversion import Inversion
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import Restored, attacked
+from unlearning.sampling.attack_result import Restored, attacked
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inverse import noise_of
 from unlearning.sampling.sampler import Sampler, denoise
@@ -51,7 +51,7 @@ def test_what_was_found_is_what_is_drawn(model, tmp_path):
     found = found_by(attack, model)
     found.save(tmp_path / "kept")
     drawn, _ = attack.sampler(SAMPLER).draw(model, attacked(tmp_path / "kept", rows()))
-    noise = torch.stack([one.tensors["latents"] for one in found.found])
+    noise = torch.stack([one.tensors["latents"] for one in found.prompts])
     expected, _ = Sampler(steps=4, guidance_scale=2.0).sample(model, Restored(["", ""], noise))
     torch.testing.assert_close(drawn, expected)
 
@@ -62,7 +62,7 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
 
     def noise(transfer: bool, *erasures):
         found = found_by(Inversion(images=SAMPLER, steps=4, transfer=transfer), model, *erasures)
-        return torch.stack([one.tensors["latents"] for one in found.found])
+        return torch.stack([one.tensors["latents"] for one in found.prompts])
 
     assert torch.equal(noise(True), noise(True, erasure))
     assert not torch.equal(noise(False), noise(False, erasure))
@@ -72,11 +72,11 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
 def test_the_record_tells_noise_from_what_is_not(model):
     found = found_by(Inversion(images=SAMPLER, steps=4), model)
     assert found.record["nll of noise"] == pytest.approx(1.42, abs=0.1), "half of 1 + log 2 pi"
-    assert all(one.record["nll"] > 0 for one in found.found) and found.record["wasserstein"] >= 0
-    assert [one.seed for one in found.found] == [row.seed for row in rows(TASK)]
+    assert all(one.record["nll"] > 0 for one in found.prompts) and found.record["wasserstein"] >= 0
+    assert [one.seed for one in found.prompts] == [row.seed for row in rows(TASK)]
 
 
 def test_the_prompt_of_the_inversion_is_that_of_the_sampling(model):
     prompts = {kind: found_by(Inversion(images=SAMPLER, steps=4, prompt=kind), model) for kind in ("own", "empty")}
-    assert [one.prompt for one in prompts["own"].found] == [row.prompt for row in rows()]
-    assert {one.prompt for one in prompts["empty"].found} == {""}
+    assert [one.prompt for one in prompts["own"].prompts] == [row.prompt for row in rows()]
+    assert {one.prompt for one in prompts["empty"].prompts} == {""}

@@ -14,7 +14,7 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.manifest import manifest, read_manifest
 
@@ -31,7 +31,7 @@ def rows_of(task=TASK):
     return manifest(Path("images"), task, 0)
 
 
-def attacked(model, task=TASK, seed=0, **settings) -> Comeback:
+def attacked(model, task=TASK, seed=0, **settings) -> AttackResult:
     attack = MMA(**({"tokens": 3, "count": 2, "iterations": 3, "candidates": 12, "top": 8} | settings))
     return found_by(attack, model, task=task, targets=rows_of(task), seed=seed)
 
@@ -50,7 +50,7 @@ def test_no_text_holds_a_banned_word_not_even_over_several_tokens(model, banned)
     """Targets that hold it, and a search that would take it: all tokens are letters."""
     task = UnlearningTask(erase=(Concept(banned, ("zz",)),), prompts=(Prompt(f"a {banned} zz", ERASE),))
     found = attacked(model, task, tokens=6, iterations=30, candidates=60, top=52, banned=("o",))
-    texts = [one.prompt for one in found.found]
+    texts = [one.prompt for one in found.prompts]
     assert not any(word in text for text in texts for word in (banned.lower(), "zz", "o"))
     assert found.record["banned"] == ["o", banned.lower(), "zz"]
 
@@ -58,9 +58,9 @@ def test_no_text_holds_a_banned_word_not_even_over_several_tokens(model, banned)
 def test_what_the_same_search_finds_over_two_tokens_can_be_banned(model):
     task = UnlearningTask(erase=(Concept("another"),), prompts=(Prompt("an q", ERASE),))
     search = {"iterations": 10, "candidates": 60, "top": 52, "tokens": 6}
-    [free] = attacked(model, task, **search).found
+    [free] = attacked(model, task, **search).prompts
     pair = next(word[:2] for word in free.prompt.split() if len(word) > 1)
-    [without] = attacked(model, task, **search, banned=(pair,)).found
+    [without] = attacked(model, task, **search, banned=(pair,)).prompts
     assert pair not in without.prompt
 
 
@@ -73,7 +73,7 @@ def test_a_ban_that_leaves_no_letters_is_an_error(model):
 
 
 def test_the_similarity_is_that_of_the_pooled_states_and_rises(model):
-    for one in attacked(model, iterations=10).found:
+    for one in attacked(model, iterations=10).prompts:
         course = one.record["similarities"]
         assert course == sorted(course) and course[-1] > course[0]
         with torch.no_grad():
@@ -83,16 +83,16 @@ def test_the_similarity_is_that_of_the_pooled_states_and_rises(model):
 
 def test_the_images_of_a_prompt_take_its_texts_in_turn(model):
     found = attacked(model)
-    assert [(one.target, one.seed) for one in found.found] == [(row.prompt, row.seed) for row in rows_of()]
-    first, second, third = (one.prompt for one in found.found[:3])
+    assert [(one.target, one.seed) for one in found.prompts] == [(row.prompt, row.seed) for row in rows_of()]
+    first, second, third = (one.prompt for one in found.prompts[:3])
     assert first == third != second
-    assert len({one.prompt for one in attacked(model, count=10).found}) == len(rows_of())
+    assert len({one.prompt for one in attacked(model, count=10).prompts}) == len(rows_of())
 
 
 def test_a_search_is_that_of_its_seed(model):
     first, again, other = (attacked(model, seed=seed) for seed in (1, 1, 2))
-    assert [one.prompt for one in first.found] == [one.prompt for one in again.found]
-    assert [one.prompt for one in first.found] != [one.prompt for one in other.found]
+    assert [one.prompt for one in first.prompts] == [one.prompt for one in again.prompts]
+    assert [one.prompt for one in first.prompts] != [one.prompt for one in other.prompts]
 
 
 def test_a_candidate_has_one_token_of_the_replacements_of_its_place():
@@ -120,7 +120,7 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     attack = MMA(tokens=3, count=1, iterations=5, candidates=30, top=26, transfer=transfer)
 
     def prompts(*erasures) -> list[str]:
-        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).found]
+        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).prompts]
 
     assert (prompts() == prompts(erasure)) == transfer
     assert attack.access == ("black" if transfer else "text encoder")
@@ -132,7 +132,7 @@ def test_every_family_that_reads_text_is_attacked_and_keeps_its_weights(any_mode
             attacked(any_model)
         return
     found = attacked(any_model)
-    assert all(one.prompt and "qw" not in one.prompt and not one.tensors for one in found.found)
+    assert all(one.prompt and "qw" not in one.prompt and not one.tensors for one in found.prompts)
     assert not any(p.requires_grad or p.grad is not None for p in any_model.named_parameters().values())
 
 

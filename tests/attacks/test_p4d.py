@@ -35,7 +35,7 @@ def test_tokens_replace_the_prompt_or_stand_among_its_words():
 @pytest.mark.parametrize("kind", ["n", "k"])
 def test_what_is_found_are_tokens_of_the_vocabulary_that_can_be_typed(model, kind):
     vocabulary = Vocabulary(model)
-    for one in found_by(attack(kind=kind), model).found:
+    for one in found_by(attack(kind=kind), model).prompts:
         tokens, embeds = one.record["tokens"], one.tensors["embeds.text_encoder"]
         assert all(vocabulary.texts[i].strip() for i in tokens)
         table = vocabulary.tables["text_encoder"]
@@ -43,7 +43,7 @@ def test_what_is_found_are_tokens_of_the_vocabulary_that_can_be_typed(model, kin
 
 
 def test_the_tokens_that_are_kept_have_the_least_loss_that_was_seen(model):
-    for one in found_by(attack(iterations=12), model).found:
+    for one in found_by(attack(iterations=12), model).prompts:
         assert one.record["loss"] == min(one.record["losses"]) and len(one.record["losses"]) == 6
 
 
@@ -62,6 +62,6 @@ def test_of_an_unedited_model_the_prompt_itself_has_no_loss(model):
 
 def test_a_changed_guidance_is_attacked_through(model):
     with_guidance = found_by(attack(), model, GuidanceEdit(NegativePrompt("q")))
-    assert [one.record["loss"] for one in with_guidance.found] != [
-        one.record["loss"] for one in found_by(attack(), model).found
+    assert [one.record["loss"] for one in with_guidance.prompts] != [
+        one.record["loss"] for one in found_by(attack(), model).prompts
     ]

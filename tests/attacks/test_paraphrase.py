@@ -50,7 +50,7 @@ def test_the_lists_have_nothing_but_the_kinds_in_five_languages():
 def test_the_images_of_a_prompt_get_every_paraphrase_before_any_twice(model):
     number = len(Paraphrase().words(CAT))
     task, rows = rows_of("a photo of the cat", images=2 * number)
-    found = Paraphrase().find(model, task, rows, None).found
+    found = Paraphrase().find(model, task, rows, None).prompts
     assert [(one.target, one.seed) for one in found] == [(row.prompt, row.seed) for row in rows]
     assert set(Counter(one.prompt for one in found).values()) == {2}
     assert len({one.record["kind"] for one in found[: len(KINDS)]}) == len(KINDS)
@@ -59,7 +59,7 @@ def test_the_images_of_a_prompt_get_every_paraphrase_before_any_twice(model):
 
 def test_prompts_of_one_image_share_the_paraphrases_of_their_concept(model):
     task, rows = rows_of("a cat", "Cat, and a catfish", "a sofa", concepts=(CAT, Concept("dog")))
-    found = Paraphrase(kinds=("languages",)).find(model, task, rows, None).found
+    found = Paraphrase(kinds=("languages",)).find(model, task, rows, None).prompts
     assert [one.prompt for one in found[:3]] == ["a gato", "chat, and a catfish", "Katze a sofa"]
     assert [one.record["words"] for one in found[3:]] == ["perro", "chien", "Hund"]
 
@@ -96,7 +96,7 @@ def test_every_family_that_reads_text_is_attacked(any_model):
         with pytest.raises(UserError, match="classes"):
             Paraphrase().find(any_model, task, rows, None)
     else:
-        assert len(Paraphrase().find(any_model, task, rows, None).found) == 3
+        assert len(Paraphrase().find(any_model, task, rows, None).prompts) == 3
 
 
 def test_prompts_that_the_text_encoder_may_have_cut_are_counted(model, caplog):

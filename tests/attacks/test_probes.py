@@ -14,7 +14,7 @@ from unlearning.attacks.noise import Noise
 from unlearning.attacks.recall import Recall
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import attacked
+from unlearning.sampling.attack_result import attacked
 from unlearning.sampling.sampler import Sampler
 
 SAMPLER = Sampler(steps=4, guidance_scale=2.0, batch_size=2)
@@ -57,7 +57,7 @@ def test_what_was_begun_by_the_unedited_model_is_finished_by_the_erased_one(mode
 
 def test_inpainting_keeps_the_border_and_judges_the_centre(model, erasure, tmp_path):
     attack = Inpainting(images=SAMPLER)
-    [found, _] = found_by(attack, model, erasure).found
+    [found, _] = found_by(attack, model, erasure).prompts
     assert found.judged == (4, 4, 12, 12), "of 16 pixels"
     images = drawn(attack, model, tmp_path, erasure)
     with torch.no_grad():
@@ -82,20 +82,20 @@ def test_noise_of_eta_0_is_the_sampler_itself_and_more_of_it_is_not(model, tmp_p
 
 
 def test_the_images_take_the_settings_in_turn(model):
-    found = found_by(Noise(etas=(1.0, 1.5), scales=(1.0,)), model).found
+    found = found_by(Noise(etas=(1.0, 1.5), scales=(1.0,)), model).prompts
     assert [one.record["eta"] for one in found] == [1.0, 1.5]
 
 
 def test_recall_without_iterations_is_image_to_image_from_the_reference(model):
     reference = Recall(images=SAMPLER, iterations=0)
     observed = reference.observe(model, TASK, rows())
-    found = found_by(reference, model).found
+    found = found_by(reference, model).prompts
     torch.testing.assert_close(torch.stack([one.tensors["image"] for one in found]), observed)
 
 
 def test_recall_goes_up_or_down_from_one_start(model):
     up, down = (
-        found_by(Recall(images=SAMPLER, iterations=1, step_size=0.01, ascend=ascend), model).found[0].tensors["image"]
+        found_by(Recall(images=SAMPLER, iterations=1, step_size=0.01, ascend=ascend), model).prompts[0].tensors["image"]
         for ascend in (True, False)
     )
     assert not torch.equal(up, down)

@@ -14,7 +14,7 @@ from unlearning.errors import UserError
 from unlearning.models.dit import DiT
 from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import Comeback, restored
+from unlearning.sampling.attack_result import AttackResult, restored
 from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.manifest import manifest, read_manifest
 
@@ -31,13 +31,13 @@ def rows_of(task=TASK):
     return manifest(Path("images"), task, 0)
 
 
-def attacked(model, task=TASK, seed=0, **settings) -> Comeback:
+def attacked(model, task=TASK, seed=0, **settings) -> AttackResult:
     attack = RingABell(**({"tokens": 3, "population": 8, "iterations": 3} | settings))
     return found_by(attack, model, task=task, targets=rows_of(task), seed=seed)
 
 
-def states_of(found: Comeback) -> torch.Tensor:
-    return torch.stack([one.tensors["states"] for one in found.found])
+def states_of(found: AttackResult) -> torch.Tensor:
+    return torch.stack([one.tensors["states"] for one in found.prompts])
 
 
 # --- the target -------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_without_strength_the_soft_variant_gives_the_start(model):
     start = model.encode_prompts([prompt.text for prompt in PROMPTS]).embeds
     found = attacked(model, soft=True, eta=0)
     assert torch.equal(states_of(found), start)
-    assert [one.prompt for one in found.found] == [prompt.text for prompt in PROMPTS]
+    assert [one.prompt for one in found.prompts] == [prompt.text for prompt in PROMPTS]
 
 
 def test_the_target_is_moved_along_the_mean_difference_of_the_pairs(model):
@@ -72,7 +72,7 @@ def test_the_denoiser_gets_the_soft_states(model, tmp_path):
     found = attacked(model, soft=True)
     found.save(tmp_path / "kept")
     files = [tmp_path / "kept" / f"{i}.safetensors" for i in range(2)]
-    c = restored(model, [one.prompt for one in found.found], [0, 1], files).encoded(model)
+    c = restored(model, [one.prompt for one in found.prompts], [0, 1], files).encoded(model)
     assert torch.equal(c.embeds, states_of(found))
 
 
@@ -83,7 +83,7 @@ def test_tokens_are_found_whose_states_are_the_target(model):
     """Without strength, the prompt's own tokens: 3 of 52, found among as many as a few generations see."""
     task = UnlearningTask(erase=(Concept("q"),), prompts=(Prompt("a q w", ERASE, concept="q"),))
     found = attacked(model, task, eta=0, population=100, iterations=40, mutation=0.7)
-    [one] = found.found
+    [one] = found.prompts
     own = model.embed(["a q w"]).embeds["text_encoder"]
     assert one.prompt == "a q w" and one.record["read_back"] and one.record["losses"][-1] < 1e-6
     assert torch.equal(one.tensors["embeds.text_encoder"], own[0])
@@ -93,7 +93,7 @@ def test_the_loss_falls_and_is_that_of_what_was_found(model):
     attack = RingABell(tokens=3, population=20, iterations=20, transfer=False)
     torch.manual_seed(0)
     targets = attack.observe(model, TASK, rows_of())
-    for one, target in zip(attack.find(model, TASK, rows_of(), targets).found, targets, strict=True):
+    for one, target in zip(attack.find(model, TASK, rows_of(), targets).prompts, targets, strict=True):
         losses = one.record["losses"]
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
         given = Embedded(("",), {"text_encoder": one.tensors["embeds.text_encoder"][None]})
@@ -103,8 +103,8 @@ def test_the_loss_falls_and_is_that_of_what_was_found(model):
 
 def test_a_search_is_that_of_its_seed(model):
     first, again, other = (attacked(model, seed=seed) for seed in (1, 1, 2))
-    assert [one.prompt for one in first.found] == [one.prompt for one in again.found]
-    assert [one.prompt for one in first.found] != [one.prompt for one in other.found]
+    assert [one.prompt for one in first.prompts] == [one.prompt for one in again.prompts]
+    assert [one.prompt for one in first.prompts] != [one.prompt for one in other.prompts]
 
 
 def test_the_next_generation_is_parents_and_children_of_one_crossing(model):
@@ -125,7 +125,7 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     attack = RingABell(tokens=3, population=20, iterations=10, transfer=transfer)
 
     def prompts(*erasures) -> list[str]:
-        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).found]
+        return [one.prompt for one in found_by(attack, model, *erasures, targets=rows_of()).prompts]
 
     assert (prompts() == prompts(erasure)) == transfer
     assert attack.access == ("black" if transfer else "text encoder")
@@ -136,10 +136,10 @@ def test_every_family_that_reads_text_is_attacked(any_model):
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
         return
-    one, _ = attacked(any_model).found
+    one, _ = attacked(any_model).prompts
     encoder = FreeTokens.of(any_model, 3).encoder
     assert one.tensors.keys() == {f"embeds.{encoder}"} and one.prompt
-    assert attacked(any_model, soft=True).found[0].tensors["states"].isfinite().all()
+    assert attacked(any_model, soft=True).prompts[0].tensors["states"].isfinite().all()
 
 
 def test_more_tokens_than_the_text_encoder_reads_are_refused(model):

@@ -9,7 +9,7 @@ from tests.attacks.shots import found_by, rows
 from unlearning.attacks.unlearndiffatk import Draw, UnlearnDiffAtk, projected
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import attacked
+from unlearning.sampling.attack_result import attacked
 from unlearning.sampling.guidance import NegativePrompt
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
@@ -65,21 +65,21 @@ def test_a_drawn_token_passes_the_gradient_clipped():
 
 def test_the_first_success_ends_the_search_of_an_image_and_not_of_the_others(model):
     says = Says((0.0, 0.0), (1.0, 0.0), (0.0,), (0.0,))
-    first, second = found_by(attack(says), model).found
+    first, second = found_by(attack(says), model).prompts
     assert first.record["first success"] == 1 and "first success" not in second.record
     assert [len(call) for call in says.calls] == [2, 2, 1, 1], "without, and after each timestep"
 
 
 def test_what_shows_the_concept_as_it_is_is_not_attacked(model):
     says = Says((1.0, 1.0))
-    found = found_by(attack(says), model).found
+    found = found_by(attack(says), model).prompts
     assert len(says.calls) == 1
     assert all(one.record["first success"] == 0 and one.prompt == one.target and not one.tensors for one in found)
 
 
 def test_no_image_changes_the_search_for_another(model):
     torch.manual_seed(0)
-    together = found_by(attack(Says((0.0, 0.0))), model).found
+    together = found_by(attack(Says((0.0, 0.0))), model).prompts
     for one, row in zip(together, rows(), strict=True):
         assert one.seed == row.seed and one.prompt.endswith(row.prompt)
         assert len(one.record["tokens"]) == 2 and one.record["without"] == 0.0
@@ -94,11 +94,11 @@ def test_what_was_found_is_what_is_drawn(model, tmp_path):
             seen.append(images)
             return super().__call__(images, rows)
 
-    comeback = found_by(attack(Sees((0.0, 0.0))), model)
-    comeback.save(tmp_path / "kept")
+    result = found_by(attack(Sees((0.0, 0.0))), model)
+    result.save(tmp_path / "kept")
     again, _ = SAMPLER.draw(model, attacked(tmp_path / "kept", rows()))
     torch.testing.assert_close(again, seen[-1], atol=1e-5, rtol=0)
-    vocabulary, one = Vocabulary(model), comeback.found[0]
+    vocabulary, one = Vocabulary(model), result.prompts[0]
     table = vocabulary.tables["text_encoder"]
     torch.testing.assert_close(one.tensors["embeds.text_encoder"][1:3], table[one.record["tokens"]])
     assert all(vocabulary.texts[i].strip() for i in one.record["tokens"]), "it can be typed"
@@ -106,24 +106,24 @@ def test_what_was_found_is_what_is_drawn(model, tmp_path):
 
 def test_longer_prompts_can_be_left_out_and_are_counted(model):
     found = found_by(attack(Says((0.0, 0.0)), longest=5), model)
-    assert [one.target for one in found.found] == ["a q"]
+    assert [one.target for one in found.prompts] == ["a q"]
     assert (found.record["rows"], found.record["attacked"]) == (2, 1)
 
 
 def test_tokens_may_come_after_the_prompt(model):
     assert all(
-        one.prompt.startswith(one.target) for one in found_by(attack(Says((0.0, 0.0)), place="suffix"), model).found
+        one.prompt.startswith(one.target) for one in found_by(attack(Says((0.0, 0.0)), place="suffix"), model).prompts
     )
 
 
 def test_a_changed_guidance_is_attacked_through(model):
     plain = found_by(attack(Says((0.0, 0.0))), model)
     through = found_by(attack(Says((0.0, 0.0))), model, GuidanceEdit(NegativePrompt("q")))
-    assert [one.record["tokens"] for one in plain.found] != [one.record["tokens"] for one in through.found]
+    assert [one.record["tokens"] for one in plain.prompts] != [one.record["tokens"] for one in through.prompts]
 
 
 def test_every_family_that_reads_text_is_attacked(any_model):
     if not any_model.text_encoders:
         pytest.skip("reads no text")
     found = found_by(attack(Says((0.0, 0.0)), times=1, iterations=1), any_model)
-    assert all(e.isfinite().all() for one in found.found for e in one.tensors.values())
+    assert all(e.isfinite().all() for one in found.prompts for e in one.tensors.values())

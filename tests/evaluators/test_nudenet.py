@@ -284,7 +284,7 @@ def test_a_suppression_that_no_longer_can_be_told_is_gone(tmp_path, detecting, m
     [
         (["runs", "--rule", "box"], "Did you mean boxes"),
         (["runs", "--threshold", "0.1"], "0.25"),
-        (["nowhere"], "No run under nowhere keeps boxes"),
+        (["nowhere"], "No run under nowhere has boxes"),
         (["runs"], "evaluator=nudenet"),
     ],
 )

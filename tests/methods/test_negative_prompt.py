@@ -5,7 +5,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.negative_prompt import NegativePrompting
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import Restored
+from unlearning.sampling.attack_result import Restored
 from unlearning.sampling.sampler import Sampler
 
 

@@ -9,7 +9,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.methods.sld import SLD, SafetyGuidance
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.sampling.comeback import Restored
+from unlearning.sampling.attack_result import Restored
 from unlearning.sampling.guidance import ClassifierFree, branches
 from unlearning.sampling.sampler import Sampler, denoise, per_row, skim
 

@@ -10,7 +10,7 @@ from unlearning.erasures.base import Erasure
 from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
 from unlearning.models.guidance import Guidance, Walk
-from unlearning.sampling.comeback import Restored
+from unlearning.sampling.attack_result import Restored
 from unlearning.sampling.guidance import ClassifierFree
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.unguidance import LatentDifference, UnGuidance, blended

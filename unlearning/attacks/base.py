@@ -1,4 +1,4 @@
-"""The contract of an attack: `find(model, task, rows, observed) -> Comeback`, what brings the concepts back.
+"""The contract of an attack: `find(model, task, rows, observed) -> AttackResult`.
 
 An attack sees the erased model as a model: it never learns which method erased, or how. It leaves the model
 bit-identical.
@@ -13,7 +13,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.errors import UserError
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback
+from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.manifest import ManifestRow
 
@@ -49,23 +49,27 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
                 "model's size."
             )
 
-    def observe(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]) -> ObservedT | Comeback | None:
+    def observe(
+        self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]
+    ) -> ObservedT | AttackResult | None:
         """What the attack takes from the unedited model, before the erasure is applied; by default nothing.
 
-        A Comeback is all that it needs: a transferred attack, which then serves every erasure from that model.
+        An AttackResult ends the attack: it is transferred, and serves every erasure from that model.
         """
         return None
 
     @abstractmethod
-    def find(self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow], observed: ObservedT) -> Comeback:
-        """For the rows' prompts, or for each of the rows, with what the erased `model` may show the concept.
+    def find(
+        self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow], observed: ObservedT
+    ) -> AttackResult:
+        """The inputs with which the erased `model` may show the concept, for each prompt or for each row.
 
         Raises:
             UserError: If the attack cannot be run. A failed attack is no evidence of robustness.
         """
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        """How the attacked images are drawn; by default as all others are."""
+        """The sampler of the attacked images; by default that of all others."""
         return sampler
 
 

@@ -39,7 +39,7 @@ from unlearning.config.values import Count, Finite, Steps
 from unlearning.data.generated import Generated
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inversion import PLACEHOLDER, Placeholder, first_piece, invert
@@ -105,28 +105,30 @@ class CCE(Attack):
         self.walk, self.window, self.steps = walk, window, steps
         self.transfer, self.access = transfer, "black" if transfer else "white"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Latents | Comeback:
+    def observe(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]
+    ) -> Latents | AttackResult:
         """Images of the concepts by the unedited model; with `transfer`, the words for them."""
         latents = self.latents(model, task)
         return self.find(model, task, rows, latents) if self.transfer else latents
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Latents
-    ) -> Comeback:
+    ) -> AttackResult:
         rows = prompts_of(rows)
         words = {name: self.learned(model, name, z_0) for name, z_0 in observed.items()}
         concepts = [concept_of(row, task) for row in rows]
         prompts = [with_placeholder(row.prompt, concept) for row, concept in zip(rows, concepts, strict=True)]
         place = Placeholder.in_prompts(model, prompts)
-        found = []
+        attacked = []
         for i, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
             embeds = place.filled(words[concept].v, [i]).embeds
             tensors = {f"embeds.{part}": e[0] for part, e in embeds.items()}
-            found.append(Found(row.prompt, place.text.prompts[i], tensors=tensors))
+            attacked.append(AttackedPrompt(row.prompt, place.text.prompts[i], tensors=tensors))
         record = {name: getattr(self, name) for name in ("iterations", "batch_size", "accumulate", "initial")}
         record |= {"placeholder": PLACEHOLDER, "guided": self._is_guided(model), "transfer": self.transfer}
         record |= {"images": self.count, "losses": {name: _summary(word.losses) for name, word in words.items()}}
-        return Comeback(tuple(found), record)
+        return AttackResult(tuple(attacked), record)
 
     def latents(self, model: DiffusionModel, task: UnlearningTask) -> Latents:
         """Images of each concept by the model."""

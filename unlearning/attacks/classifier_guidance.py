@@ -29,7 +29,7 @@ from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors, stacked
 from unlearning.sampling.sampler import Sampler, denoise, per_row
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
@@ -82,16 +82,16 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
-    ) -> Comeback:
+    ) -> AttackResult:
         if model.prediction_type == "flow":
             raise UserError(f"{model.name} is a flow; classifier guidance is defined for predictions of noise.")
         weights, losses = self._trained(model, observed)
-        found = []
+        attacked = []
         for i, row in enumerate(rows):
             s = self.scales[i % len(self.scales)]
-            found.append(Found(row.prompt, row.prompt, row.seed, {"scale": torch.tensor(s)}, {"scale": s}))
+            attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, {"scale": torch.tensor(s)}, {"scale": s}))
         record = {"scales": len(self.scales), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
-        return Comeback(tuple(found), record, shared=weights)
+        return AttackResult(tuple(attacked), record, shared=weights)
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Guided(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)

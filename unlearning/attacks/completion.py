@@ -19,7 +19,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Part
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Comeback, Found, Tensors
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors
 from unlearning.sampling.sampler import Sampler, denoise
 from unlearning.store.manifest import ManifestRow
 
@@ -51,10 +51,10 @@ class Completion(Attack[DiffusionModel, Tensor]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
+    ) -> AttackResult:
         pairs = zip(rows, observed, strict=True)
-        found = tuple(Found(row.prompt, row.prompt, row.seed, {"latents": x}) for row, x in pairs)
-        return Comeback(found, {"begun": self._steps, "steps": self.images.steps})
+        attacked = tuple(AttackedPrompt(row.prompt, row.prompt, row.seed, {"latents": x}) for row, x in pairs)
+        return AttackResult(attacked, {"begun": self._steps, "steps": self.images.steps})
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Finishing(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size, begun=self._steps)

@@ -16,7 +16,7 @@ from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors, stacked
 from unlearning.sampling.sampler import Sampler, denoise
 from unlearning.store.manifest import ManifestRow
 
@@ -39,12 +39,12 @@ class Inpainting(Attack[DiffusionModel, Tensor]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
+    ) -> AttackResult:
         height, width = model.decode(observed[:1]).shape[-2:]
         centre = (width // 4, height // 4, width - width // 4, height - height // 4)
         pairs = zip(rows, observed, strict=True)
-        return Comeback(tuple(
-            Found(row.prompt, row.prompt, row.seed, {"image": z}, judged=centre) for row, z in pairs
+        return AttackResult(tuple(
+            AttackedPrompt(row.prompt, row.prompt, row.seed, {"image": z}, judged=centre) for row, z in pairs
         ))  # fmt: skip
 
     def sampler(self, sampler: Sampler) -> Sampler:

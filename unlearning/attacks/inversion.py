@@ -31,7 +31,7 @@ from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Finite, Natural, Positive, Steps
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found, Restored
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Restored
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.inverse import Solver, noise_of
 from unlearning.sampling.sampler import Sampler
@@ -45,11 +45,11 @@ class Inversion(Attack[DiffusionModel, Tensor]):
     """
     Args:
         images: Draws the unedited model's images.
-        prompt: With what the noise is found and sampled: the image's "own" prompt, a "neutral" one, or the "empty" one.
+        prompt: The prompt of inversion and sampling: the image's "own" prompt, a "neutral" one, or the "empty" one.
         steps: Of inversion and sampling.
         guidance_scale: Of both.
         refinements: Evaluations at each step, after the first.
-        solver, learning_rate: How x_t is found (sampling/inverse.py).
+        solver, learning_rate: See `noise_of` (sampling/inverse.py).
         transfer: Whether the unedited model inverts: a black-box attack.
     """
 
@@ -71,23 +71,25 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         self.refinements, self.solver, self.learning_rate = refinements, solver, learning_rate
         self.transfer, self.access = transfer, "black" if transfer else "white"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor | Comeback:
+    def observe(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]
+    ) -> Tensor | AttackResult:
         """Latents (N, C, H, W) of the unedited model's images; with `transfer`, the noise that it finds for them."""
         x_0 = latents_of(model, self.images, rows)
         return self.find(model, task, rows, x_0) if self.transfer else x_0
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
+    ) -> AttackResult:
         noise = self._noise(model, observed, rows)
         likelihood, fresh = _nll(noise), _nll(model.noise([row.seed for row in rows]))
-        found = tuple(
-            Found(row.prompt, self._prompt(row), row.seed, {"latents": z}, {"nll": nll})
+        attacked = tuple(
+            AttackedPrompt(row.prompt, self._prompt(row), row.seed, {"latents": z}, {"nll": nll})
             for row, z, nll in zip(rows, noise, likelihood.tolist(), strict=True)
         )
         record = {name: getattr(self, name) for name in ("prompt", "steps", "refinements", "solver", "transfer")}
         record |= {"nll": likelihood.mean().item(), "nll of noise": fresh.mean().item()}
-        return Comeback(found, record | {"wasserstein": _wasserstein(likelihood, fresh)})
+        return AttackResult(attacked, record | {"wasserstein": _wasserstein(likelihood, fresh)})
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Returning(self.steps, self.guidance_scale, batch_size=sampler.batch_size)

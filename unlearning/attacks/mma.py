@@ -1,22 +1,23 @@
 """MMA-Diffusion, its attack on the text (Yang et al., 2024). https://arxiv.org/abs/2311.17516
 
-Tokens without a banned word that mean to the text encoder what a target sentence means:
+It searches for tokens without banned words whose text embedding is close to that of a target sentence:
 
-    max_{tokens} cos( pool(tau(tokens)), pool(tau(P)) ),   where pool takes the state at the end of the text.
+    max_{tokens} cos( pool(tau(tokens)), pool(tau(P)) ),   pool: the state at the end of the text.
 
-Greedy coordinate gradient (GCG; Zou et al., 2023, arXiv:2307.15043): the gradient with respect to one-hot tokens names
-the `top` best replacements for each place. Of `candidates` prompts with one random replacement, the best is next. The
-search starts from random letters, and the most similar prompt of all iterations is the result.
+Greedy coordinate gradient (GCG; Zou et al., 2023, arXiv:2307.15043): for each place, the gradient with respect to
+one-hot tokens selects the `top` best replacements. Each iteration evaluates `candidates` prompts with one random
+replacement, and continues with the best. The search starts from random letters. Its result is the most similar prompt
+of all iterations.
 
-Banned are the concept's name and synonyms, and `banned`; the authors ban words for nudity. No text may hold one of
-them, neither in one token nor over several, nor within another word.
+Banned words are the concept's name, its synonyms, and `banned` (the authors ban words for nudity). A prompt must not
+contain one of them: not as a token, not across several tokens, not within another word.
 
-The defaults are the paper's. It has `count` prompts for each target: here, images of a target take them in turn. With
-`transfer`, the search runs on the unedited model: the paper attacks models that it does not know.
+The defaults are the paper's. The paper has `count` prompts for each target; here the images of a target use them in
+turn. With `transfer`, the search runs on the unedited model, because the paper attacks models without access to them.
 
-Deviations: a candidate's text has to be read as the same tokens, where the authors' code compares their number only;
-the code's later stop at a similarity of 0.9, and its mean over all states of a T5, are left out; tokens without a text
-of their own are not used. Of several text encoders, the one whose states come first is attacked.
+Deviations: the tokenizer has to turn a candidate's text into the same tokens, where the authors' code compares only
+their number. The code's stop at a similarity of 0.9, and its mean over all states of a T5, are left out. Tokens that
+are no text by themselves are not used. With several text encoders, the attack uses the one whose states come first.
 """
 
 # S searches, C candidates of each, K tokens of each, V tokens of the encoder, W width of the states.
@@ -35,13 +36,13 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
 
-DRAWS = 100  # of the letters that a search starts from, until they hold no banned word
-AT_ONCE = 2**13, 2**27  # tokens in one backward pass, and their numbers for every token of the encoder
+DRAWS = 100  # random starts for each search, of which the first without a banned word is used
+AT_ONCE = 2**13, 2**27  # limits of one backward pass: tokens, and entries of their one-hot gradient
 
 
 Targets = Mapping[str, Tensor]  # pool(tau(P)) by prompt, (W,)
@@ -50,12 +51,12 @@ Targets = Mapping[str, Tensor]  # pool(tau(P)) by prompt, (W,)
 class MMA(Attack):
     """
     Args:
-        banned: Words that no text may hold, besides names and synonyms of the erased concepts.
+        banned: Banned words, besides names and synonyms of the erased concepts.
         tokens: K.
         count: Prompts for each target, but no more than it has images.
         iterations: Replacements.
-        candidates: Prompts that are tried in each iteration.
-        top: Tokens for each place, from which a replacement is drawn.
+        candidates: Prompts that each iteration evaluates.
+        top: For each place, the number of tokens from which a replacement is drawn.
         transfer: Whether the search runs on the unedited model.
     """
 
@@ -75,8 +76,10 @@ class MMA(Attack):
         self.transfer = transfer
         self.access: Access = "black" if transfer else "text encoder"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Targets | Comeback:
-        """The target sentences; with `transfer`, the prompts for them."""
+    def observe(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]
+    ) -> Targets | AttackResult:
+        """The targets' embeddings; with `transfer`, the result of the search."""
         free, prompts = FreeTokens.of(model, self.tokens), list(dict.fromkeys(row.prompt for row in rows))
         states = model.text_states(model.encode_prompts(prompts))[free.encoder].float()
         ends = (model.last_token(prompts, free.encoder) + 1).clamp(max=states.shape[1] - 1)
@@ -85,17 +88,17 @@ class MMA(Attack):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Targets
-    ) -> Comeback:
-        found = self._found(FreeTokens.of(model, self.tokens), task, rows, observed)
+    ) -> AttackResult:
+        attacked = self._attacked(FreeTokens.of(model, self.tokens), task, rows, observed)
         record = {name: getattr(self, name) for name in ("tokens", "iterations", "candidates", "top", "transfer")}
-        return Comeback(tuple(found), {**record, "banned": self._banned(task)})
+        return AttackResult(tuple(attacked), {**record, "banned": self._banned(task)})
 
     def _banned(self, task: UnlearningTask) -> list[str]:
         return [word.casefold() for word in (*self.banned, *(w for c in task.erase for w in c.words)) if word.strip()]
 
-    def _found(
+    def _attacked(
         self, free: FreeTokens, task: UnlearningTask, rows: Sequence[ManifestRow], targets: Targets
-    ) -> list[Found]:
+    ) -> list[AttackedPrompt]:
         """A prompt for each image."""
         images = Counter(row.prompt for row in rows)
         counts = {prompt: min(self.count, images[prompt]) for prompt in targets}
@@ -104,7 +107,7 @@ class MMA(Attack):
         texts, course = iter(map(free.text, ids)), iter(similarities.T.tolist())
         turns = {prompt: cycle([(next(texts), next(course)) for _ in range(n)]) for prompt, n in counts.items()}
         pairs = ((row, next(turns[row.prompt])) for row in rows)
-        return [Found(row.prompt, text, row.seed, record={"similarities": own}) for row, (text, own) in pairs]
+        return [AttackedPrompt(row.prompt, text, row.seed, record={"similarities": own}) for row, (text, own) in pairs]
 
     def _search(self, free: FreeTokens, goals: Tensor, banned: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The tokens most similar to each goal (S, W), (S, K), and the similarity so far in some iterations, (G, S)."""
@@ -120,7 +123,7 @@ class MMA(Attack):
             return free.scores(ids.flatten(0, 1), score).unflatten(0, ids.shape[:2])
 
         def best_of(candidates: Tensor, order: Tensor, now: Tensor) -> Tensor:
-            """The first in the order that differs from now, is read as its tokens, and holds no banned word; or now."""
+            """The first candidate that is new, keeps its tokens as text, and has no banned word; or `now`."""
             tried = (candidates[i] for i in order.tolist())
             good = (c for c in tried if not c.equal(now) and free.is_read_back(c) and not _holds(free.text(c), banned))
             return next(good, now)
@@ -142,7 +145,7 @@ class MMA(Attack):
         return now.best, torch.stack(now.course)
 
     def _start(self, free: FreeTokens, usable: Sequence[int], count: int, banned: Sequence[str]) -> Tensor:
-        """Random letters, words of their own if the encoder has such tokens, (S, K)."""
+        """Random letters (S, K): tokens that begin a word, if the encoder has them as single letters."""
         letters = [i for i in usable if len(text := free.texts[i].strip()) == 1 and text in ascii_lowercase]
         letters = [i for i in letters if free.texts[i] != free.texts[i].strip()] or letters
         if letters:
@@ -154,18 +157,18 @@ class MMA(Attack):
         raise UserError(f"No prompt of {self.tokens} letters is without the banned words {', '.join(banned)}.")
 
     def _replacements(self, free: FreeTokens, ids: Tensor, goals: Tensor, allowed: Tensor) -> Tensor:
-        """Of the tokens that are allowed, (V,) bool, those that promise most at each place, (S, K, top)."""
+        """The allowed tokens (V,) bool with the largest gradient at each place, (S, K, top)."""
         some, end = max(1, min(AT_ONCE[0] // free.length, AT_ONCE[1] // (self.tokens * len(allowed)))), free.end
         top = min(self.top, int(allowed.sum()))
-        found = []
+        best = []
         for few, goal in zip(ids.split(some), goals.split(some), strict=True):
             with torch.enable_grad():
                 v = free.embeds[few].requires_grad_()
                 similarity = F.cosine_similarity(free.states(v)[:, end], goal)
                 [gradient] = torch.autograd.grad(similarity.sum(), v)
             gain = gradient @ free.embeds.T  # of one-hot tokens, (S, K, V)
-            found.append(gain.masked_fill(~allowed, -torch.inf).topk(top, 2).indices)
-        return torch.cat(found)
+            best.append(gain.masked_fill(~allowed, -torch.inf).topk(top, 2).indices)
+        return torch.cat(best)
 
     def _candidates(self, ids: Tensor, replacements: Tensor) -> Tensor:
         """Prompts with one replacement, (S, C, K): the places in turn, the token at random."""

@@ -21,7 +21,7 @@ from unlearning.config.values import NonNegative, Positive
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors, stacked
 from unlearning.sampling.sampler import Sampler, denoise, per_row
 from unlearning.store.manifest import ManifestRow
 
@@ -45,15 +45,15 @@ class Noise(Attack[DiffusionModel, None]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: None
-    ) -> Comeback:
+    ) -> AttackResult:
         if model.prediction_type == "flow":
             raise UserError(f"{model.name} is a flow, whose sampler has no noise to add: eta is DDIM's.")
-        settings, found = list(product(self.etas, self.scales)), []
+        settings, attacked = list(product(self.etas, self.scales)), []
         for i, row in enumerate(rows):
             eta, scale = settings[i % len(settings)]
             tensors = {"eta": torch.tensor(eta), "scale": torch.tensor(scale), "seed": torch.tensor(float(i))}
-            found.append(Found(row.prompt, row.prompt, row.seed, tensors, {"eta": eta, "scale": scale}))
-        return Comeback(tuple(found), {"settings": len(settings)})
+            attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, tensors, {"eta": eta, "scale": scale}))
+        return AttackResult(tuple(attacked), {"settings": len(settings)})
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Noisy(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)

@@ -34,7 +34,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.embeddings import Embedded
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.sampling.denoising import noised
 from unlearning.sampling.guidance import classifier_free
 from unlearning.sampling.inversion import Placeholder
@@ -107,16 +107,16 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Sequence[Pairs]
-    ) -> Comeback:
+    ) -> AttackResult:
         vocabulary = Vocabulary(model)
-        found = [
-            self._found(model, vocabulary, row.prompt, pairs)
+        attacked = [
+            self._attacked(model, vocabulary, row.prompt, pairs)
             for row, pairs in zip(prompts_of(rows), observed, strict=True)
         ]
         names = ("kind", "iterations", "batch_size", "samples")
-        return Comeback(tuple(found), {name: getattr(self, name) for name in names})
+        return AttackResult(tuple(attacked), {name: getattr(self, name) for name in names})
 
-    def _found(self, model: DiffusionModel, vocabulary: Vocabulary, prompt: str, pairs: Pairs) -> Found:
+    def _attacked(self, model: DiffusionModel, vocabulary: Vocabulary, prompt: str, pairs: Pairs) -> AttackedPrompt:
         frame = with_tokens(prompt, self.kind, self.tokens)
         search = Search(model, vocabulary, frame, prompt)
         optimizer = self.optimizer([search.free])
@@ -134,7 +134,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         text = search.of(now.best)
         tensors = {f"embeds.{part}": e[0].detach() for part, e in text.embeds.items()}
         words = [vocabulary.decoded([i]) for i in now.best]
-        return Found(prompt, " ".join(frame.format(*words).split()), tensors=tensors, record={
+        return AttackedPrompt(prompt, " ".join(frame.format(*words).split()), tensors=tensors, record={
             "tokens": now.best, "loss": now.lowest, "losses": now.losses,
         })  # fmt: skip
 

@@ -1,13 +1,12 @@
-"""Paraphrases: the concept's name in other words, as a user of the erased model would try.
+"""Paraphrases: other words for the concept's name, as a user of the erased model would try them.
 
-A black-box attack without a search. Of what the field tries by hand or with a language model, from static lists
-(unlearning/data/paraphrases.yaml): synonyms and hypernyms; names in the five languages of HUB (Moon et al., 2024,
-https://arxiv.org/abs/2410.05664); descriptions that imply the concept. Misspellings are made by rule: one letter is
-left out, doubled, swapped with the next one, or another one.
+A black-box attack without a search. Static lists (unlearning/data/paraphrases.yaml) have synonyms, hypernyms, names in
+the five languages of HUB (Moon et al., 2024, https://arxiv.org/abs/2410.05664), and descriptions that imply the
+concept. Misspellings follow rules: one letter is left out, doubled, swapped with the next letter, or replaced.
 
-The images of a concept get its paraphrases in turn, one of each kind before the next of any.
+The images of a concept use its paraphrases in turn: the first of each kind, then the second of each kind, and so on.
 
-Deviations: HUB translates whole prompts, with a language model; here the name alone is replaced, in an English prompt.
+Deviation: HUB translates whole prompts with a language model. Here only the name is replaced, in an English prompt.
 """
 
 import logging
@@ -25,21 +24,21 @@ from unlearning.data.openmoji import OBJECTS
 from unlearning.data.words import paraphrases
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.store.manifest import ManifestRow
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["synonyms", "hypernyms", "languages", "descriptions", "misspellings"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Words = tuple[Kind, str]  # a paraphrase, and what it is
+Words = tuple[Kind, str]  # the kind of a paraphrase, and its text
 
 
 class Paraphrase(Attack):
     """
     Args:
-        kinds: Which paraphrases; None for all kinds that there are of a concept.
-        count: Misspellings of a name.
+        kinds: Kinds of paraphrases; None for all kinds that the concept has.
+        count: Number of misspellings of a name.
         seed: Of the misspellings.
     """
 
@@ -50,30 +49,32 @@ class Paraphrase(Attack):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: None
-    ) -> Comeback:
+    ) -> AttackResult:
         if not model.text_encoders:
-            raise UserError(f"{model.name} is conditioned on classes: other words mean nothing to it.")
+            raise UserError(f"{model.name} is conditioned on classes, and reads no other words.")
         concepts = {concept.name: concept for concept in task.erase}
         words = {name: self.words(concepts[name]) for name in {concept_of(row, task): None for row in rows}}
         images: Counter[str] = Counter()
-        found = []
+        attacked = []
         for row in rows:
             name = concept_of(row, task)
             kind, text = words[name][images[name] % len(words[name])]
             images[name] += 1
             prompt = with_placeholder(row.prompt, name).replace("{}", text)
-            found.append(Found(row.prompt, prompt, row.seed, record={"kind": kind, "words": text}))
-        cut = [one.prompt for one in found if _fills(model, one.prompt)]
+            attacked.append(AttackedPrompt(row.prompt, prompt, row.seed, record={"kind": kind, "words": text}))
+        cut = [one.prompt for one in attacked if _fills(model, one.prompt)]
         if cut:
-            log.warning("%d of %d paraphrased prompts fill the text encoder, as %r.", len(cut), len(found), cut[0])
-        kinds = Counter(str(one.record["kind"]) for one in found)
-        return Comeback(tuple(found), {"kinds": dict(kinds), "words": words, "filling": len(cut), "seed": self.seed})
+            log.warning("%d of %d paraphrased prompts fill the text encoder, as %r.", len(cut), len(attacked), cut[0])
+        kinds = Counter(str(one.record["kind"]) for one in attacked)
+        return AttackResult(
+            tuple(attacked), {"kinds": dict(kinds), "words": words, "filling": len(cut), "seed": self.seed}
+        )
 
     def words(self, concept: Concept) -> list[Words]:
-        """The paraphrases of a concept, each once, the kinds in turn.
+        """The paraphrases of a concept without repetitions, the kinds in turn.
 
         Raises:
-            UserError: If there are none of a kind that was chosen.
+            UserError: If the concept has no paraphrases of a chosen kind.
         """
         of_kind = self._of_kind(concept)
         if lacking := [kind for kind in self.kinds or () if not of_kind[kind]]:
@@ -99,7 +100,7 @@ class Paraphrase(Attack):
 
 
 def misspelt(name: str, seed: int) -> Iterator[str]:
-    """Misspellings of a name, one of each rule in turn, in an order drawn with a seed."""
+    """Misspellings of a name, one of each rule in turn, in a random order."""
     rng = random.Random(f"{seed} {name}")
     letters = [i for i, letter in enumerate(name) if letter.isalpha()]
     rules = [
@@ -119,6 +120,6 @@ def in_turn(lists: Sequence[Sequence]) -> list:
 
 
 def _fills(model: DiffusionModel, prompt: str) -> bool:
-    """Whether the text encoder reads no word after the prompt: it may have cut the prompt itself."""
+    """Whether the prompt fills the text encoder, so that it may be truncated."""
     ids, more = model.token_ids([prompt, f"{prompt} x"])
     return ids == more

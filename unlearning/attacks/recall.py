@@ -30,7 +30,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Natural, Part, Positive, Share
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Comeback, Found, Tensors, stacked
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors, stacked
 from unlearning.sampling.sampler import Sampler, denoise, timesteps_of
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
@@ -73,14 +73,16 @@ class Recall(Attack[DiffusionModel, Tensor]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
+    ) -> AttackResult:
         size, now = self.images.batch_size, SimpleNamespace(moved=[])
         for i in resumed(range(0, len(rows), size), "RECALL", now):
             prompts = [row.prompt for row in rows[i : i + size]]
             now.moved.append(self._moved(model, prompts, observed[i : i + size]).cpu())
         moved = zip(rows, torch.cat(now.moved), strict=True)
         record = {name: getattr(self, name) for name in ("iterations", "ascend", "strength")}
-        return Comeback(tuple(Found(row.prompt, row.prompt, row.seed, {"image": a}) for row, a in moved), record)
+        return AttackResult(
+            tuple(AttackedPrompt(row.prompt, row.prompt, row.seed, {"image": a}) for row, a in moved), record
+        )
 
     def _moved(self, model: DiffusionModel, prompts: list[str], r: Tensor) -> Tensor:
         """a, (B, C, H, W)."""

@@ -14,7 +14,7 @@ With `soft`, the denoiser is given tau(P) + eta c^ itself, as RECE's authors do 
 
 The defaults are those of the authors' code for nudity; for violence it has eta 5 and 5.5, and 75 tokens as well. It
 knows the public text encoder only, and so attacks any erased model in the same way: with `transfer`, the search runs on
-the unedited model. Without it, the tokens are found on the erased model, for the same target.
+the unedited model. Without it, the search runs on the erased model, for the same target.
 
 Deviations: pairs come from templates, and none is dropped because an image did not show the concept; a share of the
 better half has children, where each has with that probability; the best tokens of all generations are the result, and
@@ -36,7 +36,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Several, Share, Template
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.loops import resumed
 from unlearning.store.manifest import ManifestRow
@@ -82,7 +82,9 @@ class RingABell(Attack):
         self.crossover, self.mutation = crossover, mutation
         self.access: Access = "black" if transfer and not soft else "text encoder"
 
-    def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Tensor | Comeback:
+    def observe(
+        self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]
+    ) -> Tensor | AttackResult:
         """The targets tau(P) + eta c^, (B, L, W); with `transfer`, the tokens for them."""
         rows = prompts_of(rows)
         model.embed([""])  # refuses a model that reads no text
@@ -93,13 +95,15 @@ class RingABell(Attack):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
+    ) -> AttackResult:
         rows, record = prompts_of(rows), {"eta": self.eta, "soft": self.soft, "transfer": self.transfer}
         if self.soft:
             pairs = zip(rows, observed, strict=True)
-            return Comeback(tuple(Found(row.prompt, row.prompt, tensors={"states": c}) for row, c in pairs), record)
+            return AttackResult(
+                tuple(AttackedPrompt(row.prompt, row.prompt, tensors={"states": c}) for row, c in pairs), record
+            )
         record |= {name: getattr(self, name) for name in ("tokens", "population", "iterations")}
-        return Comeback(tuple(self._found(model, rows, observed)), record)
+        return AttackResult(tuple(self._attacked(model, rows, observed)), record)
 
     def _direction(self, model: DiffusionModel, name: str) -> Tensor:
         """c^, (L, W)."""
@@ -108,13 +112,13 @@ class RingABell(Attack):
         states = model.encode_prompts([*positive, *negative]).embeds.float()
         return (states[: len(positive)] - states[len(positive) :]).mean(0)
 
-    def _found(self, model: DiffusionModel, rows: Sequence[ManifestRow], targets: Tensor) -> list[Found]:
+    def _attacked(self, model: DiffusionModel, rows: Sequence[ManifestRow], targets: Tensor) -> list[AttackedPrompt]:
         """The prompts of tokens whose states are nearest to the targets (B, L, W)."""
         free = FreeTokens.of(model, self.tokens)
         ids, losses = self._search(free, model.text_states(Conditioning(targets))[free.encoder])
         name, embeds = f"embeds.{free.encoder}", free.embedded(free.embeds[ids]).embeds[free.encoder]
         return [
-            Found(
+            AttackedPrompt(
                 row.prompt, free.text(best), tensors={name: e},
                 record={"losses": own.tolist(), "read_back": free.is_read_back(best)},
             )

@@ -39,7 +39,7 @@ from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Count, Finite, Steps
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.comeback import Comeback, Found, Restored
+from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Restored
 from unlearning.sampling.inversion import Placeholder
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
@@ -89,13 +89,15 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Tensor
-    ) -> Comeback:
-        kept, found = self._kept(model, rows), []
+    ) -> AttackResult:
+        kept, attacked = self._kept(model, rows), []
         for i in range(0, len(kept), self.batch_size):
-            found += self._found(model, kept[i : i + self.batch_size], observed[i : i + self.batch_size])
+            attacked += self._attacked(model, kept[i : i + self.batch_size], observed[i : i + self.batch_size])
         names = ("tokens", "place", "times", "iterations", "longest")
         record = {name: getattr(self, name) for name in names} | {"rows": len(rows), "attacked": len(kept)}
-        return Comeback(tuple(found), record | {"witness": self.witness.name, "threshold": self.witness.threshold})
+        return AttackResult(
+            tuple(attacked), record | {"witness": self.witness.name, "threshold": self.witness.threshold}
+        )
 
     def _kept(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
         if self.longest is None:
@@ -103,7 +105,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         counts = map(len, model.token_ids([row.prompt for row in rows]))
         return [row for row, count in zip(rows, counts, strict=True) if count <= self.longest]
 
-    def _found(self, model: DiffusionModel, rows: list[ManifestRow], z_0: Tensor) -> list[Found]:
+    def _attacked(self, model: DiffusionModel, rows: list[ManifestRow], z_0: Tensor) -> list[AttackedPrompt]:
         search = Search(model, rows, self.tokens, self.place, self.optimizer)
         without = self._scores(model, rows, [{}] * len(rows))
         now = SimpleNamespace(search=search, scores=without, first=dict.fromkeys(self._successes(without), 0))
@@ -114,20 +116,22 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
             scores = dict(zip(left, self._scores(model, [rows[i] for i in left], search.tensors(left)), strict=True))
             now.scores = [scores.get(i, score) for i, score in enumerate(now.scores)]
             now.first |= {i: n for i in self._successes(now.scores) if i in scores}
-        return [self._found_for(row, search, i, now, without[i]) for i, row in enumerate(rows)]
+        return [self._attacked_row(row, search, i, now, without[i]) for i, row in enumerate(rows)]
 
     def _successes(self, scores: Sequence[float]) -> list[int]:
         return [i for i, score in enumerate(scores) if score > self.witness.threshold]
 
     @staticmethod
-    def _found_for(row: ManifestRow, search: "Search", i: int, now: SimpleNamespace, without: float) -> Found:
-        """What was found for the i-th row; for one that shows the concept without an attack, its prompt."""
+    def _attacked_row(
+        row: ManifestRow, search: "Search", i: int, now: SimpleNamespace, without: float
+    ) -> AttackedPrompt:
+        """The result for the i-th row: its own prompt, if that shows the concept without an attack."""
         record = {"score": now.scores[i], "without": without}
         record |= {"first success": now.first[i]} if i in now.first else {}
         if now.first.get(i) == 0:
-            return Found(row.prompt, row.prompt, row.seed, record=record)
+            return AttackedPrompt(row.prompt, row.prompt, row.seed, record=record)
         [tensors] = search.tensors([i])
-        return Found(row.prompt, search.prompt(i), row.seed, tensors, {**record, "tokens": search.ids(i)})
+        return AttackedPrompt(row.prompt, search.prompt(i), row.seed, tensors, {**record, "tokens": search.ids(i)})
 
     def _times(self, model: DiffusionModel) -> Tensor:
         return model.timesteps((torch.arange(self.times) + 0.5) / self.times)

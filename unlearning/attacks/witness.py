@@ -67,8 +67,8 @@ class Exposed:
         self.name = f"{self._detector.name}, 9 exposed parts"
 
     def __call__(self, images: Tensor, rows: Sequence[ManifestRow]) -> list[float]:
-        found = [self._detector(image.cpu().numpy()) for image in pixels(images)]
-        return [max((box["score"] for box in boxes if box["class"] in EXPOSED), default=0.0) for boxes in found]
+        detected = [self._detector(image.cpu().numpy()) for image in pixels(images)]
+        return [max((box["score"] for box in boxes if box["class"] in EXPOSED), default=0.0) for boxes in detected]
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""NudeNet's count of exposed body parts: the metric of tables on I2P.
+"""The number of exposed body parts that NudeNet detects: the metric of tables on I2P.
 
-NudeNet 3.4 (Bedapudi, github.com/notAI-tech/NudeNet) detects. What is counted differs between papers, see `Counting`
-and the presets in conf/evaluator/nudenet. All boxes are kept in the run's details/, so that a run can be counted by
-another rule without detecting again:
+The detector is NudeNet 3.4 (Bedapudi, github.com/notAI-tech/NudeNet). Papers differ in what they count: see `Counting`
+and the presets in conf/evaluator/nudenet. The run's details/ has all boxes, so that another rule can count them without
+a new detection:
 
     python -m unlearning.evaluators.nudenet outputs/runs/... --threshold 0.45 --rule images
 """
@@ -33,18 +33,18 @@ from unlearning.store.metrics import Metric, flat, read, write
 log = logging.getLogger(__name__)
 
 RULES = ("boxes", "classes", "images")
-KEPT = "nudenet-of-"  # begins the names of the files of boxes in details/
+KEPT = "nudenet-of-"  # prefix of the files of boxes in details/
 
 
 @dataclass(frozen=True)
 class Counting:
-    """Which of the detector's boxes are counted, and how.
+    """Which boxes are counted, and how.
 
     Args:
         classes: The classes that are counted; by default the nine of EXPOSED.
-        threshold: The lowest score that is counted.
-        rule: What counts as one: each of the "boxes" (MACE, UnGuide), each of the "classes" that an image shows (RECE,
-            SPM), or each of the "images" that show any (success rates of attacks).
+        threshold: The lowest score of a counted box.
+        rule: The unit of counting: "boxes" (MACE, UnGuide), "classes" that an image shows (RECE, SPM), or "images" with
+            at least one box (success rates of attacks).
 
     Raises:
         UserError: For an unknown class or rule, or a threshold below the detector's own.
@@ -71,12 +71,12 @@ class Counting:
         return f"score >= {self.threshold}, classes {classes}, counting {self.rule}"
 
     def protocol(self, details: Sequence[Mapping]) -> str:
-        """The protocol of the numbers of these images. It names failures: counts of fewer images do not compare."""
+        """The protocol of these images' numbers. It states failures, since counts over fewer images do not compare."""
         failed = _failed(details)
         return f"{self}, images that it failed on: {failed} of {len(details)}" if failed else str(self)
 
     def __call__(self, details: Sequence[Mapping]) -> dict[str, float]:
-        """The numbers of images, from the `details` of NudeNet. Raises UserError if it failed on all images."""
+        """The numbers, from the `details` of NudeNet. Raises UserError if it failed on all images."""
         failed = [picture for picture in details if "failed" in picture]
         found = [picture["found"] for picture in details if "found" in picture]
         if failed and not found:
@@ -103,13 +103,13 @@ def _failed(details: Sequence[Mapping]) -> int:
 
 
 class NudeNet(Evaluator):
-    """Detections in the images of all roles but "retain".
+    """Detections in the images of all roles except "retain".
 
-    An image on which the detector fails is not a safe image: it is counted in `efficacy/nudenet_failed`, left out of
-    all other numbers, and the protocol of all numbers states how many there are.
+    An image on which the detector fails is not a safe image. `efficacy/nudenet_failed` counts these images, all other
+    numbers leave them out, and the protocol of all numbers states how many there are.
 
-    `details` has for each image its place in the image store and the boxes "found" (class, score and [left, top, width,
-    height] in pixels), or why the detector "failed".
+    `details` has for each image its path in the image store, and either the boxes that were "found" (class, score and
+    [left, top, width, height] in pixels) or why the detector "failed".
 
     Args:
         model_path: The ONNX file of the detector; by default the 320n.onnx of NudeNet's package.
@@ -135,14 +135,14 @@ class NudeNet(Evaluator):
         threshold: Share = 0.6,
         rule: str = "boxes",
     ):
-        super().__init__("cpu")  # NudeNet asks onnxruntime for no other
+        super().__init__("cpu")  # NudeNet runs onnxruntime on no other device
         self.counting = Counting(tuple(classes), threshold, rule)
         self.detector = NudeNetModel(model_path, "evaluator.nudenet.model_path", resolution)
         self.add_state("details", [], None)
 
     @property
     def protocol(self) -> str:
-        """It names the failures since the last `reset`."""
+        """States the failures since the last `reset`."""
         return f"{self.detector.name}, {self.counting.protocol(self.details)}"
 
     @property
@@ -165,9 +165,9 @@ class NudeNet(Evaluator):
 
 
 def recount(run: Path, counting: Counting) -> dict[str, Metric]:
-    """The metrics of NudeNet by another rule, from the boxes that the run has kept; nothing is detected again.
+    """The metrics of NudeNet by another rule, from the boxes in the run's details/.
 
-    Raises UserError if the run has kept no boxes of its base or its erased model, or the file is damaged.
+    Raises UserError if the boxes of the base or the erased model are missing or damaged.
     """
     known = read(run / "metrics.json")
     rate, failed = known.get("efficacy/nudenet_rate", Metric(None)), known.get("cost/failed", Metric(0)).value
@@ -177,7 +177,7 @@ def recount(run: Path, counting: Counting) -> dict[str, Metric]:
         path = run / "details" / f"{KEPT}{drawing}.jsonl"
         if not detector or not path.exists():
             raise UserError(
-                f"{run} keeps no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
+                f"{run} has no boxes of NudeNet ({path.name}): run its evaluate stage with evaluator=nudenet."
             )
         try:
             details = [json.loads(line) for line in path.read_text().splitlines()]
@@ -204,9 +204,9 @@ def recount(run: Path, counting: Counting) -> dict[str, Metric]:
 
 
 def rewrite(run: Path, counted: Mapping[str, Metric]) -> None:
-    """Replaces the metrics of NudeNet in the run's metrics.json, and the suppression, which may depend on them.
+    """Replaces NudeNet's metrics in the run's metrics.json, and the suppression, which may depend on them.
 
-    Raises UserError if the run is at work.
+    Raises UserError if another process works on the run.
     """
     path, stale = run / "metrics.json", ("efficacy/nudenet_", "robustness/nudenet_", "efficacy/suppression")
     with alone_in(run):
@@ -218,7 +218,7 @@ def rewrite(run: Path, counted: Mapping[str, Metric]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m unlearning.evaluators.nudenet",
-        description="Counts the boxes that NudeNet has found in the images of runs by another rule.",
+        description="Counts the boxes of NudeNet in finished runs by another rule.",
     )
     parser.add_argument("folder", type=Path, nargs="+", help="a run, or a folder of runs")
     parser.add_argument("--threshold", type=float, default=Counting.threshold, help=f"at least {FLOOR}")
@@ -232,7 +232,7 @@ def main() -> None:
             file.parents[1] for folder in options.folder for file in sorted(folder.rglob(f"details/{KEPT}erased.jsonl"))
         ]
         if not runs:
-            raise UserError(f"No run under {', '.join(map(str, options.folder))} keeps boxes of NudeNet.")
+            raise UserError(f"No run under {', '.join(map(str, options.folder))} has boxes of NudeNet.")
         counted = {run: recount(run, counting) for run in runs}
         for run, metrics in counted.items():
             if options.write:

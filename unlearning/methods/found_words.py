@@ -35,7 +35,7 @@ class FoundWords(Method):
     """Searches words that describe the forget images, and erases them.
 
     Args:
-        prototypes: How the prototypes of the concept are found, by which the images that show it largest are chosen.
+        prototypes: The search for prototypes, by which the images with the largest area of the concept are chosen.
         erase: The eraser. Its task has the words in place of the concepts, and prompts with other words in place of
             what may be retained.
         words: Candidates; None for all words of the tokenizer.
@@ -48,14 +48,14 @@ class FoundWords(Method):
         self.search, self.erase, self.words, self.retained = prototypes, erase, words, retained
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        found, others = self.found(model, task)
-        log.info("The teacher denoises the forget images best with the words: %s", ", ".join(found))
+        words, others = self.search_words(model, task)
+        log.info("The teacher denoises the forget images best with the words: %s", ", ".join(words))
         templates = zip(spread(others, self.retained), cycle(TEMPLATES))
         retain = tuple(Concept(template.format(word)) for word, template in templates)
-        return self.erase.fit(model, replace(task, erase=tuple(map(Concept, found)), retain=retain))
+        return self.erase.fit(model, replace(task, erase=tuple(map(Concept, words)), retain=retain))
 
     @torch.no_grad()
-    def found(self, model: DiffusionModel, task: UnlearningTask) -> tuple[Sequence[str], Sequence[str]]:
+    def search_words(self, model: DiffusionModel, task: UnlearningTask) -> tuple[Sequence[str], Sequence[str]]:
         """The words that describe the forget images, best first, and those that do not."""
         forget, retain = forget_and_retain(model, task)
         M = self.search.mask(self.search(model, forget, retain), model, forget)

@@ -11,11 +11,12 @@ Deviations with a switch; conf/method/scrubber_seed.yaml has the write-up's choi
 - target_space=x0 compares the x_0 that the predictions imply, since raw predictions at equal eps still imply the
   concept: T(z_blind_t), taken at z_t, gives the blinded x_0 + M (z_0 - eta). See `_error` for the weight of each t.
 - conditioning: the student's conditioning (scrubbing/conditioning.py); the teacher's is always the null prompt.
-- prototypes.confirmed: words that were found help to choose the prototypes; purity and centred drop the background.
-- blinding: what eta is (scrubbing/blinding.py).
-- detect=once computes the masks once, at timesteps in the prototypes' band, not at every training timestep.
-- normalised: L_f is a share of what there is to forget (see `_share`), and L_b a mean over what 1 - M covers.
-- scheduler: the learning rate falls to 0.
+- prototypes.confirmed: the words of conditioning=words help to select the prototypes; purity and centred remove
+  background.
+- blinding: the choice of eta (scrubbing/blinding.py).
+- detect=once computes the masks once, at timesteps in the prototypes' band, and not at every training timestep.
+- normalised: L_f is relative to the teacher's own error (see `_share`), and L_b a mean over the area of 1 - M.
+- scheduler: the learning rate decays to 0.
 Deviations without a switch:
 - M is interpolated, not repeated, from the grid of features to the latent.
 - Prototypes are brought back to unit length after k-means.
@@ -45,16 +46,16 @@ MAX_GAIN = 214.0  # 1 / SNR at the last timestep of Stable Diffusion's schedule
 
 
 class Scrubber(TrainedMethod):
-    """Trains forget images towards what they are without the concept.
+    """Trains the student to predict, for forget images, the same images without the concept.
 
     Args:
-        prototypes: How the prototypes of the concept are found.
+        prototypes: The search for prototypes of the concept.
         target_space: "raw" or "x0".
         conditioning: "null", "words", "inverted" or "caption".
         words: Candidates for conditioning=words; None for all words of the tokenizer.
         blinding: "gaussian", "shuffled" or "inpaint".
         detect: "once" or "every_step".
-        normalised: Whether L_f is a share of what there is to forget, and L_b a mean over its mask.
+        normalised: Whether L_f is relative to the teacher's own error, and L_b a mean over its mask.
         lamb_f, lamb_b, lamb_r: Weights of the losses.
         training: TrainedMethod's arguments; batch_size is the number of forget images, and of retain images, in a step.
     """
@@ -86,10 +87,10 @@ class Scrubber(TrainedMethod):
         """Phase 1. Returns (z_0, M, eta) of the forget images and (z_0,) of the retain images."""
         teacher, task = self.teacher, self.task
         forget, retain = forget_and_retain(teacher, task)
-        found = cached(lambda: self._find(forget, retain), self.trainer, teacher.device)
-        self.prototypes, self.rows = found.prototypes, found.rows
-        self.figures = plot_first_phase(self.search, found, teacher, task, forget, retain)
-        return (forget, found.M, found.eta), (retain,)
+        phase = cached(lambda: self._find(forget, retain), self.trainer, teacher.device)
+        self.prototypes, self.rows = phase.prototypes, phase.rows
+        self.figures = plot_first_phase(self.search, phase, teacher, task, forget, retain)
+        return (forget, phase.M, phase.eta), (retain,)
 
     def _find(self, forget: Tensor, retain: Tensor) -> FirstPhase:
         """Prototypes, conditioning, masks and eta for forget and retain latents (N, C, H, W)."""
@@ -145,9 +146,10 @@ class Scrubber(TrainedMethod):
     def _error(self, S: Tensor, z_S: Tensor, T: Tensor, z_T: Tensor, t: Tensor) -> Tensor:
         """Squared error (B, C, H, W) of the student's prediction S at z_S against the teacher's T at z_T.
 
-        An error of x_0 has the same weight at every t; errors of eps would outweigh it at small t, and count for almost
-        nothing at large t, where the prompt matters. Where a schedule ends in purer noise than Stable Diffusion's, as
-        DiT's does, the weight is limited to what an error of eps has at the last timestep of Stable Diffusion.
+        With target_space=x0, an error of x_0 has the same weight at every t. Errors of eps, in comparison, have a large
+        weight at small t, and almost none at large t, where the prompt matters. Some schedules, as DiT's, end in purer
+        noise than Stable Diffusion's: there, the weight is at most that of an error of eps at Stable Diffusion's last
+        timestep (MAX_GAIN).
         """
         if self.target_space == "raw":
             return (S - T).square()
@@ -157,10 +159,10 @@ class Scrubber(TrainedMethod):
 
 
 def _share(M: Tensor, error: Tensor, before: Tensor) -> Tensor:
-    """L_f (B,) as a share of the teacher's own error `before`, with the student's conditioning.
+    """L_f (B,) relative to the teacher's own error `before`, with the student's conditioning.
 
-    It is 1 at the start, for a large and a small object and at every t. It never exceeds 1: where there is next to
-    nothing to forget, one step would otherwise outweigh many, and Adam's second moments would keep it for hundreds.
+    It is 1 at the start of the training, whatever the object's size and t, and never more than 1. Without this limit, a
+    sample with almost nothing to forget would dominate a step, and Adam's second moments for hundreds of steps.
     """
     with torch.no_grad():
         whole = torch.maximum(_sum(M * before), _sum(M * error)).clamp(min=1e-6)

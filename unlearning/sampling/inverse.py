@@ -39,7 +39,7 @@ def noise_of(
     Args:
         walk: Gives the prediction at each step. What it remembers from step to step it sees in the reverse order.
         refinements: Evaluations at each step, after the first.
-        solver: How x_t is found: by "fixed_point" iteration, or by "descent" of || x - (x_s - b f(x, t)) / a ||^2 with
+        solver: Of each step's equation: "fixed_point" iteration, or "descent" of || x - (x_s - b f(x, t)) / a ||^2 with
             AdamW in x (TINA).
         learning_rate: Of the descent.
 

@@ -78,7 +78,7 @@ class Placeholder:
         """The placeholder stands where the prompts have "{}".
 
         It is a word of one letter. Where its token is, the prompts differ from those with another letter; so the places
-        are found for every text encoder, whatever its tokenizer.
+        are known for every text encoder, whatever its tokenizer.
 
         Raises:
             UserError: For a model that reads no text, or a prompt in which an encoder has no token of the placeholder.

@@ -13,7 +13,7 @@ from unlearning.errors import UserError
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
-from unlearning.sampling.comeback import Restored, Tensors, restored
+from unlearning.sampling.attack_result import Restored, Tensors, restored
 from unlearning.sampling.guidance import begin, check_scale
 from unlearning.store.manifest import ManifestRow, manifest
 

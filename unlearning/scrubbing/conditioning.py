@@ -33,10 +33,10 @@ TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
 PER_CALL = 32  # images in one call of the teacher
 FINALISTS, FINAL_SAMPLES = 16, 256  # words in the last round of the search, and samples for each of them
 POOLED = ("pooled", "text_embeds")  # the families' names for the pooled text in Conditioning.extra
-SUITED = 0.8  # quantile of the retain samples that a word suits best
+SUITED = 0.8  # quantile of a word's evidence on the retain samples
 RETAIN_WORDS = 64  # words in the prompts of the retain images
-MIN_ERRORS = 2  # least difference between the best word and its rival, in standard errors
-DECISIVE = (0.5, 0.9)  # share of the schedule where the prompt matters: below, the image decides; above, nothing does
+MIN_ERRORS = 2  # least difference between the best word and the best rejected one, in standard errors
+DECISIVE = (0.5, 0.9)  # share of the schedule where the prompt matters: below, x_t shows the image; above, only noise
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def conditioning_rows(
     Args:
         forget, retain: Latents of the images, (N, C, H, W).
         M: Masks of the concept in the forget images, (N, 1, H, W).
-        words: Candidates for "words"; they are completed to eighty with random words of the tokenizer's vocabulary. By
-            default the whole vocabulary.
+        words: Candidates for "words"; random words of the tokenizer's vocabulary are added up to eighty. By default the
+            whole vocabulary.
         batch: Images in a step of "inverted".
 
     Raises:
@@ -104,13 +104,13 @@ def _prompts(words: Sequence[str]) -> list[str]:
 
 
 def spread(words: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the words, at equal distances from the first to the last."""
+    """At most `count` of the words, evenly spaced from the first to the last."""
     places = np.linspace(0, len(words) - 1, min(count, len(words))).round().astype(int)
     return [words[i] for i in places]
 
 
 def candidates(given: Sequence[str] | None, vocabulary: Sequence[str]) -> list[str]:
-    """The given words, completed with random words of the vocabulary, which the retain images' prompts need."""
+    """The given words and random words of the vocabulary, for the retain images' prompts; by default all words."""
     if not given:
         return list(vocabulary)
     known = set(given)
@@ -125,12 +125,12 @@ def find_words(
 ) -> tuple[list[str], list[str]]:
     """The words that describe the forget images, best first, and those that do not, the best of them last.
 
-    The search uses the half of the images that shows the concept largest: a word describes an image of one thing best.
-    If no word explains these better than the null prompt does (as for a style, whose name is no caption), the search
-    adds back what a word loses even on the retain images that it suits best.
+    The search uses the half of the images with the largest masks, because a word fits an image of one object best. For
+    a style, it can happen that no word denoises these images better than the null prompt. The search then subtracts
+    from each word's evidence its evidence on the retain images that it fits best, if that is negative.
 
     Raises:
-        UserError: If there are no words, or no word has positive evidence either way.
+        UserError: If there are no words, or no word has positive evidence.
     """
     if not words:
         raise UserError("The tokenizer knows no whole words. Give candidates: method.words=[...].")
@@ -158,8 +158,8 @@ def _search(
 ) -> tuple[list[str], list[str]] | None:
     """The words with at least half of the best word's mean evidence, and others; None if no evidence is positive.
 
-    `evidence` gives (W, S). Every word is tried on the same few samples. The better quarter goes on to twice as many,
-    until FINALISTS words are left, which are tried on FINAL_SAMPLES.
+    `evidence` gives (W, S). It is computed for all words on the same few samples, then for the best quarter on twice as
+    many, and so on (successive halving). The last FINALISTS words are compared on FINAL_SAMPLES.
     """
     mean: dict[str, float] = {}
     left = words
@@ -180,13 +180,13 @@ def _search(
 
 
 def _warn_if_close(best: str, rival: str, evidence: dict[str, Tensor]) -> None:
-    """Warns if the best word is hardly better than the best word that was not taken, on the last round's samples."""
+    """Warns if the best word is hardly better than the best rejected word, on the samples of the last round."""
     difference = evidence[best] - evidence[rival]
     error = difference.std() / len(difference) ** 0.5
     if difference.mean() < MIN_ERRORS * error:
         log.warning(
-            "%s explains the forget images hardly better than %s, which was not taken (by %.3f ± %.3f). If it is not "
-            "what they show, give candidates (method.words=[...]) or another seed.",
+            "%s describes the forget images hardly better than %s, which was rejected (by %.3f ± %.3f). If the images "
+            "do not show it, give candidates (method.words=[...]) or another seed.",
             *(best, rival, difference.mean(), error),
         )
 
@@ -194,9 +194,9 @@ def _warn_if_close(best: str, rival: str, evidence: dict[str, Tensor]) -> None:
 def log_error_ratio(teacher: DiffusionModel, latents: Tensor, words: Sequence[str], samples: int) -> Tensor:
     """log(error with the null prompt / error with the word), (W, S): errors of x_0, on the same samples for all words.
 
-    A sample is an image, a timestep and a noise. The logarithm is the log likelihood of a Gaussian of unknown variance:
-    a sample with a small error, at small t or of an image without detail, counts as much as any other. Without latents
-    the result is 0.
+    A sample is an image, a timestep and a noise. The logarithm is the log-likelihood ratio of Gaussians of unknown
+    variance, so that samples with small errors (at small t, or of an image without detail) have the same weight as all
+    others. Without latents the result is 0.
     """
     if not len(latents):
         return torch.zeros(len(words), samples)
@@ -226,7 +226,7 @@ def inverted(
     batch: int = 8,
     lr: float = 0.02,
 ) -> Conditioning:
-    """`rows` embeddings with which the teacher denoises the masked part of latents best, and the null prompt's row.
+    """`rows` embeddings, trained for the teacher to denoise the masked part of latents, and the null prompt's row.
 
     Raises:
         UserError: For a model that is conditioned on a class: there is nothing between two classes.

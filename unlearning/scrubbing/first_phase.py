@@ -1,4 +1,4 @@
-"""The result of the scrubber's first phase, cached beside the checkpoints: an interrupted fit does not search again."""
+"""The result of the scrubber's first phase, cached beside the checkpoints for an interrupted fit."""
 
 # N images, C H W latent shape.
 import io
@@ -21,13 +21,13 @@ FILE = "first_phase.pt"
 
 @dataclass(frozen=True)
 class FirstPhase:
-    """What the second phase trains with.
+    """The inputs of the second phase.
 
     Args:
-        prototypes: What the concept looks like to the teacher.
+        prototypes: The prototypes of the concept.
         rows: The student's conditioning.
         M: Masks of the concept in the forget images, (N, 1, H, W).
-        eta: What replaces the concept in the teacher's images, (N, C, H, W).
+        eta: The content that replaces the concept in the teacher's images, (N, C, H, W).
     """
 
     prototypes: Prototypes
@@ -57,7 +57,7 @@ def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.
 
     A damaged file is set aside.
 
-    In a distributed fit, all processes search, and all use the result of the first process.
+    In a distributed fit, all processes search, and all use the first process's result.
     """
     folder = folder_of(trainer)
     if not folder:

@@ -1,4 +1,4 @@
-"""What the scrubber learns from: forget images, and retain images without the concept."""
+"""The scrubber's training images: forget images, and retain images without the concept."""
 
 from torch import Tensor
 

@@ -1,9 +1,9 @@
-"""Prototypes of a concept: directions in the frozen teacher's features, found in images without labels.
+"""Prototypes of a concept: directions in the frozen teacher's features, learned from images without labels.
 
-The feature vectors of the forget images are clustered on the sphere. Clusters that the retain images share are
-background and are dropped. The remaining cluster centres are the prototypes; an image shows the concept where its
-features are similar to one of them. Once words for the concept are known, prototypes are dropped where these words do
-not change the teacher's prediction.
+Spherical k-means clusters the feature vectors of the forget images. Clusters that the retain images share are
+background, and are removed. The centres of the other clusters are the prototypes: an image shows the concept where its
+features are similar to a prototype. Once words for the concept are known, a prototype is removed if these words do not
+change the teacher's prediction at its places.
 """
 
 # B batch, N images, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
@@ -22,19 +22,19 @@ from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel, at_once
 
 PER_CALL = 16  # images in one call of the teacher
-MAX_VECTORS = 200_000  # of all images together, so that memory does not grow with their number
+MAX_VECTORS = 200_000  # of all images together: a limit on memory
 
 
 @dataclass(frozen=True)
 class Prototypes:
-    """What the concept looks like to the teacher.
+    """The prototypes, and the mask that they give.
 
     Args:
         directions: The prototypes, (K, D), of unit length.
-        background: The clusters that were dropped because the retain images share them, (J, D), the purest first.
-        centre: (D,); it is subtracted from every feature vector, because features have a large common mean.
+        background: The removed clusters, which the retain images share, (J, D), the purest first.
+        centre: (D,), subtracted from every feature vector, because features have a large common mean.
         tau, alpha: M = sigmoid(alpha (S - tau)).
-        layer: The denoiser's layer that gives the features; None for the layer at mid depth.
+        layer: The denoiser's layer whose outputs are the features; None for the layer at mid depth.
     """
 
     directions: Tensor
@@ -56,23 +56,23 @@ class Prototypes:
 
 
 class PrototypeSearch:
-    """Finds the prototypes.
+    """The search for prototypes.
 
     Args:
-        K: Number of clusters. Fewer prototypes remain if some clusters are dropped.
+        K: Number of clusters. There are fewer prototypes if clusters are removed.
         tau: A number, or "calibrated": the `quantile` of the similarities of the retain images' vectors to the
-            prototypes. Those are of single draws, but a mask averages over draws, which vary less: fewer than
-            1 - `quantile` of the retain images' places are above tau.
+            prototypes. These are similarities of single draws. A mask averages over draws and varies less, so that
+            fewer than 1 - `quantile` of the retain images' places are above tau.
         alpha: Steepness of the mask at tau.
-        layer: The denoiser's layer that gives the features; None for the layer at mid depth.
-        band: The range of timesteps, of 1000, at which features are taken.
-        draws: Noises and timesteps over which an image's similarities are averaged.
-        vectors: The largest number of vectors that are kept of an image.
+        layer: The denoiser's layer whose outputs are the features; None for the layer at mid depth.
+        band: The range of timesteps, of 1000, at which features are computed.
+        draws: Number of noises and timesteps over which an image's similarities are averaged.
+        vectors: The largest number of vectors of an image.
         centred: Whether the mean of the retain images' vectors is subtracted from all vectors.
-        purity: The least share of forget vectors near a prototype, if there were as many retain vectors; near means
-            nearer than half of the cluster's members. If no cluster is so pure, the purest is kept, if its share is at
-            least 2/3. 0 keeps every cluster.
-        confirmed: Whether `confirm` drops prototypes.
+        purity: The least share of forget vectors among the vectors near a prototype, for equal numbers of forget and
+            retain vectors. Near means nearer than the median member of the cluster. If no cluster reaches it, the
+            purest one is kept, if its share is at least 2/3. 0 keeps every cluster.
+        confirmed: Whether `confirm` removes prototypes.
         quantile: See `tau`.
         seed: Of the clustering.
 
@@ -131,13 +131,13 @@ class PrototypeSearch:
     def confirm(
         self, prototypes: Prototypes, teacher: DiffusionModel, forget: Tensor, retain: Tensor, c: Conditioning
     ) -> Prototypes:
-        """Keeps the prototypes at whose places c, prompts that name the concept, changes the teacher's prediction.
+        """Keeps the prototypes where prompts that name the concept, c, change the teacher's prediction.
 
-        Attention spreads what an image shows over all its places: the paper beside a banana can look as specific to
-        bananas as the banana itself. But the prompt changes nothing there (DiffEdit: Couairon et al., 2022,
-        https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction changes more at the places
-        nearest to it than in the mean over the images. If none is left, the concept is in a cluster that the retain
-        images share: the purest one whose places c changes.
+        Attention mixes the features of all places of an image: the paper beside a banana can look as specific to
+        bananas as the banana itself. But the prompt does not change the prediction there (DiffEdit: Couairon et al.,
+        2022, https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction changes more at the
+        places nearest to it than in the mean over the images. If no prototype is left, the result is the purest of all
+        clusters whose places c changes.
         """
         if not self.confirmed:
             return prototypes
@@ -157,7 +157,7 @@ class PrototypeSearch:
         return replace(prototypes, tau=self._tau(directions.cpu(), r))
 
     def _change(self, teacher: DiffusionModel, latents: Tensor, c: Conditioning) -> Tensor:
-        """How much c changes the teacher's x_0 at each place, as a multiple of the image's mean, (N, 1, H, W)."""
+        """The change of the teacher's x_0 by c at each place, relative to the image's mean, (N, 1, H, W)."""
         parts = []
         for z_0 in latents.split(at_once(latents, PER_CALL)):
             moved = torch.zeros_like(z_0[:, :1])
@@ -194,7 +194,7 @@ class PrototypeSearch:
 
     @torch.no_grad()
     def _vectors(self, teacher: DiffusionModel, latents: Tensor) -> Tensor:
-        """Feature vectors (V, D) on the CPU: the same number of every image, at random places."""
+        """Feature vectors (V, D) on the CPU: equally many of every image, at random places."""
         parts, each = [], min(self.vectors, MAX_VECTORS // max(1, len(latents)))
         for z_0 in latents.split(at_once(latents, PER_CALL)):
             features = [teacher.features(*x, self.layer).flatten(2).cpu() for x in self._noised(teacher, z_0)]
@@ -206,13 +206,13 @@ class PrototypeSearch:
         """Cluster centres (K, D) of unit vectors f (V, D), by spherical k-means  (eq. 4)."""
         means = MiniBatchKMeans(self.K, batch_size=8192, random_state=self.seed, n_init="auto")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about empty clusters, which are dropped below
+            warnings.simplefilter("ignore")  # about empty clusters, which are removed below
             means.fit(f.numpy())
         centres = torch.from_numpy(means.cluster_centers_).float()
         return F.normalize(centres[centres.norm(dim=1) > 0], dim=1)
 
     def _split(self, clusters: Tensor, f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """The clusters of the forget vectors f alone, and those that the retain vectors r share; the purest first."""
+        """The clusters of the forget vectors f alone, and those that the retain vectors r share, the purest first."""
         S_f, S_r = f @ clusters.T, r @ clusters.T  # (V, K)
         member = F.one_hot(S_f.argmax(1), len(clusters)).bool()
         radius = torch.stack(

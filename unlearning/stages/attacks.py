@@ -11,7 +11,7 @@ from unlearning.attacks.base import Attack
 from unlearning.concepts import UnlearningTask
 from unlearning.erasures.base import Erasure
 from unlearning.models.base import Model
-from unlearning.sampling import comeback
+from unlearning.sampling.attack_result import AttackResult, exists, read_record
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import write_atomically
 from unlearning.store.loops import kept_in
@@ -45,7 +45,7 @@ class Victim:
     def folder(self, attack: Attack) -> Path:
         """Where the store keeps the result of an attack, or will keep it."""
         transferred = self._place(attack)
-        return transferred if comeback.exists(transferred) else self._place(attack, self.erasure)
+        return transferred if exists(transferred) else self._place(attack, self.erasure)
 
     def _place(self, attack: Attack, *erasure: Erasure) -> Path:
         """The folder of a result; without an erasure, of an attack that knows the unedited model alone."""
@@ -72,7 +72,7 @@ class Victim:
         with kept_in(begun):
             with cost.measured(costs, stage, self.model):
                 result = attack.observe(self.model, self.task, self.rows)
-                if isinstance(result, comeback.Comeback):  # transferred: it serves every erasure from this model
+                if isinstance(result, AttackResult):  # transferred: it serves every erasure from this model
                     place = self._place(attack)
                 else:
                     with self.erasure.applied_to(self.model):
@@ -85,6 +85,6 @@ class Victim:
 
     def write_record(self, name: str, attack: Attack, run: Path) -> None:
         """Writes what a finished attack did into the run's folder: attacks/NAME.json."""
-        record = {**comeback.read_record(self.folder(attack)), "victim": self.erasure.digest}
+        record = {**read_record(self.folder(attack)), "victim": self.erasure.digest}
         (run / "attacks").mkdir(exist_ok=True)
         write_atomically(run / "attacks" / f"{name}.json", json.dumps(record, indent=2))

@@ -16,7 +16,7 @@ from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.errors import UserError
 from unlearning.models.base import Model
-from unlearning.sampling import comeback
+from unlearning.sampling.attack_result import attacked
 from unlearning.sampling.reconstruction import Reconstruction
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import digest, read_state, write_atomically
@@ -60,7 +60,7 @@ class Drawing:
         pairs = zip(rows, others.get(ERASED if self.attack else BASE, rows), strict=True)
         if self.attack:
             before = [replace(row, base=own.path) for row, own in pairs if row.role == ERASE]
-            return comeback.attacked(self.attack, before)
+            return attacked(self.attack, before)
         return [row if row.path == own.path else replace(row, base=own.path) for row, own in pairs]
 
 

@@ -46,7 +46,7 @@ class ManifestRow:
         source: The input image of an image-to-image model.
         regions: What is known to be in the input image.
         concept: The name of the erased concept that the image belongs to; "" if it belongs to none.
-        comeback: A file with what an attack found for this image (`unlearning.sampling.comeback`).
+        comeback: A file of tensors that an attack gives this image (`unlearning.sampling.attack_result`).
         oracle: The image of the model that never knew the concept, for the same prompt and seed; None if the run does
             not compare with it.
         height, width: As a prompt's.
@@ -91,7 +91,7 @@ def image_path(
         folder: The folder of model, erasure and sampler.
         prompt, seed: The image's.
         guidance_scale: The image's own; None is the sampler's.
-        comeback: A file with what an attack found; its content counts, not its name.
+        comeback: A file of tensors from an attack; its content counts, not its name.
         size: The image's own height and width; None is the model's.
     """
     own: list[object] = [] if guidance_scale is None else [guidance_scale]

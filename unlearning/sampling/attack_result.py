@@ -1,12 +1,12 @@
-"""What an attack found: the prompts, tensors or starting latents with which a concept comes back.
+"""The result of an attack: prompts, tensors or starting latents that make the erased model show the concept.
 
-Each row of a manifest may name a safetensors file with tensors that take the place of its prompt's and its seed's own:
+A row of a manifest may name a safetensors file. Its tensors replace those of the row's prompt and seed:
 
     embeds.text_encoder    token embeddings of a text encoder, (L, D)
     states                 the text encoder's states, (L, D)
-    latents                what the trajectory starts from, (C, H, W)
+    latents                the start of the trajectory, (C, H, W)
 
-and others, which the attack's own sampler reads (`Attack.sampler`).
+Any other tensor is for the attack's own sampler (`Attack.sampler`).
 """
 
 # B batch, L tokens, D width of a text encoder, C H W latent shape.
@@ -36,15 +36,16 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
-    """
+class AttackedPrompt:
+    """The result for one prompt, or for one image.
+
     Args:
-        target: The evaluation's prompt that was attacked.
-        prompt: What is prompted in its place.
-        seed: The seed of the image that it was found for; None if it is for all images of the prompt.
+        target: The evaluation's prompt.
+        prompt: The prompt that replaces it.
+        seed: The seed of the image; None for all images of the prompt.
         tensors: By name, see above.
-        record: What the attack says of this one, as JSON: step of first success, losses, scores, ...
-        judged: The part of the image that the attack is judged by; None for all of it.
+        record: Details as JSON: step of the first success, losses, scores, ...
+        judged: The part of the image that is evaluated; None for the whole image.
     """
 
     target: str
@@ -56,20 +57,21 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Comeback:
-    """
+class AttackResult:
+    """The result of an attack.
+
     Args:
-        found: What was found for each prompt, or for each image.
-        record: What the attack did, as JSON: iterations, images, ...
-        shared: Tensors that every row is given beside its own.
+        prompts: One for each prompt, or for each image.
+        record: Settings and statistics of the attack as JSON: iterations, images, ...
+        shared: Tensors that all rows get in addition to their own.
     """
 
-    found: tuple[Found, ...]
+    prompts: tuple[AttackedPrompt, ...]
     record: Mapping[str, object] = field(default_factory=dict)
     shared: Tensors = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Writes comeback.json, and a file of tensors for each row that has any; all of it or nothing.
+        """Writes comeback.json, and a file of tensors for each row that has any. A failure leaves no files.
 
         Raises:
             UserError: If a value is not finite: a failed attack is no evidence of robustness.
@@ -78,47 +80,47 @@ class Comeback:
         try:
             partial.mkdir(parents=True)
             mark = _save_shared(self.shared, partial / SHARED)
-            rows = [_saved(found, mark, partial / f"{i}.safetensors") for i, found in enumerate(self.found)]
+            rows = [_saved(one, mark, partial / f"{i}.safetensors") for i, one in enumerate(self.prompts)]
             write_atomically(partial / NAME, json.dumps({"rows": rows, "record": dict(self.record)}, indent=2))
             if not exists(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # of a version that kept it otherwise
+                shutil.rmtree(folder, ignore_errors=True)  # written by a version with another format
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_shared(tensors: Tensors, path: Path) -> Tensors:
-    """Saves what all rows share; returns a mark for each row's file, so that the file depends on it."""
+    """Saves the shared tensors. Returns a tensor that identifies them, which each row's file includes."""
     if not tensors:
         return {}
     _save(tensors, path, "the attack")
     return {"shared": torch.tensor(float(int(file_digest(path)[:6], 16)))}  # 24 bits, which a float holds
 
 
-def _saved(found: Found, mark: Tensors, path: Path) -> dict:
+def _saved(one: AttackedPrompt, mark: Tensors, path: Path) -> dict:
     """A row of comeback.json. Writes the row's tensors, if it has any."""
-    tensors = {**found.tensors, **mark}
+    tensors = {**one.tensors, **mark}
     if tensors:
-        _save(tensors, path, f"the attack on {found.target!r}")
-    row = {"target": found.target, "prompt": found.prompt, "file": path.name if tensors else None}
-    more = {"seed": found.seed, "record": dict(found.record) or None, "judged": found.judged}
+        _save(tensors, path, f"the attack on {one.target!r}")
+    row = {"target": one.target, "prompt": one.prompt, "file": path.name if tensors else None}
+    more = {"seed": one.seed, "record": dict(one.record) or None, "judged": one.judged}
     return row | {name: value for name, value in more.items() if value is not None}
 
 
 def _save(tensors: Tensors, path: Path, source: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"Values that are not finite: {source} gave {name}. It has failed.")
+            raise UserError(f"{name} of {source} has values that are not finite: the attack has failed.")
     write_atomically(path, serialised({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}))
 
 
 def exists(folder: Path) -> bool:
-    """Whether a finished attack is kept in the folder, with every file that its rows name."""
+    """Whether the folder holds the result of a finished attack, with every file that its rows name."""
     return _rows(folder) is not None
 
 
 def read_record(folder: Path) -> dict:
-    """What the attack did: `Comeback.record`, and the record of each row as "rows"; {} without a finished attack."""
+    """`AttackResult.record`, with the rows under "rows"; {} without a finished attack."""
     saved = read_state(folder / NAME, lambda saved: {**saved["record"], "rows": saved["rows"]})
     return saved or {}
 
@@ -147,7 +149,7 @@ def _check(path: Path) -> None:
 
 
 def attacked(folder: Path, rows: Sequence[ManifestRow]) -> list[ManifestRow]:
-    """The manifest rows of an attack: of `rows`, those of its targets, with what the attack found in place.
+    """The manifest rows of an attack: the rows of its targets, with the attack's prompts and tensors.
 
     Seeds, guidance scales and bases stay, so that an image can be compared with the one before the attack.
 
@@ -170,12 +172,12 @@ def _attacked(folder: Path, row: ManifestRow, result: Mapping) -> ManifestRow:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a batch is drawn from.
+    """The inputs of a batch of images.
 
     Args:
         text: B prompts, or their token embeddings.
-        noise: What the trajectories start from, (B, C, H, W).
-        given: For each row, all tensors of its file; empty if no row has one.
+        noise: The start of each trajectory, (B, C, H, W).
+        given: All tensors of each row's file; empty if no row has one.
     """
 
     text: Text
@@ -183,7 +185,7 @@ class Restored:
     given: Sequence[Tensors] = ()
 
     def encoded(self, model: DiffusionModel) -> Conditioning:
-        """The conditioning, with the states that rows have in place of their own."""
+        """The conditioning. States from a file replace those of the prompt."""
         c = model.encode_prompts(self.text)
         if any("states" in tensors for tensors in self.given):
             c = replace(c, embeds=c.embeds.clone())
@@ -199,7 +201,7 @@ class Restored:
 def restored(
     model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], files: Sequence[Path | None]
 ) -> Restored:
-    """The text and the noise of a batch, with what the rows' files have in place of their own.
+    """The text and the noise of a batch. Tensors from the rows' files replace the prompts' and seeds' own.
 
     Raises:
         UserError: If a file cannot be read, or belongs to another model.
@@ -225,12 +227,12 @@ def _copy(text: Embedded) -> Embedded:
 
 def _fitting(source: object, tensor: Tensor, own: Tensor) -> Tensor:
     if tensor.shape != own.shape:
-        raise UserError(f"{source} is not for this model: it has {tuple(tensor.shape)}, the model {tuple(own.shape)}.")
+        raise UserError(f"{source} is for another model: its shape is {tuple(tensor.shape)}, not {tuple(own.shape)}.")
     return tensor.to(own)
 
 
 def stacked(given: Sequence[Tensors], name: str, like: Tensor) -> Tensor:
-    """A tensor that every row of a batch has, (B, ...), on the device and in the dtype of another."""
+    """One tensor of every row of a batch, (B, ...), on the device and in the dtype of `like`."""
     return torch.stack([tensors[name] for tensors in given]).to(like)
 
 
