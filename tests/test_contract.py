@@ -67,7 +67,7 @@ def weights_of(model: Model) -> dict[str, torch.Tensor]:
 def unchanged(model: Model, weights: dict[str, torch.Tensor]) -> bool:
     now = weights_of(model)
     same = now.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in now.items())
-    return same and not any(p.requires_grad for p in model.named_parameters().values())
+    return same and not any(p.requires_grad or p.grad is not None for p in model.named_parameters().values())
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from unlearning.training.batches import seed_of
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parents[1] / "unlearning" / "weights"
 BEGIN, END = "<!-- tables: written by measure.py -->", "<!-- end of the tables -->"
-NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup", "demo")
+NAMES = ("generation", "judge", "esd", "erasure", "memory", "startup", "images", "demo")
 
 
 class Bench:
@@ -311,17 +311,38 @@ def startup(bench: Bench) -> list[dict]:
     return rows
 
 
+def run(bench: Bench, folder: Path, *settings: str) -> None:
+    """`unlearn settings` in a process of its own, whose images and results go below `folder`."""
+    own = [f"paths.store={folder / 'store'}", f"hydra.run.dir={folder / 'run'}", f"model.path={bench.options.model}"]
+    subprocess.run(
+        [sys.executable, "-m", "unlearning", *settings, *own, *bench.options.override], cwd=HERE.parents[1],
+        env={**os.environ, "WANDB_MODE": "offline"}, check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def images(bench: Bench) -> list[dict]:
+    """Peak memory of runs that generate and evaluate few images and many: it does not grow with their number."""
+    rows = []
+    for each in (1, 2) if bench.quick else (8, 77):  # of each of 13 prompts
+        folder = Path(tempfile.mkdtemp(prefix="speed-"))
+        run(bench, folder, "concept=cat", "method=none", "sampler.steps=1", f"dataset.images_per_prompt={each}",
+            "evaluator=[accuracy,fid,clip_score]", "stages=[fit,generate,evaluate]", "logger=csv")  # fmt: skip
+        drawn = sum(1 for _ in (folder / "store" / "images").rglob("*.png"))
+        spent = json.loads((folder / "run" / "cost.json").read_text())["generate base"]
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        rows.append({
+            "images": drawn, "generation (s)": spent["seconds"], "its peak (MiB)": spent["peak_memory"] / 2**20,
+            "peak of this run and those above (MiB)": largest / 2**20,
+        })  # fmt: skip
+    return rows
+
+
 def demo(bench: Bench) -> list[dict]:
     """The command of `make demo`, after the installation, in a process of its own."""
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
-    command = [sys.executable, "-m", "unlearning", "concept=cat", "method=esd_x", "sampler.steps=20"]
-    own = [f"paths.store={folder / 'store'}", f"hydra.run.dir={folder / 'run'}", f"model.path={bench.options.model}"]
     few = ["dataset.images_per_prompt=1"] if bench.quick else []
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(
-        [*command, *own, *few, *bench.options.override], cwd=HERE.parents[1], check=True, capture_output=True,
-        env={**os.environ, "WANDB_MODE": "offline"},
-    )  # fmt: skip
+    run(bench, folder, "concept=cat", "method=esd_x", "sampler.steps=20", *few)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     stages = {name: spent["seconds"] for name, spent in json.loads((folder / "run" / "cost.json").read_text()).items()}
     stages["imports, loading, evaluation, report"] = seconds - sum(stages.values())
@@ -331,7 +352,7 @@ def demo(bench: Bench) -> list[dict]:
     return rows
 
 
-MEASURES = dict(zip(NAMES, (generation, judged, esd, erasure, memory, startup, demo), strict=True))
+MEASURES = dict(zip(NAMES, (generation, judged, esd, erasure, memory, startup, images, demo), strict=True))
 
 
 def machine(device: str) -> str:

@@ -1,5 +1,7 @@
 """ESD's theorems (Gandikota et al., 2023, eq. 6)."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -109,6 +111,21 @@ def test_only_the_named_weights_move(model, parameters, crosses):
         )
     own = model.named_parameters()
     assert any(not torch.equal(value, own[name]) for name, value in patch.weights.items())
+
+
+def test_no_optimizer_outlives_the_fit(model):
+    made = []
+
+    def adam(parameters):
+        optimizer = torch.optim.Adam(parameters, lr=1e-3)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    method = esd()
+    method.make_optimizer = adam
+    method.fit(model, TASK)
+    gc.collect()
+    assert made and made[0]() is None
 
 
 def test_a_pattern_that_names_no_weight_is_answered(model):

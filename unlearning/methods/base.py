@@ -144,6 +144,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 return pair.erasure()
             finally:
                 del self.student, self.teacher, self.pair, self.task, self.weights
+                self._trainer = None  # which has the optimizer's states
                 self._constraints: Mapping[str, Constraint] = {}
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
 

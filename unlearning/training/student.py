@@ -94,6 +94,7 @@ class Weights(Student):
             write(moving, pair.start)
             for p in moving.values():
                 p.requires_grad_(False)
+                p.grad = None
 
 
 class LoRA(Student):
