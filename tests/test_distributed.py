@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 import unlearning
 from unlearning.erasures.base import Erasure
@@ -120,3 +122,22 @@ def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
     learned = Erasure.load(tmp_path / "run" / "erasure").weights
     assert all(p.isfinite().all() for p in learned.values())
     assert any(not torch.equal(p, before[name.removeprefix("unet.")].to(p)) for name, p in learned.items())
+
+
+def test_two_processes_count_the_codes_of_a_single_image(vqgan, tmp_path):
+    for folder, count in (("forget", 1), ("retain", 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng([count, i]).integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    command = [
+        sys.executable, "-m", "unlearning", "model=emoji_vqgan", "method=lcr", "method.selection.top=2", "concept=cat",
+        "dataset=folder", f"forget={tmp_path}/forget", f"retain={tmp_path}/retain", f"input={tmp_path}/retain",
+        f"model.path={vqgan}", "stages=[fit]", *RUN[-6:],
+    ]  # fmt: skip
+    for name, more in (("alone", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        whole = [*command, f"hydra.run.dir={tmp_path}/{name}", *more]
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, two = (Erasure.load(tmp_path / name / "erasure") for name in ("alone", "two"))
+    assert two.digest == alone.digest

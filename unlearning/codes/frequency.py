@@ -226,6 +226,8 @@ class _CountingPass(pl.LightningModule):
         return batch  # the model moves it
 
     def predict_step(self, batch: list[tuple[np.ndarray, Sequence[Box] | None]], batch_idx: int, dataloader_idx: int):
+        if not batch:
+            return
         images, mask = np.stack([image for image, _ in batch]), None
         codes = self.model.encode(as_tensor(images))
         if self.detector and dataloader_idx == FORGET:
@@ -241,14 +243,22 @@ class _CountingPass(pl.LightningModule):
 
 
 class _ImagesWithBoxes(Dataset):
-    def __init__(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]] | None):
-        self.images, self.boxes = images, boxes
+    """Images, and None after the last: Lightning needs an item for each of its processes."""
+
+    def __init__(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]] | None, processes: int):
+        self.images, self.boxes, self.processes = images, boxes, processes
 
     def __len__(self) -> int:
-        return len(self.images)
+        return max(len(self.images), self.processes)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, Sequence[Box] | None]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, Sequence[Box] | None] | None:
+        if i >= len(self.images):
+            return None
         return self.images[i], self.boxes[i] if self.boxes else None
+
+
+def _without_none(items: Sequence) -> list:
+    return [item for item in items if item is not None]
 
 
 def count_codes(
@@ -277,11 +287,14 @@ def count_codes(
         size = model.size
         log.warning("%s expects images of %d pixels, not %d: dataset.size=%d", model.name, size, side, size)
     boxes = task.forget_boxes() if within and task.forget_boxes else None
-    sets = (_ImagesWithBoxes(task.forget_images, boxes), _ImagesWithBoxes(task.retain_images, None))
-    loaders = [DataLoader(images, batch_size, collate_fn=list) for images in sets]
+    own = trainer()
+    processes, count = own.num_devices * own.num_nodes, len(task.forget_images) + len(task.retain_images)
+    sets = [
+        _ImagesWithBoxes(*images, processes) for images in ((task.forget_images, boxes), (task.retain_images, None))
+    ]
+    loaders = [DataLoader(images, batch_size, collate_fn=_without_none) for images in sets]
     counting = _CountingPass(model, CodeCounts(len(model.codebook), pairs, blocks), within)
     start = time.perf_counter()
-    trainer().predict(counting, loaders, return_predictions=False)
-    rate = sum(map(len, sets)) / (time.perf_counter() - start)
-    log.info("counted the codes of %d images, %.0f per second", sum(map(len, sets)), rate)
+    own.predict(counting, loaders, return_predictions=False)
+    log.info("counted the codes of %d images, %.0f per second", count, count / (time.perf_counter() - start))
     return counting.frequencies
