@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -29,6 +29,7 @@ MOST = 2  # at the first step of an optimizer its states are not there yet
 NOTHING = ("none", "oracle", "weights")  # they compute nothing, or load what is not here
 
 
+@cache
 def methods(family: type[DiffusionModel]) -> list[str]:
     """The names of the methods that work on a family."""
 

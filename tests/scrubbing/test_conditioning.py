@@ -31,6 +31,12 @@ def model():
     return StableDiffusion.load(str(Path(unlearning.__file__).parent / "weights" / "emoji_unet"), device="cpu")
 
 
+@pytest.fixture
+def few_samples(monkeypatch):
+    """A last round that is short, for words that are far apart."""
+    monkeypatch.setattr(conditioning, "FINAL_SAMPLES", 64)
+
+
 @pytest.fixture(scope="module")
 def rabbits(model):
     """(task, forget, retain, M) of a dozen images of each kind, with true masks."""
@@ -41,7 +47,7 @@ def rabbits(model):
     return task, forget, retain, torch.nn.functional.avg_pool2d(true[:, None], 4)
 
 
-def test_the_words_that_describe_the_images_are_found_without_a_label(model, rabbits):
+def test_the_words_that_describe_the_images_are_found_without_a_label(model, rabbits, few_samples):
     torch.manual_seed(0)
     found, others = find_words(model, *rabbits[1:], WORDS, samples=12)
     assert set(found) == {"rabbit", "bunny"}
@@ -59,7 +65,7 @@ def test_few_candidates_are_completed_for_the_retain_images(model, rabbits, monk
         assert len(rows.retain) == 1 + RETAIN_WORDS * len(TEMPLATES)
 
 
-def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, monkeypatch):
+def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, few_samples, monkeypatch):
     monkeypatch.setattr(conditioning, "FINALISTS", 4)
     torch.manual_seed(0)
     found, others = find_words(model, *rabbits[1:], WORDS, samples=8)
@@ -67,7 +73,7 @@ def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, monkeypat
     assert others and not set(others) & set(found)
 
 
-def test_no_word_that_helps_is_an_error(model, rabbits):
+def test_no_word_that_helps_is_an_error(model, rabbits, few_samples):
     with pytest.raises(UserError, match=r"method\.words"):
         find_words(model, *rabbits[1:], ["pizza", "castle", "robot"], samples=12)
 
