@@ -115,6 +115,8 @@ class Run:
             done = self.done is not None and self.done()
             if first_rank() and not path.exists():
                 self._keep_records()
+            if not done and {"fit", "generate"} <= set(stages):  # what cannot be drawn ends the run before it trains
+                self.sampler.check(cast(Any, self.model), self._requested)
             for stage in () if done else STAGES:
                 if stage in stages and (first_rank() or stage in SHARED):
                     if stage != "attack" or self.attacks:

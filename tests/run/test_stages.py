@@ -374,3 +374,8 @@ def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
     assert flat(suppression(records(shown | by)))["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax"
     other = flat(suppression(records(shown | by | {"base/efficacy/acc_e/protocol": "softmax"})))
     assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"
+
+
+def test_what_cannot_be_drawn_ends_the_run_before_it_trains(told, tmp_path):
+    assert "1000 steps" in told("method=esd_x", "method.iterations=1", "dataset=prompt", "sampler.steps=1000")
+    assert not (tmp_path / "run" / "erasure").exists()

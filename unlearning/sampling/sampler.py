@@ -173,7 +173,8 @@ class Sampler:
     manifest = staticmethod(manifest)
 
     def check(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> None:
-        """Raises UserError if the rows cannot be drawn with the model's guidance or at their sizes. Takes no time."""
+        """Raises UserError if the rows cannot be drawn: with these steps, with the model's guidance, at their sizes."""
+        timesteps_of(model, self.scheduler or model.solver, self.steps, self.schedule)
         for scale in {self.guidance_scale if row.guidance_scale is None else row.guidance_scale for row in rows}:
             check_scale(model.guidance, scale)
         for height, width in {(row.height, row.width) for row in rows}:
