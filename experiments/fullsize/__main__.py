@@ -8,6 +8,7 @@ import gc
 import json
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -88,7 +89,7 @@ def extrapolated(step: Callable[..., Counted], depth: Mapping[str, int]) -> Numb
     def whole(column: str) -> float:
         return least[column] + sum((n - 1) * (more[kind][column] - least[column]) for kind, n in depth.items())
 
-    return {column: whole(column) for column in least}
+    return {column: whole(column) for column in PARTS}
 
 
 def table(rows: Mapping[str, Numbers]) -> str:
@@ -102,7 +103,7 @@ def table(rows: Mapping[str, Numbers]) -> str:
         theirs = rows.get(name.replace("/", "/published/", 1))
         beside = [f"{total(theirs) / 2**30:.2f}", f"{total(row) / total(theirs):.2f}"] if theirs else ["", ""]
         cells = [name, *(f"{row[part] / 2**30:.2f}" for part in PARTS), f"{total(row) / 2**30:.2f}", *beside]
-        cells.append("" if name.split("/")[0] in DEPTHS else f"{row['seconds']:.0f}")
+        cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "")
         return f"| {' | '.join(cells)} |"
 
     lines = [line(name, row) for name, row in rows.items() if "/published/" not in name]
@@ -128,6 +129,7 @@ def main() -> int:
     for name in names():
         if options.only not in name or name in results["rows"]:
             continue
+        start = time.perf_counter()
         try:
             results["rows"][name] = measured(name)
         except Exception as error:  # the other rows are measured nevertheless
@@ -138,7 +140,7 @@ def main() -> int:
             gc.collect()
         ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}
         write_atomically(RESULTS, json.dumps(results | {"rows": ordered}, indent=1) + "\n")
-        print(f"{results['rows'][name]['seconds']:6.1f} s  {name}", flush=True)
+        print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
     print(f"\n{results['machine']}\n\n{table(results['rows'])}")
     return failed
 
