@@ -86,10 +86,10 @@ def extrapolated(step: Callable[..., Counted], depth: Mapping[str, int]) -> Numb
     least = asdict(step(**once))
     more = {kind: asdict(step(**once | {kind: 2})) for kind in depth}
 
-    def whole(column: str) -> float:
+    def with_all(column: str) -> float:
         return least[column] + sum((n - 1) * (more[kind][column] - least[column]) for kind, n in depth.items())
 
-    return {column: whole(column) for column in PARTS}
+    return {column: with_all(column) for column in PARTS}
 
 
 def table(rows: Mapping[str, Numbers]) -> str:
