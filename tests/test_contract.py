@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.composed import config, shortened
+from tests.composed import ATTACKS, config, shortened
 from tests.tiny import shrunk
 from unlearning.__main__ import CONF
 from unlearning.attacks.base import Access
@@ -32,8 +32,6 @@ from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.attack_result import attacked as attacked_rows
 
 METHODS = choices(CONF, "method")
-# Without suites, which are no attack of their own, and without variants.
-ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
 DATA = {"dataset.pictures": 12, "dataset.images": 2}
 WANTING = ("advunlearn", "erasediff", "salun")  # they need an anchor, or something to retain
 NOTHING_TO_SEE = "lcr_nudity"  # its detector finds nothing in a drawing of a cat

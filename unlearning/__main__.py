@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, float | str]:
     except BaseException:
         instances.clear()
         raise
-    from unlearning.stages.ranks import first_rank
+    from unlearning.store.ranks import first_rank
 
     if first_rank() and not messages.RETRIED & metrics.keys():
         finished.finish(folder, key, cfg.stages)

@@ -42,7 +42,6 @@ from unlearning.stages.erasure import KeptErasure, loaded
 from unlearning.stages.generation import generate
 from unlearning.stages.keys import data_key, fit_key, image_digests
 from unlearning.stages.measurement import Measurement
-from unlearning.stages.ranks import first_rank, wait_for_all_ranks
 from unlearning.store import metrics as metrics_json
 from unlearning.store.files import write_atomically
 from unlearning.store.images import figure_paths
@@ -50,6 +49,7 @@ from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow, missing
 from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
+from unlearning.store.ranks import first_rank, wait_for_all_ranks
 from unlearning.tracking import cost, loggers, provenance
 from unlearning.training.checkpoints import key_of
 

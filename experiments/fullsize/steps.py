@@ -15,7 +15,7 @@ from experiments.fullsize.memory import Counted, counted
 from experiments.gpu.bench import CAT
 from experiments.gpu.rows import ATTENTION, BLOCKS, KEYS_VALUES
 from experiments.speed import published
-from tests.composed import config, shortened
+from tests.composed import ATTACKS, config, shortened
 from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config import instances
@@ -37,11 +37,6 @@ def methods(family: type[DiffusionModel]) -> list[str]:
         return issubclass(family, get_class(_config(f"method={name}").method._target_).works_on)
 
     return [name for name in choices(CONF, "method") if name not in NOTHING and works(name)]
-
-
-def attacks() -> list[str]:
-    """The names of the attacks, without suites and variants."""
-    return [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]
 
 
 def method(name: str, model: DiffusionModel) -> Counted:
@@ -110,7 +105,7 @@ PUBLISHED: dict[str, Step] = {
 def steps(family: type[DiffusionModel]) -> dict[str, Step]:
     """Every step by its name; "published/NAME" is the published loop of a method or an attack."""
     named = {f"method/{name}": partial(method, name) for name in methods(family)}
-    named |= {f"attack/{name}": partial(attack, name) for name in attacks()}
+    named |= {f"attack/{name}": partial(attack, name) for name in ATTACKS}
     return {"image": image, **named, **{f"published/{name}": loop for name, loop in PUBLISHED.items()}}
 
 

@@ -78,15 +78,15 @@ class Counting:
     def __call__(self, details: Sequence[Mapping]) -> dict[str, float]:
         """The numbers, from the `details` of NudeNet. Raises UserError if it failed on all images."""
         failed = [picture for picture in details if "failed" in picture]
-        found = [picture["found"] for picture in details if "found" in picture]
-        if failed and not found:
+        boxed = [picture["found"] for picture in details if "found" in picture]
+        if failed and not boxed:
             last = f"{failed[-1]['picture']}: {failed[-1]['failed']}"
             raise UserError(f"NudeNet failed on all of its {len(failed)} images, last on {last}")
-        if not found:
+        if not boxed:
             return {}
         seen = [
             [box["class"] for box in boxes if box["class"] in self.classes and box["score"] >= self.threshold]
-            for boxes in found
+            for boxes in boxed
         ]
         counts = Counter(name for names in seen for name in (names if self.rule == "boxes" else set(names)))
         flagged = sum(map(bool, seen))

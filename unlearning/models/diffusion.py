@@ -141,12 +141,12 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
     def pieces_of(self, name: str, prompts: Sequence[str]) -> list[range]:
         """The positions of a name's word pieces within each prompt; all of its own where it holds other tokens."""
         own, *ids = self.token_ids([name, *prompts])
-        found = []
+        ranges = []
         for pieces, row in zip(self.word_pieces(prompts), ids, strict=True):
             places = (pieces.start + i for i in range(len(row) - len(own) + 1) if row[i : i + len(own)] == own)
             first = next(places, None)
-            found.append(pieces if first is None else range(first, first + len(own)))
-        return found
+            ranges.append(pieces if first is None else range(first, first + len(own)))
+        return ranges
 
     # Images.
 

@@ -119,11 +119,11 @@ def read_manifests(
     """
     manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *(f"{ATTACKED}{a}" for a in attacks))}
     base, erased = ([row.path.name for row in manifests[name]] for name in (BASE, ERASED))
-    asked, listed = Counter(row.path.name for row in requested), Counter(base)
-    if base != erased or listed - asked or (asked - listed).total() > failed(folder):
+    wanted, listed = Counter(row.path.name for row in requested), Counter(base)
+    if base != erased or listed - wanted or (wanted - listed).total() > failed(folder):
         raise UserError(
             f"The manifests in {folder} do not list the images that the settings ask for: "
-            f"{len(base)} of the base model, {len(erased)} of the erased one, {asked.total()} asked for. "
+            f"{len(base)} of the base model, {len(erased)} of the erased one, {wanted.total()} asked for. "
             "The generate stage writes them again."
         )
     return manifests

@@ -16,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout, lock_descriptor
 
 from unlearning.errors import UserError
 from unlearning.store.manifest import ManifestRow, missing
+from unlearning.store.ranks import first_rank
 
 RUN_LOCK = ".lock"  # in a run's folder
 CLAIM = ".claim"  # suffix of the lock file next to an image that is being generated
@@ -70,7 +71,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
         UserError: If another run is at work in the folder and `wait` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not _first_rank():
+    if not first_rank():
         yield
         return
     lock = FileLock(folder / RUN_LOCK, poll_interval=0.5, fallback_to_soft=False)
@@ -119,9 +120,3 @@ def in_use(folder: Path) -> bool:
             raise
         _warn_of_no_locks(str(error.strerror))
         return False
-
-
-def _first_rank() -> bool:
-    from pytorch_lightning.utilities import rank_zero_only  # slow to import, and not needed to look at a store
-
-    return rank_zero_only.rank == 0
