@@ -206,9 +206,8 @@ class Run:
 
     def report(self) -> None:
         """Writes report.html, and teaser.png, its images in one strip."""
-        page = report(self.folder)
+        report(self.folder)
         teaser(self.folder, self.folder / "teaser.png")
-        log.info("look at %s", page)
 
     # What several of them need.
 
