@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 
@@ -192,6 +193,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     warnings.formatwarning = _formatted
     studies.register()
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]  # --help copied it 200 times
     sys.argv[1:] = readable(sys.argv[1:])
     try:
         compose_and_run()
