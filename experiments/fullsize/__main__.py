@@ -1,6 +1,7 @@
 """One step of every method and attack at full size, with random weights, and its memory: python -m experiments.fullsize
 
-Rows that are missing are measured, and each is written at once.
+Rows that are missing are measured, and each is written at once. So is one that fails, with the reason; it is measured
+again when --only names it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +41,7 @@ SOME = {  # of the methods
     "SD3-medium": ("esd_x", "uce", "eraseanything"),
     "FLUX.1-dev": ("esd_x", "uce", "eraseanything"),
 }
-Numbers = dict[str, float]
+Numbers = dict[str, Any]  # numbers, or {"failed": why}
 PARTS = ("kept", "gradients", "optimizer", "passing")
 
 
@@ -100,7 +102,10 @@ def table(rows: Mapping[str, Numbers]) -> str:
         return sum(row[part] for part in PARTS)
 
     def line(name: str, row: Numbers) -> str:
+        if "failed" in row:
+            return f"| {name} | {row['failed']} |{' |' * (len(head) - 2)}"
         theirs = rows.get(name.replace("/", "/published/", 1))
+        theirs = None if theirs and "failed" in theirs else theirs
         beside = [f"{total(theirs) / 2**30:.2f}", f"{total(row) / total(theirs):.2f}"] if theirs else ["", ""]
         cells = [name, *(f"{row[part] / 2**30:.2f}" for part in PARTS), f"{total(row) / 2**30:.2f}", *beside]
         cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "")
@@ -108,6 +113,14 @@ def table(rows: Mapping[str, Numbers]) -> str:
 
     lines = [line(name, row) for name, row in rows.items() if "/published/" not in name]
     return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""])
+
+
+def why(error: Exception) -> str:
+    """The reason of a failure, in a line that can stand in a table."""
+    if "can't allocate memory" in str(error):
+        free = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
+        return f"not in {free:.0f} GiB"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".replace("|", "/")
 
 
 def limit_memory() -> None:
@@ -127,7 +140,8 @@ def main() -> int:
     results["machine"] = f"{hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     failed = 0
     for name in names():
-        if options.only not in name or name in results["rows"]:
+        known = results["rows"].get(name)
+        if options.only not in name or (known and not ("failed" in known and options.only)):
             continue
         start = time.perf_counter()
         try:
@@ -135,7 +149,7 @@ def main() -> int:
         except Exception as error:  # the other rows are measured nevertheless
             failed += 1
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
-            continue
+            results["rows"][name] = {"failed": why(error)}
         finally:
             gc.collect()
         ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}

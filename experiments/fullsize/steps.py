@@ -27,6 +27,7 @@ from unlearning.sampling.sampler import Sampler
 Step = Callable[[DiffusionModel], Counted]
 MOST = 2  # at the first step of an optimizer its states are not there yet
 NOTHING = ("none", "oracle", "weights")  # they compute nothing, or load what is not here
+ENDLESS = ("words_solve",)  # it tries words in thousands of calls of the denoiser, whatever its numbers
 
 
 @cache
@@ -36,7 +37,7 @@ def methods(family: type[DiffusionModel]) -> list[str]:
     def works(name: str) -> bool:
         return issubclass(family, get_class(_config(f"method={name}").method._target_).works_on)
 
-    return [name for name in choices(CONF, "method") if name not in NOTHING and works(name)]
+    return [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS and works(name)]
 
 
 def method(name: str, model: DiffusionModel) -> Counted:
