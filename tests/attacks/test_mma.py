@@ -131,7 +131,7 @@ def test_every_family_that_reads_text_is_attacked_and_keeps_its_weights(any_mode
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
         return
-    found = attacked(any_model)
+    found = attacked(any_model, iterations=2, candidates=4, top=4)
     assert all(one.prompt and "qw" not in one.prompt and not one.tensors for one in found.prompts)
     assert not any(p.requires_grad or p.grad is not None for p in any_model.named_parameters().values())
 

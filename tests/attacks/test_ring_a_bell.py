@@ -136,10 +136,10 @@ def test_every_family_that_reads_text_is_attacked(any_model):
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
         return
-    one, _ = attacked(any_model).prompts
+    one, _ = attacked(any_model, population=4, iterations=2).prompts
     encoder = FreeTokens.of(any_model, 3).encoder
     assert one.tensors.keys() == {f"embeds.{encoder}"} and one.prompt
-    assert attacked(any_model, soft=True).prompts[0].tensors["states"].isfinite().all()
+    assert attacked(any_model, soft=True, population=4, iterations=2).prompts[0].tensors["states"].isfinite().all()
 
 
 def test_more_tokens_than_the_text_encoder_reads_are_refused(model):

@@ -1,13 +1,12 @@
 """A saved codebook edit is read back as it was, in a process that has not imported its parts, and nothing else is."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests import processes
 from unlearning.codes.erasure import CodebookEdit
 from unlearning.codes.replacement import Blocks, CodeStatistics, Constant, Nearest, Neighbours, Uniform
 from unlearning.detectors.boxes import Boxes
@@ -39,12 +38,8 @@ def test_an_edit_is_read_as_it_was_written(tmp_path, replacement, detector):
 
 def test_a_fresh_process_finds_the_classes(tmp_path):
     edit(Uniform(), Judge("cat", "x")).save(tmp_path, base=BASE)
-    program = (
-        "import sys; from pathlib import Path; from unlearning.erasures.base import Erasure;"
-        "print(Erasure.load(Path(sys.argv[1])).detector.concept)"
-    )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "cat"
+    code = "import sys; from unlearning.erasures.base import Erasure; print(Erasure.load(sys.argv[1]).detector.concept)"
+    assert processes.run(code, [tmp_path]).strip() == "cat"
 
 
 @pytest.mark.parametrize("kind", ["os.system", "unlearning.codes.replacement.Missing", "unlearning.errors.UserError"])

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.processes import COMMAND_LINE, Started
 from unlearning.data import references
 from unlearning.data.folder import folder, read
 from unlearning.errors import UserError
@@ -120,8 +119,9 @@ def test_a_warning_is_shown_without_the_code_that_gives_it(folders, unlearn):
     forget, retain = folders
     (forget / "photo.heic").touch()
     chosen = ["dataset=folder", "dataset.size=16", f"forget={forget}", f"retain={retain}", "stages=[]"]
-    command = [sys.executable, "-m", "unlearning", *unlearn.arguments(*chosen)]
-    shown = subprocess.run(command, capture_output=True, text=True).stderr
+    process = Started(COMMAND_LINE, unlearn.arguments(*chosen))
+    assert process.wait() == 0
+    shown = process.stderr
     assert "photo" not in shown and "1 .heic" in shown and "UserWarning" not in shown and ".py" not in shown
 
 

@@ -1,8 +1,6 @@
 """Erasures nest, compose, and are restored in a process that has not imported their classes."""
 
 import json
-import subprocess
-import sys
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, replace
@@ -11,6 +9,7 @@ from importlib.resources import files
 import pytest
 import torch
 
+from tests import processes
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.base import Erasure, from_json
 from unlearning.erasures.composed import Composed, composed
@@ -174,9 +173,8 @@ def test_a_fresh_process_restores_it(model, tmp_path):
     """The guidance's class is imported by its path, wherever it is."""
     whole = composed(adapter(model, 1), GuidanceEdit(NegativePrompt("a dog")))
     whole.save(tmp_path, base=model)
-    code = f"from pathlib import Path; from unlearning.erasures.base import Erasure; print(Erasure.load(Path({str(tmp_path)!r})).digest)"  # noqa: E501
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == whole.digest
+    code = "import sys; from unlearning.erasures.base import Erasure; print(Erasure.load(sys.argv[1]).digest)"
+    assert processes.run(code, [tmp_path]).strip() == whole.digest
 
 
 def test_a_path_out_of_the_package_or_to_something_else_is_refused(model, tmp_path):

@@ -1,15 +1,13 @@
 """HiRM's theorems (arXiv:2602.19631)."""
 
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from tests import tiny
+from tests import processes, tiny
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
@@ -154,7 +152,7 @@ def test_a_fresh_process_loads_the_erasure_and_encodes_as_this_one(sd1, tmp_path
     model = tiny.FAMILIES["sd1"].load(str(sd1), device="cpu")
     before, patch = model.encode_prompts(["a cat"]).embeds, hirm(**RANDOM).fit(model, TASK)
     patch.save(tmp_path / "erasure", base=model)
-    subprocess.run([sys.executable, "-c", FRESH, str(sd1), str(tmp_path / "erasure"), str(tmp_path / "c")], check=True)
+    processes.run(FRESH, [sd1, tmp_path / "erasure", tmp_path / "c"])
     there = torch.load(tmp_path / "c", weights_only=True)
     with Erasure.load(tmp_path / "erasure").applied_to(model):
         torch.testing.assert_close(there, model.encode_prompts(["a cat"]).embeds)

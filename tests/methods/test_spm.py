@@ -1,7 +1,5 @@
 """SPM (arXiv:2312.16145): a gate between 0 and 1, an adapter that starts as nothing, one adapter for each concept."""
 
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +10,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from safetensors.torch import load_file
 from torch import nn
 
+from tests import processes
 from tests.tiny import FAMILIES
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.composed import Composed, composed
@@ -323,5 +322,5 @@ def test_another_process_draws_the_same(sd1, model, cat, dog, tmp_path):
     with both.applied_to(model):
         ours = Sampler(steps=2)(model, ["a cat", "a dog"], [1, 2])
     out = tmp_path / "images.safetensors"
-    subprocess.run([sys.executable, "-c", FRESH, sd1, tmp_path / "erasure", out], check=True)
+    processes.run(FRESH, [sd1, tmp_path / "erasure", out])
     torch.testing.assert_close(load_file(out)["images"], ours)

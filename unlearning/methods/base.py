@@ -133,20 +133,28 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
             # Registered under names without dots: DDP averages their gradients, checkpoints hold them and nothing else.
             self.weights = nn.ParameterDict({n.replace(".", "/"): p for n, p in pair.parameters.items()})
             try:
-                trainer = self._make_trainer(max_steps=self.steps())
-                if trainer.precision in ("16-true", "bf16-true"):
-                    raise UserError(
-                        f"trainer.precision={trainer.precision} would round the small steps of training away: "
-                        f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
-                    )
-                checkpoints.keep_under(trainer, self._key(trainer, own))
-                trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
+                self._train(own)
                 return pair.erasure()
             finally:
                 del self.student, self.teacher, self.pair, self.task, self.weights
-                self._trainer = None  # which has the optimizer's states
                 self._constraints: Mapping[str, Constraint] = {}
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
+
+    def _train(self, own: str) -> None:
+        """Descends the loss, or goes on from the last checkpoint. Gradients and the optimizer's states end with it."""
+        try:
+            trainer = self._make_trainer(max_steps=self.steps())
+            if trainer.precision in ("16-true", "bf16-true"):
+                raise UserError(
+                    f"trainer.precision={trainer.precision} would round the small steps of training away: "
+                    f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
+                )
+            checkpoints.keep_under(trainer, self._key(trainer, own))
+            trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
+        finally:
+            self._trainer = None
+            for parameter in self.weights.values():
+                parameter.grad = None
 
     def _key(self, trainer: pl.Trainer, own: str) -> str:
         """A digest of all that the training depends on; `own` is that of the method and of the model's state."""

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 DIGITS = 16  # hexadecimal digits of a digest
@@ -27,11 +27,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
-def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
-    """Writes a file under a temporary name and renames it. If writing fails, `path` is as before."""
+def write_atomically(path: Path, content: bytes | memoryview | str | Callable[[BinaryIO], object]) -> None:
+    """Writes a file under a temporary name and renames it. If writing fails, `path` is as before.
+
+    Args:
+        content: What is written, or a function that writes it to an open file, for what is too large for memory.
+    """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # unique across machines, as a process id is not
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            with partial.open("wb") as out:
+                content(out)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # otherwise a power failure may keep the name but not the content
         partial.replace(path)

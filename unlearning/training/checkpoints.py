@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import io
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -24,10 +23,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), content.getbuffer())
+        write_atomically(Path(path), functools.partial(torch.save, checkpoint))
 
 
 def folder_of(trainer: pl.Trainer) -> Path | None:

@@ -31,19 +31,18 @@ class Pair:
         teacher: The model as it was before: frozen, and sharing all that does not move.
         parameters: What moves, by name.
         erasure: Gives the erasure that the training has led to so far.
-
-    Attributes:
-        start: Values of `parameters` before the training.
+        start: Values of `parameters` before the training; by default a copy of today's.
     """
 
     student: DiffusionModel
     teacher: DiffusionModel
     parameters: Mapping[str, nn.Parameter]
     erasure: Callable[[], Erasure]
-    start: Mapping[str, Tensor] = field(init=False)
+    start: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", {n: p.detach().clone() for n, p in self.parameters.items()})
+        if not self.start:
+            object.__setattr__(self, "start", {n: p.detach().clone() for n, p in self.parameters.items()})
 
 
 class Student(ABC):
@@ -85,7 +84,10 @@ class Weights(Student):
                 "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
             )
         teacher = model.snapshot(moving)
-        pair = Pair(model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}))
+        start = {name: w for name, w in (teacher.weights or {}).items() if name in moving}  # no second copy
+        pair = Pair(
+            model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}), start
+        )
         try:
             for p in moving.values():
                 p.requires_grad_(True)

@@ -1,19 +1,16 @@
 """A sweep with two images a run, in a process of its own if needed, and what its runs measured."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import COMMAND_LINE, Started
 
 FEW = ["-m", "dataset=prompt", "dataset.others=[dog]"]
 
 
-def in_a_process(arguments: list[str], before: str = "", **streams) -> subprocess.Popen:
+def in_a_process(arguments: list[str], before: str = "") -> Started:
     """The command line in a process of its own, which first runs the Python of `before`."""
-    program = (
-        f"{before}\nimport sys\nfrom unlearning.__main__ import main\nsys.argv = {['unlearn', *arguments]!r}\nmain()"
-    )
-    return subprocess.Popen([sys.executable, "-c", program], **streams)
+    return Started(f"{before}\n{COMMAND_LINE}", arguments)
 
 
 def metrics(runs: Path) -> dict[str, dict]:
