@@ -143,7 +143,9 @@ def masks(overrides: list[str]) -> list[dict]:
             pl.seed_everything(seed, verbose=False)
             prototypes = search(model, forget, retain)
             M = search.mask(prototypes, model, forget)
-            rows = conditioning_rows(cfg.method.conditioning, model, task, forget, retain, M, cfg.method.words)
+            rows = conditioning_rows(
+                cfg.method.conditioning, model, task, forget, retain, M, cfg.method.words, cfg.method.clip
+            )
             prototypes = search.confirm(prototypes, model, forget, retain, rows.forget)
             size = task.forget_images[0].shape[:2]
             M, M_retain = (

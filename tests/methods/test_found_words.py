@@ -15,8 +15,8 @@ from unlearning.methods.base import Method
 from unlearning.methods.found_words import FoundWords
 from unlearning.methods.uce import UCE
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.scrubbing.conditioning import TEMPLATES
 from unlearning.scrubbing.prototypes import PrototypeSearch
+from unlearning.scrubbing.words import TEMPLATES
 
 
 class Told(Method):
@@ -34,7 +34,7 @@ def model():
 
 @pytest.fixture
 def method(monkeypatch):
-    monkeypatch.setattr(found_words, "find_words", lambda *_: (["bunny", "rabbit"], ["pizza", "clock", "robot"]))
+    monkeypatch.setattr(found_words, "words_of", lambda *_: (["bunny", "rabbit"], ["pizza", "clock", "robot"]))
     return lambda erase, **settings: FoundWords(
         prototypes=PrototypeSearch(K=4, purity=0, draws=1), erase=erase, **settings
     )

@@ -24,9 +24,9 @@ from unlearning.config.values import Natural
 from unlearning.erasures.base import Erasure
 from unlearning.methods.base import Method
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.scrubbing.conditioning import TEMPLATES, candidates, find_words, spread
 from unlearning.scrubbing.images import forget_and_retain
 from unlearning.scrubbing.prototypes import PrototypeSearch
+from unlearning.scrubbing.words import TEMPLATES, spread, words_of
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,22 @@ class FoundWords(Method):
         prototypes: The search for prototypes, by which the images with the largest area of the concept are chosen.
         erase: The eraser. Its task has the words in place of the concepts, and prompts with other words in place of
             what may be retained.
-        words: Candidates; None for all words of the tokenizer.
+        words: Candidates; None for those that `clip` chooses.
+        clip: A CLIP that chooses a hundred candidates: its name on the Hugging Face Hub, or its folder. None for all
+            words of the tokenizer as candidates.
         retained: Other words that are retained, at most, each in one template.
     """
 
     def __init__(
-        self, *, prototypes: PrototypeSearch, erase: Method, words: list[str] | None = None, retained: Natural = 2000
+        self,
+        *,
+        prototypes: PrototypeSearch,
+        erase: Method,
+        words: list[str] | None = None,
+        clip: str | None = None,
+        retained: Natural = 2000,
     ):
-        self.search, self.erase, self.words, self.retained = prototypes, erase, words, retained
+        self.search, self.erase, self.words, self.clip, self.retained = prototypes, erase, words, clip, retained
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         words, others = self.search_words(model, task)
@@ -59,4 +67,4 @@ class FoundWords(Method):
         """The words that describe the forget images, best first, and those that do not."""
         forget, retain = forget_and_retain(model, task)
         M = self.search.mask(self.search(model, forget, retain), model, forget)
-        return find_words(model, forget, retain, M, candidates(self.words, model.vocabulary()))
+        return words_of(task, model, forget, retain, M, self.words, self.clip)

@@ -52,7 +52,9 @@ class Scrubber(TrainedMethod):
         prototypes: The search for prototypes of the concept.
         target_space: "raw" or "x0".
         conditioning: "null", "words", "inverted" or "caption".
-        words: Candidates for conditioning=words; None for all words of the tokenizer.
+        words: Candidates for conditioning=words; None for those that `clip` chooses.
+        clip: A CLIP that chooses a hundred candidates: its name on the Hugging Face Hub, or its folder. None for all
+            words of the tokenizer as candidates.
         blinding: "gaussian", "shuffled" or "inpaint".
         detect: "once" or "every_step".
         normalised: Whether L_f is relative to the teacher's own error, and L_b a mean over its mask.
@@ -67,6 +69,7 @@ class Scrubber(TrainedMethod):
         target_space: Literal["raw", "x0"] = "x0",
         conditioning: ConditioningKind | None = "words",
         words: list[str] | None = None,
+        clip: str | None = None,
         blinding: Blinding = "shuffled",
         detect: Literal["once", "every_step"] = "once",
         normalised: bool = True,
@@ -77,7 +80,8 @@ class Scrubber(TrainedMethod):
     ):
         super().__init__(**training)
         self.search, self.target_space, self.normalised = prototypes, target_space, normalised
-        self.conditioning, self.words, self.blinding, self.detect = conditioning, words, blinding, detect
+        self.conditioning, self.words, self.clip = conditioning, words, clip
+        self.blinding, self.detect = blinding, detect
         self.lamb_f, self.lamb_b, self.lamb_r = lamb_f, lamb_b, lamb_r
 
     def data(self) -> ForgetRetain:
@@ -97,7 +101,9 @@ class Scrubber(TrainedMethod):
         teacher, search = self.teacher, self.search
         prototypes = search(teacher, forget, retain)
         M = search.mask(prototypes, teacher, forget)
-        rows = conditioning_rows(self.conditioning, teacher, self.task, forget, retain, M, self.words, self.batch_size)
+        rows = conditioning_rows(
+            self.conditioning, teacher, self.task, forget, retain, M, self.words, self.clip, self.batch_size
+        )
         if rows.words:
             log.info("The teacher denoises the forget images best with the words: %s", ", ".join(rows.words))
             prototypes = search.confirm(prototypes, teacher, forget, retain, rows.forget)

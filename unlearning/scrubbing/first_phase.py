@@ -3,6 +3,7 @@
 # N images, C H W latent shape.
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from unlearning.models.conditioning import Conditioning
 from unlearning.scrubbing.conditioning import ConditioningRows
 from unlearning.scrubbing.prototypes import Prototypes
 from unlearning.store.files import write_atomically
+from unlearning.store.loops import kept_in
 from unlearning.training.checkpoints import folder_of, is_whole
 
-FILE = "first_phase.pt"
+FILE, SEARCH = "first_phase.pt", "first_phase"  # the result; the state of a search that is not finished
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class FirstPhase:
 def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.device) -> FirstPhase:
     """The cached result of `search`, or a new one, which is then cached if the trainer keeps checkpoints.
 
-    A damaged file is set aside.
+    An interrupted search for words goes on where it was. A damaged file is set aside.
 
     In a distributed fit, all processes search, and all use the first process's result.
     """
@@ -64,7 +66,8 @@ def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.
         return search()
     path = folder / FILE
     if trainer.strategy.broadcast(trainer.is_global_zero and not is_whole(path)):
-        result = search()
+        with kept_in(folder / SEARCH) if trainer.is_global_zero else nullcontext():
+            result = search()
         if trainer.is_global_zero:
             result.save(path)
         trainer.strategy.barrier()

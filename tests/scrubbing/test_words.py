@@ -1,0 +1,169 @@
+"""Words are found from images alone, with the embedded model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import unlearning
+from unlearning.data.objects import emoji_objects
+from unlearning.errors import UserError
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.scrubbing import words as words_room
+from unlearning.scrubbing.conditioning import RETAIN_WORDS, TEMPLATES, conditioning_rows
+from unlearning.scrubbing.words import FINALISTS, find_words, log_error_ratio, shortlist, spread, words_of
+from unlearning.store import loops
+from unlearning.training.forget_retain import encoded
+
+CLIP = Path(unlearning.__file__).parent / "weights" / "judge" / "clip"
+WORDS = ["rabbit", "bunny", "clock", "pizza", "dog", "castle", "banana", "robot", "key", "forest"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion.load(str(Path(unlearning.__file__).parent / "weights" / "emoji_unet"), device="cpu")
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """A last round that is short, for words that are far apart."""
+    monkeypatch.setattr(words_room, "FINAL_SAMPLES", 64)
+
+
+@pytest.fixture(scope="module")
+def rabbits(model):
+    """(task, forget, retain, M) of a dozen images of each kind, with true masks."""
+    torch.manual_seed(0)
+    task = emoji_objects("rabbit", pictures=12)
+    forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
+    true = torch.from_numpy(np.stack([picture.masks[0] for picture in task.forget_images.pictures])).float()
+    return task, forget, retain, torch.nn.functional.avg_pool2d(true[:, None], 4)
+
+
+def test_the_words_that_describe_the_images_are_found_without_a_label(model, rabbits, few_samples):
+    torch.manual_seed(0)
+    found, others = find_words(model, *rabbits[1:], WORDS, samples=12)
+    assert set(found) == {"rabbit", "bunny"}
+    assert not others, "words of the last round are not used for the retain images"
+
+
+@pytest.fixture
+def for_rabbit(monkeypatch):
+    """The teacher, as if only two words helped it."""
+
+    def ratio(teacher, latents, words, samples):
+        return torch.tensor([[float(word in ("rabbit", "bunny"))] for word in words]).expand(-1, samples)
+
+    monkeypatch.setattr(words_room, "log_error_ratio", ratio)
+
+
+def test_the_rest_of_the_vocabulary_is_there_for_the_retain_images(model, rabbits, for_rabbit):
+    few, all_ = (conditioning_rows("words", model, *rabbits, words) for words in (["rabbit", "clock"], None))
+    assert few.words == ("rabbit",) and set(all_.words) == {"rabbit", "bunny"}
+    for rows in (few, all_):
+        assert len(rows.retain) == 1 + RETAIN_WORDS * len(TEMPLATES)
+
+
+def test_a_clip_chooses_the_candidates(model, rabbits, for_rabbit, monkeypatch):
+    task, vocabulary = rabbits[0], model.vocabulary()
+    best = shortlist(str(CLIP), task.forget_images, vocabulary, 10)
+    assert "rabbit" in best and len(best) == 10 and best == sorted(best, key=vocabulary.index)
+    asked, ratio = set(), words_room.log_error_ratio
+    monkeypatch.setattr(words_room, "log_error_ratio", lambda t, z, w, n: (asked.update(w), ratio(t, z, w, n))[1])
+    chosen, others = words_of(task, model, *rabbits[1:], clip=str(CLIP))
+    assert asked == set(shortlist(str(CLIP), task.forget_images, vocabulary)) >= set(chosen)
+    assert "rabbit" in chosen and set(others) | asked == set(vocabulary)
+
+
+def test_a_clip_that_is_not_there_is_named(model, rabbits, tmp_path):
+    with pytest.raises(UserError, match=r"method\.clip"):
+        words_of(*rabbits[:1], model, *rabbits[1:], clip=str(tmp_path))
+
+
+def test_an_interrupted_search_goes_on_where_it_was(model, rabbits, tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "EVERY", 0)
+    calls, predict = [], type(model).predict
+
+    def search():
+        torch.manual_seed(0)
+        return log_error_ratio(model, rabbits[1], WORDS[:4], 16)
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    whole = search()
+    monkeypatch.setattr(type(model), "predict", counted)
+    with pytest.raises(KeyboardInterrupt), loops.kept_in(tmp_path / "search"):
+        search()
+    with loops.kept_in(tmp_path / "search"):
+        again = search()
+    assert torch.equal(again, whole) and len(calls) == 1 + 3, "80 errors, 32 at a time"
+
+
+def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, few_samples, monkeypatch):
+    monkeypatch.setattr(words_room, "FINALISTS", 4)
+    torch.manual_seed(0)
+    found, others = find_words(model, *rabbits[1:], WORDS, samples=8)
+    assert found[0] in ("rabbit", "bunny") and set(found) <= {"rabbit", "bunny"}
+    assert others and not set(others) & set(found)
+
+
+def test_no_word_that_helps_is_an_error(model, rabbits, few_samples):
+    with pytest.raises(UserError, match=r"method\.words"):
+        find_words(model, *rabbits[1:], ["pizza", "castle", "robot"], samples=12)
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """search(words, of_forget, of_retain=None) -> find_words' result if these functions are the log error ratios."""
+
+    def find(words, of_forget, of_retain=None):
+        def log_error_ratio(teacher, latents, words, samples):
+            return (of_forget if latents.mean() > 0 else of_retain)(words, samples)
+
+        monkeypatch.setattr(words_room, "log_error_ratio", log_error_ratio)
+        return find_words(None, torch.ones(4, 1, 2, 2), -torch.ones(4, 1, 2, 2), torch.rand(4, 1, 2, 2), words)
+
+    return find
+
+
+def test_a_style_is_found_though_no_word_helps_its_images(search):
+    """The word neon costs the retain images far more; the word the costs them as much."""
+    costs = {"neon": (-0.02, -0.45), "the": (-0.01, -0.01), "pixel": (-0.5, -0.6), "cat": (-0.03, -0.04)}
+    found, _ = search(list(costs), *(
+        lambda words, samples, kind=kind: torch.tensor([[costs[w][kind]] * samples for w in words]) for kind in (0, 1)
+    ))  # fmt: skip
+    assert found == ["neon"]
+
+
+def test_the_retain_images_do_not_matter_if_a_word_helps(search):
+    gains = {"cat": 0.05, "kitty": 0.04, "dog": 0.01, "pixel": -0.01}
+    found, _ = search(list(gains), lambda words, samples: torch.tensor([[gains[word]] * samples for word in words]))
+    assert found == ["cat", "kitty"]
+
+
+def test_the_words_for_retain_images_range_from_the_worst_to_the_best(search):
+    words = [f"w{i:03}" for i in range(267)]
+    found, others = search(words, lambda words, samples: torch.tensor([[float(word[1:])] * samples for word in words]))
+    assert found[0] == "w266" and others == words[: 267 - FINALISTS]
+    places = [words.index(word) for word in spread(others, RETAIN_WORDS)]
+    assert len(places) == RETAIN_WORDS and places == sorted(places)
+    assert places[0] == 0 and places[-1] == 266 - FINALISTS and max(np.diff(places)) <= 4
+
+
+@pytest.mark.parametrize("helps", [0.1, 1.0])
+def test_a_word_that_may_be_chance_gives_a_warning(search, caplog, helps):
+    """All ratios are noise, except that of one word."""
+    torch.manual_seed(0)
+    words = [f"w{i}" for i in range(16)]
+
+    def noise(words, samples):
+        return torch.randn(len(words), samples) + helps * torch.tensor([[word == "w7"] for word in words])
+
+    found, _ = search(words, noise, noise)
+    assert ("hardly better" in caplog.text) == (helps < 1)
+    assert found == ["w7"] or helps < 1
