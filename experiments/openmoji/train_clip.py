@@ -1,8 +1,10 @@
-"""A CLIP of the embedded world: python experiments/openmoji/train_clip.py {judge,first,second} [--steps N]
+"""A CLIP of the embedded world: python experiments/openmoji/train_clip.py {judge,first,second,image} [--steps N]
 
 A transformers.CLIPModel is trained with the contrastive loss (Radford et al., 2021, figure 3) on rendered images and
 their captions. `first` and `second` read the prompts of the embedded generators, frozen, as CLIP does in Stable
 Diffusion: they are trained on the generators' split. `judge` is the one of the CLIP score, trained on the judge's.
+`image` is an image tower for the text tower of emoji_unet, which stays as it is (Zhai et al., 2022, "locked-image" the
+other way round): the CLIP by which words are found in images (unlearning/scrubbing/words.py).
 
 Captions are padded to the longest of a batch: the state at the end of text depends on nothing after it, so that what
 the encoder does with padding is never trained, as little as in OpenAI's CLIP.
@@ -14,22 +16,23 @@ from collections.abc import Sequence
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from rendered import ROOT, loads_as_float32, rendered, without, without_suffix
+from rendered import ROOT, WEIGHTS, loads_as_float32, rendered, without, without_suffix
 from text import LENGTH, SCENES, Captioned, tokenizer
 from train_judge import degraded
 from training import loader, scheduled, trainer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 from unlearning.data import openmoji
 from unlearning.data.captioning import Content, caption
 
-SPLITS = {"judge": "judge", "first": "train", "second": "train"}
-SEEDS = {"judge": 2, "first": 3, "second": 4}
+SPLITS = {"judge": "judge", "first": "train", "second": "train", "image": "train"}
+SEEDS = {"judge": 2, "first": 3, "second": 4, "image": 5}
 # (width, layers, heads) of the text tower and of the image tower, and the width of their common space.
 SIZES = {
     "judge": ((96, 2, 4), (96, 5, 4), 64),
     "first": ((256, 4, 8), (128, 5, 4), 256),
     "second": ((192, 4, 6), (128, 5, 4), 192),
+    "image": ((256, 4, 8), (128, 5, 4), 256),
 }
 
 
@@ -123,6 +126,10 @@ def main(name: str, steps: int, batch: int, images: int, lr: float, concepts: li
     pl.seed_everything(SEEDS[name])
     tokens = tokenizer()
     module = Contrastive(build(name, tokens), steps, lr)
+    if name == "image":
+        shipped = CLIPTextModel.from_pretrained(WEIGHTS / "emoji_unet" / "text_encoder")
+        module.clip.text_model.load_state_dict(shipped.state_dict())
+        module.clip.text_model.requires_grad_(False)
     pictures, contents = rendered(SPLITS[name], images, scenes=SCENES)
     if concepts:
         kept = without(concepts, contents)
