@@ -66,6 +66,8 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     instances.clear()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it
+    # Hydra composes the config a first time to read hydra.mode from it, which only the command line sets here.
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def arguments(*overrides: str, run: str = "run") -> list[str]:
         said = dict(o.split("=", 1) for o in overrides if "=" in o)

@@ -5,7 +5,9 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from typing import Any
 
 from tabulate import tabulate
 
@@ -188,16 +190,21 @@ def html(table: Table) -> str:
 
 def render_page(template: str, **values: object) -> str:
     """A template of this folder as a page; all values are escaped."""
+    return _templates().get_template(template).render(**values)
+
+
+@cache
+def _templates() -> Any:
+    """The templates, each compiled once."""
     import jinja2
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("unlearning", "reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
