@@ -77,7 +77,8 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path,
 
 SCRUB = [
     "method=scrubber", "dataset=emoji_objects", "dataset.pictures=6", "model.path=${paths.weights}/emoji_unet",
-    "method.conditioning=null", "method.prototypes.K=4", "method.prototypes.purity=0", "method.batch_size=4",
+    "method.conditioning=null", "method.prototypes.K=4", "method.prototypes.purity=0", "method.prototypes.draws=1",
+    "method.batch_size=4",
 ]  # fmt: skip
 REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.batch_size=1"]  # four points at a time
 
