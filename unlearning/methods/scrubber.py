@@ -104,7 +104,7 @@ class Scrubber(TrainedMethod):
         rows = conditioning_rows(
             self.conditioning, teacher, self.task, forget, retain, M, self.words, self.clip, self.batch_size
         )
-        if rows.words:
+        if self.conditioning == "words":
             log.info("The teacher denoises the forget images best with the words: %s", ", ".join(rows.words))
             prototypes = search.confirm(prototypes, teacher, forget, retain, rows.forget)
             M = search.mask(prototypes, teacher, forget)

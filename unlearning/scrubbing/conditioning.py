@@ -36,13 +36,14 @@ class ConditioningRows:
     Attributes:
         null: One row: the null prompt.
         forget, retain: The student's rows for forget and for retain images.
-        words: The words that describe the forget images, for conditioning=words.
+        words, others: The words that describe the forget images, and other words: found, or the task's own names.
     """
 
     null: Conditioning
     forget: Conditioning
     retain: Conditioning
     words: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 def conditioning_rows(
@@ -79,11 +80,12 @@ def conditioning_rows(
         case "caption":
             names = [word for concept in task.erase for word in (concept.name, *concept.synonyms)]
             others = [concept.name for concept in task.retain]
-            return ConditioningRows(null, with_null(_prompts(names)), with_null(_prompts(others)))
+            told, held = with_null(_prompts(names)), with_null(_prompts(others))
+            return ConditioningRows(null, told, held, tuple(names), tuple(others))
         case "words":
             chosen, others = words_of(task, teacher, forget, retain, M, words, clip)
-            some = spread(others, RETAIN_WORDS)
-            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(_prompts(some)), tuple(chosen))
+            some = _prompts(spread(others, RETAIN_WORDS))
+            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(some), tuple(chosen), tuple(others))
         case "inverted":
             return ConditioningRows(null, inverted(teacher, forget, M, batch=batch), null)
     raise unknown("conditioning", kind, get_args(ConditioningKind))

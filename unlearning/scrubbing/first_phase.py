@@ -50,7 +50,7 @@ class FirstPhase:
         parts = torch.load(path, map_location=device, weights_only=True)
         saved = parts.pop("rows")
         null, forget, retain = (Conditioning(**saved[name]) for name in ("null", "forget", "retain"))
-        rows = ConditioningRows(null, forget, retain, saved["words"])
+        rows = ConditioningRows(null, forget, retain, saved["words"], saved["others"])
         return FirstPhase(Prototypes(**parts.pop("prototypes")), rows, **parts)
 
 

@@ -1,0 +1,79 @@
+"""What a scrubber trains is kept for the words that it found."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from unlearning.erasures.module_edit import Adapter
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.methods.closed_form import projections, states
+from unlearning.methods.scrub_solve import ScrubSolve
+from unlearning.models.stable_diffusion import StableDiffusion
+from unlearning.scrubbing.words import TEMPLATES
+
+WORDS, OTHERS = ("cat", "tiger"), ("dog", "clock", "pizza", "sky")
+
+
+class Trained:
+    """A scrubber that moves every map that reads text at random."""
+
+    def __init__(self):
+        self.figures, self.rows = {}, SimpleNamespace(words=WORDS, others=OTHERS)
+
+    def fit(self, model, task) -> WeightPatch:
+        torch.manual_seed(0)
+        weights = {f"{name}.weight": m.weight.detach() for name, m in projections(model).items()}
+        self.moved = {name: W + 0.1 * torch.randn_like(W) for name, W in weights.items()}
+        return WeightPatch(self.moved)
+
+
+@pytest.fixture
+def model(sd1):
+    return StableDiffusion.load(str(sd1), device="cpu")
+
+
+def test_it_is_the_minimiser(model):
+    """The gradient of the sum of squares is zero, for every map."""
+    scrubber, s, lamb = Trained(), 0.3, 0.2
+    solved = ScrubSolve(scrubber=scrubber, preserve_scale=s, lamb=lamb).fit(model, None)
+    told = [template.format(word) for word in WORDS for template in TEMPLATES]
+    held = ["", *(template.format(word) for word, template in zip(OTHERS, TEMPLATES, strict=False))]
+    c, r = (torch.cat(states(model, *some)).double() for some in ((told, "to_end"), (held, "all")))
+    for name, linear in projections(model).items():
+        W, W_S = linear.weight.detach().double(), scrubber.moved[f"{name}.weight"].double()
+        W_new = solved.weights[f"{name}.weight"].double().requires_grad_()
+        loss = (c @ (W_new - W_S).T).square().sum() + s * (r @ (W_new - W).T).square().sum()
+        [gradient] = torch.autograd.grad(loss + lamb * (W_new - W).square().sum(), W_new)
+        scale = torch.autograd.grad((c @ (W_new - W).T).square().sum(), W_new)[0].abs().max()
+        assert gradient.abs().max() < 1e-4 * scale
+
+
+def test_without_other_words_all_is_kept_and_with_their_whole_weight_nothing(model):
+    scrubber, start = Trained(), model.named_parameters()
+
+    def distance(**settings) -> tuple[float, float]:
+        """Of what the words read to what the scrubber made of it, and to what it was, as shares of the change."""
+        solved = ScrubSolve(scrubber=scrubber, **settings).fit(model, None)
+        c = torch.cat(states(model, ["a cat", "the tiger"], "to_end")).double()
+        name, W = next(iter(solved.weights.items()))
+        W, W_S, W_0 = (v.detach().double() for v in (W, scrubber.moved[name], start[name]))
+        whole = (c @ (W_S - W_0).T).norm()
+        return float((c @ (W - W_S).T).norm() / whole), float((c @ (W - W_0).T).norm() / whole)
+
+    assert distance(preserve_scale=0.0, lamb=1e-9)[0] < 1e-3
+    assert distance(preserve_scale=1e9)[1] < 1e-3
+
+
+@pytest.mark.parametrize("wrong", ["no words", "an adapter", "other weights"])
+def test_what_cannot_be_solved_for_is_refused(model, wrong):
+    scrubber = Trained()
+    if wrong == "no words":
+        scrubber.rows = SimpleNamespace(words=(), others=OTHERS)
+    elif wrong == "an adapter":
+        scrubber.fit = lambda *_: Adapter({})
+    else:
+        scrubber.fit = lambda *_: WeightPatch({"unet.conv_in.weight": model.named_parameters()["unet.conv_in.weight"]})
+    with pytest.raises(UserError, match=r"method\.scrubber"):
+        ScrubSolve(scrubber=scrubber).fit(model, None)

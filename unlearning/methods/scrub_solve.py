@@ -1,0 +1,84 @@
+"""Scrub, then solve: what the scrubber trains, kept where the words that it found read it, and nowhere else. Ours.
+
+The scrubber (methods/scrubber.py) trains every map W through which text enters the denoiser to W_S, by gradient steps,
+and with it what all other prompts draw. Its words are known by then. So each map becomes the minimiser over W' of
+
+    sum_c || W' c - W_S c ||^2  +  s sum_r || W' r - W r ||^2  +  lamb || W' - W ||_F^2,
+
+over the text states c of these words, and r of all other words. It is
+
+    W' = W + (W_S - W) P,   P = A (A + s R + lamb I)^-1,   A = sum_c c c^T,   R = sum_r r r^T:
+
+the trained change, projected by a P that does not depend on it.
+"""
+
+# N states, D text width, O output width.
+from collections.abc import Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from unlearning.concepts import UnlearningTask
+from unlearning.config.values import Natural, NonNegative, Positive
+from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
+from unlearning.methods.base import Method
+from unlearning.methods.closed_form import projections, states
+from unlearning.methods.scrubber import Scrubber
+from unlearning.models.diffusion import DiffusionModel
+from unlearning.scrubbing.words import TEMPLATES, spread
+
+
+class ScrubSolve(Method):
+    """Trains a scrubber, then solves for what is kept of it.
+
+    Args:
+        scrubber: With conditioning=words or caption, and a student that trains the maps which read the text.
+        preserve_scale: s.
+        lamb: The weight of the distance to W.
+        retained: Other words, at most, each in one template.
+    """
+
+    def __init__(
+        self,
+        *,
+        scrubber: Scrubber,
+        preserve_scale: NonNegative = 0.1,
+        lamb: Positive = 0.5,
+        retained: Natural = 2000,
+    ):
+        self.scrubber, self.preserve_scale, self.lamb, self.retained = scrubber, preserve_scale, lamb, retained
+
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
+        maps = projections(model)
+        trained = self.scrubber.fit(model, task)
+        self.figures, rows = self.scrubber.figures, self.scrubber.rows
+        names = [f"{name}.weight" for name in maps]
+        if not rows.words or not isinstance(trained, WeightPatch) or not set(trained.weights) <= set(names):
+            raise UserError(
+                "scrub_solve keeps what words read in the maps that read text: method.scrubber.conditioning=words, and "
+                "method.scrubber.student trains weights of these maps only, as conf/method/scrub_solve.yaml does."
+            )
+        P = self.projector(model, rows.words, rows.others)
+        start = model.named_parameters()
+        return WeightPatch({name: _projected(start[name].detach(), W_S, P) for name, W_S in trained.weights.items()})
+
+    @torch.no_grad()
+    def projector(self, model: DiffusionModel, words: Sequence[str], others: Sequence[str]) -> Tensor:
+        """P (D, D), float64, for the words that were found and for other words."""
+        told = [template.format(word) for word in words for template in TEMPLATES]
+        held = [template.format(word) for word, template in zip(spread(others, self.retained), cycle(TEMPLATES))]
+        A, R = _moment(states(model, told, "to_end")), _moment(states(model, ["", *held], "all"))
+        ridge = self.lamb * torch.eye(len(A), dtype=A.dtype, device=A.device)
+        return torch.linalg.solve(A + self.preserve_scale * R + ridge, A, left=False)
+
+
+def _moment(some: Sequence[Tensor]) -> Tensor:
+    """sum_n c_n c_n^T (D, D), float64, of states (N, D) of several prompts."""
+    return torch.stack([c.double().T @ c.double() for c in some]).sum(0)
+
+
+def _projected(W: Tensor, W_S: Tensor, P: Tensor) -> Tensor:
+    """W + (W_S - W) P, (O, D)."""
+    return (W.double() + (W_S.double() - W.double()) @ P).to(W.dtype)
