@@ -1,7 +1,7 @@
 """One step of every method and attack at full size, with random weights, and its memory: python -m experiments.fullsize
 
 Rows that are missing are measured, and each is written at once. So is one that fails, with the reason; it is measured
-again when --only names it.
+again when --only names it. The table is written into README.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.store.files import write_atomically
 from unlearning.tracking.provenance import hardware
 
-RESULTS = Path(__file__).parent / "results.json"
+RESULTS, README = (Path(__file__).parent / name for name in ("results.json", "README.md"))
 SIDE = 32  # of the latents where nothing else is said, to save time
 LARGER = "SD1.4 at 64²"
 DEPTHS = {  # the blocks of the larger models, which are built with few of them
@@ -155,7 +155,10 @@ def main() -> int:
         ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}
         write_atomically(RESULTS, json.dumps(results | {"rows": ordered}, indent=1) + "\n")
         print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
-    print(f"\n{results['machine']}\n\n{table(results['rows'])}")
+    start, end = "<!-- table -->", "<!-- /table -->"
+    before, rest = README.read_text().split(start)
+    text = f"{start}\n{results['machine']}; GiB.\n\n{table(results['rows'])}{end}"
+    write_atomically(README, f"{before}{text}{rest.split(end)[1]}")
     return failed
 
 
