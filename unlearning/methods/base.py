@@ -153,8 +153,11 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
             trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:
             self._trainer = None
-            for parameter in self.weights.values():
-                parameter.grad = None
+            self._free_gradients()
+
+    def _free_gradients(self) -> None:
+        for parameter in self.weights.values():
+            parameter.grad = None
 
     def _key(self, trainer: pl.Trainer, own: str) -> str:
         """A digest of all that the training depends on; `own` is that of the method and of the model's state."""
@@ -194,6 +197,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
     def optimizer_step(self, *args, **kwargs) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
+        self._free_gradients()  # Lightning would keep them until after the next forward pass
         hold(self.pair, self._constraints)
         finite = all(torch.isfinite(p).all() for p in self.weights.values())
         self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before a checkpoint has them

@@ -65,6 +65,8 @@ class EraseDiff(Relabelling):
                 p.grad = gradient
             self.trainer.optimizers[0].step()
             losses.append(L_f.item())
+            for p in theta:
+                p.grad = None  # before the next ones are there
         with torch.no_grad():
             for p, value, gradient in zip(theta, before, gradients, strict=True):
                 p.copy_(value)
