@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from unlearning.__main__ import CONF
 
 MOST = 3  # any whole number of a method or an attack, so that it is short
-# Random weights tell no concept from another and know no words; and a warm-up would be all there is.
+# With random weights no word describes an image, and no feature tells concepts apart; a warm-up would be all there is.
 RANDOM = {"purity": 0.0, "conditioning": "caption", "warmup_steps": 0, "words": ["cat", "dog", "sky"]}
 # Without suites, which are no attack of their own, and without variants.
 ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@package" in path.read_text()]

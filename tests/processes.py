@@ -1,10 +1,14 @@
-"""Processes of their own that start at once: libraries are imported there already, and nothing of this package."""
+"""Processes of their own that start at once: libraries are imported there already, and nothing of this package.
+
+They end without calling what `atexit` has registered.
+"""
 
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +42,7 @@ class Started:
         known = {**os.environ, **(environment or {})}
         self._process = _server.Process(target=_run, args=(code, [*map(str, arguments)], cwd, known, *names))
         self._process.start()
+        weakref.finalize(self, self._process.kill)  # with the test that has started it, whatever became of it
         self.pid: int = self._process.pid
 
     def wait(self, timeout: float = 240) -> int:

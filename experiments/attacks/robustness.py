@@ -31,7 +31,9 @@ def read(folder: Path) -> Runs:
         metrics = {name: run.metrics.get(f"robustness/asr_{name}") for name in ATTACKS}
         values = {name: f"{m.value:g}" if m and m.value is not None else "" for name, m in metrics.items()}
         if any(values.values()):
-            found[str(run.settings["method"]), str(run.settings["seed"])] = values
+            key = str(run.settings["method"]), str(run.settings["seed"])
+            if found.setdefault(key, values) != values:
+                raise SystemExit(f"{folder} has two runs of {' with seed '.join(key)} whose numbers differ.")
     return found
 
 

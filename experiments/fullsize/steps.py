@@ -42,7 +42,10 @@ def methods(family: type[DiffusionModel]) -> list[str]:
 
 def method(name: str, model: DiffusionModel) -> Counted:
     """A fit with MOST in the place of every larger whole number of its file: iterations, steps, batch size, ..."""
-    cfg = _config(f"method={name}")
+    flow = (
+        ["sampler.scheduler.path=diffusers.FlowMatchEulerDiscreteScheduler"] if model.prediction_type == "flow" else []
+    )
+    cfg = _config(f"method={name}", *flow)
     task, settings = enlarged(instantiate(cfg.dataset), model), OmegaConf.to_container(cfg.method)
     made = instantiate(cfg.method, **instances.trainers(settings, instantiate(cfg.trainer)))
     return counted([*model.parts.values()], lambda: lambda: made.fit(model, task))

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 
 import unlearning
 from tests.composed import config
-from unlearning.scrubbing.words import shortlist
+from unlearning.scrubbing.words import similarities
 from unlearning.tracking import cost
 
 CLIP = str(Path(unlearning.__file__).parent / "weights" / "clip")
@@ -26,15 +26,9 @@ def ranks(concept: str) -> dict[str, int]:
     cfg = config(Path(mkdtemp()), f"concept={concept}")
     model, task = instantiate(cfg.model), instantiate(cfg.dataset)
     vocabulary, [own] = model.vocabulary(), task.erase
-    left = [word for word in own.words if word in vocabulary]
-    places = {}
-    for place in range(1, len(vocabulary) + 1):
-        if not left:
-            break
-        best = shortlist(CLIP, task.forget_images, vocabulary, place)
-        places |= {word: place for word in left if word in best}
-        left = [word for word in left if word not in best]
-    return places
+    order = similarities(CLIP, task.forget_images, vocabulary).argsort(descending=True).tolist()
+    places = {vocabulary[i]: place for place, i in enumerate(order, 1)}
+    return {word: places[word] for word in own.words if word in places}
 
 
 def search(concept: str, *overrides: str) -> str:

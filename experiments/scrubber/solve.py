@@ -25,10 +25,9 @@ from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.closed_form import projections
 from unlearning.methods.scrub_solve import ScrubSolve
 from unlearning.methods.scrubber import Scrubber
-from unlearning.models.diffusion import DiffusionModel
 
 
-class Trained(Scrubber):
+class Trained:
     """A scrubber that was trained before.
 
     Args:
@@ -37,9 +36,10 @@ class Trained(Scrubber):
     """
 
     def __init__(self, scrubber: Scrubber, patch: WeightPatch):
-        self.__dict__.update(figures=scrubber.figures, rows=scrubber.rows, patch=patch)
+        self.figures, self.rows, self.patch = scrubber.figures, scrubber.rows, patch
+        self.moving, self.conditioning = scrubber.moving, scrubber.conditioning
 
-    def fit(self, model: DiffusionModel, task: object) -> WeightPatch:
+    def fit(self, *_: object) -> WeightPatch:
         return self.patch
 
 
@@ -67,7 +67,7 @@ def main(overrides: list[str], scales: list[float], to: Path) -> None:
         kept = sum(float((weights[f"{n}.weight"] - w).square().sum()) for n, w in W.items())
         whole = sum(float((patch.weights[f"{n}.weight"] - w).square().sum()) for n, w in W.items())
         print(f"s = {s:g}: {seconds:.1f} s, {(kept / whole) ** 0.5:.3f} of the trained change", flush=True)
-        save_file({name: w.contiguous() for name, w in weights.items()}, folder / f"s{s:g}.safetensors")
+        save_file(weights, folder / f"s{s:g}.safetensors")
 
 
 if __name__ == "__main__":

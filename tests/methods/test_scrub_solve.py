@@ -4,23 +4,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from unlearning.erasures.module_edit import Adapter
+from unlearning.__main__ import CONF
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.methods.closed_form import projections, states
 from unlearning.methods.scrub_solve import ScrubSolve
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing.words import TEMPLATES
+from unlearning.training.student import LoRA, Weights
 
 WORDS, OTHERS = ("cat", "tiger"), ("dog", "clock", "pizza", "sky")
+
+
+MAPS = Weights(OmegaConf.load(CONF / "method" / "scrub_solve.yaml").scrubber.student.parameters)
 
 
 class Trained:
     """A scrubber that moves every map that reads text at random."""
 
-    def __init__(self):
+    def __init__(self, student=MAPS, conditioning="words"):
         self.figures, self.rows = {}, SimpleNamespace(words=WORDS, others=OTHERS)
+        self.moving, self.conditioning = student, conditioning
 
     def fit(self, model, task) -> WeightPatch:
         torch.manual_seed(0)
@@ -66,14 +72,23 @@ def test_without_other_words_all_is_kept_and_with_their_whole_weight_nothing(mod
     assert distance(preserve_scale=1e9)[1] < 1e-3
 
 
-@pytest.mark.parametrize("wrong", ["no words", "an adapter", "other weights"])
-def test_what_cannot_be_solved_for_is_refused(model, wrong):
-    scrubber = Trained()
-    if wrong == "no words":
-        scrubber.rows = SimpleNamespace(words=(), others=OTHERS)
-    elif wrong == "an adapter":
-        scrubber.fit = lambda *_: Adapter({})
-    else:
-        scrubber.fit = lambda *_: WeightPatch({"unet.conv_in.weight": model.named_parameters()["unet.conv_in.weight"]})
-    with pytest.raises(UserError, match=r"method\.scrubber"):
+@pytest.mark.parametrize(
+    ("scrubber", "setting"),
+    [(Trained(conditioning="null"), "conditioning"), (Trained(LoRA("attn2")), "student"),
+     (Trained(Weights("conv_in")), r"student\.parameters")],
+)  # fmt: skip
+def test_what_cannot_be_solved_for_is_refused_before_anything_is_trained(model, scrubber, setting):
+    scrubber.fit = None
+    with pytest.raises(UserError, match=f"scrubber.{setting}"):
         ScrubSolve(scrubber=scrubber).fit(model, None)
+
+
+def test_every_family_that_reads_text_is_solved_for(any_model):
+    if not any_model.text_encoders:
+        with pytest.raises(UserError, match="reads no text"):
+            ScrubSolve(scrubber=Trained()).fit(any_model, None)
+        return
+    scrubber = Trained()
+    solved = ScrubSolve(scrubber=scrubber).fit(any_model, None)
+    assert solved.weights.keys() == scrubber.moved.keys()
+    assert all(w.isfinite().all() and not torch.equal(w, scrubber.moved[n]) for n, w in solved.weights.items())

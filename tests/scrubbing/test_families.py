@@ -7,7 +7,7 @@ import torch
 
 from unlearning.errors import UserError
 from unlearning.scrubbing import conditioning
-from unlearning.scrubbing import words as words_room
+from unlearning.scrubbing import words as word_search
 from unlearning.scrubbing.conditioning import conditioning_rows, inverted
 from unlearning.scrubbing.words import TEMPLATES, log_error_ratio
 
@@ -48,8 +48,8 @@ def test_words_are_searched_in_every_family(model, images, monkeypatch):
         measured.append(log_error_ratio(teacher, latents, words, samples))
         return torch.tensor([[float(word == "dog")] for word in words]).expand(-1, samples)
 
-    monkeypatch.setattr(words_room, "FINAL_SAMPLES", 8)
-    monkeypatch.setattr(words_room, "log_error_ratio", for_dog)
+    monkeypatch.setattr(word_search, "FINAL_SAMPLES", 8)
+    monkeypatch.setattr(word_search, "log_error_ratio", for_dog)
     rows = conditioning_rows("words", model, None, *images, WORDS)
     [ratios] = measured
     assert ratios.isfinite().all() and len(ratios[: len(WORDS)].unique(dim=0)) == len(WORDS) and ratios.shape[1] == 8

@@ -11,7 +11,7 @@ import unlearning
 from unlearning.data.objects import emoji_objects
 from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
-from unlearning.scrubbing import words as words_room
+from unlearning.scrubbing import words as word_search
 from unlearning.scrubbing.conditioning import RETAIN_WORDS, TEMPLATES, conditioning_rows
 from unlearning.scrubbing.words import FINALISTS, find_words, log_error_ratio, shortlist, spread, words_of
 from unlearning.store import loops
@@ -29,7 +29,7 @@ def model():
 @pytest.fixture
 def few_samples(monkeypatch):
     """A last round that is short, for words that are far apart."""
-    monkeypatch.setattr(words_room, "FINAL_SAMPLES", 64)
+    monkeypatch.setattr(word_search, "FINAL_SAMPLES", 64)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def for_rabbit(monkeypatch):
     def ratio(teacher, latents, words, samples):
         return torch.tensor([[float(word in ("rabbit", "bunny"))] for word in words]).expand(-1, samples)
 
-    monkeypatch.setattr(words_room, "log_error_ratio", ratio)
+    monkeypatch.setattr(word_search, "log_error_ratio", ratio)
 
 
 def test_the_rest_of_the_vocabulary_is_there_for_the_retain_images(model, rabbits, for_rabbit):
@@ -70,8 +70,8 @@ def test_a_clip_chooses_the_candidates(model, rabbits, for_rabbit, monkeypatch):
     task, vocabulary = rabbits[0], model.vocabulary()
     best = shortlist(str(CLIP), task.forget_images, vocabulary, 10)
     assert {"rabbit", "bunny", "hare"} <= set(best) and len(best) == 10 and best == sorted(best, key=vocabulary.index)
-    asked, ratio = set(), words_room.log_error_ratio
-    monkeypatch.setattr(words_room, "log_error_ratio", lambda t, z, w, n: (asked.update(w), ratio(t, z, w, n))[1])
+    asked, ratio = set(), word_search.log_error_ratio
+    monkeypatch.setattr(word_search, "log_error_ratio", lambda t, z, w, n: (asked.update(w), ratio(t, z, w, n))[1])
     chosen, others = words_of(task, model, *rabbits[1:], clip=str(CLIP))
     assert asked == set(shortlist(str(CLIP), task.forget_images, vocabulary)) >= set(chosen)
     assert "rabbit" in chosen and set(others) | asked == set(vocabulary)
@@ -112,7 +112,7 @@ def test_an_interrupted_search_goes_on_where_it_was(model, rabbits, tmp_path, mo
 
 
 def test_a_large_vocabulary_is_narrowed_down_in_rounds(model, rabbits, few_samples, monkeypatch):
-    monkeypatch.setattr(words_room, "FINALISTS", 4)
+    monkeypatch.setattr(word_search, "FINALISTS", 4)
     torch.manual_seed(0)
     found, others = find_words(model, *rabbits[1:], WORDS, samples=8)
     assert found[0] in ("rabbit", "bunny") and set(found) <= {"rabbit", "bunny"}
@@ -132,7 +132,7 @@ def search(monkeypatch):
         def log_error_ratio(teacher, latents, words, samples):
             return (of_forget if latents.mean() > 0 else of_retain)(words, samples)
 
-        monkeypatch.setattr(words_room, "log_error_ratio", log_error_ratio)
+        monkeypatch.setattr(word_search, "log_error_ratio", log_error_ratio)
         return find_words(None, torch.ones(4, 1, 2, 2), -torch.ones(4, 1, 2, 2), torch.rand(4, 1, 2, 2), words)
 
     return find

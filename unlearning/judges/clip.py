@@ -43,9 +43,9 @@ def load_clip(model: str | Path, setting: str) -> tuple[TensorCLIP, CLIPProcesso
         raise UserError(
             f"No CLIP could be loaded from {model}: {error}\nSet `{setting}` to a folder that "
             "CLIPModel.save_pretrained wrote, or to a name on the Hugging Face Hub (openai/clip-vit-base-patch32, ...) "
-            "that is in the local cache or can be downloaded. The CLIP of the embedded models is in "
-            "unlearning/weights/judge/clip (`paths.weights` is the folder above `judge/`); "
-            "`python experiments/openmoji/train_clip.py` makes it."
+            "that is in the local cache or can be downloaded. Those of the embedded models are "
+            "`${paths.weights}/judge/clip`, which judges, and `${paths.weights}/clip`, which chooses words; "
+            "`python experiments/openmoji/train_clip.py` makes them."
         ) from error
     if (folder := Path(model)).is_dir():
         weights = min([*folder.glob("*.safetensors"), *folder.glob("*.bin")])

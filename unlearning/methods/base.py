@@ -141,7 +141,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
 
     def _train(self, own: str) -> None:
-        """Descends the loss, or goes on from the last checkpoint. Gradients and the optimizer's states end with it."""
+        """Descends the loss, or goes on from the last checkpoint. The optimizer's states are let go at the end."""
         try:
             trainer = self._make_trainer(max_steps=self.steps())
             if trainer.precision in ("16-true", "bf16-true"):
@@ -153,7 +153,6 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
             trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:
             self._trainer = None
-            self._free_gradients()
 
     def _free_gradients(self) -> None:
         for parameter in self.weights.values():

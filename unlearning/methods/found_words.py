@@ -9,7 +9,8 @@ draw. Once the words are known, any method that erases words will do. With UCE i
 over the text states c_w of the words that describe the images and of the rest of the vocabulary, with c_0 those of the
 null prompt: one system erases the former and holds the latter.
 
-The other words of the last round of the search are in neither sum: synonyms may be among them.
+The other words of the last round of the search are in neither sum: synonyms may be among them. With candidates that are
+given, or chosen by a CLIP, all words that were no candidates are held.
 """
 
 import logging
@@ -64,7 +65,7 @@ class FoundWords(Method):
 
     @torch.no_grad()
     def search_words(self, model: DiffusionModel, task: UnlearningTask) -> tuple[Sequence[str], Sequence[str]]:
-        """The words that describe the forget images, best first, and those that do not."""
+        """The words that describe the forget images, best first, and other words."""
         forget, retain = forget_and_retain(model, task)
         M = self.search.mask(self.search(model, forget, retain), model, forget)
         return words_of(task, model, forget, retain, M, self.words, self.clip)

@@ -13,8 +13,10 @@ the trained change, projected by a P that does not depend on it.
 """
 
 # N states, D text width, O output width.
+import re
 from collections.abc import Sequence
 from itertools import cycle
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,13 +30,15 @@ from unlearning.methods.closed_form import projections, states
 from unlearning.methods.scrubber import Scrubber
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.scrubbing.words import TEMPLATES, spread
+from unlearning.training.student import Weights
 
 
 class ScrubSolve(Method):
     """Trains a scrubber, then solves for what is kept of it.
 
     Args:
-        scrubber: With conditioning=words or caption, and a student that trains the maps which read the text.
+        scrubber: With conditioning=words or caption, and a student that trains the maps which read the text. Other
+            weights that it trains stay what they were.
         preserve_scale: s.
         lamb: The weight of the distance to W.
         retained: Other words, at most, each in one template.
@@ -51,18 +55,26 @@ class ScrubSolve(Method):
         self.scrubber, self.preserve_scale, self.lamb, self.retained = scrubber, preserve_scale, lamb, retained
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
-        maps = projections(model)
-        trained = self.scrubber.fit(model, task)
+        maps = self._maps(model)
+        trained, start = cast(WeightPatch, self.scrubber.fit(model, task)).weights, model.named_parameters()
         self.figures, rows = self.scrubber.figures, self.scrubber.rows
-        names = [f"{name}.weight" for name in maps]
-        if not rows.words or not isinstance(trained, WeightPatch) or not set(trained.weights) <= set(names):
-            raise UserError(
-                "scrub_solve keeps what words read in the maps that read text: method.scrubber.conditioning=words, and "
-                "method.scrubber.student trains weights of these maps only, as conf/method/scrub_solve.yaml does."
-            )
         P = self.projector(model, rows.words, rows.others)
-        start = model.named_parameters()
-        return WeightPatch({name: _projected(start[name].detach(), W_S, P) for name, W_S in trained.weights.items()})
+        return WeightPatch({name: _projected(start[name].detach(), trained[name], P) for name in maps})
+
+    def _maps(self, model: DiffusionModel) -> list[str]:
+        """The names of the maps that the scrubber trains. Raises UserError if there are none, or it finds no words."""
+        student = self.scrubber.moving
+        if self.scrubber.conditioning not in ("words", "caption"):
+            raise UserError("scrub_solve keeps what words read: method.scrubber.conditioning=words, or caption.")
+        if not isinstance(student, Weights):
+            raise UserError("scrub_solve edits weights: student@method.scrubber.student=cross_attention.")
+        maps = [f"{name}.weight" for name in projections(model)]
+        if not (trained := [name for name in maps if re.search(student.parameters, name)]):
+            raise UserError(
+                f"scrub_solve keeps what words read in the maps that read text, {maps[0]} and the like, and "
+                "method.scrubber.student.parameters matches none of them."
+            )
+        return trained
 
     @torch.no_grad()
     def projector(self, model: DiffusionModel, words: Sequence[str], others: Sequence[str]) -> Tensor:
@@ -76,7 +88,11 @@ class ScrubSolve(Method):
 
 def _moment(some: Sequence[Tensor]) -> Tensor:
     """sum_n c_n c_n^T (D, D), float64, of states (N, D) of several prompts."""
-    return torch.stack([c.double().T @ c.double() for c in some]).sum(0)
+    first, *others = some
+    total = first.double().T @ first.double()
+    for c in others:
+        total += c.double().T @ c.double()
+    return total
 
 
 def _projected(W: Tensor, W_S: Tensor, P: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 # N images, C H W latent shape.
 import io
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,9 +65,9 @@ def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.
         return search()
     path = folder / FILE
     if trainer.strategy.broadcast(trainer.is_global_zero and not is_whole(path)):
-        with kept_in(folder / SEARCH) if trainer.is_global_zero else nullcontext():
+        with kept_in(folder / f"{SEARCH}-{trainer.global_rank}"):
             result = search()
-        if trainer.is_global_zero:
-            result.save(path)
+            if trainer.is_global_zero:
+                result.save(path)
         trainer.strategy.barrier()
     return FirstPhase.load(path, device)

@@ -23,8 +23,9 @@ from unlearning.models.diffusion import DiffusionModel, at_once
 from unlearning.store.loops import resumed
 
 log = logging.getLogger(__name__)
+Device = str | torch.device
 TEMPLATES = ("{}", "a {}", "the {}", "a photo of the {}", "a picture of a {}")
-PER_CALL = 32  # images in one call of the teacher
+PER_CALL = 32  # images, or texts, in one call of a network
 SHORTLIST = 100  # words that a CLIP chooses
 FINALISTS, FINAL_SAMPLES = 16, 256  # words in the last round of the search, and samples for each of them
 SUITED = 0.8  # quantile of a word's evidence on the retain samples
@@ -43,29 +44,33 @@ def words_of(
 ) -> tuple[list[str], list[str]]:
     """The words that describe the task's forget images, best first, and other words of the vocabulary.
 
-    Of the others, first come those that were no candidates, then the rejected ones, the best of them last.
+    Of the others, first come those that were no candidates, then the rejected ones, the best of them last. A word for
+    the concept that was no candidate is among the others.
 
     Args:
         forget, retain: Latents of the task's images, (N, C, H, W).
         M: Masks of the concept in the forget images, (N, 1, H, W).
         words: The candidates; None for those that the CLIP chooses.
-        clip: A CLIP's name on the Hugging Face Hub, or its folder; None for all words as candidates.
+        clip: A CLIP's name on the Hugging Face Hub, or its folder; None for all words as candidates. Without effect
+            where `words` are given.
 
     Raises:
         UserError: If no word helps the teacher to denoise the forget images, or there is no such CLIP.
     """
-    vocabulary = teacher.vocabulary()
-    candidates = list(words) if words else shortlist(clip, task.forget_images, vocabulary) if clip else vocabulary
+    vocabulary = candidates = teacher.vocabulary()
+    if words:
+        candidates = list(words)
+    elif clip and vocabulary:
+        candidates = shortlist(clip, task.forget_images, vocabulary, device=teacher.device)
     chosen, rejected = find_words(teacher, forget, retain, M, candidates)
     known = set(candidates)
     return chosen, [*(word for word in vocabulary if word not in known), *rejected]
 
 
-@torch.no_grad()
-def shortlist(clip: str, images: Sequence[np.ndarray], words: Sequence[str], count: int = SHORTLIST) -> list[str]:
+def shortlist(
+    clip: str, images: Sequence[np.ndarray], words: Sequence[str], count: int = SHORTLIST, device: Device = "cpu"
+) -> list[str]:
     """The words that a CLIP finds most similar to the images, in the order of `words`.
-
-    The similarity of a word is the mean over the images of the cosine between "a photo of a WORD" and the image.
 
     Args:
         images: (H, W, 3) uint8.
@@ -73,21 +78,31 @@ def shortlist(clip: str, images: Sequence[np.ndarray], words: Sequence[str], cou
     Raises:
         UserError: If there is no CLIP at `clip`.
     """
-    model, processor, _ = load_clip(clip, "method.clip")
+    best = similarities(clip, images, words, device).topk(min(count, len(words))).indices
+    return [words[i] for i in sorted(best.tolist())]
 
-    def parts(values: Sequence) -> list:
-        return [list(values[i : i + PER_CALL]) for i in range(0, len(values), PER_CALL)]
+
+@torch.no_grad()
+def similarities(clip: str, images: Sequence[np.ndarray], words: Sequence[str], device: Device = "cpu") -> Tensor:
+    """The similarity of each word to the images, (W,): the mean cosine between them and "a photo of a WORD"."""
+    model, processor, _ = load_clip(clip, "method.clip")
+    model.to(device)
 
     def image_features(some: list[np.ndarray]) -> Tensor:
-        return model.get_image_features(**processor(images=some, return_tensors="pt"))
+        return model.get_image_features(**processor(images=some, return_tensors="pt").to(device))
 
     def text_features(some: list[str]) -> Tensor:
         prompts = [f"a photo of a {word}" for word in some]
-        return model.get_text_features(**processor(text=prompts, padding=True, truncation=True, return_tensors="pt"))
+        own = processor(text=prompts, padding=True, truncation=True, return_tensors="pt").to(device)
+        return model.get_text_features(**own)
 
-    shown = torch.cat([normalize(image_features(some), dim=-1) for some in parts(images)]).mean(0)  # (D,)
-    similar = torch.cat([normalize(text_features(some), dim=-1) @ shown for some in parts(words)])  # (W,)
-    return [words[i] for i in sorted(similar.topk(min(count, len(words))).indices.tolist())]
+    shown = torch.cat([normalize(image_features(some), dim=-1) for some in _parts(images)]).mean(0)  # (D,)
+    return torch.cat([normalize(text_features(some), dim=-1) @ shown for some in _parts(words)]).cpu()
+
+
+def _parts(values: Sequence) -> list:
+    """The values, PER_CALL at a time."""
+    return [list(values[i : i + PER_CALL]) for i in range(0, len(values), PER_CALL)]
 
 
 def spread(words: Sequence[str], count: int) -> list[str]:
@@ -182,13 +197,14 @@ def log_error_ratio(teacher: DiffusionModel, latents: Tensor, words: Sequence[st
     z_0 = latents[rows]
     x_t, prompts = teacher.add_noise(z_0, torch.randn_like(z_0), t), ["", *words]
     jobs = [(p, i) for p in range(len(prompts)) for i in range(samples)]
-    done, few = SimpleNamespace(errors=[]), at_once(latents, PER_CALL)
-    for part in resumed([jobs[i : i + few] for i in range(0, len(jobs), few)], "searching words", done):
+    done, few = SimpleNamespace(errors=torch.zeros(len(jobs))), at_once(latents, PER_CALL)
+    for first in resumed(range(0, len(jobs), few), "searching words", done):
+        part = jobs[first : first + few]
         texts, i = zip(*part, strict=True)
         x, s, z = (values[list(i)] for values in (x_t, t, z_0))
         distinct = list(dict.fromkeys(texts))
         c = teacher.encode_prompts([prompts[p] for p in distinct])[[distinct.index(p) for p in texts]]
         error = (teacher.to_x0(teacher.predict(x, s, c), x, s) - z).square().mean((1, 2, 3))
-        done.errors.append(error.cpu())
-    log_error = torch.cat(done.errors).reshape(len(prompts), samples).clamp(min=1e-12).log()
+        done.errors[first : first + few] = error.cpu()
+    log_error = done.errors.reshape(len(prompts), samples).clamp(min=1e-12).log()
     return log_error[0] - log_error[1:]

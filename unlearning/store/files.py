@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: bytes | memoryview | str | Callable[[B
     try:
         if callable(content):
             with partial.open("wb") as out:
-                content(out)
+                _call(content, out)
         else:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         with partial.open("rb") as file:
@@ -45,6 +45,16 @@ def write_atomically(path: Path, content: bytes | memoryview | str | Callable[[B
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _call(write: Callable[[BinaryIO], object], out: BinaryIO) -> None:
+    """Calls `write`. torch.save raises RuntimeError where the system refuses to write; here that is the OSError."""
+    try:
+        write(out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:

@@ -84,7 +84,7 @@ class Weights(Student):
                 "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
             )
         teacher = model.snapshot(moving)
-        start = {name: w for name, w in (teacher.weights or {}).items() if name in moving}  # no second copy
+        start = {name: (teacher.weights or {})[name] for name in moving}  # no second copy
         pair = Pair(
             model, teacher, moving, lambda: WeightPatch({n: p.detach().clone() for n, p in moving.items()}), start
         )

@@ -23,7 +23,7 @@ def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher)
     pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'concept-unlearning[sweeps,ray]'")
     command = ["-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
     command += ["method=uce", "stages=[fit]", "evaluator=[]", "logger=none", f"model.path={sd1}"]
-    command += ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []
+    command += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     done = Started(COMMAND_LINE, command, cwd=tmp_path)
     assert done.wait() == 1, done.stderr[-3000:]
     assert "1 job failed" in done.stderr and "'kat'. Did you mean cat" in done.stderr
