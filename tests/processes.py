@@ -1,6 +1,6 @@
 """Processes of their own that start at once: libraries are imported there already, and nothing of this package.
 
-They end without calling what `atexit` has registered.
+They end without calling what `atexit` has registered, and wait for workers that they have started.
 """
 
 import multiprocessing

@@ -69,6 +69,7 @@ class Victim:
         begun = run / f".attack-{place.name}"
         if not begun.exists():
             cost.forget(costs, stage)
+        begun.mkdir(parents=True, exist_ok=True)
         with kept_in(begun):
             with cost.measured(costs, stage, self.model):
                 result = attack.observe(self.model, self.task, self.rows)

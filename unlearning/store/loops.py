@@ -36,13 +36,13 @@ _paths: ContextVar[Iterator[Path] | None] = ContextVar("paths", default=None)
 @contextmanager
 def kept_in(folder: Path) -> Iterator[None]:
     """Keeps the state of the loops that begin in the block. The folder is deleted where the block ends as it should."""
-    folder.mkdir(parents=True, exist_ok=True)
     token = _paths.set(folder / f"{i}.pt" for i in itertools.count())
     try:
         yield
     finally:
         _paths.reset(token)
-    shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def resumed(steps: Sequence[T], name: str, state: SimpleNamespace) -> Iterator[T]:
@@ -70,6 +70,7 @@ def _write(path: Path, done: int, state: SimpleNamespace) -> None:
     own = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
     random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     torch.save({"done": done, "state": own, "random": random}, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getbuffer())
 
 

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.config.sweeps.commands import FEW, in_a_process
-from tests.processes import COMMAND_LINE, Started
 from unlearning.config import sweeps
 
 
@@ -21,11 +22,11 @@ def test_a_launcher_runs_jobs_in_processes_of_their_own(sd1, tmp_path, launcher)
     """One of two jobs fails, and the process that launched them reports it."""
     plugin = f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher"
     pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'concept-unlearning[sweeps,ray]'")
-    command = ["-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
+    command = [sys.executable, "-m", "unlearning", "-m", f"hydra/launcher={launcher}", "concept=cat,kat"]
     command += ["method=uce", "stages=[fit]", "evaluator=[]", "logger=none", f"model.path={sd1}"]
     command += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    done = Started(COMMAND_LINE, command, cwd=tmp_path)
-    assert done.wait() == 1, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
     assert "1 job failed" in done.stderr and "'kat'. Did you mean cat" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.parent.parent.parent.name for p in tmp_path.rglob("erasure")] == ["cat"]
