@@ -8,38 +8,25 @@ import torch
 from transformers import CLIPModel
 
 import unlearning
-from unlearning.data.objects import emoji_objects
 from unlearning.errors import UserError
-from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing import words as word_search
-from unlearning.scrubbing.conditioning import RETAIN_WORDS, TEMPLATES, conditioning_rows
-from unlearning.scrubbing.words import FINALISTS, find_words, log_error_ratio, shortlist, spread, words_of
+from unlearning.scrubbing.conditioning import RETAIN_WORDS, conditioning_rows
+from unlearning.scrubbing.words import FINALISTS, TEMPLATES, find_words, log_error_ratio, shortlist, spread, words_of
 from unlearning.store import loops
-from unlearning.training.forget_retain import encoded
 
 CLIP = Path(unlearning.__file__).parent / "weights" / "clip"
 WORDS = ["rabbit", "bunny", "clock", "pizza", "dog", "castle", "banana", "robot", "key", "forest"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return StableDiffusion.load(str(Path(unlearning.__file__).parent / "weights" / "emoji_unet"), device="cpu")
+@pytest.fixture
+def model(embedded):
+    return embedded
 
 
 @pytest.fixture
 def few_samples(monkeypatch):
     """A last round that is short, for words that are far apart."""
     monkeypatch.setattr(word_search, "FINAL_SAMPLES", 64)
-
-
-@pytest.fixture(scope="module")
-def rabbits(model):
-    """(task, forget, retain, M) of a dozen images of each kind, with true masks."""
-    torch.manual_seed(0)
-    task = emoji_objects("rabbit", pictures=12)
-    forget, retain = (encoded(model, images) for images in (task.forget_images, task.retain_images))
-    true = torch.from_numpy(np.stack([picture.masks[0] for picture in task.forget_images.pictures])).float()
-    return task, forget, retain, torch.nn.functional.avg_pool2d(true[:, None], 4)
 
 
 def test_the_words_that_describe_the_images_are_found_without_a_label(model, rabbits, few_samples):

@@ -16,7 +16,6 @@ given, or chosen by a CLIP, all words that were no candidates are held.
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle
 
 import torch
 
@@ -27,7 +26,7 @@ from unlearning.methods.base import Method
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.scrubbing.images import forget_and_retain
 from unlearning.scrubbing.prototypes import PrototypeSearch
-from unlearning.scrubbing.words import TEMPLATES, spread, words_of
+from unlearning.scrubbing.words import in_turn, words_of
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ class FoundWords(Method):
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         words, others = self.search_words(model, task)
         log.info("The teacher denoises the forget images best with the words: %s", ", ".join(words))
-        templates = zip(spread(others, self.retained), cycle(TEMPLATES))
-        retain = tuple(Concept(template.format(word)) for word, template in templates)
+        retain = tuple(map(Concept, in_turn(others, self.retained)))
         return self.erase.fit(model, replace(task, erase=tuple(map(Concept, words)), retain=retain))
 
     @torch.no_grad()

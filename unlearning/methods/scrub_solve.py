@@ -1,4 +1,4 @@
-"""Scrub, then solve: what the scrubber trains, kept where the words that it found read it, and nowhere else. Ours.
+"""Scrub, then solve: what the scrubber trains, kept for the words of its search and for no other. Ours.
 
 The scrubber (methods/scrubber.py) trains every map W through which text enters the denoiser to W_S, by gradient steps,
 and with it what all other prompts draw. Its words are known by then. So each map becomes the minimiser over W' of
@@ -15,7 +15,6 @@ the trained change, projected by a P that does not depend on it.
 # N states, D text width, O output width.
 import re
 from collections.abc import Sequence
-from itertools import cycle
 from typing import cast
 
 import torch
@@ -29,7 +28,7 @@ from unlearning.methods.base import Method
 from unlearning.methods.closed_form import projections, states
 from unlearning.methods.scrubber import Scrubber
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.scrubbing.words import TEMPLATES, spread
+from unlearning.scrubbing.words import in_all_templates, in_turn
 from unlearning.training.student import Weights
 
 
@@ -78,10 +77,9 @@ class ScrubSolve(Method):
 
     @torch.no_grad()
     def projector(self, model: DiffusionModel, words: Sequence[str], others: Sequence[str]) -> Tensor:
-        """P (D, D), float64, for the words that were found and for other words."""
-        told = [template.format(word) for word in words for template in TEMPLATES]
-        held = [template.format(word) for word, template in zip(spread(others, self.retained), cycle(TEMPLATES))]
-        A, R = _moment(states(model, told, "to_end")), _moment(states(model, ["", *held], "all"))
+        """P (D, D), float64, for the words of the search and for other words."""
+        A = _moment(states(model, in_all_templates(words), "to_end"))
+        R = _moment(states(model, ["", *in_turn(others, self.retained)], "all"))
         ridge = self.lamb * torch.eye(len(A), dtype=A.dtype, device=A.device)
         return torch.linalg.solve(A + self.preserve_scale * R + ridge, A, left=False)
 

@@ -22,7 +22,7 @@ from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.denoising import noised
 from unlearning.sampling.inversion import invert
-from unlearning.scrubbing.words import PER_CALL, TEMPLATES, spread, words_of
+from unlearning.scrubbing.words import PER_CALL, in_all_templates, spread, words_of
 
 ConditioningKind = Literal["null", "words", "inverted", "caption"]
 POOLED = ("pooled", "text_embeds")  # the families' names for the pooled text in Conditioning.extra
@@ -36,7 +36,8 @@ class ConditioningRows:
     Attributes:
         null: One row: the null prompt.
         forget, retain: The student's rows for forget and for retain images.
-        words, others: The words that describe the forget images, and other words: found, or the task's own names.
+        words: What describes the forget images: words of the search, or the task's own names.
+        others: Other words.
     """
 
     null: Conditioning
@@ -80,19 +81,17 @@ def conditioning_rows(
         case "caption":
             names = [word for concept in task.erase for word in (concept.name, *concept.synonyms)]
             others = [concept.name for concept in task.retain]
-            told, held = with_null(_prompts(names)), with_null(_prompts(others))
-            return ConditioningRows(null, told, held, tuple(names), tuple(others))
+            erased, retained = with_null(in_all_templates(names)), with_null(in_all_templates(others))
+            return ConditioningRows(null, erased, retained, tuple(names), tuple(others))
         case "words":
             chosen, others = words_of(task, teacher, forget, retain, M, words, clip)
-            some = _prompts(spread(others, RETAIN_WORDS))
-            return ConditioningRows(null, with_null(_prompts(chosen)), with_null(some), tuple(chosen), tuple(others))
+            some = in_all_templates(spread(others, RETAIN_WORDS))
+            return ConditioningRows(
+                null, with_null(in_all_templates(chosen)), with_null(some), tuple(chosen), tuple(others)
+            )
         case "inverted":
             return ConditioningRows(null, inverted(teacher, forget, M, batch=batch), null)
     raise unknown("conditioning", kind, get_args(ConditioningKind))
-
-
-def _prompts(words: Sequence[str]) -> list[str]:
-    return [template.format(word) for word in words for template in TEMPLATES]
 
 
 def inverted(

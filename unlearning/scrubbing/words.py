@@ -9,6 +9,7 @@ https://arxiv.org/abs/2103.00020, zero-shot classification).
 # N images, W words, S samples, D width of CLIP's common space.
 import logging
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,16 @@ def similarities(clip: str, images: Sequence[np.ndarray], words: Sequence[str], 
 def _parts(values: Sequence) -> list:
     """The values, PER_CALL at a time."""
     return [list(values[i : i + PER_CALL]) for i in range(0, len(values), PER_CALL)]
+
+
+def in_all_templates(words: Sequence[str]) -> list[str]:
+    """Prompts: each word in every template."""
+    return [template.format(word) for word in words for template in TEMPLATES]
+
+
+def in_turn(words: Sequence[str], count: int) -> list[str]:
+    """Prompts: at most `count` of the words, evenly spaced, each in one template, which they take in turn."""
+    return [template.format(word) for word, template in zip(spread(words, count), cycle(TEMPLATES))]
 
 
 def spread(words: Sequence[str], count: int) -> list[str]:
