@@ -124,9 +124,10 @@ def why(error: Exception) -> str:
 
 
 def limit_memory() -> None:
-    """An allocation that this machine has no memory for fails, instead of another process."""
+    """An allocation that this machine has no memory for, nor swap, fails, instead of another process."""
     if (status := Path("/proc/meminfo")).exists():
-        free = next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if "MemAvailable" in line)
+        sizes = dict(line.split(":") for line in status.read_text().splitlines())
+        free = sum(1024 * int(sizes[kind].split()[0]) for kind in ("MemAvailable", "SwapFree"))
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * free), resource.RLIM_INFINITY))
 
 

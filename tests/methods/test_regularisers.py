@@ -93,6 +93,15 @@ def test_the_penalties_are_means_over_all_entries():
     assert L2SP(2.0).penalty(theta, start).item() == pytest.approx(2 * (1 + 4 + 9) / 4)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.25, 0.9, 1.0])
+def test_the_largest_entries_are_as_many_as_asked_for_whatever_ties_there_are(share):
+    scores = {"a": torch.randn(30, 40), "b": torch.zeros(700), "c": torch.randn(100).bfloat16()}
+    masks = largest(scores, share)
+    chosen = torch.cat([scores[n][masks[n]].float() for n in scores])
+    flat = torch.cat([score.flatten().float() for score in scores.values()])
+    torch.testing.assert_close(chosen.sort().values, flat.sort().values[-max(1, int(share * 2000)) :])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_projected_updates_change_no_output_for_retained_concepts(model, make, name):
     """Under Adam, with weight decay: theta C = theta_0 C, while other states are mapped elsewhere."""

@@ -53,7 +53,7 @@ class SalUn(Relabelling):
             raise UserError("SalUn has a mask of its own: no regulariser that holds weights fits around it.")
         batches = -(-self.count // self.batch_size)
         gradients = summed_gradients(self.losses(batches, self.saliency), self.pair.parameters)
-        return masked(largest({name: gradient.abs() for name, gradient in gradients.items()}, self.share))
+        return masked(largest({name: gradient.abs_() for name, gradient in gradients.items()}, self.share))
 
     def saliency(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
         """The loss () whose gradient says which weights matter."""

@@ -83,8 +83,14 @@ def summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, nn.Paramete
 
 def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Masks, by name, of the `share` of all entries that has the largest scores; at least one entry."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.topk(max(1, int(share * len(flat)))).indices] = True
-    parts = chosen.split([score.numel() for score in scores.values()])
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    flat = torch.cat([score.flatten().float() for score in scores.values()]).cpu().numpy()
+    missing = max(1, int(share * len(flat)))
+    flat.partition(-missing)  # in place: topk would add an int64 index for each entry
+    least = flat[-missing].item()
+    masks = {name: score.float() > least for name, score in scores.items()}
+    missing -= sum(int(mask.sum()) for mask in masks.values())
+    for name, score in scores.items():  # of those that are equal to the least, the first ones
+        ties = (score.float() == least).flatten().nonzero()[:missing]
+        masks[name].view(-1)[ties] = True
+        missing -= len(ties)
+    return masks
