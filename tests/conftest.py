@@ -1,5 +1,6 @@
 """One torch thread a process, no network, no dashboards: before anything heavy is imported."""
 
+import gc
 import os
 import signal
 import sys
@@ -8,48 +9,63 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 import pytest
-import torch
+import yaml
 
-torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore: tests send it
 
-from tests import tiny  # noqa: E402
-from unlearning.config import instances  # noqa: E402
+yaml.SafeLoader = yaml.CSafeLoader  # the parent class of OmegaConf's: libyaml reads configs ten times as fast
+
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "sana", "dit")
 
 
-@pytest.fixture(scope="session", params=list(tiny.FAMILIES))
-def any_pipeline(request, tmp_path_factory):
+def pytest_collection_finish():
+    """What libraries and test modules hold stays: from here on, garbage collections look at what tests make."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module of tiny models: its imports take ten seconds, which pytest's first process need not wait for."""
+    from tests import tiny
+
+    assert tuple(tiny.FAMILIES) == FAMILIES
+    return tiny
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def any_pipeline(request, tiny, tmp_path_factory):
     """(family, folder) of a tiny random pipeline of every family, saved as diffusers saves."""
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
-def any_model(any_pipeline):
+def any_model(any_pipeline, tiny):
     """The model of `any_pipeline`, loaded anew."""
     family, folder = any_pipeline
     return tiny.FAMILIES[family].load(str(folder), device="cpu")
 
 
-@pytest.fixture(scope="session", params=[f for f in tiny.FAMILIES if f not in ("pixart", "dit")])
-def adaptable_pipeline(request, tmp_path_factory):
+@pytest.fixture(scope="session", params=[f for f in FAMILIES if f not in ("pixart", "dit")])
+def adaptable_pipeline(request, tiny, tmp_path_factory):
     """Those of the families that diffusers has adapters for."""
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
-def sd1(tmp_path_factory):
+def sd1(tiny, tmp_path_factory):
     """The folder of a tiny random Stable Diffusion 1.x."""
     return tiny.save("sd1", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
-def sd3(tmp_path_factory):
+def sd3(tiny, tmp_path_factory):
     """The folder of a tiny random Stable Diffusion 3."""
     return tiny.save("sd3", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
-def vqgan(tmp_path_factory):
+def vqgan(tiny, tmp_path_factory):
     """The folder of a tiny random VQ-GAN."""
     folder = tmp_path_factory.mktemp("models") / "vqgan"
     tiny.vqgan().save_pretrained(folder)
@@ -63,6 +79,8 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
     unlearn.arguments(*overrides) is what would have to be typed.
     """
+    from unlearning.config import instances
+
     instances.clear()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it

@@ -1,5 +1,6 @@
 """What processes.py imports once, for all processes that it starts."""
 
+import gc
 from importlib import import_module
 
 NAMES = (
@@ -13,3 +14,4 @@ NAMES = (
 )  # fmt: skip
 for name in NAMES:
     import_module(name)
+gc.freeze()  # so that no collection copies their memory, which processes share
