@@ -1,5 +1,7 @@
 """The real configuration, composed for a test: what the command line would build, in a folder of the test's own."""
 
+import copy
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -16,9 +18,14 @@ ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@p
 
 def config(output: Path, *overrides: str) -> DictConfig:
     """The main config with `overrides`; nothing is logged, everything is written below `output`."""
+    composed = copy.deepcopy(_composed(overrides))
+    composed.paths.output_dir, composed.paths.store = str(output / "run"), str(output / "store")
+    return composed
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     quiet = [
-        f"paths.output_dir={output / 'run'}",
-        f"paths.store={output / 'store'}",
         "title=a test",
         "logger=none",
         "trainer.enable_progress_bar=false",

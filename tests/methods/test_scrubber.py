@@ -34,6 +34,9 @@ def model(any_model):
     return any_model
 
 
+of_each_prediction = pytest.mark.parametrize("any_pipeline", ["sd1", "sd2", "sd3", "dit"], indirect=True)
+
+
 @pytest.fixture
 def scrub(tmp_path):
     """scrub(*overrides) -> (a Scrubber, its task), on images of cats."""
@@ -54,6 +57,7 @@ def blinded(model):
     return model.add_noise(z_0, eps, t), model.add_noise(z_0 - change, eps, t), t, change
 
 
+@of_each_prediction
 def test_the_raw_target_leaves_the_concept_in_the_implied_x_0(model):
     z_t, z_blind_t, t, change = blinded(model)
     T_blind = torch.randn_like(z_t)
@@ -63,6 +67,7 @@ def test_the_raw_target_leaves_the_concept_in_the_implied_x_0(model):
     torch.testing.assert_close(implied, wanted + kept, atol=1e-4, rtol=1e-4)
 
 
+@of_each_prediction
 def test_the_corrected_target_is_the_raw_one_plus_the_change_of_the_input(model):
     z_t, z_blind_t, t, _ = blinded(model)
     T_blind, (alpha, sigma) = torch.randn_like(z_t), model._alpha_sigma(t)
@@ -71,6 +76,7 @@ def test_the_corrected_target_is_the_raw_one_plus_the_change_of_the_input(model)
     torch.testing.assert_close(by_x0, by_hand, atol=1e-4, rtol=1e-4)
 
 
+@of_each_prediction
 def test_the_loss_is_zero_at_its_target_only(model, scrub):
     z_t, z_blind_t, t, _ = blinded(model)
     T_blind = torch.randn_like(z_t)
@@ -82,6 +88,7 @@ def test_the_loss_is_zero_at_its_target_only(model, scrub):
         assert method._error(other, z_t, T_blind, z_blind_t, t).mean() > 1e-3
 
 
+@of_each_prediction
 def test_errors_have_the_same_weight_at_every_timestep_up_to_a_limit(model, scrub):
     method, _ = scrub()
     method.teacher = model
@@ -93,6 +100,7 @@ def test_errors_have_the_same_weight_at_every_timestep_up_to_a_limit(model, scru
     assert method._error(z + 1, z, z, z, last).max() < 215, "DiT's schedule would give 24,000"
 
 
+@of_each_prediction
 def test_l_f_is_a_share_of_what_there_is_to_forget_unless_it_is_not_normalised(model, scrub):
     z_0, off, null = *torch.randn(2, 2, *model.latent_shape), model.encode_prompts([""])
     M = torch.zeros(2, 1, *model.latent_shape[1:])
@@ -114,6 +122,7 @@ def test_l_f_is_a_share_of_what_there_is_to_forget_unless_it_is_not_normalised(m
     assert left(M, 0.1, "method.normalised=false") < 0.1 * left(M, 1.0, "method.normalised=false")
 
 
+@of_each_prediction
 def test_a_student_equal_to_the_teacher_has_a_loss_for_the_concept_only(model, scrub):
     torch.manual_seed(0)
     method, _ = scrub("method.blinding=shuffled", "method.lamb_b=1", "method.lamb_r=1")
