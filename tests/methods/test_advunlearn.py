@@ -123,6 +123,24 @@ def test_fast_at_is_one_step_of_the_same_length_for_every_coordinate(model):
     assert not cat.any(), "the other prompt's tokens stay"
 
 
+@pytest.mark.parametrize(("sign", "expected"), [(False, [1.0, -2.0, -2.0]), (True, [1.0, -1.0, -1.0])])
+def test_an_accumulating_search_goes_by_the_sum_of_its_gradients(model, monkeypatch, sign, expected):
+    """Of the gradients 1, -3 and 0; a step by the sign leaves the sign."""
+    method, step, used = before_training(model, sign=sign, accumulate=True, inner_steps=3), torch.optim.Adam.step, []
+
+    def watched(adam):
+        used.append(adam.param_groups[0]["params"][0].grad.unique().item())
+        step(adam)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    method.draw = lambda prompts: ()
+    for _ in range(2):  # the second search begins without any
+        slopes = iter([1.0, -3.0, 0.0])
+        method.distance = lambda slopes=slopes: next(slopes) * sum(v.sum() for v in method._adversary.delta.values())
+        method.attack(["cat"])
+    assert used == 2 * expected
+
+
 @pytest.mark.parametrize("attack_init", ["latest", "random"])
 def test_a_search_goes_on_from_the_last_one_or_begins_anew(model, attack_init):
     method = before_training(model, attack_init=attack_init, inner_lr=1e-9)

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
@@ -125,6 +126,36 @@ def test_prior_preservation_is_the_denoising_loss_of_the_anchor(model, ablation)
     t, eps = model.timesteps(torch.rand(2)), torch.randn_like(x_0)
     predicted = model.predict(model.add_noise(x_0, eps, t), t, model.encode_prompts(method.anchor_prompts[:2]))
     torch.testing.assert_close(prior, (predicted - eps).pow(2).mean(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_fixed_start_of_the_text_gets_no_gradient_and_changes_no_prediction(model, ablation, fixed):
+    """Keys and values of a text that is zero but for its first state have gradients from this state alone."""
+    c = model.encode_prompts(["a cat"])
+    c.embeds[:, 1:] = 0
+    x_t, t = model.noise([5]), torch.tensor([400])
+    before, seen = model.predict(x_t, t, c), []
+
+    class Seen(ConceptAblation):
+        def loss(self, batch):
+            weights = list(self.pair.parameters.values())
+            eps = self.student.predict(x_t, t, c)
+            seen.append((eps.detach(), torch.autograd.grad(eps.square().sum(), weights)))
+            return super().loss(batch)
+
+    method = ablation(fixed_start=fixed, iterations=1)
+    method.__class__ = Seen
+    method.fit(model, TASK)
+    (eps, gradients), *_ = seen
+    torch.testing.assert_close(eps, before)
+    assert any(gradient.any() for gradient in gradients) != fixed
+    assert not any(layer._forward_hooks for layer in model.named_modules().values())
+
+
+def test_without_cross_attention_no_start_can_be_fixed(ablation, tmp_path):
+    model = tiny.FAMILIES["sd3"].load(str(tiny.save("sd3", tmp_path)), device="cpu")
+    with pytest.raises(UserError, match="UNet"):
+        ablation(fixed_start=True).fit(model, TASK)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,14 @@ each search with random tokens; where it is silent, those of their script, whose
 the last search found. Their fast AT goes by the sign of the gradient, `sign=true`, with as many steps in the README.
 All weights of the encoder's layers and its final norm move, the token embeddings do not.
 
+Where the script (commit 9d23124) computes something else than it says:
+
+- It never clears delta's gradient, so that each step of a search goes by the sum of all since its first:
+  accumulate=true.
+- The encoder gets delta from before the last step of a search: its 30 steps are inner_steps=29.
+- It counts words where word pieces are meant: behind delta, a prompt of n words keeps its first n pieces, and loses the
+  k after them. Here it keeps all.
+
 Deviations:
 - The script's default is another: gamma = 1 and a step of the optimizer for each of the two terms (retain_train=iter).
 - The authors retain objects of COCO. What is retained is up to the task here, or to `retained`.
@@ -22,6 +30,7 @@ Deviations:
 - delta begins with tokens that can be typed. Several CLIP encoders of a model have the same tokens, and all of them are
   trained; a T5 beside them reads p without delta and stays as it is.
 - t is the timestep at which x_t lies; the authors draw it from a little above, schedule=paper. x_t' has its own.
+- Prompts to retain are drawn with replacement; the authors' come once before any comes again.
 - Flux reads text by its T5 first, and is refused.
 """
 
@@ -92,6 +101,7 @@ class AdvUnlearn(ESD):
         tokens: k.
         inner_steps, inner_lr: Steps of Adam for delta before each step of the encoder, and their learning rate.
         sign: Whether they go by the sign of the gradient.
+        accumulate: Whether a step's gradient is added to that of the step before, as it was used there.
         attack_init: Where each search begins: "random" tokens, or the "latest" delta.
         warmup_steps: Steps of the encoder before the first search.
         gamma: The weight of what is retained.
@@ -109,6 +119,7 @@ class AdvUnlearn(ESD):
         inner_steps: Natural = 30,
         inner_lr: Positive = 1e-3,
         sign: bool = False,
+        accumulate: bool = False,
         attack_init: Literal["random", "latest"] = "random",
         warmup_steps: Natural = 200,
         gamma: NonNegative = 0.3,
@@ -120,7 +131,7 @@ class AdvUnlearn(ESD):
     ):
         super().__init__(trajectory_model=trajectory_model, template=template, **esd)
         self.tokens, self.inner_steps, self.inner_lr, self.sign = tokens, inner_steps, inner_lr, sign
-        self.attack_init, self.warmup_steps = attack_init, warmup_steps
+        self.accumulate, self.attack_init, self.warmup_steps = accumulate, attack_init, warmup_steps
         self.gamma, self.retained, self.retained_batch = gamma, retained, retained_batch
         settings = self.points.steps, self.points.guidance_scale, self.points.schedule
         self.others = make_trajectory(esd.get("trajectory", "exact"), *settings)
@@ -162,9 +173,12 @@ class AdvUnlearn(ESD):
             self._adversary.restart()
         delta = list(self._adversary.delta.values())
         adam = torch.optim.Adam(delta, lr=self.inner_lr)
+        adam.zero_grad()
         for _ in range(self.inner_steps):
             distance = self.distance(*self.draw(prompts))
             for v, gradient in zip(delta, torch.autograd.grad(distance, delta), strict=True):
+                if self.accumulate and v.grad is not None:
+                    gradient = gradient + v.grad
                 v.grad = gradient.sign() if self.sign else gradient
             adam.step()
 

@@ -17,7 +17,10 @@ Where the authors' script for one concept differs from the paper:
 - Both terms of the null prompt are computed without gradients: alpha_2=0 is what it computes.
 - generate_mask.py keeps the smallest half of the gradients: mask_keep=smallest.
 
-Deviations: the gradients of a mask are those of the frozen model's weights, where the script sums them along ten steps
+- Its t is drawn from a little above the timestep at which x_t lies: schedule=paper.
+
+Deviations: the x_t of both terms are of trajectories with noise of their own, where the script begins both with the
+same; the gradients of a mask are those of the frozen model's weights, where the script sums them along ten steps
 of Adam at a learning rate of 1e-2; words are the task's synonyms; the mask applies to what the weights have moved by,
 and not to the gradients alone. The script for many concepts, LoRA with MACE's fusion, is left out.
 """

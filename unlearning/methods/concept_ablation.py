@@ -14,6 +14,13 @@ sg[eps] is by default the prediction of the network that is being trained, witho
 objective with the pretrained network and then replaces it, to hold one network only, and the authors' code does the
 same. teacher=frozen takes the pretrained network.
 
+Where the authors' code (commit c11fb1b) computes something else than the formulas:
+
+- The ablation loss is the sum over the four channels of a latent, four times the mean, and so is clipped earlier:
+  max_grad_norm=0.25 is the same step. The prior's is a mean in the diffusers script, prior_weight=0.25 here, and a sum
+  too in the CompVis script, which weighs the ablation by 0.2, prior_weight=5 here.
+- No gradient passes through the keys and values of the first text state, the start of the text: fixed_start=true.
+
 Deviations: anchor prompts are combined from static lists, where the authors ask a language model; by default the run's
 own sampler draws the images (the authors: DPM-Solver, 25 steps, guidance 6); images are flipped, but not resized,
 padded and masked (for objects, the authors scale them by 1/3 to 1.4 and add "very small" or "close up" to the target
@@ -22,19 +29,23 @@ image's latent is its mode and not a sample. A concept without an anchor gets a 
 """
 
 # B batch, N images, P prompts, C H W latent shape.
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import product
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from unlearning.concepts import Concept
+from unlearning.concepts import Concept, UnlearningTask
 from unlearning.config.values import Count, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
+from unlearning.erasures.base import Erasure
 from unlearning.errors import unknown
 from unlearning.methods.base import TrainedMethod
+from unlearning.models.attention import cross_attention
+from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.sampling.sampler import per_row
 from unlearning.training.forget_retain import ForgetRetain, encoded
@@ -80,6 +91,7 @@ class ConceptAblation(TrainedMethod):
         prior_weight: lamb, the weight of prior preservation.
         flip: Whether every other image is mirrored, at random.
         max_grad_norm: The norm to which gradients are clipped.
+        fixed_start: Whether keys and values of the first text state get no gradient; needs a UNet.
         training: TrainedMethod's arguments; batch_size is the number of images in a step.
     """
 
@@ -95,6 +107,7 @@ class ConceptAblation(TrainedMethod):
         prior_weight: NonNegative = 0.0,
         flip: bool = True,
         max_grad_norm: Positive = 1.0,
+        fixed_start: bool = False,
         **training,
     ):
         super().__init__(**training)
@@ -104,6 +117,16 @@ class ConceptAblation(TrainedMethod):
         self.generated, self.kind, self.based_on, self.predicting = generated, kind, target, teacher
         self.count, self.templates = count, tuple(templates or TEMPLATES[kind])
         self.prior_weight, self.flip, self.max_grad_norm = prior_weight, flip, max_grad_norm
+        self.fixed_start = fixed_start
+
+    def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
+        if self.fixed_start:
+            cross_attention(model)  # refused before any image is drawn
+        return super().fit(model, task)
+
+    def _train(self, own: str) -> None:
+        with start_fixed(self.student) if self.fixed_start else nullcontext():
+            super()._train(own)
 
     def prompts(self) -> tuple[list[str], list[str]]:
         """The P anchor prompts, and for each of them the target prompt."""
@@ -155,3 +178,17 @@ class ConceptAblation(TrainedMethod):
         """(x_0, x_t, t) of B images, each mirrored or not."""
         x_0 = torch.where(per_row(torch.rand(len(x_0), device=x_0.device) < 0.5), x_0, mirrored)
         return x_0, *noised(self.teacher, x_0)
+
+
+@contextmanager
+def start_fixed(model: DiffusionModel) -> Iterator[None]:
+    """Within it no gradient passes through keys and values of the first text state, in cross-attention."""
+
+    def hook(layer: nn.Module, arguments: tuple, states: Tensor) -> Tensor:
+        return torch.cat([states[:, :1].detach(), states[:, 1:]], dim=1)
+
+    with ExitStack() as stack:
+        for layer in cross_attention(model).values():
+            for projection in (layer.to_k, layer.to_v):
+                stack.callback(projection.register_forward_hook(hook).remove)
+        yield

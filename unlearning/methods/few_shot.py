@@ -8,8 +8,10 @@ prediction worse: gradient ascent on the loss that textual inversion descends,
 The MLPs of all layers move, and the last layer's self-attention; the denoiser does not. The loss has no lower bound: a
 few steps are all there may be.
 
-Defaults are those of the authors' code: 4 images, 4 epochs of batches of 2, which is 8 steps, of Adam at 1e-5.
-latents=noise is its zero-shot variant: uniform numbers from 0 to 1 in place of the images' latents.
+Defaults are those of the authors' code: 4 images, the README's 4 epochs (the script's default is 5) of batches of 2,
+which is 8 steps, of Adam at 1e-5.
+latents=noise is its zero-shot variant: uniform numbers from 0 to 1 in place of the images' latents. (As released, these
+have a dimension too many, which the UNet refuses.)
 
 Deviations:
 - The model draws the images, where the authors take photographs. An image's latent is its mode and not a sample.

@@ -12,6 +12,11 @@ clipped to a norm of 1. UnlearnCanvas's benchmark takes cross-attention alone, 1
 
 Deviations:
 - The model draws the concept's images, where the authors take ten photographs.
+- Gradients are clipped, as the authors' configuration says. Their code clips none where the whole UNet is trained,
+  because its optimizer has consumed the generator of the weights: max_grad_norm=1e9.
+- In batches of several prompts the authors' code selects the tokens of one prompt in heads of another; it takes one
+  image a step, where there is no difference.
+- An image's latent is its mode and not a sample.
 - The concept is its name: the authors' first stage, textual inversion of these images, is left out (use_ti=false).
 - The end of the text is one state, as in the authors' code for Stable Diffusion 2.1; for 1.x their code takes all of
   the padding, which repeats it.

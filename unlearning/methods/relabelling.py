@@ -5,6 +5,7 @@
 
 c' is the prompt of the concept's anchor, or of the first concept to retain; c_r those of the concepts to retain, or c'.
 sg is the network that is being trained, without gradients. The model itself draws the images, before it is trained.
+An image's latent is its mode; the authors of both sample it, and for the two prompts of L_f apart.
 """
 
 # N images, C H W latent shape, B batch.

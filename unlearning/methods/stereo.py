@@ -1,4 +1,4 @@
-"""STEREO: Adversarially Robust Concept Erasing (Srivatsan et al., CVPR 2025). https://arxiv.org/abs/2408.16807
+r"""STEREO: Adversarially Robust Concept Erasing (Srivatsan et al., CVPR 2025). https://arxiv.org/abs/2408.16807
 
 Search thoroughly enough: ESD erases the concept; textual inversion learns, on the model so edited, a word s_1 that
 brings it back; ESD erases s_1 from that model, and so on, for words s_1 ... s_K. Of all this the words alone are kept.
@@ -19,8 +19,14 @@ Defaults are those of the authors' script. What it computes differs from what it
 - Its negative guidance 2.0 in the first stage is ESD's eta = 0, a target of eps*_0: `method.search.eta=0`. The default
   is ESD's own, 1.
 
+- Its train_method=noxattn trains all linear maps and convolutions outside of cross-attention:
+  student.parameters='^unet\.(?!.*attn2)(?!.*norm)' of search and of erase. The default is ESD-u's.
+- It leaves trajectories after 1 to 48 of 50 steps, and takes t from 19 above the timestep at which x_t lies. Here any
+  step may be the last, and t is where x_t lies.
+
 Deviations:
-- The model draws the images of the inversion, whose prompts, flips and latents are CCE's (attacks/cce.py).
+- The model draws the images of the inversion, whose prompts, flips and latents are CCE's (attacks/cce.py). The authors
+  give each word a K-th of the images, ours are all for every word.
 - The authors' anchors are sentences about each concept, written by a language model. Ours are templates.
 - Prompts come in turn and anchors at random; the authors shuffle lists in which each comes equally often.
 - Several concepts have words of their own: the n_i are those of one concept.
