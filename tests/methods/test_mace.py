@@ -1,5 +1,6 @@
 """MACE's theorems (Lu et al., 2024): both closed forms, where attention is taken away, and many concepts at once."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -88,6 +89,21 @@ def test_the_fusion_is_the_minimiser(model, make, preserve_scale):
             loss = loss + (states @ (W_2 - W_1 - B @ A).T).square().sum()
         loss.backward()
         assert W_2.grad.norm() < 1e-4 * sum(states.square().sum() for states in e)
+
+
+def test_the_refinement_is_the_minimiser_and_may_weigh_what_is_preserved_by_itself(model, make):
+    settings = {"templates": ["a {} in it"], "lamb": 0.3, "preserve_scale": 0.5}
+    old, new = (f"a {word} in it" for word in ("cat", "forest"))
+    task = replace(TASK, erase=TASK.erase[:1])
+    e, e_star = (states.double() for states in shared(model, [old], [new]))
+    c_j = model.encode_prompts(["", "a photo of the dog", "a photo of the sea"]).embeds.flatten(0, 1).double()
+    for refine_scale, s_p in ((None, 0.5), (0.25, 0.25)):
+        refined = make(**settings, refine_scale=refine_scale).refined(model, task).weights
+        for name, W in maps(model).items():
+            W_1 = refined[f"{name}.weight"].double().requires_grad_()
+            loss = (e @ W_1.T - e_star @ W.T).square().sum() + 0.3 * (W_1 - W).square().sum()
+            (loss + s_p * (c_j @ (W_1 - W).T).square().sum()).backward()
+            assert W_1.grad.norm() < 1e-4 * (e.square().sum() + c_j.square().sum())
 
 
 def test_the_fusion_of_one_lora_with_itself_is_that_lora(model, make):

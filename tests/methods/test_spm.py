@@ -16,7 +16,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.composed import Composed, composed
 from unlearning.erasures.module_edit import Gate
 from unlearning.errors import UserError
-from unlearning.methods.spm import SPM, FacilitatedTransport, anchors
+from unlearning.methods.spm import SPM, FacilitatedTransport, SquaredTransport, anchors
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -95,6 +95,15 @@ def test_gamma_is_the_larger_of_cosine_and_share_of_tokens(model):
     cosine = torch.cosine_similarity(states[1:], states[:1])
     gammas = FacilitatedTransport("cat")(model, prompts, model.encode_prompts(prompts))
     torch.testing.assert_close(gammas, torch.maximum(cosine, torch.tensor([2 / 3, 0])).clamp(0, 1))
+
+
+def test_the_released_code_scales_by_the_square(model):
+    prompts = ["cat", "cot", "dog"]
+    c = model.encode_prompts(prompts)
+    gamma, squared = (gate("cat")(model, prompts, c) for gate in (FacilitatedTransport, SquaredTransport))
+    torch.testing.assert_close(squared, gamma**2)
+    assert squared[0] == 1 and (squared[1:] < gamma[1:]).all()
+    assert isinstance(spm(iterations=1, squared=True).fit(model, CAT).gate, SquaredTransport)
 
 
 def test_replaced_embeddings_are_judged_by_the_cosine_alone(model):
@@ -282,6 +291,19 @@ def test_anchors_lie_around_the_concept_at_its_norm(any_model):
     assert torch.cosine_similarity(a.embeds.flatten(1), c.embeds.flatten(1)).abs().max() < 0.9
     assert not any(a.prompts) and a.extra.keys() == c.extra.keys()
     any_model.predict(any_model.noise([0, 1]), torch.tensor([400, 400]), a[:2])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_released_code_anchors_half_at_the_null_prompt(model, count):
+    method, asked = spm(null_anchors=True, anchor_count=count), []
+    x_t, t, c = model.noise([1]), torch.tensor([300]), model.encode_prompts(["cat"])
+    with method.moving.of(model) as pair:
+        method.student, method.teacher = pair.student, pair.teacher
+        hook = model.denoiser.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[2]))
+        method.anchoring(x_t, t, c)
+        hook.remove()
+    null = (asked[0] == model.encode_prompts([""]).embeds).flatten(1).all(1)
+    assert torch.equal(asked[0], asked[1]) and len(null) == count and null.sum() == (count + 1) // 2
 
 
 def test_a_direction_is_accepted_the_less_the_nearer_it_is():

@@ -24,7 +24,11 @@ Deviations: the masks M come from the unedited UNet's own cross-attention maps f
 where the authors take those of GroundingDINO and SAM, two more networks; as theirs, styles have none. c_j are states of
 the task's retained concepts and of the null prompt, where the authors cache MS-COCO's captions and lists of names, and
 set lamb to 0. The thirty prompts are ours. What follows the prompt is its end of text and all padding, also where a
-tokenizer pads with another token than the end of text. A concept without an anchor gets a generic one.
+tokenizer pads with another token than the end of text. A concept without an anchor gets a generic one. x_0 is the mean
+of the autoencoder's latents for pixels in [-1, 1], where the authors sample one for pixels normalised as ImageNet's.
+
+Paper and code (commit 057e7a6): in stage 1 the code multiplies its preserve_scale in twice, in stage 3 once:
+`refine_scale` is then the square of `preserve_scale`.
 """
 
 # B batch, N heads (of maps) or images, P places of a layer, L tokens, D text width, S side of a mask.
@@ -72,6 +76,7 @@ class MACE(TrainedMethod):
         templates: The prompts of a concept, with {} in its place; None for thirty of this file.
         lamb: The weight of the distance to the maps before, in both closed forms.
         preserve_scale: s_p, in both closed forms.
+        refine_scale: s_p in the first of them; None for `preserve_scale`.
         focal: Whether t is drawn as above; otherwise uniformly.
         mask_threshold: Of the attention maps scaled to [0, 1].
         max_grad_norm: The norm to which gradients are clipped.
@@ -89,6 +94,7 @@ class MACE(TrainedMethod):
         templates: Sequence[Template] | None = None,
         lamb: Positive = 1000.0,
         preserve_scale: NonNegative = 0.0,
+        refine_scale: NonNegative | None = None,
         focal: bool = True,
         mask_threshold: Finite = 0.4,
         max_grad_norm: Positive = 1.0,
@@ -98,6 +104,7 @@ class MACE(TrainedMethod):
         self.generated, self.kind, self.count = generated, kind, count
         self.templates = tuple(templates or map("".join, product(*ABOUT[kind])))
         self.lamb, self.preserve_scale, self.focal = lamb, preserve_scale, focal
+        self.refine_scale = preserve_scale if refine_scale is None else refine_scale
         self.mask_threshold, self.max_grad_norm = mask_threshold, max_grad_norm
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
@@ -126,7 +133,7 @@ class MACE(TrainedMethod):
         old = [prompt for concept in task.erase for prompt in self.prompts(concept.name)]
         new = [prompt for concept in task.erase for prompt in self.prompts(concept.anchor or GENERIC[self.kind])]
         (e, e_star), c_j = shared(model, old, new), self._preserved(model, task)
-        scale = torch.tensor([1.0] * len(e) + [self.preserve_scale] * len(c_j), device=e.device)
+        scale = torch.tensor([1.0] * len(e) + [self.refine_scale] * len(c_j), device=e.device)
         return edited(maps, closed_form(torch.cat([e, c_j]), torch.cat([e_star, c_j]), scale, self.lamb))
 
     def prompts(self, name: str) -> list[str]:

@@ -17,7 +17,8 @@ Latent filter, in a UNet. Z and Z_0 are the low frequencies of a skip feature un
     Z <- s Z  where Re Z > Re Z_0.
 
 As in the released code, s is s_1 before the widest features of the up blocks and s_2 before the second widest. That
-code writes the constant s wherever Re Z >= Re Z_0, also under prompts without triggers: `constant=True`.
+code writes the constant s wherever Re Z >= Re Z_0, also under prompts without triggers: `constant=True`. Its script for
+Stable Diffusion (commit b8b2c3f) never says which of its filters it wants, and applies none: `latent=None`.
 
 Deviations. The pooled embedding is the state after the last word piece (the end-of-text token of CLIP and T5) among the
 states that the denoiser reads. In Stable Diffusion 1 and 2 it is CLIP's pooled output, as in the released code. In SDXL

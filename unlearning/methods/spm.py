@@ -17,6 +17,10 @@ As in the authors' script, the text of c_e is the concept's bare name, in traini
 direction, accepted with probability 1 - cos(a_j, tau(c_e)), of norm U(0.8, 1.2) ||tau(c_e)||; pooled text (SDXL, SD3,
 Flux) is drawn alike; and the adapters of several concepts are trained one by one on the model that is given.
 
+Paper and code (commit 3dd762e): every second anchor of the code is the null prompt, `null_anchors=true`. Its inference
+multiplies both factors of an adapter by gamma, so that gamma^2 acts, `squared=true`; it also adds up the factors of
+several adapters before they are multiplied, which this file does not.
+
 Deviations: the optimizer keeps its state in 32 bits and not in 8; images have one size in training; t is the timestep
 at which x_t lies, whereas the script takes a t up to 41 above it and never starts at pure noise.
 """
@@ -68,12 +72,22 @@ class FacilitatedTransport(Gate):
         return torch.tensor(shares, device=model.device) * _as_written(model, text)
 
 
+@dataclass(frozen=True)
+class SquaredTransport(FacilitatedTransport):
+    """gamma(P)^2, which acts in the released code."""
+
+    def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Tensor:
+        return super().__call__(model, text, c).square()
+
+
 class SPM(ESD):
     """ESD with a gated adapter for each concept.
 
     Args:
         lamb: Weight of latent anchoring.
         anchor_count: J, anchors in a step; of a larger batch, each x_t gets its share of them.
+        null_anchors: Whether half of the anchors are the null prompt, as in the released code.
+        squared: Whether gamma^2 scales an adapter, as in the released code.
         template: How the name of a concept becomes a prompt in training; the bare name, as in the authors' code.
         esd: ESD's arguments, the student being a LoRA.
     """
@@ -81,9 +95,19 @@ class SPM(ESD):
     writable = False
     trains = LoRA
 
-    def __init__(self, *, lamb: NonNegative = 1000.0, anchor_count: Count = 4, template: Template | None = "{}", **esd):
+    def __init__(
+        self,
+        *,
+        lamb: NonNegative = 1000.0,
+        anchor_count: Count = 4,
+        null_anchors: bool = False,
+        squared: bool = False,
+        template: Template | None = "{}",
+        **esd,
+    ):
         super().__init__(template=template, **esd)
-        self.lamb, self.anchor_count = lamb, anchor_count
+        self.lamb, self.anchor_count, self.null_anchors = lamb, anchor_count, null_anchors
+        self.gate = SquaredTransport if squared else FacilitatedTransport
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         if not model.text_encoders:
@@ -93,7 +117,7 @@ class SPM(ESD):
     def _adapter(self, model: DiffusionModel, task: UnlearningTask, concept: Concept) -> Adapter:
         adapter = super().fit(model, replace(task, erase=(concept,)))
         assert isinstance(adapter, Adapter)  # a LoRA's
-        return replace(adapter, gate=FacilitatedTransport(concept.name))
+        return replace(adapter, gate=self.gate(concept.name))
 
     def loss(self, prompts: list[str]) -> Tensor:
         x_t, t, c = self.draw(prompts)
@@ -103,6 +127,9 @@ class SPM(ESD):
         """L_anc () at points (x_t, t) of c."""
         rows = torch.arange(self.anchor_count, device=x_t.device) % len(x_t)
         x_t, t, a = x_t[rows], t[rows], anchors(c[rows])
+        if self.null_anchors:
+            half = (len(a) + 1) // 2
+            a = Conditioning.cat([self.teacher.encode_prompts([""]).expand(half), a[half:]])
         with torch.no_grad():
             target = self.teacher.predict(x_t, t, a)
         return F.mse_loss(self.student.predict(x_t, t, a), target)
