@@ -117,9 +117,11 @@ def _check_trainer(trainer: Callable, cfg: DictConfig) -> None:
     """Raises UserError for a Trainer that cannot be built: most often for an accelerator that is not there."""
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+    from unlearning.training.trainers import number_process
+
     try:
-        trainer(logger=False)
-    except (MisconfigurationException, TypeError, ValueError) as error:
+        number_process(trainer(logger=False))
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         chosen = ", ".join(f"trainer.{name}={cfg.trainer.get(name)}" for name in ("accelerator", "devices", "strategy"))
         raise UserError(f"{chosen}: {' '.join(str(error).split())}") from error
 

@@ -6,6 +6,7 @@ from diffusers import StableDiffusionPipeline
 
 from unlearning.errors import UserError
 from unlearning.models.base import chosen_device
+from unlearning.models.stable_diffusion import StableDiffusion
 
 ABSENT = [
     name
@@ -24,6 +25,40 @@ def test_a_device_that_is_not_there_is_named(name):
 def test_devices_that_are_there():
     assert chosen_device("cpu") == torch.device("cpu")
     assert torch.empty(1, device=chosen_device("auto")).device == chosen_device("auto")
+
+
+class StableDiffusionOfARank(StableDiffusion):
+    """Says which device it would be loaded to."""
+
+    @classmethod
+    def load(cls, path, **settings):
+        raise UserError(f"loaded to {chosen_device('auto')}")
+
+
+@pytest.mark.parametrize(("trainer", "device"), [("trainer=ddp", "cuda:1"), ("trainer=default", "cuda:0")])
+def test_a_task_of_srun_takes_its_own_device_if_it_is_a_rank_of_a_run(told, monkeypatch, trainer, device):
+    """And the first one if it is a run of its own, as its trainer does."""
+    as_task_of_srun(monkeypatch, NTASKS_PER_NODE=2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    model = f"model._target_={__name__}.StableDiffusionOfARank.load"
+    devices = ["trainer.devices=2"] if trainer == "trainer=ddp" else []
+    assert f"loaded to {device}" in told("dataset=prompt", model, trainer, *devices)
+
+
+def test_tasks_that_lightning_cannot_count_are_named(told, monkeypatch):
+    as_task_of_srun(monkeypatch)
+    message = told("dataset=prompt", "trainer=ddp", "trainer.devices=2").strip()
+    assert "trainer.devices=2" in message and "--ntasks-per-node=2" in message and len(message.splitlines()) == 1
+
+
+def as_task_of_srun(monkeypatch, **more: int) -> None:
+    """The second of two tasks on one machine."""
+    own = {"NTASKS": 2, "NNODES": 1, "NODEID": 0, "JOB_ID": 7, "PROCID": 1, "LOCALID": 1, "JOB_NAME": "a job", **more}
+    for name, value in own.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("LOCAL_RANK", "")
+    monkeypatch.delenv("LOCAL_RANK")  # and what the run sets is undone
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")

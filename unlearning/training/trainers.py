@@ -1,11 +1,12 @@
 """The Lightning Trainer of a run, as each of its stages makes it."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from unlearning.training.checkpoints import AtomicCheckpoints
@@ -23,6 +24,12 @@ def prepared(trainer: partial[pl.Trainer]) -> partial[pl.Trainer]:
         rank_zero_only.rank = 0
         plugins.append(LightningEnvironment())
     return partial(trainer, plugins=plugins)
+
+
+def number_process(trainer: pl.Trainer) -> None:
+    """Gives a rank that `srun` has started the number of its device as other launchers do, in LOCAL_RANK."""
+    if isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
+        os.environ["LOCAL_RANK"] = str(trainer.local_rank)
 
 
 def shows_progress(trainer: partial[pl.Trainer]) -> bool:
