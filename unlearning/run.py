@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import pytorch_lightning as pl
-from PIL import Image
 
 from unlearning.attacks.base import Attack
 from unlearning.concepts import ERASE, UnlearningTask
@@ -44,7 +43,7 @@ from unlearning.stages.keys import data_key, fit_key, image_digests
 from unlearning.stages.measurement import Measurement
 from unlearning.store import metrics as metrics_json
 from unlearning.store.files import write_atomically
-from unlearning.store.images import figure_paths
+from unlearning.store.images import read_figures
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow, missing
 from unlearning.store.metrics import Metric
@@ -200,7 +199,7 @@ class Run:
         metrics |= {"cost/failed": Metric(lost)} if lost else {}
         self._keep_records()  # until now they were those of the numbers before
         metrics_json.write(self.folder / "metrics.json", metrics)
-        figures = {caption: [Image.open(path)] for caption, path in figure_paths(self.folder).items()}
+        figures = {caption: [figure] for caption, figure in read_figures(self.folder).items()}
         pairs = list(zip(manifests[BASE], manifests[ERASED], strict=True))
         loggers.log(self.logger, metrics_json.flat(metrics), figures, self.settings, pairs)
 

@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from unlearning.errors import UserError
-from unlearning.store.images import figure_paths, read_decided, read_images, write_figures, write_image
+from unlearning.reporting.figures import thumbnail
+from unlearning.store.images import (
+    figure_paths,
+    read_decided,
+    read_figures,
+    read_images,
+    write_figures,
+    write_image,
+)
 
 
 def test_images_come_back_to_the_bit(tmp_path):
@@ -25,6 +33,33 @@ def test_a_damaged_image_is_named(tmp_path, part):
     path.write_bytes(path.read_bytes()[:part])
     with pytest.raises(UserError, match=r"a\.png"):
         read_images([path])
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "JPEG", "bomb", "chunk"])
+def test_what_is_no_whole_png_is_not_opened_whatever_it_is_called(tmp_path, monkeypatch, content):
+    """Pillow would hand PostScript to Ghostscript."""
+    path = tmp_path / "a.png"
+    write_image(path, np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+    if content == "JPEG":
+        Image.new("RGB", (9, 9)).save(path, "JPEG")
+    elif content == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    elif content == "chunk":
+        whole = path.read_bytes()
+        path.write_bytes(whole[: (second := whole.rindex(b"IDAT"))] + b"\0\0\0\0" + whole[second + 4 :])
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # calling it would be an error
+    with pytest.raises(UserError, match=r"a\.png"):
+        read_images([path])
+    assert thumbnail(path, 9) is None
+
+
+def test_a_damaged_figure_is_left_out_with_a_warning(tmp_path, caplog):
+    write_figures(tmp_path, {"one": Image.new("RGB", (2, 2)), "other": Image.new("RGB", (3, 3))})
+    figure_paths(tmp_path)["one"].write_bytes(b"no figure")
+    assert {caption: figure.size for caption, figure in read_figures(tmp_path).items()} == {"other": (3, 3)}
+    assert "0-one.png" in caplog.text
 
 
 def test_figures_are_found_by_their_captions_in_their_order(tmp_path):

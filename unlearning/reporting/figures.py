@@ -10,7 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
+from unlearning.errors import UserError
 from unlearning.reporting.runs import DRAWINGS, FinishedRun, drawings
+from unlearning.store.images import opened
 
 SAMPLES = {ERASE: 2, SYNONYM: 1, RETAIN: 2}  # prompts of a concept that a page over many runs shows, by role
 
@@ -32,9 +34,9 @@ def data_uri(content: bytes, kind: str = "png") -> str:
 def thumbnail(path: Path, side: int, kind: str = "png", **options: object) -> str | None:
     """The image as a data URI of at most `side` pixels a side; None if there is no readable image."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             image = image.convert("RGB")
-    except OSError:
+    except UserError:
         return None
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return data_uri(encode(image, kind, **options), kind)

@@ -23,7 +23,7 @@ from unlearning.reporting.formats import UNITS, decimals, quantity, render_page
 from unlearning.reporting.glossary import legend
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run, settings_text
 from unlearning.store.files import read_state, write_atomically
-from unlearning.store.images import figure_paths
+from unlearning.store.images import figure_paths, opened
 from unlearning.store.manifest import ManifestRow, read_manifest
 from unlearning.store.metrics import Metric
 
@@ -259,11 +259,10 @@ def _share(grouped: Sections, columns: int) -> dict[str, list[Frame]]:
 
 
 def _tile(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB").resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-    except OSError:
-        raise UserError(f"The image {path} is missing: run the generate stage of this run again.") from None
+    if not path.exists():
+        raise UserError(f"The image {path} is missing: run the generate stage of this run again.")
+    with opened(path) as image:
+        return image.convert("RGB").resize((_TILE, _TILE), Image.Resampling.LANCZOS)
 
 
 def _corners() -> Image.Image:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from unlearning.errors import UserError
 from unlearning.store.files import write_atomically
 
 FIGURES = "figures"  # the folder in a run's folder
+log = logging.getLogger(__name__)
 
 
 def write_image(path: Path, image: np.ndarray, decided: Mapping | None = None) -> None:
@@ -32,23 +34,28 @@ def read_images(paths: Iterable[Path]) -> np.ndarray:
     """
     images = []
     for path in paths:
-        with _opened(path) as image:
+        with opened(path) as image:
             images.append(np.asarray(image.convert("RGB")))
     return np.stack(images)
 
 
 def read_decided(path: Path) -> dict:
     """What `write_image` has written into the file besides the image; raises UserError as `read_images` does."""
-    with _opened(path) as image:
+    with opened(path) as image:
         return json.loads(getattr(image, "text", {}).get("decided", "{}"))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image that `write_image` has written. Files of other formats are not opened, whatever they are called.
+
+    Raises:
+        UserError: If the image cannot be read.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             yield image
-    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # any of them for a damaged PNG
         raise UserError(
             f"The image {path} cannot be read ({error}). Delete it; the same command generates it again."
         ) from error
@@ -63,6 +70,18 @@ def write_figures(run: Path, figures: Mapping[str, Image.Image]) -> None:
 def figure_paths(run: Path) -> dict[str, Path]:
     """The files that `write_figures` has written, by caption."""
     return {p.stem.partition("-")[2].replace("-", " "): p for p in sorted((run / FIGURES).glob("*.png"))}
+
+
+def read_figures(run: Path) -> dict[str, Image.Image]:
+    """The figures that `write_figures` has written, by caption. A damaged one is left out, with a warning."""
+    figures = {}
+    for caption, path in figure_paths(run).items():
+        try:
+            with opened(path) as image:
+                figures[caption] = image.convert("RGB")
+        except UserError:
+            log.warning("The figure %s cannot be read and is left out.", path)
+    return figures
 
 
 def _write(path: Path, image: Image.Image, text: PngInfo | None = None) -> None:

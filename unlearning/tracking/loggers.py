@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unlearning.errors import UserError
+from unlearning.store.images import opened
 from unlearning.store.manifest import ManifestRow
 
 messages = logging.getLogger(__name__)
@@ -240,9 +241,8 @@ def _sides(pairs: Sequence[tuple[ManifestRow, ManifestRow]]) -> list[list[Any]]:
     first = {after.prompt: (before, after) for before, after in reversed(pairs)}
     sides = []
     for before, after in list(reversed(first.values()))[:MAX_PAIRS]:
-        with suppress(OSError):
-            pictures = [Image.open(row.path).convert("RGB") for row in (before, after)]
-            sides.append([after.prompt, after.role, after.seed, *pictures])
+        with suppress(UserError), opened(before.path) as one, opened(after.path) as other:
+            sides.append([after.prompt, after.role, after.seed, one.convert("RGB"), other.convert("RGB")])
     return sides
 
 
