@@ -49,6 +49,7 @@ def test_every_row_brings_its_seed_and_its_scale(listed):
         ("a dog,x,1e30,7", "evaluation_seed is 1e30"),
         ("a dog,x,1,nan", "evaluation_guidance is 'nan'"),
         ("a dog,x,1", "evaluation_guidance is None"),
+        ("a dog, asleep,x,1,7", "5 cells, the header 4"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
@@ -56,6 +57,14 @@ def test_a_bad_row_is_named_by_its_line_and_skipped(listed, row, why):
     assert [p.text for p in task.prompts] == ["a cat, asleep", "a dog"]
     [skipped] = task.skipped
     assert "line 3" in skipped and why in skipped
+
+
+def test_a_prompt_is_never_cut_at_its_commas(listed):
+    task = prompt_list("cat", listed("a cat, asleep", '"a cat, awake"', "a dog,, ", header="prompt\n"))
+    assert [p.text for p in task.prompts] == ["a cat, awake", "a dog"]
+    assert len(task.skipped) == 1 and "line 2" in task.skipped[0] and "quotes" in task.skipped[0]
+    with pytest.raises(UserError, match=r"line 6: .*\n\.\.\. and 35 more rows$"):
+        prompt_list("cat", listed(*["a cat, asleep"] * 40, header="prompt\n"))
 
 
 def test_a_seed_that_no_float_holds_is_kept(listed):

@@ -31,6 +31,7 @@ COLUMNS = {
 }
 DELIMITERS = ",\t;|"
 LARGEST = 2**63 - 1  # a seed of PyTorch's generators
+NAMED = 5  # rows in the message about a list without a valid one
 LONGEST = 8192  # side of an image in pixels: a longer one is a mistake
 log = logging.getLogger(__name__)
 csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is an error
@@ -97,7 +98,8 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
         parse: Makes a prompt of a row, or raises ValueError with what is wrong.
 
     Returns:
-        The prompts, and one message for each row that `parse` rejects, with the row's last line number.
+        The prompts, and one message for each row that `parse` rejects or that has more cells than the header, with the
+        row's last line number.
 
     Raises:
         UserError: If there is no such file, it cannot be read, a column is missing, a quote is not closed, or no row
@@ -119,16 +121,26 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
             end = rows.line_num
             row = Row({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
             try:
+                _check_end(cells, header)
                 prompts.append(parse(row))
             except ValueError as error:
                 skipped.append(f"{path}, line {end}: {error}")
     except csv.Error as error:  # a quote that is not closed would swallow the rows after it
         raise UserError(f"{path}, line {end + 1}: its quotes are not closed or not doubled ({error}).") from error
     if not prompts:
-        raise UserError("\n".join([f"{path} has no valid prompt.", *skipped]))
+        more = [f"... and {len(skipped) - NAMED} more rows"] if len(skipped) > NAMED else []
+        raise UserError("\n".join([f"{path} has no valid prompt.", *skipped[:NAMED], *more]))
     for message in skipped:
         log.warning("skipped: %s", message)
     return prompts, skipped
+
+
+def _check_end(cells: Sequence[str], header: Sequence[str]) -> None:
+    """Raises ValueError if a row goes on behind the last column: a prompt was cut where it holds the delimiter."""
+    if any(cell.strip() for cell in cells[len(header) :]):
+        raise ValueError(
+            f"it has {len(cells)} cells, the header {len(header)}; a prompt that holds the delimiter stands in quotes"
+        )
 
 
 def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], Any]:
