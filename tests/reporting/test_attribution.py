@@ -71,6 +71,16 @@ def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
     assert checked(made("esd_x", [process()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
 
 
+@pytest.mark.parametrize(
+    "record", [{"processes": [1]}, {"processes": [{}]}, {"processes": [], "stored": {"images": [1]}}]
+)
+def test_a_record_that_is_none_is_no_record(made, record):
+    folder = made("uce", [process()])
+    (folder / "uce0" / FILE).write_text(json.dumps(record))
+    rows, notes, sound = checked(folder)
+    assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
+
+
 def test_code_that_made_what_was_found_in_the_store_is_named(made):
     folder = made("uce", [process()], [process()])
     record = folder / "uce1" / FILE

@@ -143,6 +143,9 @@ def test_a_file_that_lacks_a_column_is_answered(written, tmp_path):
         read_published(written("esd,cat,fidelity/fid,1", header="method,concept,metric,value"))
     with pytest.raises(UserError, match="none"):
         read_published(tmp_path / "none.csv")
+    (tmp_path / "latin.csv").write_bytes("method,concept,metric,value,source\nesd,café,m,1,a\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.csv .* UTF-8"):
+        read_published(tmp_path / "latin.csv")
 
 
 def test_a_row_without_concepts_is_held_against_the_average_or_the_only_concept_there_is(written):

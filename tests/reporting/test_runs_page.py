@@ -253,6 +253,30 @@ def test_a_broken_run_is_named_and_the_page_goes_on(runs, caplog):
     assert "cat/uce/0" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "path,prompt,role,seed\n,,,\n", "path,prompt,role\nx,y,z\n", "\xff"])
+def test_a_damaged_manifest_is_named_and_the_page_goes_on(runs, caplog, content):
+    whole = page(runs).read_text()
+    for concept, name in (("cat", "base"), ("dog", "erased")):
+        (runs / concept / "ac" / "0" / "images" / f"{name}.csv").write_bytes(content.encode("latin-1"))
+    text = page(runs).read_text()
+    assert text.count("<img") < whole.count("<img") and cells(scopes(text)["cat"])["ac"][0] == "2"
+    assert scopes(text)["cat"].count("<img") == scopes(whole)["cat"].count("<img"), "other runs have the base's too"
+    assert "cat/ac/0/images/base.csv" in caplog.text and "dog/ac/0/images/erased.csv" in caplog.text
+
+
+def test_damaged_losses_are_named_and_the_page_goes_on(runs, caplog):
+    [log] = (runs / "cat" / "esd_x" / "0").glob("logs/csv/*/metrics.csv")
+    log.write_bytes(b"step,train/loss\n1,2\n\xff")
+    assert cells(scopes(page(runs).read_text())["cat"])["esd_x"][0] == "2"
+    assert str(log) in caplog.text
+
+
+def test_prompts_may_be_long(runs):
+    for manifest in runs.rglob("images/*.csv"):
+        manifest.write_text(manifest.read_text().replace("a photo of a lorry", "lorry " * 40_000))
+    assert "lorry lorry" in page(runs).read_text()
+
+
 def test_the_page_stays_small(runs, monkeypatch):
     everything = page(runs).read_text().count("<img")
     monkeypatch.setattr(runs_page, "IMAGES", 8)

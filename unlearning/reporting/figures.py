@@ -3,8 +3,10 @@
 import base64
 import csv
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +15,9 @@ from unlearning.concepts import ATTACK, ERASE, RETAIN, SYNONYM
 from unlearning.errors import UserError
 from unlearning.reporting.runs import DRAWINGS, FinishedRun, drawings
 from unlearning.store.images import opened
+from unlearning.store.manifest import each_row
 
+log = logging.getLogger(__name__)
 SAMPLES = {ERASE: 2, SYNONYM: 1, RETAIN: 2}  # prompts of a concept that a page over many runs shows, by role
 
 # --- images inside a page ---------------------------------------------------------------------------------------------
@@ -74,8 +78,8 @@ def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sam
     seed = max(sorted(set(seeds), key=str), key=seeds.count)
     runs = {key: run for key, group in rows.items() for run in reversed(group) if run["seed"] == seed}
     manifests = {key: drawings(run.folder) for key, run in runs.items()}
-    first = next(iter(manifests.values()))
-    chosen = _chosen(first["base"], count) if "base" in first else []
+    bases = ((of["base"], _chosen(of["base"], count)) for of in manifests.values() if "base" in of)
+    base, chosen = next((found for found in bases if found[1]), (None, []))
     after = {key: _find(of["erased"], chosen) for key, of in manifests.items() if "erased" in of}
     sampled = []
     for line in chosen:
@@ -86,7 +90,7 @@ def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sam
         shown = next((line for of in manifests.values() if name in of for line in _lines(of[name])), None)
         if shown:
             images = {key: _of_seed(manifests.get(key, {}).get(name), shown) for key in rows}
-            sampled.append(Sample(shown["prompt"], name, _of_seed(first.get("base"), shown, ERASE), images))
+            sampled.append(Sample(shown["prompt"], name, _of_seed(base, shown, ERASE), images))
     return sampled
 
 
@@ -101,10 +105,17 @@ def _of_seed(manifest: Path | None, line: Mapping, role: str = ATTACK) -> Path |
 
 
 def _lines(manifest: Path) -> Iterator[dict]:
-    """The lines of a manifest; "path" is the path of the image."""
-    with manifest.open(newline="") as file:
-        for line in csv.DictReader(file):
+    """The lines of a manifest, up to one that is damaged; "path" is the path of the image."""
+    try:
+        for line in each_row(manifest):
             yield {**line, "path": manifest.parent / line["path"]}
+    except (ValueError, csv.Error) as error:
+        _warn_of_damage(manifest, str(error))
+
+
+@cache  # a manifest is read more than once
+def _warn_of_damage(manifest: Path, why: str) -> None:
+    log.warning("%s is damaged (%s): images are left out. The generate stage writes it again.", manifest, why)
 
 
 def _identity(line: Mapping) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Coordinates are percent of the plot from the lower left corner, so that they fit
 """
 
 import csv
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from statistics import mean
 
 from unlearning.reporting.runs import PURPOSES, FinishedRun, purpose
+
+log = logging.getLogger(__name__)
 
 # --- efficacy against retention ---------------------------------------------------------------------------------------
 
@@ -239,15 +242,21 @@ def logged(run: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of all that the CSV logger wrote more than once, by name; without the metrics of the evaluation."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(run.glob("logs/csv/version_*/metrics.csv"), key=lambda p: (len(p.parent.name), p.parent.name)):
-        with path.open(newline="") as file:
-            lines = csv.DictReader(file)
-            own = (*PURPOSES, "base", "epoch", "step")
-            names = [name for name in lines.fieldnames or () if purpose(name) not in own]
-            for line in lines:
-                for name in names:
-                    with suppress(TypeError, ValueError):  # an empty cell
-                        curves.setdefault(name, []).append((int(line["step"]), float(line[name])))
+        for line in _lines(path):
+            for name in (name for name in line if name and purpose(name) not in (*PURPOSES, "base", "epoch", "step")):
+                with suppress(KeyError, TypeError, ValueError):  # an empty cell
+                    curves.setdefault(name, []).append((int(line["step"]), float(line[name])))
     return {name: sorted(values) for name, values in curves.items() if len(values) > 1}
+
+
+def _lines(path: Path) -> list[dict]:
+    """The lines of a CSV; none of a damaged one, with a warning."""
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        log.warning("%s is damaged (%s): its curves are left out.", path, error)
+        return []
 
 
 def _panel(method: str, name: str, curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], runs: int) -> Panel:

@@ -79,6 +79,8 @@ def read_published(path: Path) -> Published:
                 numbers[key] = Number(_number(line["value"], place), line["source"] or "", model, protocol)
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV in UTF-8: {error}.") from None
     concepts: dict[str, dict[str, None]] = {}
     for _, concept, metric in numbers:
         if concept != AVERAGE:

@@ -35,11 +35,13 @@ THUMBNAIL = 192  # pixels; larger images are shrunk to it
 
 
 def _read(path: Path, stage: str) -> str:
-    """Raises UserError if there is no file; it names the stage that writes it."""
+    """Raises UserError if there is no such file or it is no text; it names the stage that writes it."""
     try:
         return path.read_text()
     except FileNotFoundError:
         raise UserError(f"There is no {path} yet: run the {stage} stage of this run, then report again.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): the {stage} stage of this run writes it again.") from None
 
 
 @dataclass(frozen=True)

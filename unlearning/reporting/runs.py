@@ -80,6 +80,13 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 def read_settings(folder: Path) -> dict[str, object]:
     """The settings of a run, see `FinishedRun`. Raises UserError if `folder` is not the folder of a run."""
+    try:
+        return _settings(folder)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{folder / '.hydra'} is damaged: {error}.") from None
+
+
+def _settings(folder: Path) -> dict[str, object]:
     config, choices = _read_yaml(folder / ".hydra" / "resolved.yaml"), _runtime(folder).get("choices") or {}
     places = sorted((config.get("paths") or {}).items(), key=lambda item: -len(str(item[1])))  # the innermost first
     prefixes = {f"{path}/": f"{{{name}}}/" for name, path in places}

@@ -258,16 +258,17 @@ def read_manifest(path: Path) -> list[ManifestRow]:
 
 
 def read_cells(path: Path) -> list[dict[str, str]]:
-    """The rows of a manifest as they are written, by column.
+    """The rows of a manifest as they are written, by column. Raises ValueError or csv.Error if it is not a manifest."""
+    return list(each_row(path))
 
-    Raises:
-        ValueError, csv.Error: If the file is not a manifest.
-    """
+
+def each_row(path: Path) -> Iterator[dict[str, str]]:
+    """As `read_cells`, read one row at a time."""
     with path.open(newline="") as text:
         table = csv.DictReader(text)
-        if not {"path", "prompt", "role"} <= set(table.fieldnames or ()):
+        if not {"path", "prompt", "role", "seed"} <= set(table.fieldnames or ()):
             raise ValueError("columns are missing")  # an empty file is not an empty manifest
-        rows = list(table)
-    if not all(row["path"] for row in rows):
-        raise ValueError("a row has no path")
-    return rows
+        for row in table:
+            if not row["path"]:
+                raise ValueError("a row has no path")
+            yield row

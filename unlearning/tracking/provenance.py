@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,12 @@ def read(folder: Path) -> dict | None:
 
     def parse(saved: dict) -> dict:
         processes = saved.pop("sittings", ())  # as earlier versions called them
-        return {**saved, "processes": list(saved.get("processes", processes))}
+        record = {**saved, "processes": list(saved.get("processes", processes))}
+        for process in record["processes"]:
+            facts(process)
+        for code in chain(record["processes"], *record.get("stored", {}).values()):
+            maker(code)
+        return record
 
     return read_state(folder / FILE, parse)
 
