@@ -1,5 +1,6 @@
 """Erased weights of other code, in every format that is read, and what is refused of them."""
 
+import json
 import pickle
 import re
 from contextlib import nullcontext
@@ -297,6 +298,31 @@ def test_alpha_and_scale_count(model, adapter, tmp_path):
     torch.testing.assert_close(
         read(tmp_path / "diffusers.safetensors", model).weights[name], 8 / 2 * adapter.weights[name]
     )
+
+
+@pytest.mark.parametrize("place", ["beside the file", "in the file"])
+def test_rank_stabilised_alpha_counts_by_the_root_of_each_layers_rank(model, tmp_path, place):
+    config = {"lora_alpha": 8, "r": 16, "use_rslora": True, "rank_pattern": {K: 4}}
+    state = {f"{K}.lora_A.weight": torch.randn(4, 16), f"{K}.lora_B.weight": (B := torch.randn(16, 4))}
+    if place == "in the file":
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
+        save_file({f"unet.{name}": value for name, value in state.items()}, tmp_path / "lora.safetensors", metadata)
+    else:
+        save_file({f"base_model.model.{name}": value for name, value in state.items()}, tmp_path / "lora.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(
+        read(tmp_path / "lora.safetensors", model).weights[f"unet.{K}.lora_B.weight"], 8 / 4**0.5 * B
+    )
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[1]", "{}", '{"lora_alpha": "x"}', '{"lora_alpha": 8, "alpha_pattern": {"a": 4}}']
+)
+def test_a_lora_whose_alpha_is_not_known_is_refused(model, adapter, tmp_path, config):
+    save_file(of("unet", adapter.weights, "base_model.model."), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=f"{tmp_path}.*alpha"):
+        read(tmp_path / "lora.safetensors", model)
 
 
 def test_unguides_lora_is_an_adapter(model, tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from diffusers.utils.state_dict_utils import PEFT_STATE_DICT_MAPPINGS, UNET_TO_DIFFUSERS, convert_state_dict
@@ -64,7 +65,7 @@ def read(path: Path, model: Model, scale: float | None = None, difference: bool 
     if all(re.search(r"\.lora\.[AB]$", name) for name in state):
         return _checked(read_adapter(path, UNGUIDE if scale is None else scale), model, path)
     if any(map(BESIDE_LAYERS.search, state)):
-        return _checked(_lora(state, model, _alphas(path), 1.0 if scale is None else scale, path), model, path)
+        return _checked(_lora(state, model, _configs(path), 1.0 if scale is None else scale, path), model, path)
     return _patch(state, model, path, difference)
 
 
@@ -176,22 +177,40 @@ def _check_shapes(shapes: Mapping[str, tuple[tuple, tuple]], path: Path) -> None
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def _alphas(path: Path) -> dict[str, float]:
-    """By part, or by "" for all parts: alpha / r as PEFT and diffusers write it beside or into a file; {} without."""
+def _configs(path: Path) -> dict[str, Any]:
+    """By part, or by "" for all parts: PEFT's settings, which PEFT writes beside a file, and diffusers into it.
+
+    Raises:
+        UserError: If they cannot be read, or layers differ in alpha.
+    """
     beside = path.with_name("adapter_config.json")
-    if beside.exists():
-        config = json.loads(beside.read_text())
-        return {"": config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))}
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    parts = {name.removesuffix(".lora_alpha") for name in saved if name.endswith(".lora_alpha")}
-    return {part: saved[f"{part}.lora_alpha"] / saved[f"{part}.r"] for part in parts}
+    configs: dict[str, Any] = {}
+    try:
+        if beside.exists():
+            configs[""] = dict(json.loads(beside.read_text()))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            for name, value in saved.items():
+                part, _, setting = name.partition(".")
+                configs.setdefault(part, {})[setting] = value
+        for config in configs.values():
+            _ratio(config, rank=1)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        place = beside if beside.exists() else path
+        raise UserError(f"{place} does not say the LoRA's alpha as PEFT does: {error!r}.") from error
+    if any(config.get("alpha_pattern") for config in configs.values()):
+        raise UserError(f"{path} is a LoRA whose layers differ in alpha (alpha_pattern), which is not supported.")
+    return configs
+
+
+def _ratio(config: Mapping, rank: int) -> float:
+    """What PEFT multiplies an update of this rank by."""
+    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _lora(
-    state: Mapping[str, Tensor], model: Model, ratios: Mapping[str, float], scale: float, path: Path
+    state: Mapping[str, Tensor], model: Model, configs: Mapping[str, Mapping], scale: float, path: Path
 ) -> dict[str, Tensor]:
     """A LoRA by the names of `Adapter`, with alpha / r in B."""
     if not isinstance(model, StableDiffusion) or not hasattr(model.pipeline, "lora_state_dict"):
@@ -212,7 +231,8 @@ def _lora(
         layer = full.removesuffix(B)
         if full.endswith(B):
             rank = value.shape[1]
-            ratio = ratios.get(layer.partition(".")[0], ratios.get("", 1.0))
+            config = configs.get(layer.partition(".")[0], configs.get(""))
+            ratio = _ratio(config, rank) if config else 1.0
             value = value.float() * scale * (of_layer[layer] / rank if layer in of_layer else ratio)
         weights[full] = value.float()
     return weights
