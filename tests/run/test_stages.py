@@ -242,6 +242,18 @@ def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, to
     assert (run / "metrics.json").read_bytes() != before, "the generate stage has mended them"
 
 
+def test_a_shortened_manifest_of_an_attack_is_refused_too(unlearn, told):
+    attack = ["attack=[paraphrase]", "dataset.images_per_prompt=3"]
+    run = unlearn(*SMALL, "method=negative_prompt", "evaluator=nudenet", *attack)
+    before, manifest = (run / "metrics.json").read_bytes(), run / "images" / "attacked-paraphrase.csv"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    again = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "evaluator.nudenet.threshold=0.5", *attack]
+    assert "attacked-paraphrase.csv lists 2 images of the 3" in told(*again, "stages=[evaluate]")
+    assert (run / "metrics.json").read_bytes() == before
+    unlearn(*again)
+    assert len(read_manifest(manifest)) == 3
+
+
 class Colours:
     """A feature extractor: the mean colour."""
 

@@ -115,18 +115,33 @@ def read_manifests(
         requested: The images that the task asks for.
 
     Raises:
-        UserError: If a manifest is missing, or base or erased does not list these images.
+        UserError: If a manifest is missing, base or erased does not list these images, or an attack's does not list
+            those of the erased concepts.
     """
-    manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *(f"{ATTACKED}{a}" for a in attacks))}
+    names = [f"{ATTACKED}{attack}" for attack in attacks]
+    manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *names)}
     base, erased = ([row.path.name for row in manifests[name]] for name in (BASE, ERASED))
-    wanted, listed = Counter(row.path.name for row in requested), Counter(base)
-    if base != erased or listed - wanted or (wanted - listed).total() > failed(folder):
+    wanted, lost = Counter(row.path.name for row in requested), failed(folder)
+    if base != erased or _differ(Counter(base), wanted, lost):
         raise UserError(
             f"The manifests in {folder} do not list the images that the settings ask for: "
             f"{len(base)} of the base model, {len(erased)} of the erased one, {wanted.total()} asked for. "
             "The generate stage writes them again."
         )
+    targets = Counter(row.path.name for row in requested if row.role == ERASE)
+    for name in names:
+        listed = Counter(row.base.name for row in manifests[name] if row.base)
+        if _differ(listed, targets, lost):
+            raise UserError(
+                f"{folder / name}.csv lists {listed.total()} images of the {targets.total()} that were attacked. The "
+                "generate stage writes it again."
+            )
     return manifests
+
+
+def _differ(listed: Counter, wanted: Counter, lost: int) -> bool:
+    """Whether images are listed that were not wanted, or more are missing than could not be generated."""
+    return bool(listed - wanted) or (wanted - listed).total() > lost
 
 
 def _read(path: Path) -> list[ManifestRow]:
