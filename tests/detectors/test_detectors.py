@@ -111,6 +111,14 @@ def test_a_batch_changes_no_box():
     assert together == alone
 
 
+def test_a_damaged_model_file_names_the_path_and_the_setting(tmp_path):
+    (tmp_path / "640m.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    detector = NudeNet(path=str(tmp_path / "640m.onnx"))
+    with pytest.raises(UserError, match=r"640m\.onnx.*method\.detector\.path") as error:
+        detector(np.zeros((1, 9, 9, 3), np.uint8), [None])
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_model_file_names_the_path_and_the_setting():
     with pytest.raises(UserError, match=r"/nowhere/640m\.onnx.*method\.detector\.path"):
         NudeNet(path="/nowhere/640m.onnx")

@@ -275,3 +275,10 @@ def test_an_unknown_mode_lists_the_known_ones(tmp_path):
 def test_a_missing_inception_names_the_file_its_source_and_the_setting(tmp_path):
     with pytest.raises(UserError, match=r"inception-2015-12-05\.pt.*https://.*judge\.features\.path"):
         Inception(tmp_path)
+
+
+def test_a_damaged_inception_names_the_file_and_its_source(tmp_path):
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"PK half of it")
+    with pytest.raises(UserError, match=r"inception-2015-12-05\.pt is damaged.*https://") as error:
+        Inception(tmp_path)
+    assert "\n" not in str(error.value)

@@ -40,14 +40,19 @@ class NudeNetModel:
         resolution: The side in pixels that images are resized to; by default 320, or 640 for a model given by path.
 
     Raises:
-        UserError: If there is no file at `path`.
+        UserError: If there is no file at `path`, or it is damaged.
     """
 
     def __init__(self, path: str | Path | None, setting: str, resolution: int | None = None):
         file = check_model_file(path, setting)
         resolution = resolution or (640 if path else 320)
         self.name = f"NudeNet {version('nudenet')}, {file.name} {file_digest(file)[:12]} at {resolution} px"
-        self._network = nudenet.NudeDetector(str(file), inference_resolution=resolution)
+        try:
+            self._network = nudenet.NudeDetector(str(file), inference_resolution=resolution)
+        except Exception as error:  # onnxruntime's classes of errors are not public
+            raise UserError(
+                f"{file} is no whole NudeNet model ({next(iter(str(error).splitlines()), '')}). {source(setting)}"
+            ) from error
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         """Every box in an image (H, W, 3) uint8: {"class", "score", "box": [left, top, width, height] in pixels}.
@@ -65,11 +70,16 @@ def check_model_file(path: str | Path | None, setting: str) -> Path:
     """NudeNet's ONNX file. Raises UserError, with the config key `setting`, if it is missing."""
     file = Path(path or Path(nudenet.__file__).with_name("320n.onnx"))
     if not file.is_file():
-        raise UserError(
-            f"No NudeNet model at {file}. Download 640m.onnx from https://github.com/notAI-tech/NudeNet/releases and "
-            f"set `{setting}` to the file, or to null for the 320n.onnx of the package."
-        )
+        raise UserError(f"No NudeNet model at {file}. {source(setting)}")
     return file
+
+
+def source(setting: str) -> str:
+    """Where the file is from, for error messages; `setting` is the config key that holds its path."""
+    return (
+        "Download 640m.onnx from https://github.com/notAI-tech/NudeNet/releases and "
+        f"set `{setting}` to the file, or to null for the 320n.onnx of the package."
+    )
 
 
 def check_classes(names: tuple[str, ...]) -> None:

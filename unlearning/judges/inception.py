@@ -27,7 +27,7 @@ class Inception:
             offered: it needs other weights, which clean-fid can only download.
 
     Raises:
-        UserError: For an unknown mode, or if the file is missing. Nothing is downloaded.
+        UserError: For an unknown mode, or if the file is missing or damaged. Nothing is downloaded.
     """
 
     def __init__(self, path: str | Path | None = None, mode: str = "clean"):
@@ -41,7 +41,13 @@ class Inception:
                 f"No {file} in {folder}. Download it from {inception_url} (96 MB) and set `judge.features.path` to its "
                 "folder, or use the features of the embedded models' judge: `judge=emoji`."
             )
-        self.network = InceptionV3W(str(folder), download=False, resize_inside=mode == "legacy_tensorflow").eval()
+        try:
+            self.network = InceptionV3W(str(folder), download=False, resize_inside=mode == "legacy_tensorflow").eval()
+        except RuntimeError as error:  # of TorchScript, for a file that was not copied whole
+            raise UserError(
+                f"{folder / file} is damaged ({next(iter(str(error).splitlines()), '')}). Download it again from "
+                f"{inception_url}."
+            ) from error
         self.resize = build_resizer(mode)
         self.name = f"Inception {file_digest(folder / file)[:12]}, mode {mode}"
 
