@@ -379,6 +379,15 @@ def test_damaged_state_files_are_made_anew(unlearn, tmp_path):
         assert json.loads(path.read_text()), f"{path} is whole"
 
 
+def test_an_erasure_without_its_erasure_json_is_made_anew(unlearn, evaluations):
+    command = [*SMALL, *TRAIN, "method.iterations=1"]
+    run = unlearn(*command)
+    (run / "erasure" / "erasure.json").unlink()
+    evaluations()
+    unlearn(*command)
+    assert evaluations() == FIT and Erasure.load(run / "erasure").weights
+
+
 def test_an_edited_metrics_json_is_measured_again(unlearn):
     command = [*SMALL, "evaluator=nudenet"]
     run = unlearn(*command)
