@@ -19,6 +19,7 @@ INCOMPLETE = {  # by the number in metrics.json that counts what is missing
     "cost/unmeasured": "measurements that failed: {}. The warnings above say why; the same command tries again.",
 }
 RETRIED = {"cost/failed", "cost/unmeasured"}  # the same command may still complete these
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submitit's errors for a killed worker
 
 
@@ -54,8 +55,8 @@ def error_message(error: BaseException, conf: Path, argv: Sequence[str]) -> str:
     if cause is not None:
         return f"\n{cause}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        if error.errno == errno.EROFS:
-            return f"\n{error}\nChoose folders that can be written to: paths.runs=... paths.store=..."
+        if error.errno in READ_ONLY:
+            return f"\n{error}\nTake files that can be read, and folders to write to: paths.runs=... paths.store=..."
         return f"\n{error}\nWhat was finished is kept; the same command goes on from here."
     if type(error).__name__ == "InstantiationException":
         raise error
