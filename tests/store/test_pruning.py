@@ -12,7 +12,7 @@ import pytest
 from unlearning.store.images import write_image
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow, read_manifest, write_manifest
-from unlearning.store.pruning import DAY, describe, in_bytes, in_units, main, stored_images
+from unlearning.store.pruning import DAY, describe, in_bytes, in_units, main, note, stored_images
 
 NOW = time.time()
 
@@ -131,6 +131,16 @@ def test_runs_of_every_folder_that_drew_into_the_store_keep_their_pictures(unlea
     main()
     left = {picture.path for picture in stored_images(tmp_path / "store")}
     assert left == {row.path for run in (folder, alone) for row in read_manifest(run / "images" / "base.csv")}
+
+
+@pytest.mark.parametrize("content", [b"", b"elsewhere", b"\xff"])
+def test_it_deletes_nothing_if_a_record_of_runs_is_damaged(command, store, tmp_path, content):
+    note(store, tmp_path / "runs")
+    [record] = (store / "runs").iterdir()
+    record.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{record} is damaged.*--runs"):
+        command("--prune", "--delete")
+    assert left(store) == EVERYTHING
 
 
 def test_it_asks_for_folders_that_are_not_there(command, store, tmp_path):

@@ -69,8 +69,16 @@ def _write(path: Path, content: str) -> None:
 
 
 def noted(store: Path) -> list[Path]:
-    """The folders of runs that are recorded in a store and still exist."""
-    folders = (Path(path.read_text()) for path in (store / NOTED).glob("[!.]*"))
+    """The folders of runs that are recorded in a store and still exist. Raises UserError for a damaged record."""
+    folders = []
+    for path in (store / NOTED).glob("[!.]*"):
+        folder = Path(os.fsdecode(path.read_bytes()))
+        if path.name != digest(str(folder)):
+            raise UserError(
+                f"{path} is damaged: it named a folder of runs, whose images would seem to be unused. Delete it, and "
+                "name that folder: unlearn-store --runs FOLDER."
+            )
+        folders.append(folder)
     return [folder for folder in folders if folder.is_dir()]
 
 
