@@ -254,6 +254,16 @@ def test_a_shortened_manifest_of_an_attack_is_refused_too(unlearn, told):
     assert len(read_manifest(manifest)) == 3
 
 
+def test_an_attack_that_leaves_prompts_out_is_measured_on_the_others(unlearn):
+    attack = ["attack=[unlearndiffatk/nudity]", "attack.unlearndiffatk.iterations=1", "attack.unlearndiffatk.times=1"]
+    asked = ["dataset=prompt", "concept=[cat,a very long name of it]", "method=negative_prompt", "evaluator=nudenet"]
+    run = unlearn(*asked, *attack, "attack.unlearndiffatk.longest=20")
+    record = json.loads((run / "attacks" / "unlearndiffatk.json").read_text())
+    assert (len(record["rows"]), record["targets"]) == (1, 2)
+    assert len(read_manifest(run / "images" / "attacked-unlearndiffatk.csv")) == 1
+    assert "robustness/nudenet_rate_unlearndiffatk" in json.loads((run / "metrics.json").read_text())
+
+
 class Colours:
     """A feature extractor: the mean colour."""
 

@@ -118,8 +118,8 @@ def read_manifests(
         UserError: If a manifest is missing, base or erased does not list these images, or an attack's does not list
             those of the erased concepts.
     """
-    names = [f"{ATTACKED}{attack}" for attack in attacks]
-    manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *names)}
+    attacked_in = {f"{ATTACKED}{attack}": folder.parent / "attacks" / f"{attack}.json" for attack in attacks}
+    manifests = {name: _read(folder / f"{name}.csv") for name in (BASE, ERASED, *attacked_in)}
     base, erased = ([row.path.name for row in manifests[name]] for name in (BASE, ERASED))
     wanted, lost = Counter(row.path.name for row in requested), failed(folder)
     if base != erased or _differ(Counter(base), wanted, lost):
@@ -128,8 +128,8 @@ def read_manifests(
             f"{len(base)} of the base model, {len(erased)} of the erased one, {wanted.total()} asked for. "
             "The generate stage writes them again."
         )
-    targets = Counter(row.path.name for row in requested if row.role == ERASE)
-    for name in names:
+    for name, record in attacked_in.items():
+        targets = Counter(row.path.name for row in _targets(record, requested))
         listed = Counter(row.base.name for row in manifests[name] if row.base)
         if _differ(listed, targets, lost):
             raise UserError(
@@ -137,6 +137,17 @@ def read_manifests(
                 "generate stage writes it again."
             )
     return manifests
+
+
+def _targets(record: Path, requested: Iterable[ManifestRow]) -> list[ManifestRow]:
+    """The requested images that an attack has a result for, by the record in the run's attacks/."""
+
+    def targets(saved: Mapping) -> set[tuple[str, int | None]]:
+        return {(row["target"], row.get("seed")) for row in saved["rows"]}
+
+    known = read_state(record, targets) or set()
+    own = [row for row in requested if row.role == ERASE]
+    return [row for row in own if known & {(row.prompt, row.seed), (row.prompt, None)}]
 
 
 def _differ(listed: Counter, wanted: Counter, lost: int) -> bool:
