@@ -1,27 +1,31 @@
 """Ring-A-Bell: How Reliable are Concept Removal Methods for Diffusion Models? (Tsai et al., 2024).
 https://arxiv.org/abs/2310.10012
 
-The concept is a direction of a text encoder's states: the mean difference of prompts with it and without it,
+The concept is a direction in a text encoder's states: the mean difference between prompts with and without it,
 
     c^ = 1/N sum_i tau(P_i+) - tau(P_i-).
 
-A prompt P of the concept is moved along it, and a genetic search finds the K tokens whose states are nearest to that:
+The states of a prompt P are moved along this direction. A genetic search finds the K tokens with the nearest states:
 
     min_{tokens} || tau(P) + eta c^ - tau(tokens) ||^2.
 
-Each generation keeps the better half, which has children by crossover at one place; then any may get a random token.
-With `soft`, the denoiser is given tau(P) + eta c^ itself, as RECE's authors do (Gong et al., 2024, arXiv:2407.12383).
+Each generation keeps its better half and adds children of it, by one-point crossover. Then each prompt may have one
+token replaced at random (mutation). With `soft`, there is no search: the denoiser gets tau(P) + eta c^ directly, as in
+the evaluation of RECE (Gong et al., 2024, arXiv:2407.12383).
 
-The defaults are those of the authors' code for nudity; for violence it has eta 5 and 5.5, and 75 tokens as well. It
-knows the public text encoder only, and so attacks any erased model in the same way: with `transfer`, the search runs on
-the unedited model. Without it, the search runs on the erased model, for the same target.
+The defaults are those of the authors' code for nudity. For violence, it uses eta = 5 and 5.5, and also 75 tokens. The
+attack only needs the public text encoder. With `transfer`, the search therefore runs on the unedited model, and its
+result attacks every erased model. Without `transfer`, it runs on the erased model, with the same target.
 
-Deviations: pairs come from templates, and none is dropped because an image did not show the concept; a share of the
-better half has children, where each has with that probability; the best tokens of all generations are the result, and
-not of the last (which a mutation may have spoilt); tokens without a text of their own are not used. The authors
-generate from the text that the tokens write; here the text encoder is given the tokens themselves, since it may read
-the text as others (`read_back` in the record). Of several text encoders, that is the one whose states come first; the
-others read the text, and pooled states are not part of the target.
+Deviations:
+- Pairs of prompts come from templates. No pair is dropped because its image does not show the concept.
+- A fixed share of the better half has children. In the authors' code, each prompt has children with this probability.
+- The result is the best prompt of all generations, not of the last one, which a mutation may have made worse.
+- Tokens without text are not used.
+- The authors generate from the text of the tokens. Here the text encoder gets the tokens themselves, because it may
+  tokenize the text differently (`read_back` in the record).
+- With several text encoders, the search uses the one whose states come first; the others read the text. Pooled states
+  are not part of the target.
 """
 
 # B prompts, P population, S survivors, K tokens of each, L length and W width of the states.
@@ -52,15 +56,15 @@ TEMPLATES = tuple(f"{{}}, a {place}" for place in PLACES)
 class RingABell(Attack):
     """
     Args:
-        templates: Prompts with the concept, whose name takes the place of "{}"; without the name and the punctuation
-            next to it, those without.
+        templates: Prompts with the concept; "{}" stands for its name. The prompts without the concept leave out the
+            name and the punctuation next to it.
         eta: Strength of the direction.
         tokens: K.
-        population: Prompts of a generation.
-        iterations: Generations.
-        crossover: Share of the better half that has two children with another of it.
+        population: Number of prompts in a generation.
+        iterations: Number of generations.
+        crossover: Share of the better half that is crossed with another prompt of it; each pair has two children.
         mutation: Probability that one token of a prompt is replaced.
-        soft: Whether the states are given to the denoiser, without a search.
+        soft: Whether the denoiser gets the moved states, without a search.
         transfer: Whether the search runs on the unedited model.
     """
 
@@ -87,7 +91,7 @@ class RingABell(Attack):
     ) -> Tensor | AttackResult:
         """The targets tau(P) + eta c^, (B, L, W); with `transfer`, the tokens for them."""
         rows = prompts_of(rows)
-        model.embed([""])  # refuses a model that reads no text
+        model.embed([""])  # raises UserError for a model without text encoder
         directions = {name: self._direction(model, name) for name in {concept_of(row, task) for row in rows}}
         moved = torch.stack([directions[concept_of(row, task)] for row in rows])
         targets = model.encode_prompts([row.prompt for row in rows]).embeds + self.eta * moved
@@ -113,7 +117,7 @@ class RingABell(Attack):
         return (states[: len(positive)] - states[len(positive) :]).mean(0)
 
     def _attacked(self, model: DiffusionModel, rows: Sequence[ManifestRow], targets: Tensor) -> list[AttackedPrompt]:
-        """The prompts of tokens whose states are nearest to the targets (B, L, W)."""
+        """The results of a search for the tokens whose states are nearest to the targets (B, L, W)."""
         free = FreeTokens.of(model, self.tokens)
         ids, losses = self._search(free, model.text_states(Conditioning(targets))[free.encoder])
         name, embeds = f"embeds.{free.encoder}", free.embedded(free.embeds[ids]).embeds[free.encoder]
@@ -126,7 +130,7 @@ class RingABell(Attack):
         ]  # fmt: skip
 
     def _search(self, free: FreeTokens, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The best tokens for each target, (B, K), and the lowest loss so far of some of the generations, (G, B)."""
+        """The best tokens for each target, (B, K), and the lowest loss up to some of the generations, (G, B)."""
 
         def drawn(*shape: int) -> Tensor:
             return free.usable[torch.randint(len(free.usable), shape).to(free.usable.device)]
@@ -151,7 +155,7 @@ class RingABell(Attack):
         return now.best, torch.stack(now.course)
 
     def _next(self, parents: Tensor, drawn: Callable[..., Tensor]) -> Tensor:
-        """Parents (B, S, K) and their children, some with one token replaced: the next generation, (B, P, K)."""
+        """The next generation (B, P, K): parents (B, S, K) and their children, some with one token replaced."""
         count, survivors, tokens = parents.shape
         mating = round(self.crossover * survivors)
         one = _taken(parents, torch.rand(count, survivors).argsort(1)[:, :mating])
@@ -165,5 +169,5 @@ class RingABell(Attack):
 
 
 def _taken(population: Tensor, which: Tensor) -> Tensor:
-    """Of each of B populations (B, P, K), the prompts `which`, (B, N)."""
+    """The prompts with the indices `which` (B, N), from each of B populations (B, P, K)."""
     return population.gather(1, which.to(population.device)[..., None].expand(-1, -1, population.shape[2]))

@@ -1,8 +1,8 @@
 """The number of exposed body parts that NudeNet detects: the metric of tables on I2P.
 
 The detector is NudeNet 3.4 (Bedapudi, github.com/notAI-tech/NudeNet). Papers differ in what they count: see `Counting`
-and the presets in conf/evaluator/nudenet. The run's details/ has all boxes, so that another rule can count them without
-a new detection:
+and the presets in conf/evaluator/nudenet. A run keeps all boxes in its details/, so that another rule can count
+them without running the detector again:
 
     python -m unlearning.evaluators.nudenet outputs/runs/... --threshold 0.45 --rule images
 """
@@ -71,12 +71,12 @@ class Counting:
         return f"score >= {self.threshold}, classes {classes}, counting {self.rule}"
 
     def protocol(self, details: Sequence[Mapping]) -> str:
-        """The protocol of these images' numbers. It states failures, since counts over fewer images do not compare."""
+        """The protocol of the numbers of these images, with failures: counts over fewer images are not comparable."""
         failed = _failed(details)
         return f"{self}, images that it failed on: {failed} of {len(details)}" if failed else str(self)
 
     def __call__(self, details: Sequence[Mapping]) -> dict[str, float]:
-        """The numbers, from the `details` of NudeNet. Raises UserError if it failed on all images."""
+        """Counts the boxes in the `details` of NudeNet. Raises UserError if the detector failed on all images."""
         failed = [picture for picture in details if "failed" in picture]
         boxed = [picture["found"] for picture in details if "found" in picture]
         if failed and not boxed:
@@ -103,13 +103,13 @@ def _failed(details: Sequence[Mapping]) -> int:
 
 
 class NudeNet(Evaluator):
-    """Detections in the images of all roles except "retain".
+    """Counts detections in the images of all roles except "retain".
 
-    An image on which the detector fails is not a safe image. `efficacy/nudenet_failed` counts these images, all other
-    numbers leave them out, and the protocol of all numbers states how many there are.
+    An image on which the detector fails does not count as safe. `efficacy/nudenet_failed` is the number of such images.
+    All other numbers leave them out, and the protocol states how many there are.
 
-    `details` has for each image its path in the image store, and either the boxes that were "found" (class, score and
-    [left, top, width, height] in pixels) or why the detector "failed".
+    `details` has one entry for each image. "picture" is its path in the image store. Either "found" lists its boxes
+    (class, score and [left, top, width, height] in pixels), or "failed" is the detector's error.
 
     Args:
         model_path: The ONNX file of the detector; by default the 320n.onnx of NudeNet's package.
@@ -147,6 +147,7 @@ class NudeNet(Evaluator):
 
     @property
     def failed(self) -> int:
+        """The number of images on which the detector has failed since the last `reset`."""
         return _failed(self.details)
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
@@ -156,7 +157,7 @@ class NudeNet(Evaluator):
             picture = f"{row.path.parent.name}/{row.path.name}"
             try:
                 self.details.append({"picture": picture, "found": self.detector(image)})
-            except Exception as error:  # whatever it is, the other images are still measured
+            except Exception as error:  # of any kind: the other images are still measured
                 log.warning("NudeNet failed on %s: %s", picture, error)
                 self.details.append({"picture": picture, "failed": str(error)})
 
@@ -165,7 +166,7 @@ class NudeNet(Evaluator):
 
 
 def recount(run: Path, counting: Counting) -> dict[str, Metric]:
-    """The metrics of NudeNet by another rule, from the boxes in the run's details/.
+    """NudeNet's metrics by another rule, computed from the boxes in the run's details/.
 
     Raises UserError if the boxes of the base or the erased model are missing or damaged.
     """
@@ -204,9 +205,9 @@ def recount(run: Path, counting: Counting) -> dict[str, Metric]:
 
 
 def rewrite(run: Path, counted: Mapping[str, Metric]) -> None:
-    """Replaces NudeNet's metrics in the run's metrics.json, and the suppression, which may depend on them.
+    """Replaces NudeNet's metrics in the run's metrics.json, and the suppression, which may be computed from them.
 
-    Raises UserError if another process works on the run.
+    Raises UserError if another process is working in the run's folder.
     """
     path, stale = run / "metrics.json", ("efficacy/nudenet_", "robustness/nudenet_", "efficacy/suppression")
     with alone_in(run):
@@ -216,6 +217,7 @@ def rewrite(run: Path, counted: Mapping[str, Metric]) -> None:
 
 
 def main() -> None:
+    """The command: counts the boxes of finished runs by another rule."""
     parser = argparse.ArgumentParser(
         prog="python -m unlearning.evaluators.nudenet",
         description="Counts the boxes of NudeNet in finished runs by another rule.",

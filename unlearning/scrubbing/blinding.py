@@ -25,7 +25,7 @@ PER_CALL, STEPS = 16, 20  # images in one call of the teacher; steps of inpainti
 
 @dataclass(frozen=True)
 class Inpaint(Guidance):
-    """Guidance that keeps the known part of an image: where M is 0, the implied x_0 is replaced by z_0.
+    """Guidance that keeps the known part of an image: where M is 0, it replaces the implied x_0 by z_0.
 
     Args:
         z_0: The image's latent, (N, C, H, W).
@@ -36,6 +36,8 @@ class Inpaint(Guidance):
     M: Tensor
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        """A walk without classifier-free guidance; `scale` has no effect."""
+
         def predict(x_t: Tensor, t: Tensor, c: Conditioning, step: int) -> Tensor:
             t = t.expand(len(x_t))
             x_0 = model.to_x0(model.predict(x_t, t, c), x_t, t)
@@ -77,7 +79,7 @@ def shuffled(z_0: Tensor, M: Tensor) -> Tensor:
 
 
 def inpainted(teacher: DiffusionModel, z_0: Tensor, M: Tensor) -> Tensor:
-    """The teacher's generation with the null prompt, given the background, (N, C, H, W)."""
+    """Inpaints the latents with the teacher and the null prompt, given the background, (N, C, H, W)."""
     c, noise = teacher.encode_prompts([""]).expand(len(z_0)), torch.randn_like(z_0)
     path = denoise(teacher, noise, Inpaint(z_0, M).begin(teacher, c, 1.0), steps=STEPS)
     for _, x in path:  # noqa: B007 (the last x is the image)

@@ -17,7 +17,7 @@ from unlearning.store.files import write_atomically
 from unlearning.store.loops import kept_in
 from unlearning.training.checkpoints import folder_of, is_whole
 
-FILE, SEARCH = "first_phase.pt", "first_phase"  # the result; the state of a search that is not finished
+FILE, SEARCH = "first_phase.pt", "first_phase"  # the result; the state of an unfinished search
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class FirstPhase:
 def cached(search: Callable[[], FirstPhase], trainer: pl.Trainer, device: torch.device) -> FirstPhase:
     """The cached result of `search`, or a new one, which is then cached if the trainer keeps checkpoints.
 
-    An interrupted search for words goes on where it was. A damaged file is set aside.
+    An interrupted search for words is resumed. A damaged file is set aside.
 
-    In a distributed fit, all processes search, and all use the first process's result.
+    In a distributed fit, all processes search, and all use the result of the first process.
     """
     folder = folder_of(trainer)
     if not folder:

@@ -1,9 +1,9 @@
 """Prototypes of a concept: directions in the frozen teacher's features, learned from images without labels.
 
 Spherical k-means clusters the feature vectors of the forget images. Clusters that the retain images share are
-background, and are removed. The centres of the other clusters are the prototypes: an image shows the concept where its
-features are similar to a prototype. Once words for the concept are known, a prototype is removed if these words do not
-change the teacher's prediction at its places.
+background and are removed. The centres of the other clusters are the prototypes: an image shows the concept where its
+features are similar to a prototype. When words for the concept are known, `confirm` removes each prototype at whose
+places these words do not change the teacher's prediction.
 """
 
 # B batch, N images, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
@@ -27,11 +27,11 @@ MAX_VECTORS = 200_000  # of all images together: a limit on memory
 
 @dataclass(frozen=True)
 class Prototypes:
-    """The prototypes, and the mask that they give.
+    """The prototypes, and the mask that is computed from them.
 
     Args:
         directions: The prototypes, (K, D), of unit length.
-        background: The removed clusters, which the retain images share, (J, D), the purest first.
+        background: The centres of the removed clusters, which the retain images share, (J, D), the purest first.
         centre: (D,), subtracted from every feature vector, because features have a large common mean.
         tau, alpha: M = sigmoid(alpha (S - tau)).
         layer: The denoiser's layer whose outputs are the features; None for the layer at mid depth.
@@ -60,18 +60,18 @@ class PrototypeSearch:
 
     Args:
         K: Number of clusters. There are fewer prototypes if clusters are removed.
-        tau: A number, or "calibrated": the `quantile` of the similarities of the retain images' vectors to the
-            prototypes. These are similarities of single draws. A mask averages over draws and varies less, so that
-            fewer than 1 - `quantile` of the retain images' places are above tau.
+        tau: A number, or "calibrated": the `quantile` of the similarities between the retain images' vectors and the
+            prototypes. These similarities are those of single draws. A mask averages over draws, so it varies less, and
+            fewer than 1 - `quantile` of the places in retain images are above tau.
         alpha: Steepness of the mask at tau.
         layer: The denoiser's layer whose outputs are the features; None for the layer at mid depth.
         band: The range of timesteps, of 1000, at which features are computed.
         draws: Number of noises and timesteps over which an image's similarities are averaged.
-        vectors: The largest number of vectors of an image.
+        vectors: Maximum number of feature vectors from one image.
         centred: Whether the mean of the retain images' vectors is subtracted from all vectors.
-        purity: The least share of forget vectors among the vectors near a prototype, for equal numbers of forget and
-            retain vectors. Near means nearer than the median member of the cluster. If no cluster reaches it, the
-            purest one is kept, if its share is at least 2/3. 0 keeps every cluster.
+        purity: Minimum share of forget vectors among the vectors near a prototype, for equal numbers of forget and
+            retain vectors. Near means nearer than the median member of the cluster. If no cluster reaches the minimum,
+            the purest cluster is kept if its share is at least 2/3. 0 keeps every cluster.
         confirmed: Whether `confirm` removes prototypes.
         quantile: See `tau`.
         seed: Of the clustering.
@@ -131,13 +131,13 @@ class PrototypeSearch:
     def confirm(
         self, prototypes: Prototypes, teacher: DiffusionModel, forget: Tensor, retain: Tensor, c: Conditioning
     ) -> Prototypes:
-        """Keeps the prototypes where prompts that name the concept, c, change the teacher's prediction.
+        """Keeps the prototypes at whose places prompts that name the concept, c, change the teacher's prediction.
 
         Attention mixes the features of all places of an image: the paper beside a banana can look as specific to
         bananas as the banana itself. But the prompt does not change the prediction there (DiffEdit: Couairon et al.,
-        2022, https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction changes more at the
-        places nearest to it than in the mean over the images. If no prototype is left, the result is the purest of all
-        clusters whose places c changes.
+        2022, https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction at its nearest places
+        changes more than the mean over the images. If no prototype remains, the result is the purest of all clusters
+        at whose places c changes the prediction.
         """
         if not self.confirmed:
             return prototypes
@@ -194,7 +194,7 @@ class PrototypeSearch:
 
     @torch.no_grad()
     def _vectors(self, teacher: DiffusionModel, latents: Tensor) -> Tensor:
-        """Feature vectors (V, D) on the CPU: equally many of every image, at random places."""
+        """Feature vectors (V, D) on the CPU: the same number from every image, at random places."""
         parts, each = [], min(self.vectors, MAX_VECTORS // max(1, len(latents)))
         for z_0 in latents.split(at_once(latents, PER_CALL)):
             features = [teacher.features(*x, self.layer).flatten(2).cpu() for x in self._noised(teacher, z_0)]
@@ -212,7 +212,7 @@ class PrototypeSearch:
         return F.normalize(centres[centres.norm(dim=1) > 0], dim=1)
 
     def _split(self, clusters: Tensor, f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """The clusters of the forget vectors f alone, and those that the retain vectors r share, the purest first."""
+        """The clusters of forget vectors f only, and those that retain vectors r share; both with the purest first."""
         S_f, S_r = f @ clusters.T, r @ clusters.T  # (V, K)
         member = F.one_hot(S_f.argmax(1), len(clusters)).bool()
         radius = torch.stack(
@@ -237,5 +237,5 @@ def _directions(vectors: Tensor, centre: Tensor) -> Tensor:
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """torch.quantile, which is limited to 16 million values, for values (V,) of any number."""
+    """torch.quantile for any number of values (V,); its own limit is 16 million."""
     return values.kthvalue(max(1, round(q * len(values)))).values

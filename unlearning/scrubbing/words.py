@@ -2,7 +2,7 @@
 
 They are the words of a vocabulary with which the teacher denoises the forget images best: a diffusion classifier (Li et
 al., 2023, https://arxiv.org/abs/2303.16203, eq. 5) with every word as a class. For a large vocabulary, a CLIP chooses
-the candidates, which takes one call for each word and image and none of the denoiser (Radford et al., 2021,
+the candidates. This takes one call of CLIP for each word and image, and no call of the denoiser (Radford et al., 2021,
 https://arxiv.org/abs/2103.00020, zero-shot classification).
 """
 
@@ -30,7 +30,7 @@ PER_CALL = 32  # images, or texts, in one call of a network
 SHORTLIST = 100  # words that a CLIP chooses
 FINALISTS, FINAL_SAMPLES = 16, 256  # words in the last round of the search, and samples for each of them
 SUITED = 0.8  # quantile of a word's evidence on the retain samples
-MIN_ERRORS = 2  # least difference between the best word and the best rejected one, in standard errors
+MIN_ERRORS = 2  # minimum difference between the best word and the best rejected one, in standard errors
 DECISIVE = (0.5, 0.9)  # share of the schedule where the prompt matters: below, x_t shows the image; above, only noise
 
 
@@ -45,8 +45,8 @@ def words_of(
 ) -> tuple[list[str], list[str]]:
     """The words that describe the task's forget images, best first, and other words of the vocabulary.
 
-    Of the others, first come those that were no candidates, then the rejected ones, the best of them last. A word for
-    the concept that was no candidate is among the others.
+    The other words are those that were not candidates, followed by the rejected candidates, the best of them last. They
+    may therefore include a word for the concept that was not a candidate.
 
     Args:
         forget, retain: Latents of the task's images, (N, C, H, W).
@@ -112,7 +112,7 @@ def in_all_templates(words: Sequence[str]) -> list[str]:
 
 
 def in_turn(words: Sequence[str], count: int) -> list[str]:
-    """Prompts: at most `count` of the words, evenly spaced, each in one template, which they take in turn."""
+    """Prompts: at most `count` of the words, evenly spaced, each in one of the templates in turn."""
     return [template.format(word) for word, template in zip(spread(words, count), cycle(TEMPLATES))]
 
 
@@ -126,7 +126,7 @@ def spread(words: Sequence[str], count: int) -> list[str]:
 def find_words(
     teacher: DiffusionModel, forget: Tensor, retain: Tensor, M: Tensor, words: list[str], samples: int = 16
 ) -> tuple[list[str], list[str]]:
-    """The words that describe the forget images, best first, and those that do not, the best of them last.
+    """The words that describe the forget images, best first, and the other words, the best of them last.
 
     The search uses the half of the images with the largest masks, because a word fits an image of one object best. For
     a style, it can happen that no word denoises these images better than the null prompt. The search then subtracts

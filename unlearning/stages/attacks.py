@@ -22,16 +22,16 @@ from unlearning.training.checkpoints import key_of
 
 @dataclass(frozen=True)
 class Victim:
-    """What a run's attacks are given, and what their results depend on besides an attack's own settings.
+    """The inputs of a run's attacks: all that their results depend on, besides an attack's own settings.
 
     Args:
-        model: The model, to which the erasure is not applied.
-        erasure: Makes the erased model of it.
-        task: The run's.
+        model: The unedited model.
+        erasure: The erasure that turns it into the erased model.
+        task: The run's task.
         rows: The evaluation's images of erased concepts.
         images: Digests of the images that a method may learn from (stages/keys.py).
-        seed: The run's.
-        store: Images, attacks and evaluations that all runs share.
+        seed: The run's seed.
+        store: The folder of images, attacks and evaluations that all runs share.
     """
 
     model: Model
@@ -43,12 +43,12 @@ class Victim:
     store: Path
 
     def folder(self, attack: Attack) -> Path:
-        """Where the store keeps the result of an attack, or will keep it."""
+        """The folder in the store for the result of an attack."""
         transferred = self._place(attack)
         return transferred if exists(transferred) else self._place(attack, self.erasure)
 
     def _place(self, attack: Attack, *erasure: Erasure) -> Path:
-        """The folder of a result; without an erasure, of an attack that knows the unedited model alone."""
+        """The folder of a result. Without an erasure, it is that of an attack that uses only the unedited model."""
         model = (self.model.fingerprint, self.model.numerics, *(own.digest for own in erasure))
         rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self.rows]
         sizes = [(row.height, row.width) for row in self.rows if row.height or row.width]
@@ -56,11 +56,11 @@ class Victim:
         return self.store / "attacks" / key_of(attack, attack.version, model, self.seed, task, self.images, *sizes)
 
     def attacked(self, name: str, attack: Attack, run: Path, sampler: Sampler) -> None:
-        """Runs an attack and keeps its result, with the record that all attacks have in common.
+        """Runs an attack and saves its result, with the part of the record that all attacks share.
 
         Args:
-            name: What the run calls the attack.
-            run: The run's folder; an interrupted attack goes on from what it keeps there.
+            name: The attack's name in the run.
+            run: The run's folder; an interrupted attack resumes from its state there.
             sampler: Generates the evaluation's images.
         """
         attack.check_rows(self.model, self.rows)
@@ -85,7 +85,7 @@ class Victim:
             replace(result, record=record).save(place)
 
     def write_record(self, name: str, attack: Attack, run: Path) -> None:
-        """Writes what a finished attack did into the run's folder: attacks/NAME.json."""
+        """Writes the record of a finished attack into the run's folder: attacks/NAME.json."""
         record = {**read_record(self.folder(attack)), "victim": self.erasure.digest}
         (run / "attacks").mkdir(exist_ok=True)
         write_atomically(run / "attacks" / f"{name}.json", json.dumps(record, indent=2))

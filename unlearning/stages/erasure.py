@@ -1,4 +1,4 @@
-"""The erasure in a run's folder: begun, saved, or copied from a run that has the same."""
+"""The erasure in a run's folder: unfinished, saved, or copied from a run with the same erasure."""
 
 import logging
 import shutil
@@ -21,7 +21,8 @@ FOLDER, KEY, PARTIAL = "erasure", ".fit", ".erasure.partial"  # in the run's fol
 
 @dataclass(frozen=True)
 class KeptErasure:
-    """
+    """The erasure of one run.
+
     Args:
         run: The run's folder.
         key: A digest of all that the erasure depends on (stages/keys.py).
@@ -32,19 +33,21 @@ class KeptErasure:
 
     @property
     def folder(self) -> Path:
+        """The folder of the saved erasure."""
         return self.run / FOLDER
 
     @property
     def cost(self) -> Path:
+        """The file of the run's costs."""
         return self.run / "cost.json"
 
     def is_finished(self) -> bool:
-        """Whether the erasure is there. What was fitted under another key, and a damaged erasure, are removed."""
+        """Whether the erasure exists. Removes a damaged erasure, and one that was fitted under another key."""
         begun = self.run / KEY
         if not begun.exists() or begun.read_bytes() != self.key.encode():
             for old in (self.folder, self.run / "checkpoints", self.run / FIGURES):
                 if old.exists():
-                    shutil.rmtree(old)  # an error here is an error: what stays would be taken for the new erasure
+                    shutil.rmtree(old)  # not ignore_errors: a file that stays would be taken for the new erasure
             cost.forget(self.cost, "fit")
             write_atomically(begun, self.key)
         if not self.folder.exists():
@@ -70,7 +73,7 @@ class KeptErasure:
         return None
 
     def take(self, twin: Path) -> None:
-        """Copies the erasure of another run, its figures, and what it cost."""
+        """Copies the erasure of another run, its figures and its costs."""
         log.info("the erasure is that of %s", twin)
         if (twin / FIGURES).exists():
             shutil.copytree(twin / FIGURES, self.run / FIGURES, dirs_exist_ok=True)
@@ -81,7 +84,7 @@ class KeptErasure:
         unfinished.rename(self.folder)
 
     def save(self, erasure: Erasure, *, title: str, base: Model, figures: Mapping[str, Image.Image]) -> None:
-        """Writes the erasure, all of it or nothing, and the figures of its fit; deletes the checkpoints."""
+        """Writes the erasure atomically, and the figures of its fit. Then deletes the checkpoints."""
         unfinished = self.run / PARTIAL
         try:
             erasure.save(unfinished, title=title, base=base)

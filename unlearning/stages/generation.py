@@ -27,11 +27,12 @@ OVERFLOW = "it holds values that are not finite; float16 overflows where model.d
 
 
 class Generation(pl.LightningModule):
-    """
+    """Generates the images of manifest rows.
+
     Args:
-        model: Generates; any Model.
-        sampler: Draws the images of manifest rows.
-        bar: Counts the images.
+        model: The model, of any family.
+        sampler: Generates images of the model.
+        bar: The progress bar, which counts the images.
     """
 
     def __init__(self, model: Model, sampler: Sampler | Reconstruction, bar: tqdm):
@@ -39,14 +40,15 @@ class Generation(pl.LightningModule):
         self.model: Any = model
         self.sampler: Any = sampler
         self.bar = bar
-        self.left: list[ManifestRow] = []  # rows that another process was drawing already
-        self.size = sampler.batch_size  # half of it, once memory was too small
+        self.left: list[ManifestRow] = []  # rows that another process had claimed
+        self.size = sampler.batch_size  # halved when memory is too small
 
     def transfer_batch_to_device(self, batch: list[ManifestRow], device, dataloader_idx: int) -> list[ManifestRow]:
+        """Returns the batch itself."""
         return batch  # rows hold no tensors
 
     def predict_step(self, rows: list[ManifestRow], batch_idx: int) -> int:
-        """Draws the rows that no other process has claimed; returns how many."""
+        """Generates the rows that no other process has claimed; returns their number."""
         with claimed(rows) as mine:
             self.draw(mine)
         self.left += missing(row for row in rows if row not in mine)
@@ -54,19 +56,19 @@ class Generation(pl.LightningModule):
         return len(mine)
 
     def heed_sigterm(self, *_: object) -> None:
-        """Ends the prediction once the signal was sent; Lightning itself reacts to it in training only."""
+        """Ends the prediction after a SIGTERM, which Lightning itself handles during training only."""
         if self.trainer.received_sigterm:
             raise SIGTERMException
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """Waits for the rows that other processes had claimed, and draws those that they did not."""
+        """Waits for rows that other processes have claimed, and generates those that they left missing."""
         for i in range(0, len(self.left), self.sampler.batch_size):
             with claimed(self.left[i : i + self.sampler.batch_size], wait=True) as mine:
                 self.draw(mine)
 
     def draw(self, rows: list[ManifestRow]) -> None:
-        """Generates the rows' images and saves those that are finite. Where memory is too small, the batch is halved.
+        """Generates the rows' images and saves those that are finite. Halves the batch if memory is too small.
 
         Raises:
             UserError: If memory is too small for one image, or for half of a batch of the user's own size.
@@ -115,13 +117,13 @@ def generate(
 ) -> int:
     """Generates every image that is not in the store yet; returns how many were missing.
 
-    Rows that another process is drawing are left to it, and waited for at the end. An image that fails is named in a
-    warning and stays missing.
+    Rows that another process is generating are left to it; this function waits for them at the end. If an image fails,
+    a warning names it, and it stays missing.
 
     Args:
-        label: Of the progress bar.
+        label: Label of the progress bar.
     """
-    todo = [row for batch in batches(missing(rows), sampler.batch_size) for row in batch]  # those of one size together
+    todo = [row for batch in batches(missing(rows), sampler.batch_size) for row in batch]  # images of one size together
     if todo:
         hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
         bar = tqdm(total=len(todo), desc=label, unit="image", leave=False, disable=hidden)
@@ -129,7 +131,7 @@ def generate(
         processes = own.num_devices * own.num_nodes
         shared = todo * ceil(processes / len(todo))  # Lightning needs a row for each; the first to claim it draws it
         loader: DataLoader = DataLoader(shared, sampler.batch_size, collate_fn=list)  # type: ignore[arg-type]
-        # Within a batch, too; an image-to-image model calls its parts alone.
+        # Also within a batch. An image-to-image model calls its network's parts directly.
         networks = (model.network, *model.network.children())
         hooks = [network.register_forward_pre_hook(generation.heed_sigterm) for network in networks]
         try:

@@ -1,4 +1,4 @@
-"""Digests of what an erasure depends on, and of what a dataset gives."""
+"""Digests of everything that an erasure depends on, and of the data of a task."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def image_digests(task: UnlearningTask) -> list:
 
 
 def data_key(task: UnlearningTask, images: list) -> str:
-    """A digest of all that the dataset gives: what a method may know, and the evaluation.
+    """A digest of the task: what a method may use, and the evaluation.
 
     Args:
         images: The `image_digests` of the task.
@@ -36,11 +36,11 @@ def fit_key(
     Args:
         images: The `image_digests` of the task.
         settings: The resolved config.
-        before: The earlier erasures, on top of which is erased.
+        before: The earlier erasures, which are applied during the fit.
     """
     decided = decisive(settings, "erasure")
     fitting = (decided.get("method"), decided.get("trainer"))
-    files = [file_digest(Path(path)) for path, *_ in state(decided.get("method"))]  # which a method reads
+    files = [file_digest(Path(path)) for path, *_ in state(decided.get("method"))]  # that a method reads
     captions = list(task.retain_captions()) if task.retain_captions else []
     earlier = [erasure.digest for erasure in before]
     data = (images, earlier, *([files] if files else []), *([captions] if captions else []))
@@ -48,5 +48,5 @@ def fit_key(
 
 
 def _known(task: UnlearningTask) -> tuple:
-    """What a method may know of the task, besides images."""
+    """What a method may use of the task, besides images."""
     return task.erase, task.retain, task.template

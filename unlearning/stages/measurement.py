@@ -1,4 +1,4 @@
-"""What evaluators measure on a run's drawings, and where each number belongs."""
+"""Evaluates the drawings of a run, and names the metrics."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -19,15 +19,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """
+    """The evaluation of one run.
+
     Args:
-        evaluators: By name.
-        attacks: The run's, by name.
-        concept: What the run erases.
-        store: Evaluations that all runs share.
-        folder: The run's; details/ gets what evaluators say about each image.
-        batch_size: Images in memory at once.
-        failed: How many images could not be generated; the protocols say so.
+        evaluators: The evaluators by name, after `Evaluator.prepare`.
+        attacks: The run's attacks by name.
+        concept: The name of what the run erases.
+        store: The folder of evaluations that all runs share.
+        folder: The run's folder. Its details/ gets the evaluators' records of each image.
+        batch_size: Number of images in memory at once.
+        failed: The number of images that could not be generated. The protocols state it.
     """
 
     evaluators: Mapping[str, Evaluator]
@@ -39,9 +40,9 @@ class Measurement:
     failed: int = 0
 
     def __call__(self, manifests: Rows) -> tuple[dict[str, Metric], list[str]]:
-        """The numbers of all evaluators, which are prepared, on all drawings; and the evaluators that measured nothing.
+        """The metrics of all drawings, and the names of the evaluators that measured nothing.
 
-        An evaluation that some run has made before is read from the store.
+        Evaluations of earlier runs are read from the store.
         """
         metrics: dict[str, Metric] = {}
         makers, unmeasured, silent = [], 0, dict(self.evaluators)
@@ -67,7 +68,7 @@ class Measurement:
         return metrics, list(silent)
 
     def _attacked_by(self, drawing: str) -> str:
-        """What a protocol says of the attack that a drawing comes from: its name, version and settings."""
+        """The attack as the protocol of its drawing states it; "" for base and erased."""
         if drawing in (BASE, ERASED):
             return ""
         attack = self.attacks[drawing.removeprefix(ATTACKED)]
@@ -77,7 +78,7 @@ class Measurement:
 def _add(
     metrics: dict[str, Metric], drawing: str, key: str, value: float, protocol: str, higher_is_better: bool | None
 ) -> None:
-    """Puts a number where it belongs: beside the base model's, or under robustness/ with the name of its attack."""
+    """Adds a number: beside that of the base model, or as robustness/ with the name of its attack."""
     if drawing == BASE:
         metrics[key] = Metric(None, higher_is_better=higher_is_better, base=value, base_protocol=protocol)
     elif drawing == ERASED:
@@ -88,7 +89,7 @@ def _add(
 
 
 def attacked_name(key: str, attack: str) -> str | None:
-    """The name of a metric on images of an attack: robustness/asr_cce; None for one that says nothing about it."""
+    """The name of a metric on images of an attack: robustness/asr_cce; None if it is not about the concept."""
     purpose, _, name = key.partition("/")
     return f"robustness/{name}_{attack}" if purpose in ("efficacy", "robustness") else None
 

@@ -1,4 +1,4 @@
-"""What a training learns from, step by step: a function of the step, so that an interruption changes nothing."""
+"""Training data as a function of the step, so that a resumed training sees the same batches."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -10,22 +10,22 @@ import pytorch_lightning as pl
 
 
 def seed_of(*place: int) -> int:
-    """A seed for a place in a training, where neighbours have nothing in common; of numbers from 0."""
+    """A seed derived from non-negative integers, such as a step. Seeds of neighbouring integers are unrelated."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
 class Batches(pl.LightningDataModule):
-    """Batches without end, of which the k-th is always the same. Of n processes each has every n-th.
+    """An infinite sequence of batches, in which the k-th batch is always the same. Each of n processes gets every n-th.
 
-    Subclasses write `batch`.
+    Subclasses implement `batch`.
     """
 
     @abstractmethod
     def batch(self, k: int):
-        """The k-th, from 0."""
+        """The k-th batch, counted from 0."""
 
     def train_dataloader(self) -> Iterable:
-        """From the step on at which the Trainer is; its max_steps is the only clock."""
+        """The batches from the Trainer's current step on. They do not end; the Trainer stops at its max_steps."""
         trainer = self.trainer
         first = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
         return _Endless(self.batch, first, trainer.world_size)
@@ -42,7 +42,7 @@ class _Endless(Iterable):
 
 
 class Prompts(Batches):
-    """Prompts in turn, `batch_size` at a time."""
+    """Batches of `batch_size` prompts, which take turns."""
 
     def __init__(self, prompts: list[str], batch_size: int):
         super().__init__()

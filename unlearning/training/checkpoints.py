@@ -1,4 +1,4 @@
-"""Where an interrupted fit goes on: a folder of checkpoints for everything that the fit depends on."""
+"""Checkpoints of a fit, in a folder that is named by a digest of everything that the fit depends on."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from unlearning.store.files import digest, set_aside, write_atomically
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside their target and renamed.
+    """Writes Lightning's checkpoints beside their target and renames them.
 
     Lightning itself writes them into TMPDIR first. Where that is on another file system, moving them is a copy, which a
     full disk interrupts.
@@ -28,26 +28,26 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def folder_of(trainer: pl.Trainer) -> Path | None:
-    """The folder of a Trainer's checkpoints, and of what else an interrupted fit goes on from; None without one."""
+    """The folder of a Trainer's checkpoints and of other state for resuming a fit; None without one."""
     keeper = trainer.checkpoint_callback
     return Path(keeper.dirpath) if keeper and keeper.dirpath else None
 
 
 def keep_under(trainer: pl.Trainer, key: str) -> None:
-    """Makes the Trainer keep its checkpoints in a subfolder of their own, so that no other fit goes on from them."""
+    """Makes the Trainer keep its checkpoints in the subfolder `key`, so that no other fit resumes from them."""
     if folder := folder_of(trainer):
         trainer.checkpoint_callback.dirpath = str(folder / key)
 
 
 def last(trainer: pl.Trainer) -> Path | None:
-    """The checkpoint from which an interrupted fit goes on, if there is one. A damaged one is set aside."""
+    """The checkpoint from which an interrupted fit resumes, if there is one. A damaged one is set aside."""
     folder = folder_of(trainer)
     path = folder / "last.ckpt" if folder else None
     return path if path and is_whole(path) else None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is such a file of torch.save. A damaged one is set aside."""
+    """Whether the file exists and is a complete file of torch.save. A damaged file is set aside."""
     if not path.exists():
         return False
     try:

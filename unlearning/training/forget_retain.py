@@ -1,4 +1,4 @@
-"""Forget and retain images side by side, in batches of tensors."""
+"""Batches of tensors of forget and retain images."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -35,7 +35,7 @@ def encoded(model: DiffusionModel, images: Sequence[np.ndarray]) -> Tensor:
 
 
 def drawn(model: DiffusionModel, generated: Generated, prompts: Sequence[str], count: int) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, H, W) of images that the model draws of prompts in turn, and the number (N,) of each one's."""
+    """Latents (N, C, H, W) of images that the model generates for the prompts in turn, and the prompts' indices."""
     x_0 = encoded(model, generated(model, prompts, count))
     return x_0, torch.arange(len(x_0), device=x_0.device) % len(prompts)
 
@@ -44,10 +44,10 @@ class ForgetRetain(Batches):
     """Batches {"forget": tuple, "retain": tuple}, shuffled; "retain" is omitted if there are no retain images.
 
     Args:
-        find: Gives the tensors (N, ...) of the forget and of the retain images; row i of each belongs to image i.
-            Called when training begins, by all processes of a distributed training at once.
-        batch_size: Images of each kind in a batch.
-        seed: Of the order. Every image comes once before any comes again.
+        find: Returns the tensors (N, ...) of the forget images and of the retain images; row i belongs to image i. It
+            is called when training begins, by all processes of a distributed training at the same time.
+        batch_size: Number of images of each kind in a batch.
+        seed: Seed of the order. Every image occurs once before any image occurs again.
     """
 
     def __init__(self, find: Callable[[], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], batch_size: int, seed: int):

@@ -17,12 +17,12 @@ Constraint = Callable[[Tensor, Tensor], Tensor]  # (theta, theta_0) of one weigh
 
 
 class Training(Protocol):
-    """What a regulariser sees of a trained method, once the student and the data are there.
+    """What a regulariser uses of a trained method, after student and data are set up.
 
     Attributes:
-        task: The method's.
-        teacher: The model as it was before.
-        pair: Student, teacher, and what moves.
+        task: The method's task.
+        teacher: The frozen model before training.
+        pair: Student, teacher and trainable parameters.
     """
 
     task: UnlearningTask
@@ -35,22 +35,22 @@ class Training(Protocol):
 
 
 class Regulariser:
-    """Does nothing. Subclasses override what they need."""
+    """The base class of regularisers, which does nothing. Subclasses override what they need."""
 
     def penalty(self, theta: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor | float:
-        """What is added to the loss, ()."""
+        """The term that is added to the loss, ()."""
         return 0.0
 
     def constraints(self, training: Training) -> Mapping[str, Constraint]:
-        """What each weight has to satisfy after every step, by name.
+        """The constraints by weight name; `hold` enforces them after every step.
 
         Raises:
-            UserError: If the method's student has no weights that the regulariser is for.
+            UserError: If the method's student trains no weights that the regulariser applies to.
         """
         return {}
 
     def fit(self, fit: Fit, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        """The erasure, by one or several trainings."""
+        """The erasure, from one training run or several."""
         return fit(model, task)
 
 
@@ -62,7 +62,7 @@ def hold(pair: Pair, constraints: Mapping[str, Constraint]) -> None:
 
 
 def masked(masks: Mapping[str, Tensor]) -> dict[str, Constraint]:
-    """The constraints that entries outside of the masks keep their values, to the bit."""
+    """Constraints under which entries outside the masks keep their exact values."""
     return {name: partial(_within, mask) for name, mask in masks.items()}
 
 
@@ -82,14 +82,14 @@ def summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, nn.Paramete
 
 
 def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Masks, by name, of the `share` of all entries that has the largest scores; at least one entry."""
+    """Masks by name that select the `share` of all entries with the largest scores; at least one entry."""
     flat = torch.cat([score.flatten().float() for score in scores.values()]).cpu().numpy()
     missing = max(1, int(share * len(flat)))
     flat.partition(-missing)  # in place: topk would add an int64 index for each entry
     least = flat[-missing].item()
     masks = {name: score.float() > least for name, score in scores.items()}
     missing -= sum(int(mask.sum()) for mask in masks.values())
-    for name, score in scores.items():  # of those that are equal to the least, the first ones
+    for name, score in scores.items():  # ties with the smallest selected score: the first ones
         ties = (score.float() == least).flatten().nonzero()[:missing]
         masks[name].view(-1)[ties] = True
         missing -= len(ties)

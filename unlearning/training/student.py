@@ -1,6 +1,6 @@
-"""What a trained method moves: some of the model's own weights, or modules beside its layers.
+"""The trainable parameters of a method: weights of the model itself, or modules beside its layers.
 
-Either way student and teacher share in memory all that does not move.
+In both cases, student and teacher share the memory of all other parameters.
 """
 
 import re
@@ -24,14 +24,14 @@ from unlearning.models.side_modules import LowRank, SideModules
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models of a training.
+    """Student and teacher during training.
 
     Args:
-        student: The model as it is being trained.
-        teacher: The model as it was before: frozen, and sharing all that does not move.
-        parameters: What moves, by name.
-        erasure: Gives the erasure that the training has led to so far.
-        start: Values of `parameters` before the training; by default a copy of today's.
+        student: The model that is trained.
+        teacher: The frozen model before training. It shares all parameters that are not trained.
+        parameters: The trainable parameters by name.
+        erasure: Returns the erasure for the current parameters.
+        start: The values of `parameters` before training; by default a copy of their current values.
     """
 
     student: DiffusionModel
@@ -46,19 +46,19 @@ class Pair:
 
 
 class Student(ABC):
-    """What moves in a training."""
+    """Chooses the trainable parameters."""
 
     @abstractmethod
     def of(self, model: DiffusionModel) -> AbstractContextManager[Pair]:
-        """Student and teacher while the context lasts; then the model is what it was."""
+        """A context with student and teacher. When it ends, the model is restored."""
 
 
 class Weights(Student):
-    """Weights of the model itself; the teacher has their old values and shares all others.
+    """Trains weights of the model itself. The teacher has their old values and shares all others.
 
     Args:
-        parameters: A regular expression. The weights whose full names it matches are trained: names begin with the
-            part, "unet.", "transformer.", "text_encoder.", ...
+        parameters: A regular expression. The weights whose full names it matches are trained. Names begin with the
+            part: "unet.", "transformer.", "text_encoder.", ...
     """
 
     def __init__(self, parameters: str):
@@ -66,10 +66,10 @@ class Weights(Student):
 
     @contextmanager
     def of(self, model: DiffusionModel) -> Iterator[Pair]:
-        """Student and teacher while the context lasts; then the model is what it was.
+        """A context with student and teacher. When it ends, the model is restored.
 
         Raises:
-            UserError: If no weight matches, or one is in half precision or quantised.
+            UserError: If no weight matches, or a matching weight is in half precision or quantised.
         """
         moving = {n: p for n, p in model.named_parameters().items() if re.search(self.parameters, n)}
         if not moving:
@@ -78,7 +78,7 @@ class Weights(Student):
                 "trains the whole denoiser, method.student.parameters the weights that you name."
             )
         model.require_values(moving)
-        if any(p.dtype.itemsize < 4 for p in moving.values()):  # a step is smaller than what it resolves
+        if any(p.dtype.itemsize < 4 for p in moving.values()):  # too coarse for the small steps of training
             raise UserError(
                 f"{next(iter(moving))} is in half precision, which rounds the small steps of training away: "
                 "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
@@ -100,15 +100,17 @@ class Weights(Student):
 
 
 class LoRA(Student):
-    """W x + alpha B A x beside linear maps (Hu et al., 2022); the teacher is the model without it.
+    """W x + alpha B A x beside linear maps (Hu et al., 2022). The teacher is the model without it.
 
-    B = 0 at the start. The update is scaled by alpha whatever the rank, not by alpha / rank.
+    B = 0 at the start. The update is scaled by alpha for any rank, not by alpha / rank.
 
     Args:
         modules: A regular expression. The linear maps whose full names it matches get an update.
-        convolutions: Whether convolutions whose full names match get one too.
-        init: How A is drawn: "normal" is N(0, 1 / rank), "kaiming" is uniform within 1 / sqrt(fan_in), as PyTorch draws
-            the weights of a new layer.
+        rank: Rows of A, and columns of B.
+        alpha: Scale of the update.
+        convolutions: Whether matching convolutions get an update, too.
+        init: The distribution of A: "normal" is N(0, 1 / rank), "kaiming" is uniform within 1 / sqrt(fan_in), as for
+            the weights of a new layer in PyTorch.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class LoRA(Student):
 
     @contextmanager
     def of(self, model: DiffusionModel) -> Iterator[Pair]:
-        """Student and teacher while the context lasts; then the model is what it was.
+        """A context with student and teacher. When it ends, the model is restored.
 
         Raises:
             UserError: If no layer matches, or the model's weights are in float16.
@@ -160,7 +162,7 @@ class LoRA(Student):
 def beside(
     model: DiffusionModel, side: SideModules, name: str = "student"
 ) -> Iterator[tuple[DiffusionModel, dict[str, nn.Parameter]]]:
-    """Attaches modules to train. Yields the model without them, which is the teacher, and what moves, by name.
+    """Attaches trainable modules. Yields the teacher (the model without them) and the trainable parameters by name.
 
     Raises:
         UserError: If the model's weights are in float16.
