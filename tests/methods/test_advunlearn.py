@@ -12,7 +12,7 @@ from tests import tiny
 from unlearning.__main__ import CONF
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
-from unlearning.methods.advunlearn import Adversary, AdvUnlearn
+from unlearning.methods.advunlearn import AdversarialTokens, AdvUnlearn
 from unlearning.sampling.inversion import Placeholder
 from unlearning.training.student import Weights
 
@@ -47,7 +47,7 @@ def before_training(model, **settings) -> AdvUnlearn:
     method = advunlearn(**settings)
     method.student, method.teacher, method.task, method.seed = model, model.snapshot([]), TASK, 0
     torch.manual_seed(0)
-    method._adversary = Adversary(model, ["cat", "ox"], method.tokens)
+    method._adversary = AdversarialTokens(model, ["cat", "ox"], method.tokens)
     return method
 
 
@@ -153,8 +153,8 @@ def test_a_search_goes_on_from_the_last_one_or_begins_anew(model, attack_init):
 
 def test_tokens_are_restored_from_a_checkpoint(model):
     torch.manual_seed(1)
-    first = Adversary(model, ["cat"], 2)
-    second = Adversary(model, ["cat"], 2)
+    first = AdversarialTokens(model, ["cat"], 2)
+    second = AdversarialTokens(model, ["cat"], 2)
     assert not torch.equal(first.delta["text_encoder"], second.delta["text_encoder"])
     second.restore(first.state())
     assert torch.equal(first.before(["cat"]).embeds["text_encoder"], second.before(["cat"]).embeds["text_encoder"])
@@ -228,7 +228,7 @@ def test_all_clip_encoders_are_attacked_and_trained(family, tmp_path):
     model = loaded(family, tiny.save(family, tmp_path))
     patch = advunlearn(iterations=1).fit(model, TASK)
     assert {name.partition(".")[0] for name in patch.weights} == {"text_encoder", "text_encoder_2"}
-    assert Adversary(model, ["cat"], 1).delta.keys() == {"text_encoder", "text_encoder_2"}
+    assert AdversarialTokens(model, ["cat"], 1).delta.keys() == {"text_encoder", "text_encoder_2"}
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart", "dit"])

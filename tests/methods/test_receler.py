@@ -11,7 +11,7 @@ from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
-from unlearning.methods.receler import Adversary, BesideCrossAttention, Eraser, Receler, outside
+from unlearning.methods.receler import AdversarialVectors, BesideCrossAttention, Eraser, Receler, outside
 from unlearning.models.attention import concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -145,7 +145,7 @@ def test_training_brings_the_concepts_prediction_to_the_target(model):
 def test_adversarial_vectors_lie_behind_the_word_pieces(model):
     c = model.encode_prompts(["cat", "a dog"])
     words = model.word_pieces(c.prompts)
-    adversary = Adversary(c, count=5, lr=0.1, weight_decay=0.1)
+    adversary = AdversarialVectors(c, count=5, lr=0.1, weight_decay=0.1)
     c_adv = adversary.overwritten(c, words).embeds
     for states, own, prompt, edited in zip(c.embeds, words, c.prompts, c_adv, strict=True):
         assert torch.equal(edited[: own.stop], states[: own.stop])
@@ -162,7 +162,7 @@ def test_a_text_without_room_for_the_vectors_is_answered(model):
 def test_steps_of_the_vectors_bring_the_prediction_closer_to_the_concepts_and_leave_the_erasers(model):
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["cat"])
     words, eps_c = model.word_pieces(c.prompts), model.predict(x_t, t, c)
-    adversary = Adversary(c, count=8, lr=0.1, weight_decay=0.0)
+    adversary = AdversarialVectors(c, count=8, lr=0.1, weight_decay=0.0)
     with BesideCrossAttention(rank=4).of(model) as pair:
         distances = []
         for _ in range(30):
@@ -175,7 +175,7 @@ def test_steps_of_the_vectors_bring_the_prediction_closer_to_the_concepts_and_le
 
 def test_the_vectors_of_a_concept_that_a_batch_lacks_stay(model):
     both, cat = model.encode_prompts(["cat", "dog"]), model.encode_prompts(["cat"])
-    adversary = Adversary(both, count=4, lr=0.1, weight_decay=0.1)
+    adversary = AdversarialVectors(both, count=4, lr=0.1, weight_decay=0.1)
     for c in (both, cat):  # Adam has momentum after the first
         before = {prompt: v.detach().clone() for prompt, v in adversary.vectors.items()}
         adversary.step(adversary.overwritten(c, model.word_pieces(c.prompts)).embeds.square().sum())

@@ -101,7 +101,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         """The classifier's weights, and its mean loss in each epoch."""
         x_0 = torch.cat([observed.shown, observed.others])
         y = torch.cat([torch.ones(len(observed.shown)), torch.zeros(len(observed.others))]).to(x_0)
-        network = Classifier(x_0[0].numel()).to(x_0.device)
+        network = NoisyClassifier(x_0[0].numel()).to(x_0.device)
         optimizer, weight = self.optimizer(list(network.parameters())), (len(y) - y.sum()) / y.sum()
         now = SimpleNamespace(network=network, optimizer=optimizer, losses=[])
         for _ in resumed(range(self.epochs), "training the classifier", now):
@@ -118,7 +118,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         return {f"classifier.{name}": w.detach() for name, w in network.state_dict().items()}, now.losses
 
 
-class Classifier(nn.Module):
+class NoisyClassifier(nn.Module):
     """The logit (B,) that latents (B, C, H, W) at a signal-to-noise ratio (B, 1, 1, 1) show the concept."""
 
     def __init__(self, size: int):
@@ -160,10 +160,10 @@ class Guided(Sampler):
         return denoise(model, x, walk, steps=self.steps, step=step)
 
 
-def restored(tensors: Mapping[str, Tensor], like: Tensor) -> Classifier:
+def restored(tensors: Mapping[str, Tensor], like: Tensor) -> NoisyClassifier:
     """The classifier that all rows share."""
     with torch.inference_mode(False):
-        network = Classifier(like[0].numel())
+        network = NoisyClassifier(like[0].numel())
         prefix = "classifier."
         own = {name.removeprefix(prefix): w.clone() for name, w in tensors.items() if name.startswith(prefix)}
         network.load_state_dict(own)

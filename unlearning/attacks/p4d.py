@@ -118,7 +118,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
 
     def _attacked(self, model: DiffusionModel, vocabulary: Vocabulary, prompt: str, pairs: Pairs) -> AttackedPrompt:
         frame = with_tokens(prompt, self.kind, self.tokens)
-        search = Search(model, vocabulary, frame, prompt)
+        search = VectorSearch(model, vocabulary, frame, prompt)
         optimizer = self.optimizer([search.free])
         now = SimpleNamespace(v=search.free, optimizer=optimizer, losses=[], lowest=float("inf"), best=search.ids())
         with model.without_checkpointing(), torch.enable_grad():
@@ -145,13 +145,13 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         return F.mse_loss(prediction(model, z_t, t, c, self.guidance_scale, self.images.steps), target[chosen])
 
     @torch.no_grad()
-    def _over_all(self, model: DiffusionModel, search: "Search", pairs: Pairs) -> float:
+    def _over_all(self, model: DiffusionModel, search: "VectorSearch", pairs: Pairs) -> float:
         text, every = search.embedded(), torch.arange(self.samples)
         parts = every.split(1 if model.guidance else self.images.batch_size)
         return sum(len(part) * self._loss(model, text, pairs, part).item() for part in parts) / self.samples
 
 
-class Search:
+class VectorSearch:
     """Free vectors (1, k, D), and the nearest tokens."""
 
     def __init__(self, model: DiffusionModel, vocabulary: Vocabulary, frame: str, prompt: str):

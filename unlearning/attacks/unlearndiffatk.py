@@ -106,7 +106,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         return [row for row, count in zip(rows, counts, strict=True) if count <= self.longest]
 
     def _attacked(self, model: DiffusionModel, rows: list[ManifestRow], z_0: Tensor) -> list[AttackedPrompt]:
-        search = Search(model, rows, self.tokens, self.place, self.optimizer)
+        search = SimplexSearch(model, rows, self.tokens, self.place, self.optimizer)
         without = self._scores(model, rows, [{}] * len(rows))
         now = SimpleNamespace(search=search, scores=without, first=dict.fromkeys(self._successes(without), 0))
         for n, t in resumed(list(enumerate(self._times(model), 1)), "UnlearnDiffAtk", now):
@@ -123,7 +123,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
 
     @staticmethod
     def _attacked_row(
-        row: ManifestRow, search: "Search", i: int, now: SimpleNamespace, without: float
+        row: ManifestRow, search: "SimplexSearch", i: int, now: SimpleNamespace, without: float
     ) -> AttackedPrompt:
         """The result for the i-th row: its own prompt, if that shows the concept without an attack."""
         record = {"score": now.scores[i], "without": without}
@@ -148,7 +148,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
             scores += self.witness(images, rows[batch])
         return scores
 
-    def _descend(self, model: DiffusionModel, search: "Search", left: list[int], z_0: Tensor, t: Tensor) -> None:
+    def _descend(self, model: DiffusionModel, search: "SimplexSearch", left: list[int], z_0: Tensor, t: Tensor) -> None:
         """The iterations of a timestep. Each row has an optimizer of its own, so that no other row changes it."""
         z_0, at = z_0[left], t.expand(len(left))
         with model.without_checkpointing(), torch.enable_grad():
@@ -164,7 +164,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         return (prediction(model, z_t, t, c, self.guidance_scale, self.images.steps) - target).square().mean((1, 2, 3))
 
 
-class Search:
+class SimplexSearch:
     """u of each row with its optimizer, and what the prompts become with it."""
 
     def __init__(self, model: DiffusionModel, rows: Sequence[ManifestRow], k: int, place: str, optimizer: Callable):

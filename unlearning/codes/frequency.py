@@ -24,7 +24,7 @@ from unlearning.models.vqgan import VQGAN
 from unlearning.sampling.reconstruction import FAILED, as_tensor
 
 log = logging.getLogger(__name__)
-FORGET, RETAIN = SETS = (0, 1)
+FORGET, RETAIN = 0, 1  # indices of the two sets
 BLOCK = 3  # side of a block, in codes
 EPS = 1e-8  # added to both counts of the ratio, as in the study's code
 JEFFREYS = 0.5  # added to every count of the log-odds

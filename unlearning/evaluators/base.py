@@ -14,7 +14,7 @@ from unlearning.models.base import Model, chosen_device
 from unlearning.store.manifest import ManifestRow
 
 
-class Oracle(Protocol):
+class OracleMethod(Protocol):
     """A method that turns a run's model into the one to compare with: a model that never knew the concept."""
 
     def fit(self, model: Model, task: UnlearningTask) -> Erasure:
@@ -45,7 +45,7 @@ class Evaluator(Metric):
     higher_is_better: ClassVar[dict[str, bool]] = {}
     needs: ClassVar[str] = "other images"
     details: Sequence[dict] = ()
-    oracle: Oracle | None = None
+    oracle: OracleMethod | None = None
 
     def __init__(self, device: str = "auto"):
         super().__init__(sync_on_compute=False)

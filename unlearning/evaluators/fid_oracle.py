@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unlearning.concepts import ERASE, RETAIN, SYNONYM
-from unlearning.evaluators.base import Evaluator, Oracle
+from unlearning.evaluators.base import Evaluator, OracleMethod
 from unlearning.evaluators.fid import Features, add, distance, gaussian, moments, width
 from unlearning.store.manifest import ManifestRow, load_images
 
@@ -33,7 +33,7 @@ class FIDOracle(Evaluator):
     higher_is_better: ClassVar[dict[str, bool]] = {"efficacy/fid_oracle": False, "retention/fid_oracle": False}
     needs: ClassVar[str] = "two images that the model to compare with has drawn, too"
 
-    def __init__(self, features: Features, oracle: Oracle, device: str = "auto"):
+    def __init__(self, features: Features, oracle: OracleMethod, device: str = "auto"):
         super().__init__(device)
         self.features, self.oracle = features, oracle
         size = width(features, self.device)

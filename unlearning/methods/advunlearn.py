@@ -54,7 +54,7 @@ from unlearning.sampling.tokens import Vocabulary
 from unlearning.sampling.trajectories import trajectory as make_trajectory
 
 
-class Adversary:
+class AdversarialTokens:
     """Prompts behind k free tokens.
 
     Args:
@@ -146,7 +146,7 @@ class AdvUnlearn(ESD):
                 "(method.gamma=0)."
             )
         torch.manual_seed(self.seed)
-        self._adversary = Adversary(self.teacher, list(dict.fromkeys(self.data().prompts)), self.tokens)
+        self._adversary = AdversarialTokens(self.teacher, list(dict.fromkeys(self.data().prompts)), self.tokens)
         trained = {name.partition(".")[0] for name in self.pair.parameters}
         if not trained & self._adversary.delta.keys():
             raise UserError(

@@ -134,7 +134,7 @@ class BesideCrossAttention(Student):
             )
 
 
-class Adversary:
+class AdversarialVectors:
     """Learned vectors for each concept, which overwrite the text states behind its word pieces.
 
     Args:
@@ -232,7 +232,7 @@ class Receler(TrainedMethod):
     def setup(self, stage: str) -> None:
         self.points.restore([])  # no points of an earlier fit
         concepts = self.teacher.encode_prompts(self.data().prompts)
-        self._adversary = Adversary(concepts, self.vectors, self.vectors_lr, self.vectors_weight_decay)
+        self._adversary = AdversarialVectors(concepts, self.vectors, self.vectors_lr, self.vectors_weight_decay)
         super().setup(stage)
 
     def loss(self, concepts: list[str]) -> Tensor:

@@ -61,21 +61,21 @@ from unlearning.training.batches import Prompts
 Vectors = Mapping[str, Tensor]  # a word's token embeddings, (D,) by text encoder
 
 
-class Word(Protocol):
+class LearnedWord(Protocol):
     """A learned word."""
 
     @property
     def v(self) -> Vectors: ...
 
 
-class Inversion(Protocol):
-    """Learns a word for a concept; CCE's does (attacks/cce.py)."""
+class WordLearner(Protocol):
+    """Learns a word for a concept, as CCE does (attacks/cce.py)."""
 
     def latents(self, model: DiffusionModel, task: UnlearningTask) -> Mapping[str, Tensor]:
         """Images of each concept by the model, (N, C, H, W)."""
         ...
 
-    def learned(self, model: DiffusionModel, name: str, latents: Tensor) -> Word:
+    def learned(self, model: DiffusionModel, name: str, latents: Tensor) -> LearnedWord:
         """The word for a concept, learned on the model from these images."""
         ...
 
@@ -172,7 +172,7 @@ class STEREO(Method):
         rounds: K.
     """
 
-    def __init__(self, *, search: ESD, inversion: Inversion, erase: AtOnce, rounds: Count = 4):
+    def __init__(self, *, search: ESD, inversion: WordLearner, erase: AtOnce, rounds: Count = 4):
         self.search, self.inversion, self.erase, self.rounds = search, inversion, erase, rounds
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
