@@ -1,7 +1,7 @@
 """The contract: `fit(model, task) -> erasure`, and the model is left bit-identical.
 
-How an erasure is found is the method's own business: it descends a loss (TrainedMethod), solves, counts, combines other
-methods, or does nothing.
+Methods differ in how they compute the erasure: they minimise a loss (TrainedMethod), solve a linear system, count
+codes, combine other methods, or do nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -53,22 +53,22 @@ class Method(ABC, Generic[ModelT]):
 
 
 class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
-    """A method that descends a loss.
+    """A method that minimises a loss.
 
-    Subclasses write `loss` in their paper's notation, with `self.student` (the model as it is being trained) and
-    `self.teacher` (the model as it was; the two share in memory what does not move).
+    Subclasses implement `loss` in their paper's notation, with `self.student` (the model that is trained) and
+    `self.teacher` (the frozen model before training). Both share the memory of all parameters that are not trained.
 
     Args:
-        student: What moves: weights of the model, or modules beside its layers (training/student.py).
+        student: The trainable parameters: weights of the model, or modules beside its layers (training/student.py).
         optimizer: Makes an optimizer from a list of parameters.
         scheduler: Makes a learning-rate schedule from an optimizer, stepped at every iteration; None for none.
         trainer: Makes the Lightning Trainer, given max_steps.
         iterations: Steps of the optimizer.
         batch_size: Prompts of the erased concepts in a step, or images for a method that learns from images.
-        regulariser: What limits how far the weights move (methods/regularisers.py); None for nothing.
+        regulariser: Limits how far the weights move (methods/regularisers.py); None for no limit.
 
     Attributes:
-        trains: The class of students that the method is for; any other is refused.
+        trains: The class of students that the method accepts.
         max_grad_norm: The norm to which gradients are clipped; None for what the Trainer does (gradient_clip_val).
         resumed: Names of attributes with `state()` and `restore(state)` that a checkpoint holds beside the weights.
     """
@@ -98,15 +98,15 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         """The objective () on a batch of `data`."""
 
     def data(self) -> Batches:
-        """The training data, once student, teacher and task are set; by default prompts of the erased concepts."""
+        """The training data; by default prompts of the erased concepts. Student, teacher and task are set by then."""
         return Prompts([self.task.prompt(concept.name) for concept in self.task.erase], self.batch_size)
 
     def constraints(self) -> Mapping[str, Constraint]:
-        """What each weight has to satisfy after every step, by name; once the data are there, before the first step."""
+        """The constraints by weight name, which hold after every step. Called before the first step, after `data`."""
         return self.regulariser.constraints(self)
 
     def steps(self) -> int:
-        """Steps of the optimizer, once the task is set."""
+        """The number of optimizer steps. The task is set by then."""
         return self.iterations
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
@@ -126,7 +126,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 "which scales them."
             )
         self.seed, self.task = torch.initial_seed(), task
-        own = checkpoints.key_of(self, model.state)  # while the model is no part of the method
+        own = checkpoints.key_of(self, model.state)  # before the model becomes an attribute of the method
         gated = model.without_checkpointing() if model.side else nullcontext()  # of an earlier erasure
         with gated, self.moving.of(model) as pair:
             self.student, self.teacher, self.pair = pair.student, pair.teacher, pair
@@ -141,7 +141,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 torch.manual_seed(self.seed)  # what follows does not depend on where an interrupted fit was resumed
 
     def _train(self, own: str) -> None:
-        """Descends the loss, or goes on from the last checkpoint. The optimizer's states are let go at the end."""
+        """Minimises the loss, from the last checkpoint if there is one. Releases the optimizer's states at the end."""
         try:
             trainer = self._make_trainer(max_steps=self.steps())
             if trainer.precision in ("16-true", "bf16-true"):
@@ -170,13 +170,13 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         self._constraints = self.constraints()
 
     def cpu(self) -> Self:
-        """Itself, unmoved: a Trainer ends by moving what it trained to the CPU, but these weights are the model's."""
+        """Returns itself. A Trainer moves the module to the CPU at the end, but these weights belong to the model."""
         return self
 
     def losses(self, count: int, loss: Callable[..., Tensor] | None = None, first: int = 0) -> Iterator[Tensor]:
         """An objective, by default the method's own, on `count` batches from the `first` on, each with its own noise.
 
-        For what is found out before the first step: the same in every process and after an interruption.
+        For computations before the first step. The values are equal in every process, and after an interruption.
         """
         for k in range(first, first + count):
             torch.manual_seed(seed_of(self.seed, k))
@@ -184,8 +184,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 yield (loss or self.loss)(self.trainer.datamodule.batch(k))
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        # Noise is a function of the step and of the batch's turn in it: an interruption changes nothing, and n
-        # processes learn what one does that accumulates n batches.
+        # Noise is a function of the step and of the batch's number in it. So a resumed fit sees the same noise, and n
+        # processes compute the same as one process that accumulates n batches.
         turn = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
         torch.manual_seed(seed_of(self.seed, 0, self.global_step, turn))
         loss = self.loss(batch) + self.regulariser.penalty(self.pair.parameters, self.pair.start)
@@ -199,7 +199,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
         self._free_gradients()  # Lightning would keep them until after the next forward pass
         hold(self.pair, self._constraints)
         finite = all(torch.isfinite(p).all() for p in self.weights.values())
-        self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before a checkpoint has them
+        self._check_finite(finite, f"The weights are not finite at step {step + 1}.")  # before they are in a checkpoint
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args, **kwargs) -> None:
         if self.max_grad_norm is None:

@@ -1,4 +1,4 @@
-"""Several methods, one after the other, each on the model that those before have erased from."""
+"""Several methods, one after the other, each on the model that the earlier ones have edited."""
 
 from collections.abc import Mapping
 

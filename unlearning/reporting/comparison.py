@@ -55,9 +55,9 @@ def uneven_coverage(covered: Mapping[Key, frozenset[str]], by: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of a metric over `n` runs of a row, its standard error (None for one run), and how it was measured.
+    """The mean of a metric over `n` runs of a row, its standard error (None for one run), and its protocols.
 
-    Runs of one place that were measured by different protocols are not averaged: those of the usual one count.
+    If the runs of one place have different protocols, only those with the most frequent protocol are averaged.
     """
 
     value: float
@@ -67,7 +67,7 @@ class Mean:
 
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metric: str, by: Sequence[str]) -> "Mean":
-        """Of runs that all have the metric."""
+        """The mean over runs, all of which have the metric."""
         names = dict.fromkeys((*conditions(by), "concept"))
         measured: dict[Place, dict[str, list[float]]] = {}
         for run in runs:
@@ -80,6 +80,7 @@ class Mean:
 
     @property
     def all_protocols(self) -> list[str]:
+        """The distinct protocols of all places."""
         return list(dict.fromkeys(protocol for ways in self.protocols.values() for protocol in ways))
 
 
@@ -89,12 +90,12 @@ class Column:
 
     Attributes:
         higher_is_better: None if neither direction is better.
-        means: The row's own numbers.
-        competing: The numbers of the rows that compete.
-        ranks: Of the rows that compete; none if the metric has no direction.
-        protocol: The protocol of most rows, for each place where they differ; "" if none is stated.
-        unusual: The rows that were measured by another protocol, or by several, with these protocols by place.
-        uneven: The rows that have the metric for other concepts than most of their competitors, and the difference.
+        means: The mean of each row.
+        competing: The means of the rows that compete.
+        ranks: The ranks of the rows that compete; empty if the metric has no direction.
+        protocol: The most frequent protocol, of each place if places differ; "" if none is stated.
+        unusual: The rows with another protocol, or with several, and these protocols by place.
+        uneven: The rows whose metric covers other concepts than that of most competitors, and the difference.
         published: A paper's numbers for the same rows.
         incomparable: The rows whose published number is of another model, protocol or set of concepts, and why.
     """
@@ -112,6 +113,7 @@ class Column:
 
     @cached_property
     def places(self) -> int:
+        """The number of decimal places."""
         return decimals(row.value for row in self.means.values())
 
     def header(self, mark: str, compared: bool) -> Cell:
@@ -209,6 +211,7 @@ class Comparison:
 
     @cached_property
     def table(self) -> Table:
+        """The rows and columns as a table with footnotes."""
         compared, columns = self.published is not None, self.columns.values()
         protocols = list(dict.fromkeys(column.protocol for column in columns if column.protocol))
         header = [*(Cell(name, marks=(SEPARATED,) if name in self.added else ()) for name in self.by), Cell("n")]
@@ -256,7 +259,7 @@ def _repeats(runs: Sequence[FinishedRun]) -> bool:
 
 
 def _protocol_notes(columns: Iterable[Column]) -> Iterator[Note]:
-    """How the marked cells were measured: a note for each set of rows with the same protocols."""
+    """The protocols of the marked cells: one note for each set of rows with the same protocols."""
     notes: dict[tuple[str, str], list[str]] = {}
     for column in columns:
         ways = {(*key, *place): way for key, own in column.unusual.items() for place, way in own.items()}
@@ -267,7 +270,7 @@ def _protocol_notes(columns: Iterable[Column]) -> Iterator[Note]:
 
 
 def _published_notes(columns: Iterable[Column]) -> Iterator[Note]:
-    """Where the published numbers are from, and for each reason the metrics and rows that do not compare."""
+    """The sources of the published numbers; and for each reason, the metrics and rows that are not comparable."""
     sources = dict.fromkeys(n.source for c in columns for key, n in c.published.items() if key in c.means)
     text = f"In parentheses: the published number, and ours minus it. Published: {'; '.join(sources)}."
     yield Note(text if sources else "The file of published numbers has none for these rows.")

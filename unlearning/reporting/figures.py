@@ -51,7 +51,7 @@ def thumbnail(path: Path, side: int, kind: str = "png", **options: object) -> st
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and seed, drawn by the base model and after each method.
+    """Images of one prompt and seed, by the unedited model and after each method.
 
     Attributes:
         role: The role of the prompt, or the name of the drawing ("attacked-cce").
@@ -68,9 +68,9 @@ class Sample:
 def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sample]:
     """At most `count` samples of one concept; `rows` are the runs of each row of the comparison.
 
-    All have the run's seed that most rows have. For each role, prompts are taken at even distances, and the first image
-    of each. Of every other drawing the first image is taken: an attack may find another prompt for each method, and
-    keeps the seed of the image. Manifests are read only as far as needed.
+    All samples have the seed that most rows have. For each role, prompts are evenly spaced in the manifest, and the
+    first image of each is shown. Of every other drawing, the first image is shown: an attack may change the prompt for
+    each method, but it keeps the image's seed. Manifests are read only as far as needed.
     """
     seeds = [seed for runs in rows.values() for seed in dict.fromkeys(run["seed"] for run in runs)]
     if not seeds or not count:

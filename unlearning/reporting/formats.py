@@ -103,7 +103,7 @@ def markdown(table: Table) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())  # the end of a line would be that of the cell
+    return " ".join(text.split())  # a line break would end the cell
 
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def _one_line(text: str) -> str:
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{character: f"\\{character}" for character in "&%$#_"},
-    **{character: f"{{{character}}}" for character in "[]*"},  # after the end of a line they would be its arguments
+    **{character: f"{{{character}}}" for character in "[]*"},  # after a line break LaTeX reads them as its arguments
     "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "→": r"$\to$", "≥": r"$\geq$", "≤": r"$\leq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$", "…": r"\dots{}",
     "–": r"\textendash{}", "—": r"\textemdash{}", "†": r"$\dagger$", "‡": r"$\ddagger$", "’": "'", "“": "``", "”": "''",

@@ -18,9 +18,9 @@ Key = tuple  # the values of a row's settings
 
 
 def merged(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
-    """Runs that generated the same images of the same erasure and measured different things, as one run of each.
+    """Merges runs that generated the same images with the same erasure, but measured different metrics.
 
-    Runs that measured one thing by different protocols stay apart.
+    Runs that measured one metric by different protocols are not merged.
     """
     same: dict[tuple, list[FinishedRun]] = {}
     for run in runs:
@@ -36,7 +36,7 @@ def merged(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 
 
 def _agree(run: FinishedRun, other: FinishedRun) -> bool:
-    """Whether what both have measured was measured in the same way. Costs are those of the same erasure."""
+    """Whether the metrics that both have share their protocols. Costs are not compared: they are of one erasure."""
     both = {name for name in run.metrics.keys() & other.metrics.keys() if not name.startswith("cost/")}
     return all(run.metrics[name].protocol == other.metrics[name].protocol for name in both)
 
@@ -73,9 +73,9 @@ def competitors(keys: Iterable[Key], by: Sequence[str]) -> list[list[Key]]:
 
 
 def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...]:
-    """`by`, and the settings without which runs would be averaged or compete that differ in what decides a result.
+    """`by`, and the settings to add so that runs with different decisive settings are neither averaged nor compared.
 
-    As few settings as possible. A setting that a run does not have differs from nothing.
+    Adds as few settings as possible. A setting that a run does not have is not a difference.
     """
     names = dict.fromkeys(name for run in runs for name in run.settings if _decides(name))
     for name in sorted((name for name in names if _differ(runs, name)), key=_precedence):
@@ -85,8 +85,10 @@ def separating(runs: Sequence[FinishedRun], by: Sequence[str]) -> tuple[str, ...
 
 
 def _decides(name: str) -> bool:
-    """Whether runs that differ in a setting are not averaged. Rows are means over seeds, and a metric's protocol states
-    the evaluator's settings. Whether a run was attacked changes no other number, but how it was attacked does.
+    """Whether runs that differ in a setting must not be averaged.
+
+    Rows are means over seeds, and a metric's protocol states the evaluator's settings. Whether a run was attacked
+    changes no other metric; the settings of an attack change the metrics of the attack.
     """
     return name not in ("seed", "attack") and group_of(name) != "evaluator" and decides(name, "numbers")
 
@@ -96,13 +98,13 @@ def _differ(runs: Iterable[FinishedRun], name: str) -> bool:
 
 
 def _is_null(run: FinishedRun, name: str) -> bool:
-    """Whether the run has null where other runs have a section with this setting, as a null scheduler has no rate."""
+    """Whether the run has null for a section that contains this setting in other runs, such as `scheduler: null`."""
     return any(run.settings.get(above, run) is None for above in accumulate(name.split("."), "{}.{}".format))
 
 
 def _precedence(name: str) -> tuple[bool, bool]:
-    """Conditions come first, because a method's settings may follow from them; the file chosen for a group comes before
-    the group's settings, because it says more.
+    """The sort key of a setting: conditions first, because a method's settings may follow from them; the chosen file of
+    a group before the group's settings, because it says more.
     """
     return group_of(name) in METHOD, "." in name and "@" not in name
 
@@ -121,7 +123,7 @@ def _held_equal(name: str, by: Sequence[str]) -> list[str]:
 
 
 def base_runs(runs: Sequence[FinishedRun], by: Sequence[str]) -> list[FinishedRun]:
-    """What runs measured of the base model, as runs of the method "none", for the concepts without a run of it.
+    """The metrics of the unedited model as runs of the method "none", for concepts without such a run.
 
     Runs that differ in nothing but the method share one.
     """

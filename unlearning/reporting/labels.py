@@ -1,4 +1,4 @@
-"""What a table and its footnotes call a row, and the protocols of many rows in one line."""
+"""Names of rows in a table and in its footnotes, and the protocols of many rows in one line."""
 
 import re
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ def label(key: Key) -> str:
 def shortened(protocols: Mapping[Place, str]) -> str:
     """Protocols by place in one line; all places are tuples of one length.
 
-    What protocols share that differ only in numbers and digests is written once, and of a place only what they depend
-    on: "1000 real (…). Of cat: f9bfbddf; of key: 3ab08c11".
+    Protocols that differ in numbers and digests only share one text. A place is named by those of its parts on which
+    the protocol depends: "1000 real (…). Of cat: f9bfbddf; of key: 3ab08c11".
     """
     parts = _deciding_parts(protocols)
     kinds: dict[str, dict[str, str]] = {}

@@ -1,6 +1,6 @@
 """Coordinates of plots that a page draws as SVG: efficacy against retention, a metric along a setting, learning curves.
 
-In the first, each row of a table is a point, and the best is at the upper right, whichever direction the metrics have.
+In the first plot, each row of a table is a point. Axes are oriented so that the best is at the upper right.
 Coordinates are percent of the plot from the lower left corner, so that they fit a page of any width.
 """
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 # --- efficacy against retention ---------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LETTER, LINE = 420, 380, 7.2, 17  # pixels that labels are placed for; a page may be wider
+WIDTH, HEIGHT, LETTER, LINE = 420, 380, 7.2, 17  # size in pixels for which labels are placed; a page may be wider
 MARGIN = 5  # percent on every side
 LABELLED = 14  # with more points than these, only those on the front have labels
-# Where a label may stand, first choice first: the anchor of its text, and its offset from the point in pixels.
+# Positions of a label, in order of preference: the anchor of its text, and its offset from the point in pixels.
 BESIDE = (("end", -11, 0), ("start", 11, 0), ("middle", 0, -15), ("middle", 0, 15))
 FARTHER = tuple(
     (anchor, way * (9 + 2 * step), dy * step)
@@ -90,11 +90,13 @@ class Plot:
 
     @classmethod
     def of(cls, points: Sequence[Point], names: tuple[str, str], higher_is_better: tuple[bool, bool]) -> "Plot":
+        """A plot with axes that hold all points."""
         x = Axis.over(names[0], ((p.x, p.x_error) for p in points), higher_is_better[0])
         y = Axis.over(names[1], ((p.y, p.y_error) for p in points), higher_is_better[1])
         return cls(x, y, points)
 
     def at(self, point: Point) -> tuple[float, float]:
+        """The coordinates of a point in percent."""
         return self.x.at(point.x), self.y.at(point.y)
 
     @cached_property
@@ -126,7 +128,7 @@ class Plot:
         for point in shown:
             x, y = self._pixels(point)
             width = len(point.label) * LETTER
-            boxes = {side: _box(x + side[1], y + side[2], width, side[0]) for side in BESIDE + FARTHER}
+            boxes = {side: _rectangle(x + side[1], y + side[2], width, side[0]) for side in BESIDE + FARTHER}
             inside = [side for side, box in boxes.items() if _inside(box)] or [*boxes]
             free = (side for side in inside if not any(_overlap(boxes[side], box) for box in taken))
             side = next(free, inside[0])
@@ -144,25 +146,25 @@ class Plot:
         return x / 100 * WIDTH, (1 - y / 100) * HEIGHT
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
-def _box(x: float, y: float, width: float, anchor: str) -> Box:
+def _rectangle(x: float, y: float, width: float, anchor: str) -> Rectangle:
     left = {"start": x, "middle": x - width / 2, "end": x - width}[anchor]
     return left, y - LINE / 2, left + width, y + LINE / 2
 
 
-def _inside(box: Box) -> bool:
+def _inside(box: Rectangle) -> bool:
     return box[0] >= 0 and box[1] >= 0 and box[2] <= WIDTH and box[3] <= HEIGHT
 
 
-def _overlap(a: Box, b: Box) -> bool:
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 # --- a metric along a setting -----------------------------------------------------------------------------------------
 
-SPREAD = 10  # values whose largest is so many times the smallest stand on a logarithmic axis
+SPREAD = 10  # the axis is logarithmic if the largest value is at least so many times the smallest
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Course:
 
     @classmethod
     def of(cls, setting: str, metric: str, curves: dict[str, dict[float, float]]) -> "Course":
-        """Of means by the setting's value, by name."""
+        """A plot of curves by name, each with the mean for each value of the setting."""
         values = sorted({value for curve in curves.values() for value in curve})
         means = [mean for curve in curves.values() for mean in curve.values()]
         low, high = min(means), max(means)
@@ -200,6 +202,7 @@ class Course:
 
     @property
     def values(self) -> list[float]:
+        """All values of the setting."""
         return sorted({value for curve in self.curves.values() for value, *_ in curve})
 
 

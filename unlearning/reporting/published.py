@@ -33,11 +33,11 @@ class Number:
     over: tuple[str, ...] | None = None
 
     def difference(self, models: Sequence[str], protocols: Sequence[str], concepts: Collection[str] = ()) -> str:
-        """Why the number does not compare with ours, or may not; "" if it does.
+        """Why the number is not, or may not be, comparable with ours; "" if it is.
 
         Args:
-            models, protocols: What ours was measured on, and how.
-            concepts: The concepts that ours is a mean over; an average has to be over the same.
+            models, protocols: The models and the protocols of our number.
+            concepts: The concepts of our mean. An average is comparable only over the same concepts.
         """
         why = []
         if not self.model:

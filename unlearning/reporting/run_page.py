@@ -1,4 +1,4 @@
-"""One run as one page: the metrics, the images of every prompt, and the command that repeats the run.
+"""A page about one run: the metrics, the images of every prompt, and the command that repeats the run.
 
 The page is a single file without script or network. `teaser` makes a strip of images, as in a README.
 """
@@ -63,7 +63,7 @@ class Frame:
 
 
 def read_frames(run: Path) -> list[Frame]:
-    """The images of all manifests, an attack's beside the images of the prompt that it has replaced.
+    """The images of all manifests. Attacked images stand beside those of the prompt that the attack replaced.
 
     Raises UserError if base.csv or erased.csv is missing, or they differ in their prompts.
     """
@@ -82,7 +82,7 @@ def read_frames(run: Path) -> list[Frame]:
 
 
 def _origin(row: ManifestRow, frames: Sequence[Frame]) -> Mapping[str, Path]:
-    """The images of the prompt that an attack has replaced; it has the same seed. Empty if there are several."""
+    """The images with the same seed of the prompt that an attack replaced. Empty if several prompts are possible."""
     same = [frame for frame in frames if frame.row.role == ERASE and frame.row.seed == row.seed]
     same = [frame for frame in same if frame.row.prompt == row.prompt] or same
     return same[0].images if len(same) == 1 else {}
@@ -111,7 +111,7 @@ def sections(frames: Sequence[Frame]) -> Sections:
 
 
 def latent_differences(run: Path, rows: Iterable[ManifestRow]) -> dict | None:
-    """What UnGuide's guidance decided by: D(p) and w of every prompt, the threshold, and D of the empty prompt.
+    """D(p) and w of every prompt (UnGuide's guidance), the threshold, and D of the empty prompt.
 
     {"threshold": 3.4, "empty": 1.2, "prompts": [{"prompt": "a photo of the cat", "role": "erase", "D": 5.1, "w": -1.0},
     ...]}, the largest D first; None if the images were made by another guidance.
@@ -159,7 +159,7 @@ def _title(settings: Mapping[str, object]) -> str:
 
 
 def _third(metrics: Iterable[str]) -> str:
-    """Whose images stand beside those of the unedited and the erased model."""
+    """The caption of the third column of images, which is that of the drawing "oracle"."""
     if any(name.endswith("fid_word_removed") for name in metrics):
         return "the unedited model, given the prompt without the concept's words"
     return "the model that never knew the concept"

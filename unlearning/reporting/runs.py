@@ -23,7 +23,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seconds for thousands
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as its folder has it.
+    """A finished run, as read from its folder.
 
     Attributes:
         folder: The folder of the run.
@@ -43,6 +43,7 @@ class FinishedRun:
 
     @property
     def concept(self) -> str:
+        """The erased concept, or several joined by "+"."""
         return str(self["concept"])
 
     def value(self, metric: str) -> float | None:
@@ -97,8 +98,10 @@ def _settings(folder: Path) -> dict[str, object]:
 
 
 def settings_text(folder: Path) -> str:
-    """The settings of a run as YAML, without what its machine calls its folders: paths are relative to the working
-    folder, or begin with ${paths.NAME} or with ~; of those paths themselves the last name is left.
+    """The settings of a run as YAML, without the folder names of its machine.
+
+    Paths are relative to the working folder, or begin with ${paths.NAME} or with ~. Of each of `paths` itself, only the
+    last name remains.
 
     Raises UserError if `folder` is not the folder of a run.
     """
@@ -110,7 +113,7 @@ def settings_text(folder: Path) -> str:
     if cwd := _runtime(folder).get("cwd"):
         text = text.replace(f"{cwd}/", "")
     text = text.replace(f"{Path.home()}/", "~/")
-    for place in filter(os.path.isabs, places):  # what is left of the paths themselves
+    for place in filter(os.path.isabs, places):  # the paths themselves
         text = re.sub(f" {re.escape(place)}$", f" …/{Path(place).name}", text, flags=re.MULTILINE)
     return text
 
@@ -170,7 +173,7 @@ def metric_names(runs: Iterable[FinishedRun]) -> list[str]:
 
 
 def purpose(metric: str) -> str:
-    """What a metric is about: the part of its name before the slash."""
+    """The purpose of a metric: the part of its name before the slash."""
     return metric.partition("/")[0]
 
 

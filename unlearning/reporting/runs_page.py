@@ -1,4 +1,4 @@
-"""Many runs as one page: which method forgets most and harms least, and what do its images look like?
+"""A page about many runs: which method forgets most and harms least, and what do its images look like?
 
 unlearn-report outputs
 unlearn-report outputs/runs/sd14 --to sd14.html
@@ -30,7 +30,7 @@ CONTROLS = (UNEDITED, "oracle")
 IMAGES = 1000  # on a page, at most
 COLUMNS = 8  # of images, besides the base model's
 ALONG = 3  # values of a setting that make a curve, at least
-SUCCESS, BESIDES = "robustness/asr_", ("before_", "new_")  # an attack's success; the same without it, among new ones
+SUCCESS, OTHER_RATES = "robustness/asr_", ("before_", "new_")  # prefixes of an attack's success rate and other rates
 SAMPLED = 3  # concepts whose images stand beside the plot of all of them
 SIDE, QUALITY = 160, 75  # pixels; WebP's scale: at 60 thin lines fray, 90 doubles the bytes without visible gain
 
@@ -56,6 +56,7 @@ class Line:
 
     @property
     def method(self) -> str:
+        """The method of the row."""
         return self.key[0]
 
 
@@ -72,7 +73,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scope:
-    """What is averaged into one table: all concepts of a model and dataset (concept ""), or one of them."""
+    """The runs of one table: those of all concepts of a model and dataset (concept ""), or of one of them."""
 
     concept: str
     runs: Sequence[FinishedRun]
@@ -81,11 +82,12 @@ class Scope:
 
     @cached_property
     def comparison(self) -> Comparison:
+        """The runs side by side."""
         return Comparison(self.runs, self.by)
 
     @cached_property
     def headers(self) -> dict[str, Cell]:
-        """By metric."""
+        """The header of each metric."""
         table = self.comparison.table
         return dict(zip(self.comparison.columns, table.header[table.labels + 1 :], strict=True))
 
@@ -96,6 +98,7 @@ class Scope:
 
     @cached_property
     def lines(self) -> list[Line]:
+        """The rows of the table."""
         table, lines = self.comparison.table, []
         for key, cells in zip(self.comparison.rows, table.lines, strict=True):
             numbers = dict(zip(self.comparison.columns, cells[table.labels + 1 :], strict=True))
@@ -127,6 +130,7 @@ class Scope:
         return row.value if row else None
 
     def competes(self, line: Line, metric: str) -> bool:
+        """Whether a row competes in a metric under the conditions of the answers."""
         column = self.comparison.columns.get(metric)
         return column is not None and line.key in self.comparable and line.key in column.competing
 
@@ -142,10 +146,12 @@ class Scope:
 
     @cached_property
     def axes(self) -> tuple[str | None, str | None]:
+        """The metrics of the plot: how much is forgotten, and how much is kept."""
         return self.first("efficacy", "robustness"), self.first("retention", "fidelity")
 
     @cached_property
     def base(self) -> Line | None:
+        """The row of the unedited model."""
         unedited = [line for line in self.lines if line.method == UNEDITED]
         return next((line for line in unedited if line.key in self.comparable), next(iter(unedited), None))
 
@@ -175,7 +181,7 @@ class Scope:
         return {
             name: [(line, cell) for line in lines if (cell := line.cells[SUCCESS + name]).values[0] is not None]
             for name in names
-            if not name.startswith(BESIDES)
+            if not name.startswith(OTHER_RATES)
         }
 
     @cached_property
@@ -194,7 +200,7 @@ class Scope:
 
     @cached_property
     def answers(self) -> list[Answer]:
-        """What the page opens with."""
+        """The answers at the top of the page."""
         forgets, keeps = self.axes
         answers = [self._answer("forgets most", forgets), self._answer("best of both", self.first("summary"))]
         if self._gain(self.base, forgets) is None:
@@ -355,6 +361,7 @@ def page(folder: Path, to: Path | None = None) -> Path:
 
 
 def main() -> None:
+    """The console command unlearn-report."""
     parser = argparse.ArgumentParser(prog="unlearn-report", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs at any depth below it")
     parser.add_argument("--to", type=Path, help="the file of the page; by default report.html in the folder")

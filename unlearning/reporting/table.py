@@ -70,7 +70,7 @@ def _runs(folder: Path, by: Sequence[str]) -> list[FinishedRun]:
 
 
 def attribution(runs: Sequence[FinishedRun], by: Sequence[str]) -> Table:
-    """Which commits made each row, and which versions and hardware differ between its runs. Each note is a fault."""
+    """The commits that made each row, and the versions and hardware that differ between its runs. Notes are faults."""
     header, lines = [*(Cell(name) for name in by), Cell("n"), Cell("made by"), Cell("differs between its runs")], []
     for key, group in group_runs(runs, by).items():
         makers: dict[str, list[str]] = {}  # seeds by code
@@ -97,7 +97,7 @@ def attribution(runs: Sequence[FinishedRun], by: Sequence[str]) -> Table:
 
 
 def _makers(record: Mapping) -> list[str]:
-    """The code that made a run, and other code that made what it took from the store: "pictures by f6a7b8c9d0"."""
+    """The code that made a run, and the code of what it took from the store if it differs: "pictures by f6a7b8c9d0"."""
     own = dict.fromkeys(map(maker, record.get("processes", ()))) or {"not recorded": None}
     stored = ((kind, maker(code)) for kind, codes in record.get("stored", {}).items() for code in codes)
     return [*own, *(f"{kind} by {name}" for kind, name in stored if name not in own)]
@@ -113,6 +113,7 @@ def _differences(processes: Sequence[Mapping]) -> str:
 
 
 def main() -> None:
+    """The console command unlearn-table."""
     parser = argparse.ArgumentParser(prog="unlearn-table", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs at any depth below it")
     parser.add_argument("--metrics", nargs="+", help="names or patterns, as 'retention/*'; by default all")

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, a negative prompt in its place, and what both are made of.
+"""Classifier-free guidance, negative prompts, and the functions that both use.
 
 Guidances are linear in the prediction, so that the same rule serves epsilon, v and flow.
 """
@@ -28,7 +28,7 @@ def begin(model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
 
 
 def check_scale(guidance: Guidance | None, scale: Scale) -> None:
-    """Raises UserError for a guidance that changes nothing at a guidance scale of 1, and is given one."""
+    """Raises UserError at a guidance scale of 1, if the guidance changes nothing there."""
     if guidance and guidance.needs_null and torch.as_tensor(scale).eq(1).any():
         raise UserError(
             f"{type(guidance).__name__} acts in the place of the null prompt, which a guidance scale of 1 leaves out: "
@@ -42,7 +42,7 @@ def classifier_free(
 ) -> Tensor:
     """eps_0 + s (eps_c - eps_0)  (Ho & Salimans, 2022), both branches in one call of the denoiser.
 
-    `null` is one row or B rows; t is () or (B,). Both branches get as much of the side modules as c says.
+    `null` is one row or B rows; t is () or (B,). Both branches use the gains of side modules in c.
     """
     if not torch.is_tensor(scale) and scale == 1:
         return model.predict(x_t, t, c)
@@ -53,7 +53,8 @@ def classifier_free(
 def branches(model: DiffusionModel, x_t: Tensor, t: Tensor, *conditionings: Conditioning) -> tuple[Tensor, ...]:
     """The prediction at (x_t, t) under each conditioning, (B, C, H, W) each, in one call of the denoiser.
 
-    A conditioning of one row stands for B. All get as much of the side modules as the last one, the prompts', says.
+    A conditioning of one row is expanded to B rows. All branches use the gains of side modules in the last one, that of
+    the prompts.
     """
     n, B = len(conditionings), len(x_t)
     c = Conditioning.cat([
@@ -68,6 +69,7 @@ class ClassifierFree(Guidance):
     """Classifier-free guidance with the null prompt."""
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        """A walk with the null prompt."""
         null = model.encode_prompts([""])
         return Walk(c, lambda x_t, t, c, step: classifier_free(model, x_t, t, c, null.at(step), scale))
 
@@ -84,5 +86,6 @@ class NegativePrompt(Guidance):
     needs_null: ClassVar[bool] = True
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        """A walk with the negative prompt."""
         negative = model.encode_prompts([self.prompt])
         return Walk(c, lambda x_t, t, c, step: classifier_free(model, x_t, t, c, negative.at(step), scale))

@@ -37,11 +37,11 @@ def noise_of(
     """The noise (B, C, H, W) from which `denoise`, with the same prompts, scale and steps, returns latents x_0.
 
     Args:
-        walk: Gives the prediction at each step. What it remembers from step to step it sees in the reverse order.
-        refinements: Evaluations at each step, after the first.
+        walk: Gives the prediction at each step. A stateful walk sees the steps in reverse order.
+        refinements: Number of evaluations at each step after the first one.
         solver: Of each step's equation: "fixed_point" iteration, or "descent" of || x - (x_s - b f(x, t)) / a ||^2 with
             AdamW in x (TINA).
-        learning_rate: Of the descent.
+        learning_rate: Learning rate of the descent.
 
     Raises:
         UserError: If the model's solver is not of first order, or the noise is not finite.
@@ -68,7 +68,7 @@ def noise_of(
 
 
 def _coefficients(noise: SchedulerMixin, t: Tensor, device: torch.device) -> tuple[float, float]:
-    """a and b of a step from t: what becomes of x = 1 where nothing is predicted, and of 0 where 1 is."""
+    """a and b of a step from t: its results for (x, prediction) = (1, 0) and for (0, 1)."""
     one, none = torch.tensor([1.0, 0.0], device=device), torch.tensor([0.0, 1.0], device=device)
     a, b = noise.step(none.reshape(2, 1, 1, 1), t, one.reshape(2, 1, 1, 1)).prev_sample.flatten().tolist()
     return a, b

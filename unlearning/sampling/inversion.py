@@ -30,12 +30,13 @@ def invert(
     iterations: int,
     accumulate: int = 1,
 ) -> list[float]:
-    """Minimises a loss in the parameters, and in nothing else: no weight of the model gets a gradient.
+    """Minimises a loss with respect to the parameters only: no weight of the model gets a gradient.
 
     Args:
         loss: Draws a batch and returns its loss, (). Called with gradients enabled.
-        optimizer: Makes the optimizer.
-        accumulate: Batches in each of the iterations.
+        optimizer: Makes the optimizer from a list of parameters.
+        iterations: Number of optimizer steps.
+        accumulate: Number of batches in each step.
 
     Returns:
         The mean loss of each iteration.
@@ -63,7 +64,7 @@ def invert(
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Prompts with a placeholder, whose token embeddings are free.
+    """Prompts with a placeholder, whose token embeddings can be replaced.
 
     Args:
         text: The P prompts, with the placeholder's own token embeddings.
@@ -77,8 +78,8 @@ class Placeholder:
     def in_prompts(cls, model: DiffusionModel, prompts: Sequence[str]) -> "Placeholder":
         """The placeholder stands where the prompts have "{}".
 
-        It is a word of one letter. Where its token is, the prompts differ from those with another letter; so the places
-        are known for every text encoder, whatever its tokenizer.
+        The placeholder is a word of one letter. Prompts with two different letters differ at its token only. This gives
+        its places for every text encoder, whatever its tokenizer.
 
         Raises:
             UserError: For a model that reads no text, or a prompt in which an encoder has no token of the placeholder.
@@ -101,9 +102,9 @@ class Placeholder:
         """The prompts, or some of them, with the vectors v at the placeholder's places.
 
         Args:
-            v: By text encoder, (D,), or for n places in each prompt (B, n, D), in their order. The places of an encoder
-                that is not named keep their own.
-            rows: Which B prompts; by default all.
+            v: The vectors by text encoder: (D,), or (B, n, D) for n places in each prompt, in their order. An encoder
+                without vectors keeps the placeholder's own embeddings.
+            rows: The indices of B prompts; by default all.
         """
         rows = list(range(len(self.text)) if rows is None else rows)
         embeds = {

@@ -1,4 +1,4 @@
-"""Reconstruction of input images: what sampling is for a model that has no prompts."""
+"""Reconstruction of input images: the counterpart of sampling for image-to-image models."""
 
 # B batch, H W height and width.
 from collections.abc import Sequence
@@ -19,9 +19,10 @@ FAILED = "failed"  # the key under which a decision says why an image could not 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """
+    """Reconstructs input images.
+
     Args:
-        batch_size: Images in one batch. It changes no image.
+        batch_size: Number of images in one batch. It changes no image.
     """
 
     batch_size: Count = 16
@@ -31,10 +32,11 @@ class Reconstruction:
 
     @property
     def protocol(self) -> str:
+        """All that its images depend on, besides model and input, as text."""
         return "codes of the nearest vectors, decoded"
 
     def check(self, model: VQGAN, rows: Sequence[ManifestRow]) -> None:
-        """Nothing is known to fail."""
+        """Accepts all rows."""
 
     @torch.no_grad()
     def draw(self, model: VQGAN, rows: Sequence[ManifestRow]) -> tuple[Tensor, list[dict]]:

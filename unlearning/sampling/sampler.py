@@ -42,15 +42,15 @@ def denoise(
         scheduler: In place of the model's own solver.
         schedule: "diffusers" takes every timestep; "paper" leaves out the first, as the samplers in ESD's and UnGuide's
             repositories do: of 50 DDIM steps 49 are taken, from 961 on, and not from 981.
-        start: The steps that are left out.
-        step: How a step is taken; by default as the scheduler does.
+        start: Number of steps to skip at the beginning.
+        step: Computes a step; by default the scheduler's `step`.
 
     Raises:
         UserError: For an unknown schedule, "paper" for a model of flow matching, or a scheduler for another kind of
             noise schedule than the model's.
     """
     noise = timesteps_of(model, scheduler or model.solver, steps, schedule)
-    flow = model.prediction_type == "flow"  # whose schedulers take noise and latents as they are
+    flow = model.prediction_type == "flow"  # its schedulers take unscaled noise and latents
     times = noise.timesteps[schedule == "paper" :][start:]
     if start:
         noise.set_begin_index(len(noise.timesteps) - len(times)) if hasattr(noise, "set_begin_index") else None
@@ -69,10 +69,10 @@ def denoise(
 def skim(
     model: DiffusionModel, x: Tensor, walk: Walk, *, steps: int, schedule: Schedule = "diffusers", every: int = 5
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields what `denoise` yields, for a trajectory that takes a prediction only at every so many timesteps.
+    """Yields what `denoise` yields, but evaluates the denoiser at every `every`-th timestep only.
 
-    In between, the image and the noise that the last prediction implies are held: x_s = alpha_s x_0 + sigma_s eps, as
-    in DDIM's own step (Song et al., 2021, eq. 12). Coarser, and so many times cheaper.
+    In between, the x_0 and eps that the last prediction implies are kept: x_s = alpha_s x_0 + sigma_s eps, as in DDIM's
+    step (Song et al., 2021, eq. 12). The trajectory is coarser, and `every` times cheaper.
     """
     held: tuple[Tensor, Tensor] | None = None  # the image and the noise
     for i, t in enumerate(timesteps_of(model, model.solver, steps, schedule).timesteps[schedule == "paper" :]):
@@ -97,12 +97,12 @@ def timesteps_of(
     noise, own = scheduler.from_config(model.scheduler.config), model.scheduler
     diffusion, of_diffusion = (hasattr(one, "alphas_cumprod") for one in (noise, own))
     fits = of_diffusion if diffusion else model.prediction_type == "flow"
-    if not (fits or isinstance(noise, type(own))):  # it would take defaults for what the model's config lacks
+    if not (fits or isinstance(noise, type(own))):  # it would use defaults for settings that the model's config lacks
         raise UserError(
             f"{scheduler.__name__} does not know the noise schedule of {model.name}, which is of a "
             f"{type(own).__name__}: sampler.scheduler.path=diffusers.{type(own).__name__}."
         )
-    # DDIM clips by default, which is meant for pixels; the config of a model made for another solver may not say so.
+    # DDIM's default is to clip x_0, which is meant for pixels. The config of a model for another solver may not set it.
     noise.register_to_config(clip_sample=model.scheduler.config.get("clip_sample", False))
     model.set_timesteps(noise, steps)
     if diffusion and (first := noise.timesteps.max()) >= (end := len(noise.alphas_cumprod)):
@@ -119,7 +119,7 @@ def _check(schedule: str) -> None:
 
 
 def as_published(i: int, steps: int, length: int = 1000) -> tuple[int, range]:
-    """What the published samplers do to stop at `i`: the steps they take, and the range that t is then drawn from.
+    """How the published samplers stop at `i`: the number of steps, and the range from which t is then drawn.
 
     The latent lies one and a half to two and a half steps below that range: at 761 for i = 40 of 50 and t from 800 to
     819.
@@ -154,14 +154,14 @@ class Sampler:
         schedule: Schedule = "diffusers",
         batch_size: Count | Literal["auto"] = 16,
     ):
-        _check(schedule)  # now, because a sampler is first used when the fit is over
+        _check(schedule)  # here, because a sampler is first used after the fit
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
-        self.scheduler, self.automatic = scheduler, batch_size == "auto"  # then generation.py lowers it until it fits
+        self.scheduler, self.automatic = scheduler, batch_size == "auto"  # generation.py then lowers it until it fits
         self.batch_size = (MOST if torch.cuda.is_available() else USUAL) if batch_size == "auto" else batch_size
 
     @property
     def protocol(self) -> str:
-        """What its images depend on, besides model, prompt and seed."""
+        """All that its images depend on, besides model, prompt and seed, as text."""
         dropped = ", the first dropped" if self.schedule == "paper" else ""
         solver = self.scheduler.__name__ if self.scheduler else "the model's solver"
         return f"{solver}, {self.steps} steps{dropped}, guidance {self.guidance_scale}"
@@ -219,5 +219,5 @@ class Sampler:
     def trajectory(
         self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The way from x (B, C, H, W) to an image; attacks replace it, and read the tensors that they gave each row."""
+        """The trajectory from x (B, C, H, W) to an image. Attacks override it; `given` has the tensors of each row."""
         return denoise(model, x, walk, steps=self.steps, scheduler=self.scheduler, schedule=self.schedule)

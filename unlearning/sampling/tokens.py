@@ -1,4 +1,4 @@
-"""The tokens that attacks search: a vocabulary, prompts with free tokens in them, and prompts of nothing else."""
+"""Tokens for attacks that search: a vocabulary, prompts with free tokens, and prompts of free tokens only."""
 
 # B prompts, k or K free tokens, V tokens of a vocabulary, D their width, L tokens and W width of an encoder's states.
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ AT_ONCE = 2**15  # tokens that the encoder reads in one call
 
 
 class Vocabulary:
-    """The tokens of a model's first text encoder, and of all others that have the same.
+    """The tokens of a model's first text encoder, and of all other encoders with the same tokens.
 
     Attributes:
         tables: The token embeddings (V, D), by encoder.
@@ -30,6 +30,7 @@ class Vocabulary:
         self.typed = torch.tensor([bool(text.strip()) for text in self.texts], device=first.device)
 
     def decoded(self, ids: Sequence[int]) -> str:
+        """The text of the tokens."""
         return "".join(self.texts[i] for i in ids).strip()
 
     def embedded(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -43,8 +44,9 @@ class Vocabulary:
 
         Args:
             place: All prompts with k placeholders each.
-            plain: All prompts without, which an encoder of another vocabulary reads.
-            rows: Which B of the prompts.
+            plain: All prompts without placeholders, for encoders with another vocabulary.
+            v: The embeddings by encoder, (B, k, D).
+            rows: The indices of B of the prompts.
         """
         text, rows = place.filled(v, rows), list(rows)
         others = {part: e[rows] for part, e in plain.embeds.items() if part not in self.tables}
@@ -52,7 +54,7 @@ class Vocabulary:
 
     @staticmethod
     def text(model: DiffusionModel, prompts: Sequence[str], given: Sequence[Mapping[str, Tensor]]) -> Text:
-        """Prompts with the token embeddings that some of them are given ("embeds.text_encoder", ...)."""
+        """Prompts, some of them with token embeddings of their own ("embeds.text_encoder", ...)."""
         if not any(given):
             return prompts
         own = model.embed(prompts)
@@ -64,15 +66,15 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class FreeTokens:
-    """Prompts of K tokens, all of them free, as the encoder reads them whose states begin the model's conditioning.
+    """Prompts of K free tokens, for the text encoder whose states come first in the conditioning.
 
     Args:
-        model: Of any family that reads text.
-        encoder: The encoder's name. What the model's others make of the prompts is not looked at.
-        place: A prompt of K words that stand for the tokens.
+        model: A model of any family with text encoders.
+        encoder: The encoder's name. The model's other encoders are ignored.
+        place: A prompt of K placeholders.
         embeds: The embedding of each token, (V, D).
-        texts: What each writes (`DiffusionModel.token_table`).
-        usable: The ids of those that write something, (U,).
+        texts: The text of each token (`DiffusionModel.token_table`).
+        usable: The ids of the tokens with text, (U,).
     """
 
     model: DiffusionModel
@@ -84,7 +86,7 @@ class FreeTokens:
 
     @classmethod
     def of(cls, model: DiffusionModel, count: int) -> "FreeTokens":
-        """Prompts of `count` tokens. Raises UserError if they are more than the encoder reads, or it reads no text."""
+        """Prompts of `count` tokens. Raises UserError if the encoder reads fewer, or the model reads no text."""
         place = Placeholder.in_prompts(model, [" ".join(["{}"] * count)])
         encoder, vocabulary = next(iter(model.text_states(model.encode_prompts([""])))), Vocabulary(model)
         usable = vocabulary.typed.nonzero()[:, 0]
@@ -100,28 +102,29 @@ class FreeTokens:
 
     @property
     def end(self) -> int:
-        """The place of the end of the text in the states."""
+        """The position of the end of the text in the states."""
         last = int(self.model.last_token(self.place.text.prompts, self.encoder))
         return min(last + 1, self.length - 1)
 
     @property
     def length(self) -> int:
-        """Tokens that the encoder reads, padding included."""
+        """The number of tokens that the encoder reads, padding included."""
         return self.place.text.embeds[self.encoder].shape[1]
 
     @torch.no_grad()
     def scores(self, ids: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """A score of each prompt, (B,), of token ids (B, K): `score` takes states of some and which of the B they are.
+        """The score (B,) of each prompt of token ids (B, K). The encoder reads a limited number of prompts at once.
 
-        The encoder reads a limited number at once.
+        Args:
+            score: Maps the states of some prompts, and their indices, to their scores.
         """
         rows = torch.arange(len(ids), device=ids.device).split(max(1, AT_ONCE // self.length))
         return torch.cat([score(self.states(self.embeds[ids[some]]), some) for some in rows])
 
     def text(self, ids: Tensor) -> str:
-        """What K tokens write."""
+        """The text of K tokens."""
         return "".join(self.texts[i] for i in ids.tolist()).strip()
 
     def is_read_back(self, ids: Tensor) -> bool:
-        """Whether the encoder's tokenizer makes the same K tokens of the text that they write."""
+        """Whether the encoder's tokenizer turns the text of K tokens back into the same tokens."""
         return self.model.token_ids([self.text(ids)], self.encoder) == [ids.tolist()]

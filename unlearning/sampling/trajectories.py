@@ -1,4 +1,4 @@
-"""Where a trained method's latents come from: points (x_t, t, c) on trajectories of the model being trained."""
+"""Latents for trained methods: points (x_t, t, c) on trajectories of the model that is trained."""
 
 # B batch: points in an iteration, C H W latent shape.
 from collections.abc import Iterable, Iterator
@@ -19,13 +19,13 @@ Kind = Literal["exact", "reuse"]
 
 
 class Exact:
-    """The papers' way: a fresh trajectory for every prompt of every iteration, left at a step drawn uniformly.
+    """As in the papers: a new trajectory for every prompt of every iteration, up to a step that is drawn uniformly.
 
     Args:
-        steps, guidance_scale: Of the trajectories.
+        steps, guidance_scale: Number of steps and guidance scale of the trajectories.
         schedule: "diffusers": t is where x_t lies. "paper": as ESD's and UnGuide's scripts, which drop the first
             timestep and draw t from a little above x_t's (sampler.as_published).
-        places: Before which of the steps, counted from noise, a trajectory may be left; None for any of them.
+        places: The steps, counted from noise, before which a trajectory may end; None for all of them.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Exact:
         return x_t, t.expand(len(x_t)), c
 
     def state(self) -> list:
-        """What the next points depend on, besides the model: nothing."""
+        """The state for a checkpoint, which is empty."""
         return []
 
     def restore(self, state: list) -> None:
-        pass
+        """Restores a state."""
 
     def _walk(self, how, model: DiffusionModel, c: Conditioning) -> Iterator[tuple[Tensor, Tensor]]:
         noise = torch.randn(len(c), *model.latent_shape).to(model.device)
         return how(model, noise, begin(model, c, self.guidance_scale), steps=self.steps, schedule=self.schedule)
 
     def _point(self, path: Iterable[tuple[Tensor, Tensor]], i: int) -> tuple[Tensor, Tensor]:
-        """(t, x_t) at the i-th of `steps` places to leave a trajectory."""
+        """(t, x_t) before the i-th of `steps` steps."""
         if self.schedule == "diffusers":
             return next(islice(path, i, None))
         taken, times = as_published(i, self.steps)
@@ -70,9 +70,9 @@ class Exact:
 class Reuse(Exact):
     """Many points of each trajectory: the same distribution at a fraction of the evaluations.
 
-    A few trajectories are skimmed in one batch (sampler.skim), their points shuffled, and enough of them kept for
-    `steps` iterations. A point of Exact costs about `steps` evaluations of the denoiser, a point of Reuse less than
-    one. The price: a pool's last points come from the model as it was `steps` iterations ago.
+    A few trajectories are computed in one batch (sampler.skim). Their points are shuffled, and enough of them are kept
+    for `steps` iterations. A point of Exact takes about `steps` evaluations of the denoiser, a point of Reuse less than
+    one. In return, the last points of a pool come from the model of `steps` iterations ago.
     """
 
     TRAJECTORIES = 4  # at least, so that neighbouring iterations do not see one image only
@@ -91,10 +91,11 @@ class Reuse(Exact):
         return torch.stack(x_t), torch.stack(t), Conditioning.cat(c)
 
     def state(self) -> list[tuple]:
-        """The points that are left."""
+        """The unused points, for a checkpoint."""
         return [(x_t, t, c.embeds, dict(c.extra), c.prompts, dict(c.gains)) for x_t, t, c in self._pool]
 
     def restore(self, state: list[tuple]) -> None:
+        """Restores the unused points."""
         self._pool = [(x_t, t, Conditioning(*c)) for x_t, t, *c in state]
 
     def _draw(self, model: DiffusionModel, prompts: list[str]) -> list[Points]:

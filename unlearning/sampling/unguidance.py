@@ -30,15 +30,16 @@ from unlearning.store.files import digest
 
 @dataclass(frozen=True)
 class LatentDifference:
-    """
+    """The latent difference D(p) of prompts.
+
     Args:
         repeats: R.
-        steps, stop: Steps of a whole trajectory, and how many of them are taken.
+        steps, stop: Number of steps of a whole trajectory, and of those that are taken.
         schedule: "paper", as the authors' script: the first timestep is dropped, and t_r is drawn from 800 to 819 while
             the latent lies at 761 (of 50 steps, 10 taken); "diffusers": no timestep is dropped and t_r is where the
             latent lies, 781.
         seed: Of the noise and of t_r.
-        batch_size: Rows in one batch; it changes nothing but speed and memory.
+        batch_size: Number of rows in one batch; it affects speed and memory only.
     """
 
     repeats: int = 10
@@ -86,12 +87,13 @@ class LatentDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class UnGuidance(LatentDifference, Guidance):
-    """
+    """UnGuide's guidance.
+
     Args:
-        threshold: Above it a prompt is about the erased concept.
+        threshold: A prompt with a larger D(p) is about the erased concept.
         empty: D(""), for comparison; the paper's threshold.
         w_1, w_2: The base model's share for such prompts, and for all others.
-        adapter: The set of side modules that it guides with; the erasure names it when it is applied.
+        adapter: The name of the set of side modules; the erasure sets it when it is applied.
     """
 
     threshold: float
@@ -101,9 +103,11 @@ class UnGuidance(LatentDifference, Guidance):
     adapter: str = field(default="", compare=False)
 
     def of(self, adapter: str) -> "UnGuidance":
+        """This guidance with the name of the attached adapter."""
         return replace(self, adapter=adapter)
 
     def begin(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Walk:
+        """A walk whose w of each prompt follows from D(p)."""
         D = self.differences(model, c, scale)
         w = torch.where(D.gt(self.threshold), self.w_1, self.w_2)
         null = model.encode_prompts([""])
@@ -114,7 +118,7 @@ class UnGuidance(LatentDifference, Guidance):
         return Walk(c, blend, {"D": D.tolist(), "w": w.tolist()})
 
     def differences(self, model: DiffusionModel, c: Conditioning, scale: Scale) -> Tensor:
-        """D (N,). A value that is known for the same model, prompt and scale is not computed again."""
+        """D (N,). Values for the same model, prompt and scale are cached."""
         scale = torch.as_tensor(scale, dtype=torch.float32).flatten().expand(len(c))
         keys = [
             digest(model.state, model.latent_shape, row.detach().float().cpu().numpy().tobytes().hex(), s)
