@@ -75,7 +75,7 @@ class Decomposer(SideModule):
 
 @dataclass(frozen=True)
 class ValueEdit(ModuleEdit):
-    """A decomposer behind the map to the values of cross-attention layers."""
+    """A decomposer of the outputs of the map to values in cross-attention layers."""
 
     kind: ClassVar[type[SideModule]] = Decomposer
     reads = "output"
@@ -112,7 +112,7 @@ class AdaVD(Method):
 
 
 def values(model: DiffusionModel, c: Conditioning, place: int) -> dict[str, Tensor]:
-    """What each map to values makes of the states at a place of the text, (n, O) by full name of the map."""
+    """The values of the states at a position of the text, (n, O) by full name of the map to values."""
     maps = {f"{name}.to_v": layer.to_v for name, layer in text_only_attention(model).items()}
     x_t, t = torch.zeros(len(c), *model.latent_shape, device=model.device), model.timesteps(torch.full((len(c),), 0.5))
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """AdvUnlearn: Defensive Unlearning with Adversarial Training (Zhang et al., 2024). https://arxiv.org/abs/2405.15234
 
-ESD's objective for the text encoder tau instead of the denoiser, and not for the concept's prompt p alone: for p behind
-k adversarial tokens delta, searched before every step as what brings the concept back,
+Trains the text encoder tau with ESD's objective, instead of the denoiser. The prompts are the concept's prompt p with k
+adversarial tokens delta in front. Before every step, delta is searched so that it brings the concept back,
 
     delta = argmin_delta || eps(x_t, tau_theta(delta + p)) - eps*_c ||^2,
     min_theta  || eps(x_t, tau_theta(delta + p)) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2
@@ -55,10 +55,10 @@ from unlearning.sampling.trajectories import trajectory as make_trajectory
 
 
 class AdversarialTokens:
-    """Prompts behind k free tokens.
+    """Prompts that follow k free tokens.
 
     Args:
-        model: Whose tokens they are.
+        model: The model with the tokens.
         prompts: All prompts.
         tokens: k.
     """
@@ -76,20 +76,22 @@ class AdversarialTokens:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begins anew, from tokens drawn at random."""
+        """Replaces the free tokens by tokens drawn at random."""
         shape = next(iter(self.delta.values())).shape[:2]
         for part, e in self._drawn((shape[0], shape[1])).items():
             self.delta[part].copy_(e)
 
     def before(self, prompts: Sequence[str]) -> Embedded:
-        """The prompts behind their delta, differentiable in it."""
+        """The prompts with their delta in front, differentiable in delta."""
         rows = [self._rows[prompt] for prompt in prompts]
         return self._vocabulary.filled(self._place, self._plain, {n: e[rows] for n, e in self.delta.items()}, rows)
 
     def state(self) -> dict[str, Tensor]:
+        """delta, for a checkpoint."""
         return {part: e.data for part, e in self.delta.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Restores delta."""
         for part, e in self.delta.items():
             e.data.copy_(state[part])
 
@@ -168,7 +170,7 @@ class AdvUnlearn(ESD):
         return erase + self.gamma * self.retaining() if self.gamma else erase
 
     def attack(self, prompts: list[str]) -> None:
-        """The search for delta, each of its steps at points of its own."""
+        """Searches delta; each step uses new points."""
         if self.attack_init == "random":
             self._adversary.restart()
         delta = list(self._adversary.delta.values())

@@ -1,14 +1,14 @@
 """ANT: Auto-steering deNoising Trajectories (Li et al., 2025). https://arxiv.org/abs/2504.12782
 
-A trajectory's first steps, which lay out a natural image, stay what they were; from then on the direction of guidance
-is reversed. At points (x_t, t) of the first steps, and of all later ones,
+The first steps of a trajectory, which determine the layout of the image, are retained. In all later steps, the
+direction of guidance is reversed. At points (x_t, t) of the first steps (early), and of all later ones (late),
 
     L_early = || eps_theta(c) - [ eps*_0 + eta (eps*_c - eps*_0) ] ||^2 + alpha_2 || eps_theta(null) - eps*_0 ||^2,
     L_late  = || eps_theta(c) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2 + alpha_2 || eps_theta(null) - eps*_0 ||^2,
     L = L_late + alpha_1 L_early,                                             eps* from the frozen model.
 
-Only the weights move whose summed gradients are, in every tensor, among the largest `mask_share`, for each of several
-words of the concept and each of several seeds: the intersection of these masks.
+A mask limits training to the weights whose summed gradients are among the largest `mask_share` of their tensor. It is
+the intersection of the masks of several words of the concept and several seeds.
 
 Where the authors' script for one concept differs from the paper:
 
@@ -43,7 +43,7 @@ from unlearning.training.regulariser import Constraint, largest, masked, summed_
 
 
 class ANT(ESD):
-    """ESD on the later steps of a trajectory; the first are retained.
+    """ESD on the later steps of a trajectory; the first steps are retained.
 
     Args:
         early: The first steps, as a share of all.
@@ -108,7 +108,7 @@ class ANT(ESD):
         return masked(masks)
 
     def _mask(self, prompts: list[str], first: int) -> dict[str, Tensor]:
-        """The share of every tensor that the objective for these prompts moves most, with the noise of `first`."""
+        """Masks of the largest (or smallest) gradients for these prompts, on the batches from `first` on."""
         losses = self.losses(self.mask_batches, lambda _: self.loss(prompts), first)
         sign = 1 if self.mask_keep == "largest" else -1
         scores = {n: sign * g.abs() for n, g in summed_gradients(losses, self.pair.parameters).items()}

@@ -64,7 +64,7 @@ DOING = (
 
 
 class Steering(SideModule):
-    """What turns a layer's outputs x (B, P, O) away from a direction: the new x less the old.
+    """Turns a layer's outputs x (B, P, O) away from a direction. Its output is the new x minus the old x.
 
     Args:
         direction: v of each step, (S, O), of norm 1.
@@ -94,7 +94,7 @@ class Steering(SideModule):
 
 @dataclass(frozen=True)
 class SteeringEdit(ModuleEdit):
-    """A steering behind cross-attention layers, which asks for the timestep: the networks alone do not know it."""
+    """A steering of the outputs of cross-attention layers. It needs the timestep, which the networks do not pass on."""
 
     kind: ClassVar[type[SideModule]] = Steering
     reads = "output"

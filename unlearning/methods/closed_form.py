@@ -1,7 +1,7 @@
-"""What closed-form methods share: the minimiser, and the choice of the text states that it is solved for.
+"""The minimiser of closed-form methods, and the choice of the text states for which it is solved.
 
-The denoiser applies a map W to the text state at every position of a prompt. An edited map W' should make of states c
-what W makes of other states c*: those of an anchor where c is to be erased, c itself where it is to be preserved.
+The denoiser applies a map W to the text state at every position of a prompt. An edited map W' should map states c to
+the outputs of W for other states c*: those of an anchor if c is to be erased, c itself if it is to be preserved.
 """
 
 # N states, D text width, O output width, L tokens.

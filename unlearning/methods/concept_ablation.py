@@ -1,7 +1,7 @@
 """Ablating Concepts in Text-to-Image Diffusion Models (Kumari et al., 2023). https://arxiv.org/abs/2303.13516
 
-Images of a target concept c* shall be distributed as those of an anchor concept c. The model itself draws images x of
-prompts about c. On these images, noised, it learns to predict for the target prompt what it predicts for the anchor
+Images of a target concept c* should be distributed as those of an anchor concept c. The model itself generates images x
+for prompts about c. On these images, noised, it learns to predict for the target prompt what it predicts for the anchor
 prompt (model-based), or the noise that was added (noise-based):
 
     model:  || eps_theta(x_t, c*) - sg[ eps(x_t, c) ] ||^2,        noise:  || eps_theta(x_t, c*) - eps ||^2,
@@ -121,7 +121,7 @@ class ConceptAblation(TrainedMethod):
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         if self.fixed_start:
-            cross_attention(model)  # refused before any image is drawn
+            cross_attention(model)  # raises UserError before any image is generated
         return super().fit(model, task)
 
     def _train(self, own: str) -> None:
@@ -182,7 +182,7 @@ class ConceptAblation(TrainedMethod):
 
 @contextmanager
 def start_fixed(model: DiffusionModel) -> Iterator[None]:
-    """Within it no gradient passes through keys and values of the first text state, in cross-attention."""
+    """A context in which no gradient passes through keys and values of the first text state in cross-attention."""
 
     def hook(layer: nn.Module, arguments: tuple, states: Tensor) -> Tensor:
         return torch.cat([states[:, :1].detach(), states[:, 1:]], dim=1)

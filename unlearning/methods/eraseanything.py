@@ -1,27 +1,28 @@
 """EraseAnything: concept erasure in rectified flow transformers (Gao et al., ICML 2025). https://arxiv.org/abs/2412.20413
 
-A LoRA beside the maps that give the text its queries and keys in joint attention. Even steps erase: ESD's objective
-for the flow v, with a neutral prompt c_b in place of the null prompt, and less attention to the concept's tokens,
+Trains a LoRA beside the maps to the text's queries and keys in joint attention. Even steps erase. Their objective is
+ESD's for the flow v, with a neutral prompt c_b in place of the null prompt, and a penalty on attention to the concept's
+tokens:
 
     L_even = || v_theta(x_t, c) - [ v*_b - eta (v*_c - v*_b) ] ||^2  +  beta sum_p sum_tokens || A_p ||_heads.
 
-Odd steps keep, on images x of the concept's prompt, what the model was trained for; and attention to the concept shall
-be nearer to that to unrelated words than to that to a synonym, a reversed InfoNCE,
+Odd steps retain, on images x of the concept's prompt. Their objective is the model's own loss, and a reversed InfoNCE:
+attention to the concept should be more similar to attention to unrelated words than to attention to a synonym,
 
     L_odd = gamma_1 || v_theta(x_t, c) - (eps - x) ||^2  +  gamma_2 [ s(a_c) - log( e^s(a_c) + sum_k e^s(a_k) ) ],
 
-with s(a) = cos(a_synonym, a) / tau, and a_w the attention to a word w as an image, in the last joint attention.
+with s(a) = cos(a_synonym, a) / tau, where a_w is the attention map of a word w in the last joint attention.
 
-The authors' "frozen" targets are computed with the LoRA on (issue 11 of their repository): teacher=student. By default
-the teacher is the model without it.
+The authors' "frozen" targets are computed with the LoRA (issue 11 of their repository): teacher=student. By default,
+the teacher is the model without the LoRA.
 
 Deviations:
 - x_t of even steps lies on a trajectory. The authors' code predicts for finished images, without noise, at a random t.
-- Attention is that of the image's places, and a_w the mean over heads. The code: of all places, and of one head.
-- All a_w are of one x_t, at the places of each word in its own prompt. The code: of one sampled image for each word, at
-  the places of the concept.
-- Synonyms, unrelated words and c_b (the anchor's prompt) come from the task, and the model draws the images. The
-  authors ask WordNet and a language model for words, and name c_b and the images by hand.
+- Attention is that of the image's positions, and a_w is the mean over heads. The code uses all positions, and one head.
+- All a_w are computed at one x_t, at the positions of each word in its own prompt. The code samples one image for each
+  word, and uses the positions of the concept.
+- Synonyms, unrelated words and c_b (the anchor's prompt) come from the task, and the model generates the images. The
+  authors get words from WordNet and a language model, and set c_b and the images by hand.
 - The LoRA's A is drawn from N(0, 1 / rank).
 """
 
@@ -123,7 +124,7 @@ class EraseAnything(ESD):
     def _attention(
         self, model: DiffusionModel, x_t: Tensor, t: Tensor, words: list[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the last block attends to for prompts of B words, (B, N, P, L); their places, (B, L); the prediction."""
+        """The last block's attention (B, N, P, L) for prompts of B words, their positions (B, L), the prediction."""
         prompts = [self.prompt(word) for word in words]
         with text_attention_maps(model) as maps:
             v = model.predict(x_t, t, model.encode_prompts(prompts))
@@ -132,7 +133,7 @@ class EraseAnything(ESD):
 
 
 def columns(A: Tensor, places: Tensor) -> Tensor:
-    """The attention to a word as an image, (B, P): of A (B, N, P, L) the mean over heads and over its places (B, L)."""
+    """The attention map of a word, (B, P): the mean of A (B, N, P, L) over heads and over its positions (B, L)."""
     chosen = places.float() / places.sum(1, keepdim=True)
     return torch.einsum("bnpl,bl->bp", A, chosen) / A.shape[1]
 
@@ -140,7 +141,7 @@ def columns(A: Tensor, places: Tensor) -> Tensor:
 def steering(a_c: Tensor, a_s: Tensor, a_k: Tensor, tau: float) -> Tensor:
     """The reversed InfoNCE () of the concept's a_c (B, P), a synonym's a_s (B, P) and unrelated words' a_k (B, K, P).
 
-    The log of the share that a_c has in the likeness to a_s: the smaller, the nearer the unrelated words are.
+    It is the log of the share of a_c in the similarity to a_s; it is small if the unrelated words are more similar.
     """
     s = F.cosine_similarity(a_s[:, None], torch.cat([a_c[:, None], a_k], 1), dim=-1) / tau
     return s.log_softmax(1)[:, 0].mean()

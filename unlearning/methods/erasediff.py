@@ -1,6 +1,6 @@
 """EraseDiff: Erasing Undesirable Influence in Diffusion Models (Wu et al., CVPR 2025). https://arxiv.org/abs/2401.05779
 
-Retains, as far as forgetting leaves room (methods/relabelling.py's terms):
+Retains under the constraint that the model forgets (terms of methods/relabelling.py):
 
     min_theta  L_r(theta)    so that    q(theta) = L_f(theta) - min_phi L_f(phi) <= 0,   phi starting at theta.
 

@@ -1,12 +1,12 @@
 """Few-shot unlearning of the text encoder (Fuchi & Takagi, BMVC 2024). https://arxiv.org/abs/2405.07288
 
-On a few noised images of the concept, prompted by its name, the text encoder tau is trained to make the denoiser's
-prediction worse: gradient ascent on the loss that textual inversion descends,
+Trains the text encoder tau to make the denoiser's prediction worse on a few noised images of the concept, with its name
+as prompt. This is gradient ascent on the loss that textual inversion minimises,
 
     min_theta  - || eps(x_t, tau_theta(template(c))) - eps ||^2.
 
-The MLPs of all layers move, and the last layer's self-attention; the denoiser does not. The loss has no lower bound: a
-few steps are all there may be.
+The MLPs of all layers and the last layer's self-attention are trained; the denoiser is not. The loss has no lower
+bound, so that only a few steps are possible.
 
 Defaults are those of the authors' code: 4 images, the README's 4 epochs (the script's default is 5) of batches of 2,
 which is 8 steps, of Adam at 1e-5.
@@ -59,7 +59,7 @@ class MLPsAndLastAttention(Student):
     """The student: in every CLIP text encoder the MLPs of all layers, and the last layer's self-attention."""
 
     def of(self, model: DiffusionModel) -> AbstractContextManager[Pair]:
-        """Student and teacher while the context lasts; then the model is what it was.
+        """A context with student and teacher. When it ends, the model is restored.
 
         Raises:
             UserError: If the model has no CLIP text encoder.

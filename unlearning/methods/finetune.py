@@ -1,14 +1,14 @@
-"""What becomes of an erased model that is trained further: does the concept stay away?
+"""Fine-tunes an erased model: does the concept come back?
 
     min E_{(x_0, p), eps, t} || eps - eps_theta(x_t, t, c(p)) ||^2,
 
-the loss of every diffusion model, on images x_0 and their captions p. Nothing is erased: `after=` names the erasure on
-top of which the training goes, and a sweep of `method.iterations` gives a curve. Two kinds of images:
+the loss of every diffusion model, on images x_0 and their captions p. Nothing is erased: `after=` names the erasure
+that is applied during training, and a sweep of `method.iterations` gives a curve. There are two kinds of images:
 
 - retain: images of other things, with their captions: benign fine-tuning (SPQR, arXiv:2511.19558: 1000 to 5000 steps of
   a LoRA, of cross-attention or of everything, on COCO). The concept may come back although no image shows it.
-- forget: a few images of the concept, prompted by its name: relearning. The measure is how much faster it is than on a
-  model that never knew the concept (method=oracle as the erasure before).
+- forget: relearning from a few images of the concept, with its name as prompt. It is compared with relearning on a
+  model that never knew the concept (method=oracle as the earlier erasure).
 """
 
 # B batch, N images, C H W latent shape.
@@ -50,7 +50,7 @@ class FineTuning(TrainedMethod):
         return ForgetRetain(find, self.batch_size, self.seed)
 
     def _captioned(self) -> list[tuple[np.ndarray, str]]:
-        """Images and captions. Raises UserError if the dataset lacks them."""
+        """The images and their captions. Raises UserError if the dataset has none."""
         images = (self.task.retain_images if self.images == "retain" else self.task.forget_images)[: self.count]
         if not len(images):
             raise UserError(f"This dataset has no {self.images} images to train on; dataset=folder has your own.")

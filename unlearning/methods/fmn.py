@@ -1,11 +1,12 @@
 """Forget-Me-Not: attention re-steering (Zhang et al., 2023). https://arxiv.org/abs/2303.17591
 
-On noised images of the concept, prompted by its name, the image shall not attend to the name:
+Minimises attention to the concept's name on noised images of the concept, with the name as prompt:
 
     min_theta || [ A_l[:, tokens] ]_l ||_2,
 
-A_l the attention probabilities of layer l, all heads and places, at the tokens of the concept and, with `pooler`, at
-the end of the text. No loss is on the noise: what is retained is so by the few steps at a small learning rate.
+A_l: the attention probabilities of layer l, of all heads and places, at the tokens of the concept and, with `pooler`,
+at the end of the text. There is no loss on the noise. The rest is retained because training takes few steps at a small
+learning rate.
 
 Defaults are those of the authors' configuration: 35 steps of one image at 2e-6, all of the UNet's weights, gradients
 clipped to a norm of 1. UnlearnCanvas's benchmark takes cross-attention alone, 100 steps at 2e-5, for styles.
@@ -14,8 +15,8 @@ Deviations:
 - The model draws the concept's images, where the authors take ten photographs.
 - Gradients are clipped, as the authors' configuration says. Their code clips none where the whole UNet is trained,
   because its optimizer has consumed the generator of the weights: max_grad_norm=1e9.
-- In batches of several prompts the authors' code selects the tokens of one prompt in heads of another; it takes one
-  image a step, where there is no difference.
+- In batches of several prompts, the authors' code selects the tokens of one prompt in heads of another. It trains on
+  one image per step, where this makes no difference.
 - An image's latent is its mode and not a sample.
 - The concept is its name: the authors' first stage, textual inversion of these images, is left out (use_ti=false).
 - The end of the text is one state, as in the authors' code for Stable Diffusion 2.1; for 1.x their code takes all of
@@ -43,8 +44,8 @@ class FMN(TrainedMethod):
 
     Args:
         generated: Draws the images, once.
-        count: Images, over all concepts.
-        template: How a name becomes a prompt; of a style "a photo in the style of {}".
+        count: Number of images of all concepts together.
+        template: How a name becomes a prompt; for a style "a photo in the style of {}".
         pooler: Whether the end of the text is among the tokens.
         max_grad_norm: The norm to which gradients are clipped.
         training: TrainedMethod's arguments; batch_size is the number of images in a step.
@@ -89,5 +90,5 @@ class FMN(TrainedMethod):
 
 
 def attention_norm(maps: dict[str, list[Tensor]], places: Tensor) -> Tensor:
-    """The norm () of what the last call attends to at `places` (B, L): of all layers' maps (B, N, P, L) together."""
+    """The norm () of the attention of the last call at `places` (B, L), over the maps (B, N, P, L) of all layers."""
     return torch.cat([calls[-1].movedim(-1, 1)[places].flatten().float() for calls in maps.values()]).norm()

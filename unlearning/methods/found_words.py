@@ -1,16 +1,16 @@
 """The scrubber without training: words that describe the forget images, erased by a method for words. Ours.
 
 The scrubber (methods/scrubber.py) finds words for a folder of images without labels: those with which the teacher
-denoises the images best. Its second phase moves the denoiser by gradient steps, and with it what all other prompts
-draw. Once the words are known, any method that erases words will do. With UCE it is the minimiser, in closed form, of
+denoises the images best. Its second phase trains the denoiser, which also changes the images of all other prompts. But
+once the words are known, any method that erases words can be used. With UCE, it is the minimiser, in closed form, of
 
     sum_{w erased} || W' c_w - W c_0 ||^2  +  s_p sum_{w other} || W' c_w - W c_w ||^2  +  lamb || W' - W ||_F^2,
 
 over the text states c_w of the words that describe the images and of the rest of the vocabulary, with c_0 those of the
-null prompt: one system erases the former and holds the latter.
+null prompt: one system erases the former and retains the latter.
 
-The other words of the last round of the search are in neither sum: synonyms may be among them. With candidates that are
-given, or chosen by a CLIP, all words that were no candidates are held.
+The other words of the last round of the search are in neither sum, because synonyms may be among them. If candidates
+are given, or chosen by a CLIP, all words that were not candidates are retained.
 """
 
 import logging

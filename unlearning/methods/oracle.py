@@ -1,7 +1,7 @@
 """The model that never knew: trained by the same recipe without the concept, no image and no caption of it.
 
-Nothing is erased. It is what an eraser would have to reach, and the floor of every attack: what an attack brings back
-from a model that never saw the concept is the attack's own work.
+Nothing is erased. It is the ideal result of an eraser, and the lower bound of every attack: what an attack brings back
+from a model that never saw the concept is the work of the attack itself.
 """
 
 from pathlib import Path

@@ -33,7 +33,7 @@ class WithoutWords(ConditioningEdit):
         return c if filtered == list(text) else model.encode(filtered, ())
 
     def filtered(self, prompt: str) -> str:
-        """The prompt without the words; as it is if it has none of them."""
+        """The prompt without the words; unchanged if it has none of them."""
         longest_first = sorted(self.words, key=len, reverse=True)
         pattern = "|".join(re.escape(word) for word in longest_first)
         left, count = re.subn(rf"(?<!\w)(?:{pattern})(?!\w)", "", prompt, flags=re.IGNORECASE)

@@ -1,13 +1,14 @@
-"""What becomes of an erased model whose weights are rounded: of language models, 4 bits bring knowledge back
-(Zhang et al., ICLR 2025, arXiv:2410.16454).
+"""Quantizes an erased model: does the concept come back?
+
+In language models, 4 bits bring erased knowledge back (Zhang et al., ICLR 2025, arXiv:2410.16454).
 
 The weights W of linear maps and convolutions are rounded to the nearest of 2^bits - 1 levels, symmetrically about 0:
 
     W' = s round(W / s),    s = max |W| / (2^(bits - 1) - 1),
 
-with a scale s for every `group` of weights that enter the same output, or, without groups, for every output. This is
-what weight-only quantization computes with; here the rounded values are kept in the model's own precision: any machine
-can run them, and no speed is gained. Adapters and edits beside the weights stay as they are.
+with a scale s for every `group` of weights of the same output, or, without groups, for every output. Weight-only
+quantization computes with these values. Here they are stored in the model's own precision: this runs on any machine,
+but no faster. Adapters and other edits do not change.
 """
 
 # W (outputs, inputs), G groups of a row.

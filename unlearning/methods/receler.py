@@ -121,7 +121,7 @@ class BesideCrossAttention(Student):
 
     @contextmanager
     def of(self, model: DiffusionModel) -> Iterator[Pair]:
-        """Student and teacher while the context lasts; then the model is what it was.
+        """A context with student and teacher. When it ends, the model is restored.
 
         Raises:
             UserError: If the denoiser is not a UNet with cross-attention, or the model's weights are in float16.
@@ -135,12 +135,12 @@ class BesideCrossAttention(Student):
 
 
 class AdversarialVectors:
-    """Learned vectors for each concept, which overwrite the text states behind its word pieces.
+    """Learned vectors for each concept, which overwrite the text states after its word pieces.
 
     Args:
         c: A conditioning (C rows) of the concepts' prompts.
         count: K, the vectors of a concept; 0 for none.
-        lr, weight_decay: Of Adam, by which they are learned.
+        lr, weight_decay: Of the vectors' optimizer, Adam.
     """
 
     def __init__(self, c: Conditioning, count: int, lr: float, weight_decay: float):
@@ -166,16 +166,18 @@ class AdversarialVectors:
         return replace(c, embeds=torch.stack(rows))
 
     def step(self, distance: Tensor) -> None:
-        """One step of Adam down the distance (), for the vectors that it depends on."""
+        """One step of Adam that reduces the distance (), for the vectors on which it depends."""
         vectors = list(self.vectors.values())
         for v, grad in zip(vectors, torch.autograd.grad(distance, vectors, allow_unused=True), strict=True):
-            v.grad = grad  # Adam passes over those without one
+            v.grad = grad  # Adam skips vectors without a gradient
         self.optimizer.step()
 
     def state(self) -> dict:
+        """Vectors and optimizer, for a checkpoint."""
         return {"vectors": [v.data for v in self.vectors.values()], "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: Mapping) -> None:
+        """Restores vectors and optimizer."""
         for v, saved in zip(self.vectors.values(), state["vectors"], strict=True):
             v.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -255,7 +257,7 @@ class Receler(TrainedMethod):
 
     @contextmanager
     def _outputs(self) -> Iterator[list[list[Tensor]]]:
-        """Records E(o) of every eraser: the set of side modules that was attached last."""
+        """Records E(o) of every eraser in the set of side modules that was attached last."""
         *_, erasers = self.student.side.values()
         with ExitStack() as stack:
             yield [stack.enter_context(outputs_of(module)) for module in erasers.modules.values()]

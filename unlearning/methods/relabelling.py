@@ -1,11 +1,11 @@
-"""What SalUn and EraseDiff share: images of the concept get the prompt of something else, and others are retained.
+"""Relabelling, which SalUn and EraseDiff share: images of the concept get another prompt, and others are retained.
 
     L_f = || eps_theta(x_t, c) - sg[ eps_theta(x_t, c') ] ||^2,        x_t: a noised image of c,
     L_r = || eps_theta(x_t, c_r) - eps ||^2,                           x_t: a noised image of c_r.
 
-c' is the prompt of the concept's anchor, or of the first concept to retain; c_r those of the concepts to retain, or c'.
-sg is the network that is being trained, without gradients. The model itself draws the images, before it is trained.
-An image's latent is its mode; the authors of both sample it, and for the two prompts of L_f apart.
+c' is the prompt of the concept's anchor, or of the first concept to retain; c_r are the prompts of the concepts to
+retain, or c'. sg is the network that is being trained, without gradients. The model itself generates the images before
+training. An image's latent is the mode. The authors of both methods sample it, separately for the two prompts of L_f.
 """
 
 # N images, C H W latent shape, B batch.
@@ -29,7 +29,7 @@ class Relabelling(TrainedMethod):
 
     Args:
         generated: Draws the images, once.
-        count: N, images of the concepts to erase, and as many to retain.
+        count: N, the number of images of the concepts to erase, and of those to retain.
         training: TrainedMethod's arguments; batch_size is the number of images of each kind in a step.
     """
 
@@ -70,7 +70,7 @@ class Relabelling(TrainedMethod):
 
 
 def _other(concept: Concept, task: UnlearningTask) -> str:
-    """What the concept is relabelled as. Raises UserError if the task names nothing."""
+    """The word that replaces the concept. Raises UserError if the task has none."""
     if name := concept.anchor or next((concept.name for concept in task.retain), ""):
         return name
     raise UserError(

@@ -112,9 +112,9 @@ class SubspaceFilter(ConditioningEdit):
         return self.steps(sum(betas) / len(betas)) if betas else 0
 
     def triggers(self, d: Tensor) -> Tensor:
-        """Which of n word pieces are triggers (n,), by their d (n,). An only one is, as in the released code."""
+        """Which of n word pieces are triggers, (n,), from their d (n,). A single one is, as in the released code."""
         others = (d.sum() - d) / (len(d) - 1)
-        return ~(d < (1 + self.alpha) * others)  # true also for an only one, whose `others` is not a number
+        return ~(d < (1 + self.alpha) * others)  # true for a single one, too: its `others` is NaN
 
     def steps(self, beta: float) -> int:
         """t' + 1: in how many sampling steps the filtered embedding holds."""

@@ -1,10 +1,10 @@
 """SalUn: Gradient-based Weight Saliency (Fan et al., ICLR 2024). https://arxiv.org/abs/2310.12508
 
-Only the weights move that matter most for the images of the concept (eq. 3): the `share` with the largest
+Only the most salient weights for the images of the concept are trained (eq. 3): the `share` with the largest
 
     | sum over batches  grad_theta  || eps - [ (1 + w) eps_theta(x_t, c) - w eps_theta(x_t, null) ] ||^2 |,
 
-in one pass over these images. They are trained by (eq. 7, with methods/relabelling.py's terms)
+in one pass over these images. The objective is (eq. 7, with the terms of methods/relabelling.py)
 
     L = L_f + alpha L_r.
 
@@ -12,12 +12,12 @@ Defaults are those of the authors' script for nudity: alpha 0.1, 100 steps of 8 
 classes it takes alpha=0.5 and five passes.
 
 Deviations:
-- The authors' Stable Diffusion code masks gradients. Here the mask applies to what the weights have moved by, so that
-  masked weights stay bit-identical under momentum and weight decay too, as the classification code does since 2026.
-- The largest gradients are looked for among the weights that are trained; the authors rank the whole UNet.
-- The model draws all images, where for Imagenette's classes the authors take photographs.
-- Until February 2026 the authors' loop drew the first batch of a new order at every step. Here each image comes once
-  before any comes again.
+- The authors' Stable Diffusion code masks gradients. Here the mask applies to the change of the weights, so that masked
+  weights stay bit-identical under momentum and weight decay, too. The authors' classification code does so since 2026.
+- The largest gradients are selected among the trained weights; the authors rank the whole UNet.
+- The model generates all images. For Imagenette's classes, the authors use photographs.
+- Until February 2026, the authors' loop took the first batch of a new order at every step. Here each image occurs once
+  before any image occurs again.
 """
 
 # B batch, C H W latent shape.
@@ -35,11 +35,11 @@ from unlearning.training.regulariser import Constraint, largest, masked, summed_
 
 
 class SalUn(Relabelling):
-    """Relabelling of the most salient weights.
+    """Relabelling that trains the most salient weights only.
 
     Args:
         alpha: Weight of L_r.
-        share: Of the trained entries, those that move.
+        share: Share of the entries of the student's weights that are trained.
         w: Guidance in the loss of the saliency.
         relabelling: Relabelling's arguments.
     """
@@ -56,7 +56,7 @@ class SalUn(Relabelling):
         return masked(largest({name: gradient.abs_() for name, gradient in gradients.items()}, self.share))
 
     def saliency(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
-        """The loss () whose gradient says which weights matter."""
+        """The loss () whose gradient is the saliency of the weights."""
         x_0, prompts = batch["forget"]
         x_t, t = noised(self.teacher, x_0)
         c, null = (self.student.encode(p) for p in ([self.c[i] for i in prompts.tolist()], [""]))

@@ -1,7 +1,8 @@
-"""Scrub, then solve: what the scrubber trains, kept for the words of its search and for no other. Ours.
+"""Scrub, then solve: keeps the scrubber's trained change for the words of its search, and for no other word. Ours.
 
-The scrubber (methods/scrubber.py) trains every map W through which text enters the denoiser to W_S, by gradient steps,
-and with it what all other prompts draw. Its words are known by then. So each map becomes the minimiser over W' of
+The scrubber (methods/scrubber.py) trains every map W through which text enters the denoiser, to W_S. This also changes
+the images of all other prompts. Its search knows which words stand for the concept. So each map becomes the minimiser
+over W' of
 
     sum_c || W' c - W_S c ||^2  +  s sum_r || W' r - W r ||^2  +  lamb || W' - W ||_F^2,
 
@@ -33,14 +34,14 @@ from unlearning.training.student import Weights
 
 
 class ScrubSolve(Method):
-    """Trains a scrubber, then solves for what is kept of it.
+    """Trains a scrubber, then solves for the part of its change that is kept.
 
     Args:
-        scrubber: With conditioning=words or caption, and a student that trains the maps which read the text. Other
-            weights that it trains stay what they were.
+        scrubber: With conditioning=words or caption, and a student that trains the maps which read the text. The
+            changes of other weights are discarded.
         preserve_scale: s.
         lamb: The weight of the distance to W.
-        retained: Other words, at most, each in one template.
+        retained: Maximum number of other words, each in one template.
     """
 
     def __init__(

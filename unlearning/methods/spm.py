@@ -52,7 +52,7 @@ POOLED = ("text_embeds", "pooled")  # of Conditioning.extra: what else is text
 class FacilitatedTransport(Gate):
     """gamma(P) in [0, 1]: how much a prompt is about a concept.
 
-    Where an attack has replaced a prompt's token embeddings, its word pieces say nothing, and the cosine alone counts.
+    If an attack has replaced a prompt's token embeddings, its word pieces carry no information: only the cosine counts.
 
     Args:
         concept: The text of c_e.
@@ -74,7 +74,7 @@ class FacilitatedTransport(Gate):
 
 @dataclass(frozen=True)
 class SquaredTransport(FacilitatedTransport):
-    """gamma(P)^2, which acts in the released code."""
+    """gamma(P)^2, the factor in the released code."""
 
     def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Tensor:
         return super().__call__(model, text, c).square()
@@ -85,7 +85,7 @@ class SPM(ESD):
 
     Args:
         lamb: Weight of latent anchoring.
-        anchor_count: J, anchors in a step; of a larger batch, each x_t gets its share of them.
+        anchor_count: J, the number of anchors in a step. In a larger batch, they are shared among the x_t.
         null_anchors: Whether half of the anchors are the null prompt, as in the released code.
         squared: Whether gamma^2 scales an adapter, as in the released code.
         template: How the name of a concept becomes a prompt in training; the bare name, as in the authors' code.

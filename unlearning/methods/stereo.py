@@ -1,24 +1,22 @@
 r"""STEREO: Adversarially Robust Concept Erasing (Srivatsan et al., CVPR 2025). https://arxiv.org/abs/2408.16807
 
-Search thoroughly enough: ESD erases the concept; textual inversion learns, on the model so edited, a word s_1 that
-brings it back; ESD erases s_1 from that model, and so on, for words s_1 ... s_K. Of all this the words alone are kept.
+Stage 1, "search thoroughly enough": ESD erases the concept. Textual inversion on the erased model learns a word s_1
+that brings the concept back. ESD erases s_1 from this model, and so on, for words s_1 ... s_K. Only the words are kept.
 
-Robustly erase once: from the model as it was, the name of the concept and all words, n_0 ... n_K, are erased at once.
-The target leads away from them and towards an anchor a, a scene that has the concept in it, so that the scene stays:
+Stage 2, "robustly erase once": the name of the concept and all words, n_0 ... n_K, are erased from the unedited model
+at once. The target is guided away from them and towards an anchor a, a scene with the concept, so that the scene stays:
 
     min_theta || eps_theta(x_t, n) - [ eps*_0 - eta mean_i P(eps*_{n_i} - eps*_0) + s P(eps*_a - eps*_0) ] ||^2,
 
 where n is one of the n_i and P multiplies by `parallel` what is parallel to the prediction of its own prompt (adaptive
 projected guidance, arXiv:2410.02416).
 
-Defaults are those of the authors' script. What it computes differs from what it says:
+Defaults are those of the authors' script. Where it computes something else than it says:
 
 - Its parallel is 1, the default, where P changes nothing.
-- Its scale 2.0 is said to mean 1, which is the default of s and eta. It does mean s = 1, but eta = 3:
-  `method.erase.eta=3`.
+- Its scale 2.0 should mean 1, the default of s and eta here. In fact it means s = 1 and eta = 3: `method.erase.eta=3`.
 - Its negative guidance 2.0 in the first stage is ESD's eta = 0, a target of eps*_0: `method.search.eta=0`. The default
   is ESD's own, 1.
-
 - Its train_method=noxattn trains all linear maps and convolutions outside of cross-attention:
   student.parameters='^unet\.(?!.*attn2)(?!.*norm)' of search and of erase. The default is ESD-u's.
 - It leaves trajectories after 1 to 48 of 50 steps, and takes t from 19 above the timestep at which x_t lies. Here any
@@ -28,9 +26,9 @@ Deviations:
 - The model draws the images of the inversion, whose prompts, flips and latents are CCE's (attacks/cce.py). The authors
   give each word a K-th of the images, ours are all for every word.
 - The authors' anchors are sentences about each concept, written by a language model. Ours are templates.
-- Prompts come in turn and anchors at random; the authors shuffle lists in which each comes equally often.
-- Several concepts have words of their own: the n_i are those of one concept.
-- A word is learned anew when an interrupted fit goes on; the trainings go on from their checkpoints.
+- Prompts take turns and anchors are random; the authors shuffle lists in which each occurs equally often.
+- Each of several concepts has its own words: the n_i are those of one concept.
+- When an interrupted fit is resumed, the word is learned from the beginning; the trainings resume from checkpoints.
 """
 
 # B batch, N images, C H W latent shape, D width of a text encoder.
@@ -82,7 +80,7 @@ class WordLearner(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """A text edit: learned words, which prompts name as they name any other.
+    """A text edit: learned words, which occur in prompts like any other word.
 
     Args:
         v: The words by name.
@@ -104,7 +102,7 @@ class Words:
 
     @contextmanager
     def known_to(self, model: DiffusionModel) -> Iterator[None]:
-        """Within it the model reads prompts with these words."""
+        """A context in which the model reads prompts with these words."""
         before = model.text_edits
         try:
             model.text_edits = (*before, self)

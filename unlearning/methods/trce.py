@@ -1,14 +1,14 @@
 """TRCE: Towards Reliable Malicious Concept Erasure (Chen et al., ICCV 2025). https://arxiv.org/abs/2503.07389
 
-First, in closed form, as UCE but by one token of each prompt, the end of its text, where CLIP sums the prompt up: its
-state e_u, of a prompt that names the concept, is mapped to e_s, of the same with the anchor. Every map W through which
-the prompt enters the denoiser becomes the minimiser of
+The first stage is a closed form, as UCE, for one token of each prompt: the end of its text, where CLIP summarises the
+prompt. Its state e_u, for a prompt with the concept, is mapped to e_s, for the same prompt with the anchor. Every map W
+through which the prompt enters the denoiser becomes the minimiser of
 
     mean_i || W' e_u,i - W e_s,i ||^2  +  eta mean_j || W' E_j - W E_j ||^2  +  lamb || W' - W ||_F^2,
 
-E_j being all states of a prompt that is preserved. Then, from there, self-attention and the queries of cross-attention
-are trained to steer the first steps of a trajectory. At a point z of an image of the concept, both the prediction for
-the concept's prompt c_u and that for the null prompt should be nearer to f_s than to f_u, by a margin m,
+where E_j are all states of a preserved prompt. The second stage trains self-attention and the queries of
+cross-attention to steer the first steps of a trajectory. At a point z of an image of the concept, both the prediction
+for the concept's prompt c_u and that for the null prompt should be nearer to f_s than to f_u, by a margin m,
 
     h(eps) = max(0, || eps - f_s ||^2 - || eps - f_u ||^2 + m),
     min_theta  ( h(eps_theta(z, c_u)) + h(eps_theta(z, null)) ) / 2 + rho || eps_theta(z', null) - eps'(z', null) ||^2,
@@ -17,19 +17,19 @@ the concept's prompt c_u and that for the null prompt should be nearer to f_s th
 with eps* of the unedited model, eps' of the model after the first stage, z at one of the first steps of the unedited
 model's trajectories for c_u, and z' at any step of those for the null prompt.
 
-Settings are those of the released code, which differs from its own description and from this file in that
+Settings are those of the released code. It differs from its own description and from this file:
 
-- eta = 0.01 is multiplied in twice: `eta=0.0001`;
-- 30000 captions of COCO are preserved, so that lamb = 0 has a solution. Here it is what the task retains, and the null
-  prompt, and lamb is positive;
-- gradients of the second stage are never reset: they add up over all steps. Here each step has its own;
-- z is saved after a step with the timestep before it, and rho's term has a timestep drawn from near there. Here t is
-  the timestep at which z lies.
+- eta = 0.01 is multiplied twice: `eta=0.0001`.
+- 30000 captions of COCO are preserved, so that lamb = 0 has a solution. Here, the task's retained concepts and the null
+  prompt are preserved, and lamb is positive.
+- Gradients of the second stage are never reset: they accumulate over all steps. Here they are reset at every step.
+- z is saved after a step with the timestep before it, and the term of rho draws a timestep near it. Here t is the
+  timestep at which z lies.
 
-Deviations: prompts are names and synonyms of the task in 15 templates of this file, where the authors have 20 synonyms
-by a language model. Trajectories are drawn anew at every step, where the authors keep 100 for c_u and 2000 for the null
-prompt. The end of a text is found by its tokenizer; the released code counts words. Only its token weights 0, 1, 0, 0
-are here (start, first end, last end, concept).
+Deviations: prompts are names and synonyms of the task in 15 templates of this file; the authors have 20 synonyms by a
+language model. Trajectories are computed anew at every step; the authors keep 100 for c_u and 2000 for the null prompt.
+The tokenizer tells where a text ends; the released code counts words. Of its token weights, only 0, 1, 0, 0 (start,
+first end, last end, concept) are implemented.
 """
 
 # B batch, C H W latent shape, D text width, N states.

@@ -8,13 +8,13 @@ Nothing is retained in training: at inference, UnGuidance decides by the latent 
 about the concept, and extrapolates past the adapter or past the base model (sampling/unguidance.py). The paper's
 threshold is D(""), the null prompt's own difference.
 
-Definitions that differ between the authors' commands: R, the repeats of D(p), is 30 for objects and 10 for I2P (the
-default is 10); training drops the first timestep and draws t from a little above x_t's (schedule="paper", the default),
-and so does their sampling of images, for which the sampler's default is sampler.schedule=diffusers. Since October 2025
-their training script has another optimizer than Adam at 3e-5, which the published adapters were trained with.
+The authors' commands: R, the repeats of D(p), is 30 for objects and 10 for I2P; the default is 10. Training drops the
+first timestep, and draws t from a little above that of x_t (schedule="paper", the default). Their sampling of images
+does the same; here sampler.schedule=diffusers is the default. The published adapters were trained with Adam at 3e-5;
+since October 2025, the training script has another optimizer.
 
 Beyond the paper: threshold="calibrated" takes the number that best separates the concept from the null prompt and from
-the concepts that the task lets a method retain, under TEMPLATES that no evaluation uses.
+the concepts to retain of the task, with TEMPLATES that no evaluation uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class UnGuide(ESD):
         w_1, w_2: The base model's share for prompts about the concept, and for all others.
         threshold: "empty" (the paper's) or "calibrated".
         repeats: R, the latent differences that D(p) is the mean of.
-        lora: A finished adapter that is taken instead of training one: lora.pth of UnGuide's repository.
+        lora: A trained adapter to use instead of training one: lora.pth of UnGuide's repository.
         sampling_scale: The guidance scale of sampling; calibration uses it too.
         esd: ESD's arguments; the student is a LoRA.
     """
