@@ -59,21 +59,23 @@ SHARED = STAGES[:3]  # stages in which every process of a distributed run takes 
 
 @dataclass
 class Run:
-    """
+    """One run and its five stages.
+
     Args:
-        folder: The run's own: erasure/, images/ (manifests), metrics.json, report.html, teaser.png.
+        folder: The run's own folder: erasure/, images/ (manifests), metrics.json, report.html, teaser.png.
         store: Images, attacks and evaluations that all runs share, each under a digest of what it depends on.
         load_model: Loads the model; called by the stages that need it.
         attacks: By name.
         evaluators: By name.
         trainer: Makes a Lightning Trainer.
-        after: Folders of earlier erasures, on top of which this run erases.
+        after: Folders of earlier erasures, which are applied before this run erases.
         logger: Lightning loggers for settings, numbers and some images.
-        title: What the erasure is called in its README.
+        title: The title of the erasure's README.
         runs: The folder that this run and others lie in, whose images stay in the store; by default the run's own.
         settings: The resolved config.
         records: Texts by file name, kept beside the numbers: the settings that made them.
-        done: Says whether another run has done all of it. With it, a run at work in the folder is waited for.
+        done: Returns whether another run has already done everything. If given, this run waits for a run that works in
+            the same folder.
         all_must_measure: Whether evaluators that measure nothing are counted as missing ("cost/silent").
     """
 
@@ -98,6 +100,7 @@ class Run:
 
     @cached_property
     def model(self) -> Model:
+        """The unedited model, loaded at first use."""
         return self.load_model()
 
     def execute(self, stages: Sequence[str] = STAGES) -> metrics_json.Flat:
@@ -114,7 +117,7 @@ class Run:
             done = self.done is not None and self.done()
             if first_rank() and not path.exists():
                 self._keep_records()
-            if not done and {"fit", "generate"} <= set(stages):  # what cannot be drawn ends the run before it trains
+            if not done and {"fit", "generate"} <= set(stages):  # raises UserError before anything is trained
                 self.sampler.check(cast(Any, self.model), self._requested)
             for stage in () if done else STAGES:
                 if stage in stages and (first_rank() or stage in SHARED):
@@ -129,9 +132,9 @@ class Run:
     # The five stages.
 
     def fit(self) -> None:
-        """Finds the erasure, unless it is there, or another run has it. What other settings left is deleted first."""
+        """Fits the method, unless this run or another one has the erasure. Deletes results of other settings first."""
         self._record(seed=self.seed, model=self.model.fingerprint, data=data_key(self.task, self._images))
-        _ = self._oracle  # one that is missing ends the run before anything is trained
+        _ = self._oracle  # raises UserError before anything is trained
         for attack in self.attacks.values():
             attack.check_rows(self.model, self._targets)
         key = fit_key(self.model, self.task, self._images, self.settings, self.seed, self._before)
@@ -161,16 +164,16 @@ class Run:
         wait_for_all_ranks()
 
     def generate(self) -> None:
-        """Generates the evaluation's images: with the base model, unless some run has, with the erased one, attacked.
+        """Generates the missing images of the evaluation: with the base model, with the erased model, and attacked.
 
-        An image that base or erased model fails on is left out of both manifests and counted: it is neither erased nor
-        retained.
+        If the base or the erased model fails on an image, both manifests leave it out, and it is counted: it is neither
+        erased nor retained.
         """
         self._record()
         note(self.store, self.runs or self.folder)
         rows: dict[str, list[ManifestRow]] = {}
         makers: list[dict] = []
-        drawings, model = self._drawings(), cast(Any, self.model)  # of the family that the sampler is for
+        drawings, model = self._drawings(), cast(Any, self.model)  # of the family that the sampler works with
         for drawing in drawings:
             rows[drawing.name] = drawing.rows(self._place(drawing), self._requested, rows)
             with applied(drawing.erasures, model):
@@ -182,7 +185,7 @@ class Run:
             write_manifests(self.folder / "images", rows)
 
     def evaluate(self) -> None:
-        """Measures the images; an evaluation that some run has made before is read from the store."""
+        """Measures the images. Evaluations of earlier runs are read from the store."""
         self._record()
         images = self.folder / "images"
         manifests, lost = read_manifests(images, self._requested, self.attacks), failed(images)
@@ -197,18 +200,18 @@ class Run:
         metrics |= cost.metrics(self.folder / "cost.json", self.folder / "erasure")
         metrics |= {"cost/skipped": Metric(len(self.task.skipped))} if self.task.skipped else {}
         metrics |= {"cost/failed": Metric(lost)} if lost else {}
-        self._keep_records()  # until now they were those of the numbers before
+        self._keep_records()  # until now the folder had the records of the earlier numbers
         metrics_json.write(self.folder / "metrics.json", metrics)
         figures = {caption: [figure] for caption, figure in read_figures(self.folder).items()}
         pairs = list(zip(manifests[BASE], manifests[ERASED], strict=True))
         loggers.log(self.logger, metrics_json.flat(metrics), figures, self.settings, pairs)
 
     def report(self) -> None:
-        """Writes report.html, and teaser.png, its images in one strip."""
+        """Writes report.html, and teaser.png with its images in one strip."""
         report(self.folder)
         teaser(self.folder, self.folder / "teaser.png")
 
-    # What several of them need.
+    # Shared by several stages.
 
     def _keep_records(self) -> None:
         for name, text in self.records.items():
@@ -235,7 +238,7 @@ class Run:
 
     @cached_property
     def _oracle(self) -> Erasure | None:
-        """What makes of the model the one that an evaluator compares the images with; None if none does.
+        """The erasure that gives the model which an evaluator compares with; None if no evaluator needs one.
 
         Raises:
             UserError: If two evaluators compare with different ones.
@@ -250,20 +253,20 @@ class Run:
 
     @cached_property
     def _requested(self) -> list[ManifestRow]:
-        """The images that the task asks for; the folder of their paths is that of no drawing."""
+        """The rows of the images that the task asks for. The folder of their paths is a placeholder."""
         return self.sampler.manifest(self.store / "images" / "requested", self.task, self.seed)
 
     @property
     def _targets(self) -> list[ManifestRow]:
-        """The images of erased concepts: what an attack tries to bring back."""
+        """The rows of erased concepts, which attacks try to bring back."""
         return [row for row in self._requested if row.role == ERASE]
 
     def _victim(self, erasure: Erasure) -> Victim:
-        """What the attacks are given."""
+        """The inputs of the attacks."""
         return Victim(self.model, erasure, self.task, self._targets, self._images, self.seed, self.store)
 
     def _drawings(self) -> list[Drawing]:
-        """What this run generates: base and erased first, then what they are compared with, and the attacked ones."""
+        """The drawings of this run: base, erased, oracle if an evaluator compares with it, and those of the attacks."""
         erasure, own = self._erasure(), self.sampler
         drawings = [Drawing(BASE, (), own), Drawing(ERASED, (erasure,), own)]
         drawings += [Drawing(ORACLE, (self._oracle,), own)] if self._oracle else []
@@ -278,7 +281,7 @@ class Run:
         return drawing.place(self.store, self.model, self.settings.get("trainer", {}).get("precision"))
 
     def _generate(self, drawing: Drawing, rows: Sequence[ManifestRow]) -> list:
-        """Generates the images that are missing; returns which code made each of them."""
+        """Generates the missing images of a drawing; returns the code version that made each image."""
         place = self._place(drawing)
         erasure = f"{self.title}, seed {self.seed}" if drawing.erasures else "none"
         describe(place, {"model": self.model.name, "erasure": erasure, "sampler": drawing.sampler.protocol})

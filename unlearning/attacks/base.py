@@ -22,13 +22,13 @@ Access = Literal["white", "text encoder", "black"]  # weights and gradients; tho
 
 
 class Attack(ABC, Generic[ModelT, ObservedT]):
-    """An attack's constructor stores hyperparameters, and nothing else.
+    """The base class of attacks. The constructor stores hyperparameters, and nothing else.
 
     `rows` are the evaluation's images of erased concepts: prompt, seed, guidance scale and labels of each.
 
     Attributes:
-        access: What of the erased model it uses.
-        version: Raised when its results change, so that stored ones are not taken.
+        access: What it uses of the erased model.
+        version: Increased when its results change, so that stored results are not reused.
         works_on: The class of models it can attack.
         own_size: Whether it attacks images of the model's own size only: it takes latents from the unedited model.
     """
@@ -39,7 +39,7 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
     own_size: ClassVar[bool] = False
 
     def check_rows(self, model: ModelT, rows: Sequence[ManifestRow]) -> None:
-        """Raises UserError if there are no rows, or if they cannot be attacked. Takes no time."""
+        """Raises UserError if there are no rows, or if they cannot be attacked. Runs before the fit."""
         if not rows:
             raise UserError("There is nothing to attack: this dataset has no prompt for an erased concept.")
         if self.own_size and (others := _other_sizes(cast(DiffusionModel, model), rows)):
@@ -52,9 +52,9 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
     def observe(
         self, model: ModelT, task: UnlearningTask, rows: Sequence[ManifestRow]
     ) -> ObservedT | AttackResult | None:
-        """What the attack takes from the unedited model, before the erasure is applied; by default nothing.
+        """What the attack needs of the unedited model; by default nothing. Called before the erasure is applied.
 
-        An AttackResult ends the attack: it is transferred, and serves every erasure from that model.
+        An AttackResult ends the attack: it is a transfer attack, and its result serves every erasure from that model.
         """
         return None
 

@@ -7,8 +7,8 @@ A new word is learned on the erased model, by textual inversion of images of the
 where v has a token embedding for each of the model's text encoders. In the evaluation's prompts it replaces the name of
 the concept. A prompt without the name gets it in front, as in the authors' code for I2P.
 
-Negative prompt, SLD and UnGuide change the guidance, of which a conditional prediction shows nothing. There, the guided
-prediction eps~ at scale s should be what an undefended guidance makes of the concept:
+Negative prompt, SLD and UnGuide change the guidance, which has no effect on a conditional prediction. For these, the
+guided prediction eps~ at scale s should equal that of an undefended guidance for the concept:
 
     min_v E || eps_0 + s (eps - eps_0) - eps~(z_t, t, c(v)) ||^2,    eps_0: given the null prompt.
 
@@ -108,7 +108,7 @@ class CCE(Attack):
     def observe(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]
     ) -> Latents | AttackResult:
-        """Images of the concepts by the unedited model; with `transfer`, the words for them."""
+        """Images of the concepts by the unedited model; with `transfer`, the words learned on it."""
         latents = self.latents(model, task)
         return self.find(model, task, rows, latents) if self.transfer else latents
 

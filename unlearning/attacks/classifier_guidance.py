@@ -135,7 +135,7 @@ class NoisyClassifier(nn.Module):
 
 
 class Guided(Sampler):
-    """Samples with a classifier's gradient."""
+    """Samples with the gradient of a classifier (classifier guidance)."""
 
     @property
     def protocol(self) -> str:

@@ -65,7 +65,7 @@ class Completion(Attack[DiffusionModel, Tensor]):
 
 
 class Finishing(Sampler):
-    """Takes the steps of trajectories that are left. Args: as Sampler's; begun: the steps that were taken."""
+    """Takes the remaining steps of trajectories. Args: as Sampler's; begun: the steps that were taken."""
 
     def __init__(self, *args, begun: int, **settings):
         super().__init__(*args, **settings)

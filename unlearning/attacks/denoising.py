@@ -1,4 +1,4 @@
-"""What a white-box attack compares: the erased model's prediction, and what an undefended model would predict."""
+"""The predictions that white-box attacks compare: that of the erased model, and that of an undefended guidance."""
 
 # B batch, C H W latent shape.
 import torch
@@ -27,7 +27,7 @@ def prediction(model: DiffusionModel, z_t: Tensor, t: Tensor, c: Conditioning, s
 
 @torch.no_grad()
 def undefended(model: DiffusionModel, eps: Tensor, z_t: Tensor, t: Tensor, scale: float) -> Tensor:
-    """eps_0 + s (eps - eps_0), (B, C, H, W): what classifier-free guidance makes of eps; eps_0: given the null prompt.
+    """eps_0 + s (eps - eps_0), (B, C, H, W): classifier-free guidance with eps; eps_0 is given the null prompt.
 
     Args:
         t: () or (B,).

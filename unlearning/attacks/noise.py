@@ -1,4 +1,4 @@
-"""Noise: more of it in every step, so that the trajectory leaves the way that an eraser has blocked.
+"""Noise: adds more noise in every step, so that the trajectory avoids the path that an eraser has blocked.
 
 The noise-based probe of When Are Concepts Erased From Diffusion Models? (Lu et al., 2025, arXiv:2505.17013): DDIM's
 step with eta in {1, 1.17, ..., 1.85}, its noise multiplied by a scale in {1, 1.02, 1.03, 1.04}, 24 settings. They

@@ -48,7 +48,7 @@ WORDS = 3  # of the prompt, before each token of P4D-K
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the unedited model says of a prompt: at z_t (M, C, H, W) and t (M,), its prediction and its guided one."""
+    """The unedited model's predictions for a prompt at z_t (M, C, H, W) and t (M,), without and with guidance."""
 
     z_t: Tensor
     t: Tensor
@@ -92,7 +92,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
 
     @torch.no_grad()
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> list[Pairs]:
-        """The pairs of each prompt, of its images."""
+        """The pairs of each prompt, from the unedited model's images."""
         return [self._pairs(model, [row for row in rows if row.prompt == p.prompt]) for p in prompts_of(rows)]
 
     def _pairs(self, model: DiffusionModel, rows: list[ManifestRow]) -> Pairs:
@@ -152,7 +152,7 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
 
 
 class VectorSearch:
-    """Free vectors (1, k, D), and the nearest tokens."""
+    """Free vectors (1, k, D) and their nearest tokens, as in PEZ."""
 
     def __init__(self, model: DiffusionModel, vocabulary: Vocabulary, frame: str, prompt: str):
         self.vocabulary, self._first = vocabulary, next(iter(vocabulary.tables))
@@ -185,7 +185,7 @@ class VectorSearch:
 
 
 def with_tokens(prompt: str, kind: str, tokens: int) -> str:
-    """What is searched, with "{}" in the place of each token."""
+    """The searched prompt, with "{}" in the place of each token."""
     if kind == "n":
         return " ".join(["{}"] * tokens)
     words = prompt.split()

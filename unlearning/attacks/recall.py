@@ -113,7 +113,7 @@ class Recall(Attack[DiffusionModel, Tensor]):
 
 
 class ImageToImage(Sampler):
-    """Draws from images (SDEdit, Meng et al., 2022). Args: as Sampler's; start: the steps that are left out."""
+    """Image-to-image sampling (SDEdit, Meng et al., 2022). Args: as Sampler's; start: the steps that are left out."""
 
     def __init__(self, *args, start: int, **settings):
         super().__init__(*args, **settings)

@@ -165,7 +165,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
 
 
 class SimplexSearch:
-    """u of each row with its optimizer, and what the prompts become with it."""
+    """Distributions u over tokens with their optimizers, one for each row, and the prompts with these tokens."""
 
     def __init__(self, model: DiffusionModel, rows: Sequence[ManifestRow], k: int, place: str, optimizer: Callable):
         self.vocabulary, self._prompts = Vocabulary(model), [row.prompt for row in rows]
@@ -178,10 +178,12 @@ class SimplexSearch:
         self._optimizers = [optimizer([u]) for u in self.u]
 
     def state_dict(self) -> dict[str, list]:
+        """The state of all rows, to resume the search."""
         return {"u": [u.detach() for u in self.u], "optimizers": [own.state_dict() for own in self._optimizers]}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, list]) -> None:
+        """Restores the state of all rows."""
         for u, own, value, kept in zip(self.u, self._optimizers, state["u"], state["optimizers"], strict=True):
             u.copy_(value)
             own.load_state_dict(kept)
@@ -201,9 +203,11 @@ class SimplexSearch:
                 self.u[i].copy_(projected(self.u[i], self.vocabulary.typed))
 
     def ids(self, i: int) -> list[int]:
+        """The most probable tokens of the i-th row."""
         return self.u[i].argmax(1).tolist()
 
     def prompt(self, i: int) -> str:
+        """The text of the i-th row's prompt with its most probable tokens."""
         return self._order.format(self.vocabulary.decoded(self.ids(i)), self._prompts[i])
 
     @torch.no_grad()
@@ -215,7 +219,7 @@ class SimplexSearch:
 
 
 class Draw(torch.autograd.Function):
-    """One token for each row of u (k, V), as one-hot vectors; backwards the gradient is clipped to [-1, 1]."""
+    """Draws one token for each row of u (k, V), as one-hot vectors. The gradient is passed on, clipped to [-1, 1]."""
 
     @staticmethod
     def forward(ctx, u: Tensor) -> Tensor:
@@ -227,7 +231,7 @@ class Draw(torch.autograd.Function):
 
 
 def projected(u: Tensor, allowed: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row of u (k, V), with no weight where it is not allowed, (V,) bool.
+    """Projects each row of u (k, V) onto the simplex over the `allowed` tokens (V,) bool.
 
     By sorting (Duchi et al., ICML 2008, figure 1).
     """

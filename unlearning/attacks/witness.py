@@ -26,7 +26,7 @@ class Witness(Protocol):
 
 
 class Classified:
-    """A classifier's probability of the row's first label, over the greatest of the others': above 1 it is the answer.
+    """The probability of the row's first label over the largest other one; above 1, the label is the answer.
 
     Args:
         classifier: That of the evaluation.

@@ -16,7 +16,7 @@ _instances: dict[str, tuple[str, Any]] = {}
 
 
 def builder(name: str, node: DictConfig) -> Callable[[], Any]:
-    """A function that builds what a config's node describes, or takes it from an earlier run as `reuse` does."""
+    """A function that builds the object of a config's node, or reuses that of an earlier run (`reuse`)."""
     settings = resolved(node)
     return lambda: reuse(name, settings, lambda: instantiate(node))
 

@@ -1,4 +1,4 @@
-"""What `model.autocast=auto` stands for: bfloat16 where the hardware is fast in it, float32 elsewhere."""
+"""Resolves `model.autocast=auto`: bfloat16 if the hardware is fast in it, otherwise float32."""
 
 import logging
 import platform
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def settle(config: DictConfig, device: str) -> None:
-    """Replaces `model.autocast=auto` by what it stands for on this machine.
+    """Replaces `model.autocast=auto` by its value on this machine.
 
     Keys and records then name the dtype that is used.
     """
@@ -23,7 +23,7 @@ def settle(config: DictConfig, device: str) -> None:
 
 
 def chosen_autocast(autocast: str | None, dtype: str, device: str) -> str | None:
-    """`autocast`, or what "auto" stands for; see `fast_autocast`."""
+    """`autocast`, with "auto" resolved; see `fast_autocast`."""
     return fast_autocast(dtype, device) if autocast == AUTO else autocast
 
 

@@ -1,4 +1,4 @@
-"""What is known about the words of concepts, from static lists."""
+"""Static lists of words about concepts: paraphrases and neighbours."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache

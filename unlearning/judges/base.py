@@ -1,4 +1,4 @@
-"""What classifiers of images have in common."""
+"""The interface of image classifiers."""
 
 # B batch, H W height and width, N names.
 from typing import Protocol

@@ -1,8 +1,8 @@
-"""The prompt filter: the names of the concepts are deleted from every prompt before it is read.
+"""The prompt filter: the names of the concepts are deleted from every prompt before it is encoded.
 
-What a service does that leaves the model as it is, and the least that an eraser has to improve on. It reads text:
-token embeddings that an attack has learned pass, as do words that it does not know. The unedited model's images of the
-filtered prompts are also what IGMU compares an eraser's with (arXiv:2506.02761): evaluator=fid_word_removed.
+This is the simplest defence of a service, and the baseline for every eraser. It filters text only: token embeddings
+that an attack has learned pass, and so do words that are not in its list. IGMU compares erasers with the unedited
+model's images of the filtered prompts (arXiv:2506.02761): evaluator=fid_word_removed.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""Erased weights from a file: what someone else's code has saved, or the erasure of an earlier run.
+"""Erased weights from a file: saved by other code, or the erasure of an earlier run.
 
-Nothing is trained. The file is read as an erasure (erasures/foreign.py lists the formats), so that it is attacked,
-drawn and measured like any other, on any dataset.
+Nothing is trained. The file is read as an erasure (erasures/foreign.py lists the formats), so that it is attacked and
+measured like any other, on any dataset.
 
-Deviation: files of other code hold weights only. SPM's gates are not in them, so that every prompt gets all of each
-adapter; nor is UnGuide's guidance (`method=unguide method.lora=` has it).
+Deviation: files of other code hold weights only. They lack SPM's gates, so that each adapter acts fully on every
+prompt, and UnGuide's guidance (`method=unguide method.lora=` has it).
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.layers import eager
 
-MASK_SIDE = 16  # of the attention maps that a mask is made of
+MASK_SIDE = 16  # side of the attention maps for a mask
 
 
 def text_only_attention(model: DiffusionModel) -> dict[str, Attention]:
@@ -71,7 +71,7 @@ def text_attention(model: DiffusionModel) -> dict[str, nn.Module]:
 
 
 def concept_places(model: DiffusionModel, prompts: Sequence[str], words: Sequence[str], after: int = 0) -> Tensor:
-    """Which text states of each prompt come from the pieces of its word or words, (B, L) bool.
+    """The positions of the word pieces of each prompt's word or words in the text states, (B, L) bool.
 
     Args:
         prompts: B texts.
@@ -101,7 +101,7 @@ def cross_attention_maps(model: DiffusionModel) -> Iterator[dict[str, list[Tenso
     """Records the attention probabilities of every cross-attention layer within the context.
 
     Yields a dictionary that is filled by calls of the model: by full name of the layer, (B, N, P, L) for each call;
-    the sum over L is 1, and the P places are the rows of the image one after the other. The maps are worked out again
+    the sum over L is 1, and the P places are the rows of the image one after the other. The maps are computed again
     from the layer's inputs, so that the model's own attention, whatever its implementation, and its predictions stay
     as they are. They are differentiable, but not under gradient checkpointing.
 

@@ -24,7 +24,7 @@ class Model(ABC):
         name: What it was loaded from.
         fingerprint: A digest of the weights found there.
         parts: Its networks by diffusers' names: "unet", "text_encoder", ... A weight's full name begins with its part.
-        component: The part that generates, whose calls are counted.
+        component: The name of the part that generates; its calls are counted.
         dtype: Of the weights.
         autocast: What the networks compute in, if it is another dtype.
         applied: Digests of the erasures that are applied now, the outermost first.
@@ -81,12 +81,12 @@ class Model(ABC):
 
     @property
     def numerics(self) -> str:
-        """What it computes in: two precisions give two images."""
+        """The precision that it computes in; another precision gives other images."""
         return str(self.dtype) if self.autocast is None else f"{self.dtype}, {self.autocast}"
 
     @property
     def state(self) -> str:
-        """A digest of all that its predictions depend on: weights, precision, and the erasures that are applied."""
+        """A digest of all that its predictions depend on: weights, precision and the applied erasures."""
         return digest(self.fingerprint, self.numerics, self.applied)
 
     def precision(self) -> AbstractContextManager:
@@ -98,7 +98,7 @@ class Model(ABC):
 
 
 def quantised(weight: Tensor) -> bool:
-    """Whether a weight is held as codes: integers, or a tensor of torchao's."""
+    """Whether a weight is quantised: integers, or a tensor of torchao."""
     return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
 
 

@@ -35,14 +35,14 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
         denoiser: The part that generates: diffusers' "unet" or "transformer".
         solver: A diffusers scheduler class that goes from noise to image.
         guidance: How predictions are combined at each sampling step; None for classifier-free guidance.
-        text_edits: What is done to the conditioning of every prompt, in this order.
+        text_edits: Edits of the conditioning of every prompt, in this order.
     """
 
     denoiser: ModelMixin
     solver: type = DDIMScheduler
     guidance: "Guidance[DiffusionModel] | None" = None
     text_edits: tuple[TextEdit, ...] = ()
-    weights: Mapping[str, Tensor] | None = None  # of a snapshot: values by full name that replace the model's own
+    weights: Mapping[str, Tensor] | None = None  # of a snapshot: values by full name, in place of the model's own
     latent_size: tuple[int, int] | None = None  # of a view: (H, W) of its latents, in place of what it was trained at
 
     @property
@@ -212,10 +212,10 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
         """Sets the timesteps at which a diffusers scheduler goes from noise to one of this model's images."""
         scheduler.set_timesteps(steps, device=self.device)
 
-    # Views: models that share all weights with this one but for what they are named after.
+    # Views: models that share all weights with this one, with one difference.
 
     def snapshot(self, names: Iterable[str]) -> "DiffusionModel":
-        """This model with today's values of the named weights: a frozen teacher that shares all others."""
+        """This model with the current values of the named weights: a frozen teacher that shares all other weights."""
         parameters = self.named_parameters()
         view = copy.copy(self)
         view.weights = {**(self.weights or {}), **{n: parameters[n].detach().clone() for n in names}}
@@ -258,7 +258,7 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
                 self.denoiser.enable_gradient_checkpointing()
 
     def _within_weights(self, call: Callable[[], Conditioning]) -> Conditioning:
-        """`call()`, during which the text encoders have a snapshot's weights."""
+        """The result of `call()`, during which the text encoders have the weights of a snapshot."""
         encoders = self.text_encoders
         own = {n: w for n, w in (self.weights or {}).items() if n.partition(".")[0] in encoders}
         return functional_call(_Caller(encoders), own, (call,)) if own else call()
@@ -277,5 +277,5 @@ class _Caller(nn.Module):
 
 
 def at_once(latents: Tensor, most: int) -> int:
-    """How many of the latents (N, C, H, W) one call of the denoiser takes, at most: fewer, the larger they are."""
+    """The maximum number of latents (N, C, H, W) in one call of the denoiser: fewer if they are larger."""
     return max(1, min(most, PLACES // (latents.shape[-2] * latents.shape[-1])))

@@ -31,7 +31,7 @@ class SideModule(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def restored(cls, layer: nn.Module, state: Mapping[str, Tensor], **options) -> Self:
-        """Itself beside `layer`, with these weights, by the names in `names`, and with options of its kind, if any."""
+        """A module beside `layer` with these weights, by the names in `names`, and with the options of its class."""
 
 
 class LowRank(SideModule):
@@ -58,7 +58,7 @@ class LowRank(SideModule):
         else:
             self.lora_A = make(nn.Linear, layer.in_features, rank, bias=False)
             self.lora_B = make(nn.Linear, rank, layer.out_features, bias=False)
-        self.to(layer.weight.device)  # in float32: a step of training is smaller than what half precision resolves
+        self.to(layer.weight.device)  # in float32: half precision is too coarse for the small steps of training
         nn.init.zeros_(self.lora_B.weight)
 
     @classmethod

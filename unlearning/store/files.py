@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 DIGITS = 16  # hexadecimal digits of a digest
-ASIDE = ".damaged"  # suffix of a damaged file that is kept for a look
+ASIDE = ".damaged"  # suffix of a damaged file, which is kept for inspection
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from unlearning.store.files import digest, file_digest, read_state, write_atomically
 
 MARK = ".finished"
-NAMES = {  # settings that name no file, though one is called so
+NAMES = {  # settings that name no file, even if a file has this name
     *("concept", "others", "synonyms", "anchor", "template"),  # of datasets
     *("concepts", "initial", "prompts", "retained", "subjects", "templates", "words", "banned"),  # of methods, attacks
 }

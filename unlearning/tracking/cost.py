@@ -21,7 +21,7 @@ PROCESS = Path("/proc/self")  # Linux's files about this process
 
 @contextmanager
 def measured(path: Path, stage: str, model: Model) -> Iterator[None]:
-    """Within it, the costs of a stage are measured, and added to those in the JSON file at `path`.
+    """A context that measures the costs of a stage, and adds them to those in the JSON file at `path`.
 
     An evaluation is one latent that goes through the denoiser once: a guided step with a batch of 16 counts 32. Memory
     is the peak allocation of the accelerator, or without one the peak resident size of the process, which only Linux
