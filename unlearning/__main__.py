@@ -152,6 +152,7 @@ def quieten_lightning() -> None:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def compose_and_run(cfg: DictConfig) -> float | list[float] | None:
+    """Runs the composed config, prints the numbers, and returns the objective of a study. An error ends the program."""
     try:
         return _run_and_print(cfg)
     except Exception as error:

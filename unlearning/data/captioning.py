@@ -92,6 +92,7 @@ class Content:
 
     @classmethod
     def of(cls, picture: Picture) -> "Content":
+        """The content of a rendered image."""
         side = picture.image.shape[0]
         boxes = picture.boxes
         places = tuple(((left + right) / 2 / side, (top + bottom) / 2 / side) for left, top, right, bottom in boxes)

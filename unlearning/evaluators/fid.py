@@ -216,6 +216,7 @@ def distance(real: Gaussian, generated: Gaussian) -> float:
 
 
 def main() -> None:
+    """The command: writes the statistics of a folder of real images."""
     parser = argparse.ArgumentParser(
         prog="python -m unlearning.evaluators.fid",
         description="Computes the statistics mu and sigma of a folder of real images, to measure runs against.",

@@ -137,6 +137,7 @@ class MACE(TrainedMethod):
         return edited(maps, closed_form(torch.cat([e, c_j]), torch.cat([e_star, c_j]), scale, self.lamb))
 
     def prompts(self, name: str) -> list[str]:
+        """The prompts of a concept or of its anchor."""
         return [template.format(name) for template in self.templates]
 
     def _preserved(self, model: DiffusionModel, task: UnlearningTask) -> Tensor:

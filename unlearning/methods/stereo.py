@@ -63,7 +63,9 @@ class LearnedWord(Protocol):
     """A learned word."""
 
     @property
-    def v(self) -> Vectors: ...
+    def v(self) -> Vectors:
+        """Its token embeddings."""
+        ...
 
 
 class WordLearner(Protocol):

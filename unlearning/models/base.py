@@ -77,6 +77,7 @@ class Model(ABC):
 
     @property
     def device(self) -> torch.device:
+        """The device on which it computes."""
         return torch.device(self._device)
 
     @property

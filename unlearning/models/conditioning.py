@@ -47,6 +47,7 @@ class Conditioning:
         return self[torch.zeros(batch, dtype=torch.long, device=self.embeds.device)]
 
     def with_gains(self, gains: Mapping[str, Tensor]) -> "Conditioning":
+        """This conditioning with these gains, in addition to those of other sets of side modules."""
         return replace(self, gains={**self.gains, **gains})
 
     def at(self, step: int | Tensor) -> "Conditioning":

@@ -81,14 +81,17 @@ class VQGAN(Model):
 
     @property
     def codebook(self) -> Tensor:
+        """The vectors of the codes, (K, C)."""
         return self.vq.quantize.embedding.weight
 
     @property
     def size(self) -> int:
+        """The images' side in pixels."""
         return self.vq.config.sample_size
 
     @property
     def grid(self) -> tuple[int, int]:
+        """The grid (h, w) of one image's codes."""
         side = self.size // 2 ** (len(self.vq.config.block_out_channels) - 1)
         return side, side
 

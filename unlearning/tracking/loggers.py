@@ -50,12 +50,15 @@ class Forgiving(Logger):
         self.attempt("log_hyperparams", params, *args)
 
     def log_image(self, key: str, images: list[Any]) -> None:
+        """Logs images, if the logger can show them."""
         self.attempt("log_image", key, images)
 
     def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+        """Logs a table, if the logger can show one."""
         self.attempt("log_table", key, columns, data)
 
     def log_summary(self, values: dict[str, float | str]) -> None:
+        """Logs the run's summary, if the logger has one."""
         self.attempt("log_summary", values)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
@@ -159,6 +162,7 @@ class TensorBoard(TensorBoardLogger):
             raise UserError("TensorBoard is not installed: pip install 'concept-unlearning[tensorboard]'") from None
 
     def log_image(self, key: str, images: list[np.ndarray | Image.Image]) -> None:
+        """Logs images."""
         for i, image in enumerate(images):
             pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
             self.experiment.add_image(f"{key}/{i}", pixels, dataformats="HWC")
