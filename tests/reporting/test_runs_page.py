@@ -13,7 +13,7 @@ from tests.reporting.browser import BROWSER, MISSING, Browser
 from unlearning.errors import UserError
 from unlearning.reporting import runs_page
 from unlearning.reporting.comparison import Comparison
-from unlearning.reporting.figures import samples
+from unlearning.reporting.page_images import samples
 from unlearning.reporting.plots import HEIGHT, LETTER, LINE, WIDTH, Axis, Plot, Point
 from unlearning.reporting.runs import read_runs
 from unlearning.reporting.runs_page import main, page

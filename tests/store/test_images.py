@@ -5,7 +5,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from unlearning.errors import UserError
-from unlearning.reporting.figures import thumbnail
+from unlearning.reporting.page_images import thumbnail
 from unlearning.store.images import (
     figure_paths,
     read_decided,

@@ -79,7 +79,7 @@ def samples(rows: Mapping[tuple, Sequence[FinishedRun]], count: int) -> list[Sam
     runs = {key: run for key, group in rows.items() for run in reversed(group) if run["seed"] == seed}
     manifests = {key: drawings(run.folder) for key, run in runs.items()}
     bases = ((of["base"], _chosen(of["base"], count)) for of in manifests.values() if "base" in of)
-    base, chosen = next((found for found in bases if found[1]), (None, []))
+    base, chosen = next((pair for pair in bases if pair[1]), (None, []))
     after = {key: _find(of["erased"], chosen) for key, of in manifests.items() if "erased" in of}
     sampled = []
     for line in chosen:
