@@ -23,7 +23,7 @@ Rule = Callable[[Tensor, Tensor, Generator], Tensor]  # (codes, mask, generator)
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """What an erasure keeps of a counting pass: E, S, and what its replacement needs.
+    """The part of a counting pass that an erasure keeps: E, S, and the counts that its replacement needs.
 
     Attributes:
         explicit, safe: E, the codes of the concept, and S, the safe codes: indices.

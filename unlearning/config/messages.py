@@ -1,4 +1,4 @@
-"""What the command line prints when a run ends without all of its results, or with an error."""
+"""Messages of the command line for a run that ends with missing results, or with an error."""
 
 import errno
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ KILLED = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submit
 
 
 def incomplete(metrics: Mapping[str, float | str]) -> list[str]:
-    """What is missing from the results of a run, a sentence each."""
+    """One sentence for each kind of missing results of a run."""
     return [f"Done, except for {text.format(metrics[name])}" for name, text in INCOMPLETE.items() if name in metrics]
 
 

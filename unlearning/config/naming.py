@@ -1,4 +1,4 @@
-"""How a run is named: by the choices that made it, and by a hash of every setting that its images depend on."""
+"""The names of runs: the choices that made a run, and a hash of every setting that its images depend on."""
 
 import os
 import re

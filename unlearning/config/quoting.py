@@ -23,7 +23,7 @@ def unprintable(text: str) -> str | None:
 
 
 def typed(setting: str, value: object) -> str:
-    """What to type in a shell to give `setting` this value, with the quotes of the shell's and of Hydra's.
+    """The text to type in a shell to set `setting` to this value, with the quotes of the shell and of Hydra.
 
     Args:
         setting: The dotted name.

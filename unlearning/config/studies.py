@@ -127,7 +127,7 @@ class Study(Sweeper):
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """What a trial's value of a setting is drawn from.
+    """The distribution from which trials draw the value of a setting.
 
     `interval(a, b)` is uniform on [a, b], and `int(interval(a, b))` over its whole numbers; with `tag(log, ...)` around
     it, uniform in the logarithm. `range(a, b, step)` is uniform over its numbers. Choices and globs are categorical.

@@ -153,7 +153,7 @@ def _is_built(value: object) -> TypeGuard[Mapping]:
 
 
 def _target(name: str, path: str) -> Callable | None:
-    """What `name`, the value of the setting `path`, names. Raises UserError if it cannot be imported."""
+    """The object called `name`, the value of the setting `path`. Raises UserError if it cannot be imported."""
     try:
         return get_object(name)
     except (ImportError, ValueError) as error:
@@ -215,7 +215,7 @@ def check_value(name: str, value: object, hint: Any) -> None:
 
 
 def _schema(hint: Any) -> Any:
-    """What pydantic compares values with; None if it does not understand `hint`."""
+    """Pydantic's schema for a type hint; None if it does not understand `hint`."""
     try:
         adapter: TypeAdapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticUserError, NameError, TypeError):

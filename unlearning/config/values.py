@@ -1,4 +1,4 @@
-"""What values a config may give, as annotations of arguments: ranges of numbers, templates. validation.py checks them.
+"""Annotations for arguments that limit the values of a config: ranges of numbers, templates. validation.py checks them.
 
 Every number is finite, whatever its range.
 """

@@ -1,4 +1,4 @@
-"""What people say about the embedded world's images: the captions that its CLIPs and generators are trained with.
+"""Captions of the embedded world's images, with which its CLIPs and generators are trained.
 
 A caption names every object of an image by its name or by a synonym, and may say the style, the colour of the
 background, and where the objects are. Half of the captions follow the field's templates; the others are put together
@@ -76,7 +76,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Content:
-    """What a caption may say about an image.
+    """The facts about an image that a caption may state.
 
     Args:
         objects: Names of objects.

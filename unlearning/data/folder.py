@@ -126,7 +126,7 @@ def _warn_of_others(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _caption_of(image: Path) -> Path:
-    """Where an image's caption stands, if it has one: a text file of its name."""
+    """The text file with an image's caption, which has the image's name; it may not exist."""
     return image.with_suffix(".txt")
 
 

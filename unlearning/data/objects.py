@@ -90,7 +90,7 @@ class TrainingImages(Sequence):
         return [self._picture(i) for i in range(self.size)]
 
     def captions(self) -> list[str]:
-        """What is said about each image."""
+        """A caption of each image."""
         rng = openmoji.rng_of("method", self.seed, len(self))
         return [caption(Content.of(picture), rng) for picture in self.pictures]
 

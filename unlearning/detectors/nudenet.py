@@ -75,7 +75,7 @@ def check_model_file(path: str | Path | None, setting: str) -> Path:
 
 
 def source(setting: str) -> str:
-    """Where the file is from, for error messages; `setting` is the config key that holds its path."""
+    """The source of the file, for error messages; `setting` is the config key that holds its path."""
     return (
         "Download 640m.onnx from https://github.com/notAI-tech/NudeNet/releases and "
         f"set `{setting}` to the file, or to null for the 320n.onnx of the package."

@@ -94,7 +94,7 @@ class Erasure(ABC, Generic[ModelT]):
 
     @abstractmethod
     def usage(self, base: Model) -> str:
-        """How plain diffusers, without this package, uses the saved erasure with the model `base` (Markdown)."""
+        """Instructions (Markdown) for using the saved erasure in plain diffusers, with the model `base`."""
 
     @abstractmethod
     def _settings(self) -> dict:
@@ -190,7 +190,7 @@ class Erasure(ABC, Generic[ModelT]):
 
 
 def source(base: Model) -> str:
-    """What others load the model from: a repository on the hub, a path in this one, or a folder of their own."""
+    """The source from which others load the model: a repository on the hub, a path in this one, or their own folder."""
     path = Path(base.name)
     if not path.is_absolute():
         return base.name

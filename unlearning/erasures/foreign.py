@@ -205,7 +205,7 @@ def _configs(path: Path) -> dict[str, Any]:
 
 
 def _ratio(config: Mapping, rank: int) -> float:
-    """What PEFT multiplies an update of this rank by."""
+    """PEFT's factor of an update of this rank."""
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 

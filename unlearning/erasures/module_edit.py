@@ -1,4 +1,4 @@
-"""Modules beside a model's layers, LoRA among them, and how much of them each prompt gets."""
+"""Modules beside a model's layers, such as LoRA, and their gains for each prompt."""
 
 # B batch.
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from unlearning.models.side_modules import LowRank, SideModule, SideModules
 
 
 class Gate(ABC):
-    """How much of the side modules each prompt gets; a frozen dataclass whose fields JSON can hold."""
+    """The gain of side modules for each prompt; a frozen dataclass whose fields JSON can hold."""
 
     @abstractmethod
     def __call__(self, model: DiffusionModel, text: Text, c: Conditioning) -> Tensor:
@@ -37,16 +37,16 @@ class Gate(ABC):
 
 @dataclass(frozen=True)
 class ModuleEdit(Erasure):
-    """Modules beside layers: what they output is added to the output of their layers.
+    """Modules beside layers: their outputs are added to the outputs of the layers.
 
     Subclasses say which module (`kind`), and whether it `reads` its layer's input or output.
 
     Args:
         weights: The modules' weights by full name of the layer and name in the module:
             "unet.….attn2.to_k" + ".lora_A.weight".
-        gate: How much each prompt gets; None for all of it.
+        gate: The gain for each prompt; None for a gain of 1.
         guidance: The guidance that belongs to the modules; None for the model's own.
-        options: What all modules are restored with besides their weights; values that JSON can hold.
+        options: Further arguments for restoring the modules; values that JSON can hold.
     """
 
     weights: Mapping[str, Tensor] = field(repr=False)
@@ -92,7 +92,7 @@ class ModuleEdit(Erasure):
         return self._with_settings(f"{layers} modules of {self.kind.__name__}; only this package can apply them.", base)
 
     def _with_settings(self, how: str, base: Model) -> str:
-        """`how` to use the modules, with what is to be said of gate and guidance."""
+        """`how` to use the modules, with a note on gate and guidance."""
         gated = "Here a gate gives each prompt as much of them as it should; without it, every prompt gets all of them."
         parts = [how, gated if self.gate else None, GuidanceEdit(self.guidance).usage(base) if self.guidance else None]
         return "\n\n".join(part for part in parts if part)
@@ -114,7 +114,7 @@ class ModuleEdit(Erasure):
 
 @dataclass(frozen=True)
 class _Gated:
-    """Writes into the conditioning how much of one set of side modules each prompt gets."""
+    """Writes the gains of one set of side modules into the conditioning."""
 
     name: str
     gate: Gate

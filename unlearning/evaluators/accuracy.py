@@ -128,7 +128,7 @@ class Accuracy(Evaluator):
             self.cross += one
 
     def _unattacked(self, rows: Sequence[ManifestRow]) -> list[np.ndarray]:
-        """What attacked images, or the judged parts of them, were before the attack."""
+        """The attacked images, or the judged parts of them, before the attack."""
         attacked = [row for row in rows if row.role == ATTACK and row.base and row.labels]
         return list(with_regions(load_images(attacked, "base"), attacked)[0]) if attacked else []
 

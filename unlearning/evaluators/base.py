@@ -33,7 +33,7 @@ class Evaluator(Metric):
 
     Attributes:
         higher_is_better: The direction of each number that `compute` may give and that has one.
-        needs: What is missing if `compute` gives nothing; for the warning.
+        needs: What is missing if `compute` returns nothing, for the warning.
         details: A JSON object for each image, to be kept beside the numbers.
         oracle: Gives the model whose images the numbers compare with; None if they compare with none.
 
@@ -58,7 +58,7 @@ class Evaluator(Metric):
 
     @property
     def failed(self) -> int:
-        """How many images it failed on since the last `reset`."""
+        """The number of images on which it has failed since the last `reset`."""
         return 0
 
     @property

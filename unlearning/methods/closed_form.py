@@ -87,7 +87,7 @@ def shared(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]
 
 
 def common(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:
-    """How many tokens two texts share at their beginnings, and how many of the others at their ends."""
+    """The numbers of tokens that two texts share at the beginning, and, of the other tokens, at the end."""
     shorter = min(len(old), len(new))
     before = next((i for i in range(shorter) if old[i] != new[i]), shorter)
     rest = shorter - before

@@ -1,6 +1,6 @@
 """ESD: Erasing Concepts from Diffusion Models (Gandikota et al., 2023). https://arxiv.org/abs/2303.07345
 
-Teaches the model to predict, for the concept c, what the frozen model predicts under negative guidance (eq. 6):
+Trains the model to predict, for the concept c, the frozen model's prediction under negative guidance (eq. 6):
 
     min_theta || eps_theta(x_t, c) - [ eps*_0 - eta (eps*_c - eps*_0) ] ||^2,    eps* from the frozen model.
 
@@ -79,11 +79,11 @@ class ESD(TrainedMethod):
         self.eta, self.points = eta, make_trajectory(trajectory, steps, guidance_scale, schedule)
 
     def anchors(self, prompts: tuple[str, ...]) -> list[str]:
-        """What the target is guided towards, away from each of the prompts: the null prompt."""
+        """For each prompt, the prompt towards which the target is guided: the null prompt."""
         return [""] * len(prompts)
 
     def setup(self, stage: str) -> None:
-        self.points.restore([])  # no points of an earlier fit
+        self.points.restore([])  # without points of an earlier fit
         super().setup(stage)
 
     def prompt(self, word: str) -> str:

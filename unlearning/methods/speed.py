@@ -95,7 +95,7 @@ class SPEED(Method):
         return (W + W @ update(difference, C, P, K, self.retain_scale, self.lamb)).to(m.weight.dtype)
 
     def refined(self, r: Tensor, W: Tensor, edit: Tensor) -> Tensor:
-        """What is retained, refined for the map W (O, D) by the edit W Y_0 (O, D): states (N', D), of r (N, D)."""
+        """The retained states r (N, D), refined for the map W (O, D) by the edit W Y_0 (O, D), as (N', D)."""
         if self.filtered and self.augmented:
             r = most_moved(r, edit)
         if not self.augmented:

@@ -1,4 +1,4 @@
-"""What every model is, whatever it generates: a name, a digest of its weights, and networks that erasures edit."""
+"""The base class of all models: a name, a digest of the weights, and networks that erasures edit."""
 
 import os
 from abc import ABC

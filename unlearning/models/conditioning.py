@@ -1,4 +1,4 @@
-"""What a denoiser is conditioned on."""
+"""The conditioning of a denoiser."""
 
 # B batch, L tokens, D text width.
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is conditioned on, one row for each image of a batch.
+    """The conditioning of the denoiser, one row for each image of a batch.
 
     Args:
         embeds: The text encoder's states, (B, L, D).
@@ -51,7 +51,7 @@ class Conditioning:
         return replace(self, gains={**self.gains, **gains})
 
     def at(self, step: int | Tensor) -> "Conditioning":
-        """What holds at a sampling step, counted from 0: the same for all rows, or one for each, (B,)."""
+        """The conditioning at a sampling step, counted from 0: one step for all rows, or one for each row, (B,)."""
         if self.steps is None or self.later is None:
             return self
         over, after = self.steps <= step, self.later.at(step)

@@ -1,4 +1,4 @@
-"""What every denoising model is, whatever its family: maps between prompts, latents, predictions and images."""
+"""The base class of all denoising models: maps between prompts, latents, predictions and images."""
 
 # B batch, C latent channels, H W latent height and width, L tokens, D text width.
 import copy

@@ -10,7 +10,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 
 
 class JointAttention(StableDiffusion):
-    """What SD3 and Flux share."""
+    """The base class of SD3 and Flux."""
 
     component = "transformer"
     solver = FlowMatchEulerDiscreteScheduler

@@ -1,4 +1,4 @@
-"""What is compared: runs are averaged into rows, and rows compete, metric by metric.
+"""The comparison of runs: runs are averaged into rows, and rows compete in each metric.
 
 Rows compete that differ in nothing but the method (grouping.py), are means over the same concepts, and were measured by
 the same protocol. The unedited model does not compete.

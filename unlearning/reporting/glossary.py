@@ -33,7 +33,7 @@ MEANINGS = {  # by name, or by pattern for names that end with an attack's
 
 
 def meaning(metric: str) -> str:
-    """What a metric is, in one line; "" for one whose name is not explained here."""
+    """The meaning of a metric in one line; "" if this file does not explain it."""
     return next((text for name, text in MEANINGS.items() if fnmatchcase(metric, name)), "")
 
 

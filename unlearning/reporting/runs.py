@@ -119,7 +119,7 @@ def settings_text(folder: Path) -> str:
 
 
 def _runtime(folder: Path) -> Mapping:
-    """What Hydra has recorded about the process: the choices of groups, the working folder."""
+    """Hydra's record of the process: the choices of groups, the working folder."""
     hydra = _read_yaml(folder / ".hydra" / "hydra.yaml")
     return (hydra.get("hydra") or hydra).get("runtime") or {}
 

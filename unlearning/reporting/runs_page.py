@@ -215,7 +215,7 @@ class Scope:
         return [answer for answer in answers if answer]
 
     def _gain(self, line: Line | None, metric: str | None) -> float | None:
-        """How much better than the unedited model."""
+        """The improvement of a row over the unedited model."""
         if not metric:
             return None
         ours, before = self.value(line, metric), self.value(self.base, metric)

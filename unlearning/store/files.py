@@ -58,7 +58,7 @@ def _call(write: Callable[[BinaryIO], object], out: BinaryIO) -> None:
 
 
 def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
-    """What a JSON file that this package writes holds; None without the file.
+    """The content of a JSON file of this package; None without the file.
 
     A damaged file is set aside, so that its content is computed again, and None is returned.
 

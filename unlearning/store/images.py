@@ -40,7 +40,7 @@ def read_images(paths: Iterable[Path]) -> np.ndarray:
 
 
 def read_decided(path: Path) -> dict:
-    """What `write_image` has written into the file besides the image; raises UserError as `read_images` does."""
+    """The decisions that `write_image` has written into the file. Raises UserError as `read_images` does."""
     with opened(path) as image:
         return json.loads(getattr(image, "text", {}).get("decided", "{}"))
 

@@ -85,7 +85,7 @@ def image_path(
     comeback: Path | None = None,
     size: tuple[int | None, int | None] = (None, None),
 ) -> Path:
-    """Where an image is stored: a file in the model's `folder`, named by a digest of all else that it depends on.
+    """The path of a stored image: a file in `folder`, named by a digest of all else that the image depends on.
 
     Args:
         folder: The folder of model, erasure and sampler.
@@ -179,7 +179,7 @@ def load_images(rows: Sequence[ManifestRow], which: str = "path") -> np.ndarray:
 
 
 def with_decided(row: ManifestRow) -> ManifestRow:
-    """The row with what its image, which must exist, says was decided about it."""
+    """The row with the decisions that are stored in its image, which must exist."""
     return replace(row, decided=read_decided(row.path))
 
 

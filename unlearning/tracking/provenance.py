@@ -1,4 +1,4 @@
-"""What made a result: a run's provenance.json records the commit, the packages, the machine, the model and the data.
+"""The origin of results: a run's provenance.json records the commit, packages, machine, model and data.
 
 It also records which other code made the images and evaluations that the run took from the store. The settings are in
 .hydra.
