@@ -110,7 +110,7 @@ def _check_family(cfg: DictConfig) -> None:
     for node in (cfg.method, *cfg.attack.values()):
         kind: Any = get_object(node._target_)
         if not issubclass(load.__self__, kind.works_on):
-            raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {load.__self__.__name__} is none.")
+            raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}, not on a {load.__self__.__name__}.")
 
 
 def _check_trainer(trainer: Callable, cfg: DictConfig) -> None:
@@ -144,7 +144,7 @@ def _quieten() -> None:
 
 
 def quieten_lightning() -> None:
-    """Silences what Lightning says of itself at every stage."""
+    """Silences Lightning's messages about itself at every stage."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # importing them sets INFO
     warnings.filterwarnings("ignore", ".*LeafSpec")  # from Lightning's use of PyTorch, at every stage

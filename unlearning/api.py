@@ -72,12 +72,12 @@ def erase(
     """Erases concepts from a pipeline that is in memory. Nothing is reloaded or copied to disk.
 
     Args:
-        pipeline: Of any family in models/families.py. Device, dtype and scheduler stay as they are.
-        concept: One name or several, or a whole task (of images: unlearning.data.folder.folder), which then says all
-            that anchor, synonyms, retain and template say of a name.
+        pipeline: A pipeline of any family in models/families.py. Device, dtype and scheduler do not change.
+        concept: One name or several, or a whole task (of images: unlearning.data.folder.folder). A task has its own
+            anchor, synonyms, retain and template.
         method: A name as on the command line, with the defaults of conf/method, or an instance.
-        return_erasure: Whether the erasure is returned, and the pipeline left as it was.
-        after: An earlier erasure of this pipeline, on top of which is erased; the result has both.
+        return_erasure: Whether to return the erasure, and to leave the pipeline unchanged.
+        after: An earlier erasure of this pipeline, which is applied during the fit; the result contains both.
         anchor, synonyms: See unlearning.data.prompt.concepts.
         retain: Concepts that the method may use to retain the rest.
         template: How a name becomes a prompt.
@@ -182,7 +182,7 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
 
 def _check_kind(model: Model, kind: type[Method]) -> None:
     if not isinstance(model, kind.works_on):
-        raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}; a {type(model).__name__} is none.")
+        raise UserError(f"{kind.__name__} works on a {kind.works_on.__name__}, not on a {type(model).__name__}.")
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 Accuracy gives each role a number of its own:
 
-    accuracy/neighbour      objects that look or mean most like the concept, which ought to stay, besides those of Acc_s
-    accuracy/composition    of "a photo of the cat and the dog", the other object, which ought to stay
-    accuracy/implicit       descriptions of the concept, which ought to be erased too (IGMU, arXiv:2506.02761)
+    accuracy/neighbour      objects most similar to the concept in look or meaning, which should stay, beside Acc_s's
+    accuracy/composition    the other object in "a photo of the cat and the dog", which should stay
+    accuracy/implicit       descriptions of the concept, which should be erased too (IGMU, arXiv:2506.02761)
     accuracy/language       its name in other languages, likewise (HUB, arXiv:2410.05664)
 
 beside Acc_e, Acc_g and Acc_s. The unedited model's numbers stand beside them: a description that no model understands

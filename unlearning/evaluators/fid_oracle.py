@@ -1,4 +1,4 @@
-"""Fréchet distance to the images of a model that draws what ought to be drawn instead, for the same prompts and seeds.
+"""Fréchet distance to the images that should replace the concept, by another model with the same prompts and seeds.
 
 What an eraser leaves cannot be judged by the concept's absence alone: noise, too, is no cat. The oracle is what the
 model would be if it had never known the concept. Where there is none, the unedited model's images of the prompts

@@ -26,7 +26,7 @@ Where the script (commit 9d23124) computes something else than it says:
 Deviations:
 - The script's default is another: gamma = 1 and a step of the optimizer for each of the two terms (retain_train=iter).
 - The authors retain objects of COCO. What is retained is up to the task here, or to `retained`.
-- Each prompt has a delta of its own. The authors go on from that of the concept before, whatever it was.
+- Each prompt has its own delta. The authors continue with the delta of the previous concept.
 - delta begins with tokens that can be typed. Several CLIP encoders of a model have the same tokens, and all of them are
   trained; a T5 beside them reads p without delta and stays as it is.
 - t is the timestep at which x_t lies; the authors draw it from a little above, schedule=paper. x_t' has its own.
