@@ -59,7 +59,8 @@ Latents = Mapping[str, Tensor]  # of a concept's images, (N, C, H, W), by concep
 
 
 class CCE(Attack):
-    """
+    """Textual inversion of a concept on the erased model.
+
     Args:
         images: Generates images of a concept with the unedited model.
         optimizer: Makes the optimizer of v.

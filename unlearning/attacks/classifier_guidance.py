@@ -48,7 +48,8 @@ class Observed:
 
 
 class ClassifierGuidance(Attack[DiffusionModel, Observed]):
-    """
+    """Guides the erased model's trajectories with a classifier of noisy latents.
+
     Args:
         images: Generates images with the unedited model.
         optimizer: Makes the classifier's optimizer.

@@ -25,7 +25,8 @@ from unlearning.store.manifest import ManifestRow
 
 
 class Completion(Attack[DiffusionModel, Tensor]):
-    """
+    """Completes trajectories that the unedited model has begun.
+
     Args:
         images: The sampler of the evaluation.
         begun: The share of the steps that the unedited model takes, and at least one of them.

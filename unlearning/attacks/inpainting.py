@@ -22,7 +22,8 @@ from unlearning.store.manifest import ManifestRow
 
 
 class Inpainting(Attack[DiffusionModel, Tensor]):
-    """
+    """Lets the erased model inpaint images of the concept.
+
     Args:
         images: Draws the unedited model's images.
     """

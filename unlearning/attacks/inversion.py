@@ -42,7 +42,8 @@ PROMPTS = {"neutral": "a photo", "empty": ""}
 
 
 class Inversion(Attack[DiffusionModel, Tensor]):
-    """
+    """Inverts images of the concept to noise.
+
     Args:
         images: Draws the unedited model's images.
         prompt: The prompt of inversion and sampling: the image's "own" prompt, a "neutral" one, or the "empty" one.

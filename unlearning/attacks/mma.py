@@ -49,7 +49,8 @@ Targets = Mapping[str, Tensor]  # pool(tau(P)) by prompt, (W,)
 
 
 class MMA(Attack):
-    """
+    """Searches prompts without banned words, by greedy coordinate gradient.
+
     Args:
         banned: Banned words, besides names and synonyms of the erased concepts.
         tokens: K.

@@ -27,7 +27,8 @@ from unlearning.store.manifest import ManifestRow
 
 
 class Noise(Attack[DiffusionModel, None]):
-    """
+    """Samples with additional noise.
+
     Args:
         etas: DDIM's eta: 0 adds no noise, 1 as much as DDPM.
         scales: Factors of the noise.

@@ -57,7 +57,8 @@ class Pairs:
 
 
 class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
-    """
+    """Searches prompts by the unedited model's predictions.
+
     Args:
         images: The sampler of the evaluation.
         optimizer: Makes the optimizer of the vectors.

@@ -35,7 +35,8 @@ Words = tuple[Kind, str]  # the kind of a paraphrase, and its text
 
 
 class Paraphrase(Attack):
-    """
+    """Replaces the concept's name by other words.
+
     Args:
         kinds: Kinds of paraphrases; None for all kinds that the concept has.
         count: Number of misspellings of a name.

@@ -37,7 +37,8 @@ from unlearning.store.manifest import ManifestRow
 
 
 class Recall(Attack[DiffusionModel, Tensor]):
-    """
+    """Optimises an image prompt.
+
     Args:
         images: The sampler of the evaluation, and of the unedited model's images.
         iterations: At each timestep; 0 leaves r as it is.

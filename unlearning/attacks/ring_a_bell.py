@@ -54,7 +54,8 @@ TEMPLATES = tuple(f"{{}}, a {place}" for place in PLACES)
 
 
 class RingABell(Attack):
-    """
+    """A genetic search for prompts near the concept's direction.
+
     Args:
         templates: Prompts with the concept; "{}" stands for its name. The prompts without the concept leave out the
             name and the punctuation next to it.

@@ -48,7 +48,8 @@ from unlearning.store.manifest import ManifestRow
 
 
 class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
-    """
+    """Searches adversarial tokens by the denoising loss.
+
     Args:
         images: The sampler of the evaluation.
         witness: Says whether an image shows the concept.

@@ -22,7 +22,8 @@ ROLES = {"efficacy": (ERASE, SYNONYM), "retention": (RETAIN,)}
 
 
 class FIDOracle(Evaluator):
-    """
+    """FID to the images of another model, which `oracle` derives from the model of the run.
+
     Args:
         features: Maps images to features.
         oracle: Makes of the model the one to compare with. The run generates its images beside the base model's.

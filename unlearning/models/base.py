@@ -19,7 +19,8 @@ Autocast = Literal["auto", "float32", "bfloat16", "float16"] | None  # and for w
 
 
 class Model(ABC):
-    """
+    """A model, of any family.
+
     Attributes:
         name: What it was loaded from.
         fingerprint: A digest of the weights found there.

@@ -47,7 +47,8 @@ class Walk:
 
 
 class Guidance(ABC, Generic[ModelT]):
-    """
+    """Combines predictions at each sampling step.
+
     Attributes:
         needs_null: Whether it acts on the null prompt's branch alone, which a guidance scale of 1 leaves out.
     """

@@ -15,7 +15,8 @@ from unlearning.store.manifest import ManifestRow, batches, load_images
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
+    """The result of an evaluator on one set of images.
+
     Args:
         values: Numbers by metric name.
         protocol: How they were measured.
