@@ -38,6 +38,14 @@ class KeptErasure:
     def cost(self) -> Path:
         return self.run / "cost.json"
 
+    def is_there(self) -> bool:
+        """Whether the erasure is there; it is copied from another run that has it."""
+        if self.is_finished():
+            return True
+        if twin := self.twin():
+            self.take(twin)
+        return twin is not None
+
     def is_finished(self) -> bool:
         """Whether the erasure is there. What was fitted under another key, and a damaged erasure, are removed."""
         begun = self.run / KEY
