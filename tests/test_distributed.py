@@ -47,20 +47,44 @@ def test_two_processes_make_one_run(unlearn, tmp_path):
     assert (abs(load_images(drawn).astype(int) - load_images(shared)) <= 1).all()
 
 
-def test_the_processes_that_srun_starts_make_one_run_even_of_a_single_image(unlearn, tmp_path):
-    """SLURM's variables are those of `srun --ntasks=2`; with trainer=ddp its tasks are the ranks of one run."""
-    command = unlearn.arguments(*RUN, *TWO, "dataset=prompt", "dataset.others=[]", "evaluator=[]")
+RACING = """
+import runpy, sys
+from unlearning.stages import generation
+from unlearning.store import ranks
+
+every = generation.missing
+generation.missing = lambda rows: every(rows) if ranks.first_rank() else []
+runpy.run_module("unlearning", run_name="__main__", alter_sys=True)
+"""
+
+
+def srun(code: str, command: list[str]) -> list[Started]:
+    """Two tasks, with the variables that SLURM gives them: with trainer=ddp they are the ranks of one run."""
     slurm = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0, "NNODES": 1, "JOB_ID": os.getpid(), "JOB_NAME": "a job",
              "NODELIST": "localhost", "JOB_NODELIST": "localhost"}  # fmt: skip
     ranks = []
     for task in range(2):
         own = {f"SLURM_{name}": str(value) for name, value in {**slurm, "PROCID": task, "LOCALID": task}.items()}
-        ranks.append(Started(COMMAND_LINE, command, environment=own))
+        ranks.append(Started(code, command, environment=own))
     assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr[-3000:] for rank in ranks]
+    return ranks
+
+
+def test_the_processes_that_srun_starts_make_one_run_even_of_a_single_image(unlearn, tmp_path):
+    command = unlearn.arguments(*RUN, *TWO, "dataset=prompt", "dataset.others=[]", "evaluator=[]")
+    ranks = srun(COMMAND_LINE, command)
     assert sum("report.html" in rank.stdout for rank in ranks) == 1, "one of them reports"
     drawn = read_manifest(tmp_path / "run" / "images" / "erased.csv")
     assert len(drawn) == 1 and all(row.path.exists() for row in drawn)
     assert Erasure.load(tmp_path / "run" / "erasure").weights
+
+
+def test_a_process_to_which_no_image_seems_missing_draws_its_share(unlearn, tmp_path):
+    """As where another run has made the images since the first process has looked."""
+    few = ["concept=cat", "method=none", "dataset=prompt", "dataset.others=[]", "stages=[fit,generate]"]
+    srun(RACING, unlearn.arguments(*few, *TWO, *RUN[-5:]))
+    drawn = read_manifest(tmp_path / "run" / "images" / "erased.csv")
+    assert len(drawn) == 1 and all(row.path.exists() for row in drawn)
 
 
 class Watched(Scrubber):

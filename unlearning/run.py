@@ -48,9 +48,10 @@ from unlearning.store.locks import alone_in
 from unlearning.store.manifest import ManifestRow, missing
 from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
-from unlearning.store.ranks import first_rank, wait_for_all_ranks
+from unlearning.store.ranks import first_rank, of_first_rank, wait_for_all_ranks
 from unlearning.tracking import cost, loggers, provenance
 from unlearning.training.checkpoints import key_of
+from unlearning.training.trainers import launch
 
 log = logging.getLogger(__name__)
 STAGES = get_args(Stage)
@@ -117,6 +118,8 @@ class Run:
             done = self.done is not None and self.done()
             if first_rank() and not path.exists():
                 self._keep_records()
+            if not done and set(SHARED) & set(stages):
+                launch(self.trainer)
             if not done and {"fit", "generate"} <= set(stages):  # raises UserError before anything is trained
                 self.sampler.check(cast(Any, self.model), self._requested)
             for stage in () if done else STAGES:
@@ -139,11 +142,7 @@ class Run:
             attack.check_rows(self.model, self._targets)
         key = fit_key(self.model, self.task, self._images, self.settings, self.seed, self._before)
         kept = KeptErasure(self.folder, key)
-        if kept.is_finished():
-            return
-        if twin := kept.twin():
-            if first_rank():
-                kept.take(twin)
+        if of_first_rank(kept.is_there):
             return
         pl.seed_everything(self.seed, workers=True, verbose=False)
         with applied(self._before, self.model), cost.measured(kept.cost, "fit", self.model):
@@ -157,7 +156,7 @@ class Run:
         """Runs every attack on the erased model, unless some run has attacked the same model in the same way."""
         for name, attack in self.attacks.items():
             victim = self._victim(self._erasure())
-            if not exists(victim.folder(attack)):
+            if not of_first_rank(partial(exists, victim.folder(attack))):
                 victim.attacked(name, attack, self.folder, cast(Sampler, self.sampler))
             if first_rank():
                 victim.write_record(name, attack, self.folder)

@@ -41,6 +41,14 @@ class KeptErasure:
         """The file of the run's costs."""
         return self.run / "cost.json"
 
+    def is_there(self) -> bool:
+        """Whether the erasure is there; it is copied from another run that has it."""
+        if self.is_finished():
+            return True
+        if twin := self.twin():
+            self.take(twin)
+        return twin is not None
+
     def is_finished(self) -> bool:
         """Whether the erasure exists. Removes a damaged erasure, and one that was fitted under another key."""
         begun = self.run / KEY

@@ -20,6 +20,7 @@ from unlearning.sampling.sampler import Sampler
 from unlearning.store.images import write_image
 from unlearning.store.locks import claimed
 from unlearning.store.manifest import ManifestRow, batches, missing
+from unlearning.store.ranks import of_first_rank
 from unlearning.training.trainers import shows_progress, without_bar
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ def generate(
     Args:
         label: Label of the progress bar.
     """
-    todo = [row for batch in batches(missing(rows), sampler.batch_size) for row in batch]  # images of one size together
+    absent = of_first_rank(lambda: missing(rows))  # other runs write to the store, too
+    todo = [row for batch in batches(absent, sampler.batch_size) for row in batch]  # images of one size together
     if todo:
         hidden = not shows_progress(trainer) or rank_zero_only.rank > 0
         bar = tqdm(total=len(todo), desc=label, unit="image", leave=False, disable=hidden)

@@ -1,5 +1,10 @@
 """The processes of a distributed run."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 def first_rank() -> bool:
     """Whether this process is the first, or only, one of the run."""
@@ -8,9 +13,29 @@ def first_rank() -> bool:
     return rank_zero_only.rank == 0
 
 
-def wait_for_all_ranks() -> None:
-    """Returns once all processes of a distributed run have come here."""
+def of_first_rank(decide: Callable[[], T]) -> T:
+    """What `decide()` returns in the first process of a distributed run, in all of them.
+
+    What a store holds may change while the processes look at it one after the other, because other runs write to it.
+    """
+    if not _distributed():
+        return decide()
     import torch
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    decision = [decide() if first_rank() else None]
+    torch.distributed.broadcast_object_list(decision)
+    return decision[0]  # type: ignore[return-value]
+
+
+def wait_for_all_ranks() -> None:
+    """Returns once all processes of a distributed run have come here."""
+    if _distributed():
+        import torch
+
         torch.distributed.barrier()
+
+
+def _distributed() -> bool:
+    import torch  # slow to import, as above
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.data import DataLoader
 
 from unlearning.training.checkpoints import AtomicCheckpoints
 
@@ -30,6 +31,20 @@ def number_process(trainer: pl.Trainer) -> None:
     """Gives a rank that `srun` has started the number of its device as other launchers do, in LOCAL_RANK."""
     if isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
         os.environ["LOCAL_RANK"] = str(trainer.local_rank)
+
+
+def launch(trainer: partial[pl.Trainer]) -> None:
+    """Starts the other processes of a distributed run, if there are any, so that all decide together from here on."""
+    if _is_alone(trainer):
+        return
+    own = without_bar(trainer)()
+    if (processes := own.num_devices * own.num_nodes) > 1:
+        own.predict(_Nothing(), DataLoader(range(processes)), return_predictions=False)  # type: ignore[arg-type]
+
+
+class _Nothing(pl.LightningModule):
+    def predict_step(self, *_: object) -> int:
+        return 0  # Lightning warns of None
 
 
 def shows_progress(trainer: partial[pl.Trainer]) -> bool:
