@@ -238,7 +238,7 @@ def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(told, t
     loads = []
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: loads.append(a))
     message = told("method._target_=tests.test_command_line.OnlySDXL")
-    assert all(name in message for name in ("OnlySDXL", "StableDiffusionXL", "StableDiffusion "))
+    assert all(name in message for name in ("OnlySDXL", "StableDiffusionXL", "StableDiffusion."))
     assert "OnlySDXL" in told("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
     assert not loads and not (tmp_path / "run" / "erasure").exists()
 

@@ -17,10 +17,12 @@ The authors' "frozen" targets are computed with the LoRA (issue 11 of their repo
 the teacher is the model without the LoRA.
 
 Deviations:
-- x_t of even steps lies on a trajectory. The authors' code predicts for finished images, without noise, at a random t.
+- x_t of even steps lies on a trajectory. The authors' code intends finished images. But its sampler takes 28 steps of a
+  thousandth, so that x_t is noise, 2.8 % of the way to an image. Its t is random, and the next odd step uses it again.
 - Attention is that of the image's positions, and a_w is the mean over heads. The code uses all positions, and one head.
-- All a_w are computed at one x_t, at the positions of each word in its own prompt. The code samples one image for each
-  word, and uses the positions of the concept.
+- All a_w are computed at one x_t, at the positions of each word in its own prompt. The code samples one such x_t for
+  each word, and uses the positions of the concept.
+- The prompt is not changed. The code shuffles its words nine times in ten, and replaces one by a synonym half the time.
 - Synonyms, unrelated words and c_b (the anchor's prompt) come from the task, and the model generates the images. The
   authors get words from WordNet and a language model, and set c_b and the images by hand.
 - The LoRA's A is drawn from N(0, 1 / rank).
