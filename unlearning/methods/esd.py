@@ -25,7 +25,7 @@ Definitions that differ between sources, and change the numbers:
 - Its trajectories are PLMS's, of Stable Diffusion 1.4's own scheduler, whose second timestep comes twice; here DDIM's.
 
 So `method=esd_x method.trajectory_model=teacher method.template='{}' method.iterations=200 method.optimizer.lr=5e-5` is
-the script of 2025, which also draws x_t at 1024 pixels where the model's own size is 512.
+the script of 2025 but for these two; it also draws x_t at 1024 pixels where the model's own size is 512.
 """
 
 from typing import ClassVar, Literal, get_args
