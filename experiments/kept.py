@@ -92,11 +92,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="of runs to keep")
     options = parser.parse_args()
     settings, metrics, lines = read(options.file)
+    readme, name = options.file.with_name("README.md"), options.file.stem
+    text = readme.read_text()
+    if SEED not in settings or not all(mark in text for mark in (f"<!-- {name} -->", f"<!-- /{name} -->")):
+        raise UserError(f"{options.file} needs a column {SEED!r}, and {readme} the marks of the table {name!r}.")
     if options.folder:
         lines |= lines_of(read_runs(options.folder), settings, metrics)
     write(options.file, settings, metrics, lines)
-    readme, name = options.file.with_name("README.md"), options.file.stem
-    before, rest = readme.read_text().split(f"<!-- {name} -->")
+    before, rest = text.split(f"<!-- {name} -->")
     after = rest.split(f"<!-- /{name} -->")[1]
     readme.write_text(f"{before}<!-- {name} -->\n{table(*read(options.file))}\n<!-- /{name} -->{after}")
 

@@ -115,11 +115,11 @@ class Run:
             raise UserError(f"There is no stage {sorted(unknown)[0]!r}. Stages: {', '.join(STAGES)}.")
         path = self.folder / "metrics.json"
         with alone_in(self.folder, wait=self.done is not None):
-            done = self.done is not None and self.done()
+            if set(SHARED) & set(stages):
+                launch(self.trainer)
+            done = self.done is not None and of_first_rank(self.done)
             if first_rank() and not path.exists():
                 self._keep_records()
-            if not done and set(SHARED) & set(stages):
-                launch(self.trainer)
             if not done and {"fit", "generate"} <= set(stages):  # raises UserError before anything is trained
                 self.sampler.check(cast(Any, self.model), self._requested)
             for stage in () if done else STAGES:

@@ -102,6 +102,12 @@ def test_the_largest_entries_are_as_many_as_asked_for_whatever_ties_there_are(sh
     torch.testing.assert_close(chosen.sort().values, flat.sort().values[-max(1, int(share * 2000)) :])
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_choose_no_weights(broken):
+    with pytest.raises(UserError, match="not finite"):
+        largest({"a": torch.ones(3), "b": torch.tensor([1.0, broken])}, 0.5)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_projected_updates_change_no_output_for_retained_concepts(model, make, name):
     """Under Adam, with weight decay: theta C = theta_0 C, while other states are mapped elsewhere."""

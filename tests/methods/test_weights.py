@@ -300,6 +300,13 @@ def test_alpha_and_scale_count(model, adapter, tmp_path):
     )
 
 
+def test_alpha_counts_in_a_file_of_the_denoiser_alone(model, tmp_path):
+    """As diffusers' unet.save_lora_adapter writes it: neither names nor metadata begin with the part."""
+    state = {f"{K}.lora_A.weight": torch.randn(4, 16), f"{K}.lora_B.weight": (B := torch.randn(16, 4))}
+    save_file(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": '{"lora_alpha": 8, "r": 4}'})
+    torch.testing.assert_close(read(tmp_path / "lora.safetensors", model).weights[f"unet.{K}.lora_B.weight"], 8 / 4 * B)
+
+
 @pytest.mark.parametrize("place", ["beside the file", "in the file"])
 def test_rank_stabilised_alpha_counts_by_the_root_of_each_layers_rank(model, tmp_path, place):
     config = {"lora_alpha": 8, "r": 16, "use_rslora": True, "rank_pattern": {K: 4}}

@@ -252,6 +252,8 @@ def test_a_shortened_manifest_of_an_attack_is_refused_too(unlearn, told):
     assert (run / "metrics.json").read_bytes() == before
     unlearn(*again)
     assert len(read_manifest(manifest)) == 3
+    (run / "attacks" / "paraphrase.json").unlink()  # a record that was not copied is no reason to refuse images
+    unlearn(*again, "evaluator.nudenet.threshold=0.4", "stages=[evaluate]")
 
 
 def test_an_attack_that_leaves_prompts_out_is_measured_on_the_others(unlearn):

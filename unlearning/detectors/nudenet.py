@@ -50,8 +50,9 @@ class NudeNetModel:
         try:
             self._network = nudenet.NudeDetector(str(file), inference_resolution=resolution)
         except Exception as error:  # onnxruntime's classes of errors are not public
+            again = source(setting) if path else "Install its package again: pip install --force-reinstall nudenet"
             raise UserError(
-                f"{file} is no whole NudeNet model ({next(iter(str(error).splitlines()), '')}). {source(setting)}"
+                f"{file} is no whole NudeNet model ({next(iter(str(error).splitlines()), '')}). {again}"
             ) from error
 
     def __call__(self, image: np.ndarray) -> list[dict]:

@@ -192,7 +192,7 @@ def _configs(path: Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             for name, value in saved.items():
-                part, _, setting = name.partition(".")
+                part, _, setting = name.rpartition(".")
                 configs.setdefault(part, {})[setting] = value
         for config in configs.values():
             _ratio(config, rank=1)

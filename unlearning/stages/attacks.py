@@ -16,6 +16,7 @@ from unlearning.sampling.sampler import Sampler
 from unlearning.store.files import write_atomically
 from unlearning.store.loops import kept_in
 from unlearning.store.manifest import ManifestRow
+from unlearning.store.ranks import first_rank, rank
 from unlearning.tracking import cost
 from unlearning.training.checkpoints import key_of
 
@@ -66,8 +67,8 @@ class Victim:
         attack.check_rows(self.model, self.rows)
         pl.seed_everything(self.seed, workers=True, verbose=False)
         stage, costs, place = f"attack {name}", run / "cost.json", self._place(attack, self.erasure)
-        begun = run / f".attack-{place.name}"
-        if not begun.exists():
+        begun = run / f".attack-{place.name}-{rank()}"
+        if first_rank() and not begun.exists():
             cost.forget(costs, stage)
         begun.mkdir(parents=True, exist_ok=True)
         with kept_in(begun):
@@ -82,7 +83,8 @@ class Victim:
             record |= {"base": self.model.fingerprint, "seed": self.seed, "targets": len(self.rows)}
             record |= {"sampler": attack.sampler(sampler).protocol}
             record |= {"cost": cost.read(costs).get(stage, {}), **result.record}
-            replace(result, record=record).save(place)
+            if first_rank():
+                replace(result, record=record).save(place)
 
     def write_record(self, name: str, attack: Attack, run: Path) -> None:
         """Writes the record of a finished attack into the run's folder: attacks/NAME.json."""

@@ -132,9 +132,9 @@ def read_manifests(
             "The generate stage writes them again."
         )
     for name, record in attacked_in.items():
-        targets = Counter(row.path.name for row in _targets(record, requested))
+        targets = _targets(record, requested)
         listed = Counter(row.base.name for row in manifests[name] if row.base)
-        if _differ(listed, targets, lost):
+        if targets is not None and _differ(listed, targets, lost):
             raise UserError(
                 f"{folder / name}.csv lists {listed.total()} images of the {targets.total()} that were attacked. The "
                 "generate stage writes it again."
@@ -142,15 +142,16 @@ def read_manifests(
     return manifests
 
 
-def _targets(record: Path, requested: Iterable[ManifestRow]) -> list[ManifestRow]:
-    """The requested images that an attack has a result for, by the record in the run's attacks/."""
+def _targets(record: Path, requested: Iterable[ManifestRow]) -> Counter[str] | None:
+    """The requested images that an attack has a result for, by the record in the run's attacks/; None without one."""
 
     def targets(saved: Mapping) -> set[tuple[str, int | None]]:
         return {(row["target"], row.get("seed")) for row in saved["rows"]}
 
-    known = read_state(record, targets) or set()
+    if (known := read_state(record, targets)) is None:
+        return None
     own = [row for row in requested if row.role == ERASE]
-    return [row for row in own if known & {(row.prompt, row.seed), (row.prompt, None)}]
+    return Counter(row.path.name for row in own if known & {(row.prompt, row.seed), (row.prompt, None)})
 
 
 def _differ(listed: Counter, wanted: Counter, lost: int) -> bool:

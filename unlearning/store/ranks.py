@@ -6,15 +6,20 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def first_rank() -> bool:
-    """Whether this process is the first, or only, one of the run."""
+def rank() -> int:
+    """The number of this process in the run, from 0."""
     from pytorch_lightning.utilities import rank_zero_only  # slow to import, and not needed to look at a store
 
-    return rank_zero_only.rank == 0
+    return rank_zero_only.rank
+
+
+def first_rank() -> bool:
+    """Whether this process is the first, or only, one of the run."""
+    return rank() == 0
 
 
 def of_first_rank(decide: Callable[[], T]) -> T:
-    """What `decide()` returns in the first process of a distributed run, in all of them.
+    """What `decide()` returns, or raises, in the first process of a distributed run, in all of them.
 
     What a store holds may change while the processes look at it one after the other, because other runs write to it.
     """
@@ -22,9 +27,16 @@ def of_first_rank(decide: Callable[[], T]) -> T:
         return decide()
     import torch
 
-    decision = [decide() if first_rank() else None]
+    decision: list = [None, None]  # what was returned, and what was raised: no process may wait for one that has ended
+    if first_rank():
+        try:
+            decision[0] = decide()
+        except Exception as error:
+            decision[1] = error
     torch.distributed.broadcast_object_list(decision)
-    return decision[0]  # type: ignore[return-value]
+    if decision[1] is not None:
+        raise decision[1]
+    return decision[0]
 
 
 def wait_for_all_ranks() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from unlearning.concepts import UnlearningTask
 from unlearning.erasures.base import Erasure
+from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.student import Pair
 
@@ -87,6 +89,10 @@ def largest(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     missing = max(1, int(share * len(flat)))
     flat.partition(-missing)  # in place: topk would add an int64 index for each entry
     least = flat[-missing].item()
+    if not isfinite(flat.max()):  # NaN if one of them is
+        raise UserError(
+            "The gradients that choose the weights to train are not finite. float16 overflows; bfloat16 does not."
+        )
     masks = {name: score.float() > least for name, score in scores.items()}
     missing -= sum(int(mask.sum()) for mask in masks.values())
     for name, score in scores.items():  # ties with the smallest selected score: the first ones
