@@ -87,6 +87,15 @@ def test_a_process_to_which_no_image_seems_missing_draws_its_share(unlearn, tmp_
     assert len(drawn) == 1 and all(row.path.exists() for row in drawn)
 
 
+def test_two_processes_attack_one_model(unlearn, tmp_path):
+    attack = ["attack=[unlearndiffatk/nudity]", "attack.unlearndiffatk.iterations=1", "attack.unlearndiffatk.times=2"]
+    few = ["concept=cat", "method=negative_prompt", "dataset=prompt", "stages=[fit,attack,generate]", *attack]
+    srun(COMMAND_LINE, unlearn.arguments(*few, *TWO, *RUN[-5:]))
+    assert json.loads((tmp_path / "run" / "attacks" / "unlearndiffatk.json").read_text())["rows"]
+    assert len(read_manifest(tmp_path / "run" / "images" / "attacked-unlearndiffatk.csv")) == 1
+    assert not list((tmp_path / "run").glob(".attack-*")), "each process has deleted its own state"
+
+
 class Watched(Scrubber):
     """Leaves what each process found, which pictures it saw and what it came to."""
 
