@@ -10,6 +10,7 @@ import pytest
 from annotated_types import Ge, Lt
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
+from yaml.loader import SafeLoader
 
 from unlearning.config.signatures import forwards_to, parameters
 from unlearning.config.validation import check, check_value
@@ -52,6 +53,7 @@ def message(told, tmp_path, monkeypatch):
 )
 def test_half_a_character_is_refused_first(message, monkeypatch, yaml, setting):
     monkeypatch.setattr("unlearning.store.finished.key", None)  # calling it would be an error
+    monkeypatch.setattr("yaml.SafeLoader", SafeLoader)  # libyaml, which conftest.py takes, refuses them by itself
     said = message(f"defaults: [override /dataset: prompt, override /method: esd_x]\n{yaml}")
     assert said.startswith(f"`{setting}` holds the character '\\ud") and len(said.splitlines()) == 1
     said.encode()

@@ -41,6 +41,7 @@ def test_a_task_of_srun_takes_its_own_device_if_it_is_a_rank_of_a_run(told, monk
     as_task_of_srun(monkeypatch, NTASKS_PER_NODE=2)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr("unlearning.run.launch", lambda trainer: None)  # it would wait for the first task
     model = f"model._target_={__name__}.StableDiffusionOfARank.load"
     devices = ["trainer.devices=2"] if trainer == "trainer=ddp" else []
     assert f"loaded to {device}" in told("dataset=prompt", model, trainer, *devices)
