@@ -10,6 +10,7 @@ stands between <!-- NAME --> and <!-- /NAME -->, where NAME.csv is the file.
 
 import argparse
 import csv
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tabulate import tabulate
 from unlearning.errors import UserError
 from unlearning.reporting.formats import UNITS, decimals, quantity
 from unlearning.reporting.runs import FinishedRun, read_runs
+from unlearning.store.files import write_atomically
 
 SEED, CONTROLS = "seed", ("none", "oracle")
 Lines = dict[tuple[str, ...], dict[str, str]]  # a run's numbers by metric, "" where there is none, by its settings
@@ -53,10 +55,11 @@ def lines_of(runs: Sequence[FinishedRun], settings: Sequence[str], metrics: Sequ
 def write(file: Path, settings: Sequence[str], metrics: Sequence[str], lines: Lines) -> None:
     """The file, controls first."""
     order = sorted(lines, key=lambda key: (not set(CONTROLS) & set(key), key))
-    with file.open("w", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow([*settings, *metrics])
-        writer.writerows([*key, *(lines[key][name] for name in metrics)] for key in order)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*settings, *metrics])
+    writer.writerows([*key, *(lines[key][name] for name in metrics)] for key in order)
+    write_atomically(file, text.getvalue())
 
 
 def table(settings: Sequence[str], metrics: Sequence[str], lines: Lines) -> str:
@@ -101,7 +104,8 @@ def main() -> None:
     write(options.file, settings, metrics, lines)
     before, rest = text.split(f"<!-- {name} -->")
     after = rest.split(f"<!-- /{name} -->")[1]
-    readme.write_text(f"{before}<!-- {name} -->\n{table(*read(options.file))}\n<!-- /{name} -->{after}")
+    own = f"<!-- {name} -->\n{table(*read(options.file))}\n<!-- /{name} -->"
+    write_atomically(readme, before + own + after)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Where the authors' script for one concept differs from the paper:
   early_from=image.
 - Both terms of the null prompt are computed without gradients: alpha_2=0 is what it computes.
 - generate_mask.py keeps the smallest half of the gradients: mask_keep=smallest.
-
 - Its t is drawn from a little above the timestep at which x_t lies: schedule=paper.
 
 Deviations: the x_t of both terms are of trajectories with noise of their own, where the script begins both with the

@@ -37,7 +37,7 @@ def converted(state: Mapping[str, Tensor], unet: UNet2DConditionModel, vae: Auto
     named = {UNET + n.removeprefix(before) if n.startswith(before) else n: v for n, v in state.items()}
     named = {n: v for n, v in named.items() if "." in n and not n.startswith("model_ema.")}
     parts = (("unet", UNET, convert_ldm_unet_checkpoint, unet), ("vae", VAE, convert_ldm_vae_checkpoint, vae))
-    found = {name: value for name, value in named.items() if not name.startswith((UNET, VAE))}
+    by_name = {name: value for name, value in named.items() if not name.startswith((UNET, VAE))}
     for part, prefix, convert, network in parts:
         given = {name: value for name, value in named.items() if name.startswith(prefix)}
         try:
@@ -46,8 +46,8 @@ def converted(state: Mapping[str, Tensor], unet: UNet2DConditionModel, vae: Auto
             raise ValueError(f"its {part} has no {error}") from error
         if len(weights) != len(given):
             raise ValueError(f"of {len(given)} weights of its {part}, diffusers knows {len(weights)}")
-        found |= {f"{part}.{name}": value for name, value in weights.items()}
-    return found
+        by_name |= {f"{part}.{name}": value for name, value in weights.items()}
+    return by_name
 
 
 def diffusers_name(name: str) -> str:
