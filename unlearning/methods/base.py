@@ -142,8 +142,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
 
     def _train(self, own: str) -> None:
         """Minimises the loss, from the last checkpoint if there is one. Releases the optimizer's states at the end."""
+        trainer = self._make_trainer(max_steps=self.steps())
         try:
-            trainer = self._make_trainer(max_steps=self.steps())
             if trainer.precision in ("16-true", "bf16-true"):
                 raise UserError(
                     f"trainer.precision={trainer.precision} would round the small steps of training away: "
@@ -152,6 +152,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
             checkpoints.keep_under(trainer, self._key(trainer, own))
             trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:
+            # Not left to the garbage collector: a Trainer refers to itself, and Adam's states are twice the weights.
+            trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
             self._trainer = None
 
     def _free_gradients(self) -> None:
