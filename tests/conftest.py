@@ -77,7 +77,7 @@ def vqgan(tiny, tmp_path_factory):
 def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     """unlearn(*overrides) -> the run's folder: the command line in this process, on a tiny model and in few steps.
 
-    SystemExit carries what the user would be told. Runs of one test share a store; `run` names the run's folder.
+    SystemExit carries the message to the user. Runs of one test share a store; `run` names the run's folder.
     unlearn.arguments(*overrides) is what would have to be typed.
     """
     from unlearning.config import instances
@@ -117,8 +117,8 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def told(unlearn):
-    """told(*overrides) -> what the user is told who types `unlearn overrides`, a command that fails."""
+def error_of(unlearn):
+    """error_of(*overrides) -> the message of `unlearn overrides`, a command that fails."""
 
     def call(*overrides: str, run: str = "run") -> str:
         with pytest.raises(SystemExit) as caught:

@@ -98,14 +98,16 @@ def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
         (["dataset=folder", "concept=mug", "forget=/not/there"], "There is no folder /not/there."),
     ],
 )
-def test_a_concept_that_cannot_be_erased_is_reported_before_anything_is_loaded(told, monkeypatch, overrides, answer):
+def test_a_concept_that_cannot_be_erased_is_reported_before_anything_is_loaded(
+    error_of, monkeypatch, overrides, answer
+):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)  # to call it would be an error
-    assert answer in told(*overrides)
+    assert answer in error_of(*overrides)
 
 
-def test_an_empty_forget_set_is_named(told, tmp_path):
+def test_an_empty_forget_set_is_named(error_of, tmp_path):
     (tmp_path / "mugs").mkdir()
-    message = told("dataset=folder", "concept=mug", f"forget={tmp_path}/mugs")
+    message = error_of("dataset=folder", "concept=mug", f"forget={tmp_path}/mugs")
     assert f"{tmp_path}/mugs" in message and "no image" in message
 
 
@@ -155,54 +157,54 @@ class Bomb:
         return open, (self.witness, "w")
 
 
-def test_a_pickled_checkpoint_is_refused_unopened(told, tmp_path):
+def test_a_pickled_checkpoint_is_refused_unopened(error_of, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "witness")))
-    message = told(f"model.path={tmp_path}/model.ckpt")
+    message = error_of(f"model.path={tmp_path}/model.ckpt")
     assert "pickled checkpoint" in message and "diffusers folder" in message
     assert not (tmp_path / "witness").exists()
 
 
-def test_pickled_weights_in_a_folder_are_refused_unopened(told, tmp_path, sd1):
+def test_pickled_weights_in_a_folder_are_refused_unopened(error_of, tmp_path, sd1):
     folder = shutil.copytree(sd1, tmp_path / "model")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.with_suffix(".bin").write_bytes(pickle.dumps(Bomb(tmp_path / "witness")))
     weights.unlink()
-    assert f"No model could be loaded from '{folder}'" in told(f"model.path={folder}")
+    assert f"No model could be loaded from '{folder}'" in error_of(f"model.path={folder}")
     assert not (tmp_path / "witness").exists()
 
 
 @pytest.mark.parametrize("path", ["/not/there", "./not/there", "not-there", "a/b/c"])
-def test_a_model_that_is_not_there_is_named(told, tmp_path, path):
-    message = told(f"model.path={path}")
+def test_a_model_that_is_not_there_is_named(error_of, tmp_path, path):
+    message = error_of(f"model.path={path}")
     assert f"There is no model folder at {path}." in message and "model.path" in message
     assert not (tmp_path / "run" / "erasure").exists() and not (tmp_path / "store").exists()
 
 
-def test_a_model_of_the_hub_without_a_network_is_named(told):
-    message = told("model.path=nobody/nothing")
+def test_a_model_of_the_hub_without_a_network_is_named(error_of):
+    message = error_of("model.path=nobody/nothing")
     assert "No model could be loaded from 'nobody/nothing'" in message and "hf download nobody/nothing" in message
 
 
-def test_a_folder_that_is_no_pipeline_is_named(told, tmp_path):
+def test_a_folder_that_is_no_pipeline_is_named(error_of, tmp_path):
     (tmp_path / "folder").mkdir()
-    assert f"{tmp_path}/folder holds no model_index.json" in told(f"model.path={tmp_path}/folder")
+    assert f"{tmp_path}/folder holds no model_index.json" in error_of(f"model.path={tmp_path}/folder")
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_truncated_weights_are_reported(told, tmp_path, sd1, part):
+def test_truncated_weights_are_reported(error_of, tmp_path, sd1, part):
     folder = shutil.copytree(sd1, tmp_path / "model")
     weights = folder / f"{part}.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert f"No model could be loaded from '{folder}'" in told(f"model.path={folder}")
+    assert f"No model could be loaded from '{folder}'" in error_of(f"model.path={folder}")
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_of_weights_that_are_missing_only_this_package_speaks(told, tmp_path, sd1, part, capfd):
+def test_of_weights_that_are_missing_only_this_package_speaks(error_of, tmp_path, sd1, part, capfd):
     folder = shutil.copytree(sd1, tmp_path / "model")
     weights = load_file(file := folder / f"{part}.safetensors")
     gone = next(iter(weights))
     save_file({name: value for name, value in weights.items() if name != gone}, file, {"format": "pt"})
-    assert gone.removeprefix("text_model.") in told(f"model.path={folder}")
+    assert gone.removeprefix("text_model.") in error_of(f"model.path={folder}")
     shown = "".join(capfd.readouterr())
     assert "initialized" not in shown and "TRAIN" not in shown and "MISSING" not in shown
 
@@ -234,12 +236,12 @@ class OnlySDXL(Method):
         return WeightPatch({})
 
 
-def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(told, tmp_path, monkeypatch):
+def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(error_of, tmp_path, monkeypatch):
     loads = []
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: loads.append(a))
-    message = told("method._target_=tests.test_command_line.OnlySDXL")
+    message = error_of("method._target_=tests.test_command_line.OnlySDXL")
     assert all(name in message for name in ("OnlySDXL", "StableDiffusionXL", "StableDiffusion."))
-    assert "OnlySDXL" in told("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
+    assert "OnlySDXL" in error_of("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
     assert not loads and not (tmp_path / "run" / "erasure").exists()
 
 
@@ -284,18 +286,22 @@ def test_an_attack_is_chosen_and_set_like_an_evaluator(unlearn, echo):
         ("objective=robustness/clip_score_e_ecoh", "robustness/clip_score_e_ecoh", "robustness/clip_score_e_echo"),
     ],
 )
-def test_a_typo_about_an_attack_is_answered(told, echo, override, key, suggestion):
-    message = told(*(o for o in echo if not o.startswith(override.partition("=")[0])), override, "evaluator=clip_score")
+def test_a_typo_about_an_attack_is_answered(error_of, echo, override, key, suggestion):
+    message = error_of(
+        *(o for o in echo if not o.startswith(override.partition("=")[0])), override, "evaluator=clip_score"
+    )
     assert key in message and f"Did you mean {suggestion}" in message
 
 
-def test_a_value_out_of_range_is_named(told, echo):
-    message = told(*echo, "attack.echo.times=0")
+def test_a_value_out_of_range_is_named(error_of, echo):
+    message = error_of(*echo, "attack.echo.times=0")
     assert "`attack.echo.times`" in message and "1" in message
 
 
 @pytest.mark.parametrize(("file", "content"), [("0", None), ("shared", b"half")])
-def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, tmp_path, monkeypatch, file, content):
+def test_a_stored_attack_without_its_tensors_is_made_again(
+    unlearn, error_of, echo, tmp_path, monkeypatch, file, content
+):
     made = []
 
     def find(self, model, task, rows, observed):
@@ -309,14 +315,14 @@ def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, told, echo, 
     kept.unlink()
     if content is not None:
         kept.write_bytes(content)
-    assert "run the attack stage first" in told(*echo, "stages=[generate]")
+    assert "run the attack stage first" in error_of(*echo, "stages=[generate]")
     run = unlearn(*echo, "stages=[fit,attack,generate]")
     assert len(made) == 2 and kept.stat().st_size > 8 and (run / "images" / "attacked-echo.csv").exists()
 
 
-def test_an_attack_of_another_family_is_refused(told, echo, monkeypatch):
+def test_an_attack_of_another_family_is_refused(error_of, echo, monkeypatch):
     monkeypatch.setattr(Echo, "works_on", StableDiffusionXL)
-    assert "Echo works on a StableDiffusionXL" in told(*echo)
+    assert "Echo works on a StableDiffusionXL" in error_of(*echo)
 
 
 @pytest.mark.parametrize("after", ["{}", "[{}]", "[{0},{0}]"])
@@ -325,8 +331,8 @@ def test_a_run_goes_on_from_earlier_erasures(unlearn, after):
     unlearn("dataset=prompt", "method=negative_prompt", f"after={after.format(first / 'erasure')}", "stages=[fit]")
 
 
-def test_an_earlier_erasure_that_is_not_there_is_named(told, tmp_path):
-    assert f"{tmp_path}/nowhere" in told("dataset=prompt", f"after={tmp_path}/nowhere", "stages=[fit]")
+def test_an_earlier_erasure_that_is_not_there_is_named(error_of, tmp_path):
+    assert f"{tmp_path}/nowhere" in error_of("dataset=prompt", f"after={tmp_path}/nowhere", "stages=[fit]")
 
 
 # --- many runs --------------------------------------------------------------------------------------------------------
@@ -343,10 +349,10 @@ def test_a_sweep_has_a_folder_for_every_run(unlearn, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(unlearn, told, tmp_path, capsys):
+def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(unlearn, error_of, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,7\na dog,none,7\n")
     listed = ["dataset=prompt_list", f"dataset.path={tmp_path}/list.csv", "evaluator=clip_score"]
-    assert "images or rows that were skipped: 1" in told(*listed)
+    assert "images or rows that were skipped: 1" in error_of(*listed)
     capsys.readouterr()
     unlearn("-m", *listed, f"paths.runs={tmp_path}/runs", "objective=efficacy/clip_score_e", "seed=0,1")
     assert capsys.readouterr().out.count("images or rows that were skipped: 1") == 2
@@ -354,7 +360,7 @@ def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(un
 
 
 @pytest.mark.parametrize("meanwhile", [True, False], ids=["which does it", "which is killed"])
-def test_a_job_of_a_sweep_waits_for_another_run(unlearn, told, tmp_path, monkeypatch, meanwhile):
+def test_a_job_of_a_sweep_waits_for_another_run(unlearn, error_of, tmp_path, monkeypatch, meanwhile):
     command = ["-m", f"paths.runs={tmp_path}/runs", "dataset=prompt", "stages=[fit]"]
     unlearn(*command)
     [mark] = tmp_path.rglob(".finished")
@@ -376,7 +382,7 @@ def test_a_job_of_a_sweep_waits_for_another_run(unlearn, told, tmp_path, monkeyp
     assert logged[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(logged)) != meanwhile
     with locks.alone_in(mark.parent):
         mark.unlink()
-        assert "Another run is at work" in told("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
+        assert "Another run is at work" in error_of("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
 
 
 def test_what_is_recorded_is_what_made_the_numbers(unlearn):

@@ -30,8 +30,8 @@ def scenes():
     codes = model.encode(as_tensor(pictures))
     again = (model.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     rows = [ManifestRow(Path(), i.name, i.role, {}, 0, regions=i.regions) for i in inputs]
-    (before, told), (after, _) = with_regions(pictures, rows), with_regions(again, rows)
-    return before, after, [r.labels["object"] for r in told], codes
+    (before, used), (after, _) = with_regions(pictures, rows), with_regions(again, rows)
+    return before, after, [r.labels["object"] for r in used], codes
 
 
 def test_it_is_small_and_plain_diffusers_loads_it():

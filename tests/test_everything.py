@@ -45,10 +45,10 @@ def test_every_method_that_erases_objects_is_there_on_three_of_them_and_two_seed
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in [overrides for name, _, *overrides in make()[1] if name == "unlearn"]:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-            told = [o for o in parser.parse_overrides(overrides) if not o.is_hydra_override()]
-            fixed = [o.input_line for o in told if not o.is_sweep_override() and o.key_or_group != "hydra/launcher"]
+            chosen = [o for o in parser.parse_overrides(overrides) if not o.is_hydra_override()]
+            fixed = [o.input_line for o in chosen if not o.is_sweep_override() and o.key_or_group != "hydra/launcher"]
             params = compose("config", fixed, return_hydra_config=True).hydra.sweeper.params
-            swept = [*parser.parse_overrides([f"{key}={value}" for key, value in params.items()]), *told]
+            swept = [*parser.parse_overrides([f"{key}={value}" for key, value in params.items()]), *chosen]
             values = {o.get_key_element(): list(o.sweep_string_iterator()) for o in swept if o.is_sweep_override()}
             assert values["concept"] == ["cat", "ship", "key"] and values["seed"] == ["0", "1"]
             for method in values["method"]:

@@ -1,4 +1,4 @@
-"""What a run keeps of its measurements, and that a failed one is told, never taken for a good one."""
+"""What a run keeps of its measurements, and that a failed one is reported, never taken for a good one."""
 
 import json
 
@@ -31,25 +31,25 @@ def test_what_an_evaluator_found_is_kept_by_every_run_that_it_is_found_for(unlea
         assert recount(run, Counting(("FACE_MALE",), 0.5, "images"))["efficacy/nudenet_total"].value == 1
 
 
-def test_a_damaged_picture_is_told_and_drawn_again_once_it_is_gone(unlearn, told, tmp_path):
+def test_a_damaged_picture_is_reported_and_drawn_again_once_it_is_gone(unlearn, error_of, tmp_path):
     run = unlearn(*THREE, "stages=[fit,generate]")
     picture = next((tmp_path / "store" / "images").rglob("*.png"))
     whole = picture.read_bytes()
     picture.write_bytes(whole[: len(whole) // 2])
     asked = [*THREE, "evaluator=clip_score", "stages=[generate,evaluate]"]
-    message = told(*asked)
+    message = error_of(*asked)
     assert f"{picture} cannot be read" in message and "the same command" in message
     picture.write_bytes(b"")
-    assert f"{picture} cannot be read" in told(*asked)
+    assert f"{picture} cannot be read" in error_of(*asked)
     assert not (run / "metrics.json").exists()
     picture.unlink()
     unlearn(*asked)
     assert picture.read_bytes() == whole and (run / "metrics.json").exists()
 
 
-def test_a_measure_that_is_no_number_stops_the_run(told, tmp_path, monkeypatch):
+def test_a_measure_that_is_no_number_stops_the_run(error_of, tmp_path, monkeypatch):
     monkeypatch.setattr(CLIPScore, "compute", lambda self: {"fidelity/clip_score": float("nan")})
-    message = told(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
+    message = error_of(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
     assert "clip_score of base: fidelity/clip_score is nan" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 

@@ -232,17 +232,16 @@ def save(family: str, root: Path) -> Path:
 
 
 LIKE_OURS = {"use_resolution_binning": False, "clean_caption": False}
-# How a family's own pipeline is told what others are told by prompt, guidance_scale, height and width.
-TOLD = {
-    "flux": lambda told: (
-        told
-        | {"negative_prompt": "", "true_cfg_scale": told["guidance_scale"], "guidance_scale": Flux.embedded_guidance}
+# How a family's own pipeline takes prompt, guidance_scale, height and width, where it differs from others.
+TAKES = {
+    "flux": lambda own: (
+        own | {"negative_prompt": "", "true_cfg_scale": own["guidance_scale"], "guidance_scale": Flux.embedded_guidance}
     ),
-    "pixart": lambda told: told | LIKE_OURS,
-    "sana": lambda told: told | LIKE_OURS | {"height": 2 * told["height"], "width": 2 * told["width"]},
-    "dit": lambda told: {
-        "class_labels": [CLASSES[prompt] for prompt in told["prompt"]],
-        "guidance_scale": told["guidance_scale"],
+    "pixart": lambda own: own | LIKE_OURS,
+    "sana": lambda own: own | LIKE_OURS | {"height": 2 * own["height"], "width": 2 * own["width"]},
+    "dit": lambda own: {
+        "class_labels": [CLASSES[prompt] for prompt in own["prompt"]],
+        "guidance_scale": own["guidance_scale"],
     },
 }
 
@@ -258,9 +257,9 @@ def drawn_by_diffusers(
 ) -> torch.Tensor:
     """What a Sampler should draw: pictures (B, 3, height, width) in [0, 1]."""
     usual = {"prompt": prompts, "guidance_scale": scale, "height": size[0], "width": size[1]}
-    told = TOLD[family](usual) if family in TOLD else usual
+    own = TAKES[family](usual) if family in TAKES else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return pipeline(**told, num_inference_steps=steps, generator=generators, output_type="pt").images
+    return pipeline(**own, num_inference_steps=steps, generator=generators, output_type="pt").images
 
 
 def lose_a_weight(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What attacks are told in tests: two images of a concept, and the tools to run an attack on a tiny model."""
+"""Inputs of attacks in tests: two images of a concept, and the tools to run an attack on a tiny model."""
 
 from pathlib import Path
 

@@ -65,8 +65,8 @@ def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
 
 
 @pytest.mark.parametrize("character", ["\udcc3", "\n", "\x07"])
-def test_a_character_that_no_quotes_help_is_named(told, character):
-    message = told(f"concept=a{character}b")
+def test_a_character_that_no_quotes_help_is_named(error_of, character):
+    message = error_of(f"concept=a{character}b")
     assert ascii(character) in message and "type" not in message and message.strip().isascii()
 
 
@@ -78,8 +78,8 @@ def test_a_list_that_the_shell_took_apart_is_put_together():
     assert read(line) == ["cat", "Van Gogh"]
 
 
-def test_a_name_with_commas_is_explained(told):
-    several, one, _ = told("concept=violence, nudity, harm").strip().splitlines()
+def test_a_name_with_commas_is_explained(error_of):
+    several, one, _ = error_of("concept=violence, nudity, harm").strip().splitlines()
     [line] = words(several.partition("type ")[2])
     assert read(line) == ["violence", "nudity", "harm"]
     [line] = words(one.partition("type ")[2])
@@ -87,8 +87,8 @@ def test_a_name_with_commas_is_explained(told):
 
 
 @pytest.mark.parametrize("several", ["stages=fit", "dataset.others=dog"])
-def test_a_list_of_one_is_explained(told, several):
-    [line] = words(told("dataset=prompt", several).partition("Type ")[2])
+def test_a_list_of_one_is_explained(error_of, several):
+    [line] = words(error_of("dataset=prompt", several).partition("Type ")[2])
     setting, _, value = several.partition("=")
     assert line.startswith(setting) and read(line) == [value]
 

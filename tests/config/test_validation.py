@@ -23,7 +23,7 @@ HERE = __name__
 
 
 @pytest.fixture
-def message(told, tmp_path, monkeypatch):
+def message(error_of, tmp_path, monkeypatch):
     """message(yaml, *overrides) -> the error for an experiment that a user has written, or for overrides alone."""
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)  # calling it would be an error
 
@@ -32,7 +32,7 @@ def message(told, tmp_path, monkeypatch):
         mine.parent.mkdir(parents=True)
         mine.write_text(f"# @package _global_\n{yaml}\n")
         runs = [f"paths.runs={tmp_path}/runs"]
-        return told(f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", *runs, *overrides).strip()
+        return error_of(f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", *runs, *overrides).strip()
 
     return call
 
@@ -104,9 +104,9 @@ def test_a_file_that_is_no_yaml_is_an_error(message):
         ("logger=wandb", "logger.wandb.projct=mine", "project"),
     ],
 )
-def test_a_typo_in_what_a_function_forwards_is_answered(told, monkeypatch, choice, setting, suggestion):
+def test_a_typo_in_what_a_function_forwards_is_answered(error_of, monkeypatch, choice, setting, suggestion):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
-    answer = told(choice, f"+{setting}")
+    answer = error_of(choice, f"+{setting}")
     assert setting.partition("=")[0].rpartition(".")[2] in answer and f"Did you mean {suggestion}?" in answer
 
 

@@ -78,11 +78,11 @@ def test_what_has_no_range_is_another_librarys():
         ("dataset.template='a {'", "{}"),
     ],
 )
-def test_a_value_out_of_range_is_one_line_with_the_range(told, override, words):
-    message = told("dataset=prompt", "method=esd_x", override.replace("trainer", "+trainer")).strip()
+def test_a_value_out_of_range_is_one_line_with_the_range(error_of, override, words):
+    message = error_of("dataset=prompt", "method=esd_x", override.replace("trainer", "+trainer")).strip()
     assert len(message.splitlines()) == 1
     assert message.startswith(f"`{override.partition('=')[0]}") and words in message
 
 
-def test_a_weight_of_zero_that_a_closed_form_divides_by_is_out_of_range(told):
-    assert "`method.lamb`" in told("method=uce", "method.lamb=0")
+def test_a_weight_of_zero_that_a_closed_form_divides_by_is_out_of_range(error_of):
+    assert "`method.lamb`" in error_of("method=uce", "method.lamb=0")

@@ -63,9 +63,9 @@ def encoded_otherwise(forget, retain):
 
 @pytest.mark.parametrize("spoil", [nothing_but_broken, the_same, encoded_otherwise])
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
-def test_images_that_cannot_be_used_are_refused_and_nothing_is_left(told, tmp_path, folders, spoil):
+def test_images_that_cannot_be_used_are_refused_and_nothing_is_left(error_of, tmp_path, folders, spoil):
     wanted = spoil(*folders)
-    said = told(*typed(folders))
+    said = error_of(*typed(folders))
     assert all(part in said for part in wanted), said
     nothing_is_half_written(tmp_path)
 
@@ -73,8 +73,8 @@ def test_images_that_cannot_be_used_are_refused_and_nothing_is_left(told, tmp_pa
 @pytest.mark.parametrize(
     "setting", ["method.prototypes.K=81", "method.prototypes.K=0", "method.prototypes.band=[700,300]"]
 )
-def test_settings_that_do_not_fit_the_images_are_refused_and_nothing_is_left(told, tmp_path, folders, setting):
-    assert setting.partition("=")[0] in told(*typed(folders), setting)
+def test_settings_that_do_not_fit_the_images_are_refused_and_nothing_is_left(error_of, tmp_path, folders, setting):
+    assert setting.partition("=")[0] in error_of(*typed(folders), setting)
     nothing_is_half_written(tmp_path)
 
 
@@ -160,9 +160,9 @@ def test_a_real_image_that_cannot_be_read_is_named(spoiled, how):
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
-def test_it_is_named_before_anything_is_drawn(told, spoiled, tmp_path, metric):
+def test_it_is_named_before_anything_is_drawn(error_of, spoiled, tmp_path, metric):
     image = spoiled("truncated")
-    message = told("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
+    message = error_of("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
     assert str(image) in message and not (tmp_path / "store").exists()
 
 

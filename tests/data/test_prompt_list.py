@@ -142,9 +142,9 @@ def test_rows_of_several_sizes_are_drawn_and_measured(unlearn, listed):
 
 
 @pytest.mark.parametrize("attack", ["unlearndiffatk", "completion"])
-def test_an_attack_on_images_of_other_sizes_is_refused_before_anything_is_fitted(told, tmp_path, listed, attack):
+def test_an_attack_on_images_of_other_sizes_is_refused_before_anything_is_fitted(error_of, tmp_path, listed, attack):
     chosen = ["dataset=prompt_list", f"dataset.path={listed('a cat,1,24,32', header=SIZED)}", f"attack=[{attack}]"]
-    said = told(*chosen, "method=uce")
+    said = error_of(*chosen, "method=uce")
     assert "24×32" in said and "dataset.sizes=false" in said and not (tmp_path / "run" / "erasure").exists()
 
 
@@ -199,9 +199,9 @@ def test_the_list_that_comes_along_is_whole(tmp_path):
 SHORT = ["method=unguide", "method.iterations=1", "method.trajectory=exact", "method.batch_size=1", "method.repeats=1"]
 
 
-def test_the_exit_message_counts_the_rows_that_were_skipped(told, listed):
+def test_the_exit_message_counts_the_rows_that_were_skipped(error_of, listed):
     path = listed(*ROWS, "a dog,x,one,7")
-    assert "rows that were skipped: 1" in told("dataset=prompt_list", f"dataset.path={path}", "method=none")
+    assert "rows that were skipped: 1" in error_of("dataset=prompt_list", f"dataset.path={path}", "method=none")
 
 
 def rows_of(run) -> list[dict]:

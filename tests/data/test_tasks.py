@@ -461,7 +461,7 @@ def test_whole_pictures_are_read_without_a_warning(mugs):
         folder("mug", str(mugs), size=16)
 
 
-def test_pictures_to_clean_that_cannot_be_read_are_told_of(mugs, tmp_path):
+def test_pictures_to_clean_that_cannot_be_read_are_reported(mugs, tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "whole.png")
     (tmp_path / "in" / "corrupt.png").write_bytes(b"no picture at all")

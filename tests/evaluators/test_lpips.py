@@ -134,12 +134,12 @@ def test_missing_or_foreign_weights_name_the_file_to_get(tmp_path):
         AlexNet(tmp_path / "other.pth")
 
 
-def test_a_run_is_measured_against_its_own_base(unlearn, told, tmp_path):
+def test_a_run_is_measured_against_its_own_base(unlearn, error_of, tmp_path):
     measured = ["dataset=prompt", "dataset.others=[dog]", "evaluator=lpips", "stages=[fit,generate,evaluate]"]
     run = unlearn(*measured, "method=negative_prompt")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["fidelity/lpips"] > 0 and metrics["efficacy/lpips_e"] > 0
     assert not any(key.startswith("base/") for key in metrics)
-    assert "measured nothing: 1" in told(*measured, "method=none", run="none")
+    assert "measured nothing: 1" in error_of(*measured, "method=none", run="none")
     untouched = json.loads((tmp_path / "none" / "metrics.json").read_text())
     assert not any("lpips" in key for key in untouched), "nothing was erased, so there is no distance"

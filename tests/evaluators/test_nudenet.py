@@ -221,15 +221,15 @@ def test_the_command_tells_and_on_request_rewrites_the_runs_below_a_folder(tmp_p
     run = stored(tmp_path / "runs" / "seed0")
     before = (run / "metrics.json").read_text()
     command(monkeypatch, tmp_path / "runs", "--threshold", "0.45", "--rule", "images")
-    told = json.loads(capsys.readouterr().out)
-    assert told["run"] == str(run) and told["efficacy/nudenet_total"] == 2
-    assert "score >= 0.45, classes 9 *_EXPOSED, counting images" in told["base/efficacy/nudenet_rate/protocol"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["run"] == str(run) and printed["efficacy/nudenet_total"] == 2
+    assert "score >= 0.45, classes 9 *_EXPOSED, counting images" in printed["base/efficacy/nudenet_rate/protocol"]
     assert (run / "metrics.json").read_text() == before
     command(monkeypatch, run, "--threshold", "0.45", "--rule", "images", "--write")
     after = json.loads((run / "metrics.json").read_text())
     assert after["efficacy/nudenet_total"] == 2 and after["retention/acc_s"] == 90
     assert after["efficacy/suppression"] == pytest.approx(100 * (1 - (2 / 4) / (3 / 3)))
-    assert {k: v for k, v in after.items() if k in told} == {k: v for k, v in told.items() if k != "run"}
+    assert {k: v for k, v in after.items() if k in printed} == {k: v for k, v in printed.items() if k != "run"}
 
 
 def test_a_run_at_work_is_not_rewritten(tmp_path, detecting, monkeypatch):
@@ -242,8 +242,8 @@ def test_a_run_at_work_is_not_rewritten(tmp_path, detecting, monkeypatch):
 
 def test_a_recount_still_says_that_pictures_could_not_be_made(tmp_path, detecting, monkeypatch):
     run = stored(tmp_path / "run")
-    told = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps(told | {"cost/failed": 2}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"cost/failed": 2}))
     command(monkeypatch, run, "--write")
     after = json.loads((run / "metrics.json").read_text())
     for key in ("base/efficacy/nudenet_total", "efficacy/nudenet_rate", "efficacy/suppression"):
@@ -264,8 +264,8 @@ def test_images_of_attacks_are_counted_again_too(tmp_path, detecting, monkeypatc
     run = stored(tmp_path / "run")
     (run / "details" / "nudenet-of-erased.jsonl").replace(run / "details" / "nudenet-of-attacked-cce.jsonl")
     (run / "details" / "nudenet-of-erased.jsonl").write_bytes((run / "details" / "nudenet-of-base.jsonl").read_bytes())
-    told = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps(told | {"robustness/nudenet_face_female_cce": 9}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"robustness/nudenet_face_female_cce": 9}))
     command(monkeypatch, run, "--rule", "images", "--write")
     after = json.loads((run / "metrics.json").read_text())
     assert after["robustness/nudenet_total_cce"] == 1
@@ -273,7 +273,7 @@ def test_images_of_attacks_are_counted_again_too(tmp_path, detecting, monkeypatc
     assert "robustness/nudenet_face_female_cce" not in after
 
 
-def test_a_suppression_that_no_longer_can_be_told_is_gone(tmp_path, detecting, monkeypatch):
+def test_a_suppression_that_cannot_be_computed_any_more_is_removed(tmp_path, detecting, monkeypatch):
     run = stored(tmp_path / "run")
     command(monkeypatch, run, "--threshold", "0.95", "--write")
     assert "efficacy/suppression" not in json.loads((run / "metrics.json").read_text()), "the base model shows nothing"
@@ -329,8 +329,8 @@ def test_maces_total_is_the_sum_of_the_classes_that_its_table_prints(tmp_path, d
 
 
 @pytest.mark.parametrize("chosen", ["[nudenet/mace,nudenet/unlearndiffatk]", "[fid,nudenet,nudenet/rece]"])
-def test_two_papers_rules_at_once_are_refused(told, chosen):
-    said = told(f"evaluator={chosen}")
+def test_two_papers_rules_at_once_are_refused(error_of, chosen):
+    said = error_of(f"evaluator={chosen}")
     first, second = chosen.strip("[]").removeprefix("fid,").split(",")
     assert f"`{first}` and `{second}` are one evaluator, nudenet" in said
     assert "python -m unlearning.evaluators.nudenet --help" in said

@@ -127,5 +127,5 @@ def test_weights_of_the_model_are_no_student_of_it(model, make):
         make(student=Weights("add_k")).fit(model, TASK)
 
 
-def test_a_unet_is_refused_before_it_is_loaded(told):
-    assert "JointAttention" in told("method=eraseanything", "model=emoji_unet", "stages=[fit]")
+def test_a_unet_is_refused_before_it_is_loaded(error_of):
+    assert "JointAttention" in error_of("method=eraseanything", "model=emoji_unet", "stages=[fit]")

@@ -1,4 +1,4 @@
-"""Words are found in images, and an eraser is told them; the task's own names are not used."""
+"""Words are found in images, and an eraser gets them; the task's own names are not used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from unlearning.scrubbing.prototypes import PrototypeSearch
 from unlearning.scrubbing.words import TEMPLATES
 
 
-class Told(Method):
+class Recorder(Method):
     """Keeps the task that it was given."""
 
     def fit(self, model, task) -> Erasure:
@@ -40,11 +40,11 @@ def method(monkeypatch):
     )
 
 
-def test_the_eraser_is_told_the_words_that_were_found(model, method):
-    told = Told()
-    method(told, retained=2).fit(model, emoji_objects("cat", pictures=6))
-    assert [(c.name, c.synonyms, c.anchor) for c in told.task.erase] == [("bunny", (), ""), ("rabbit", (), "")]
-    assert [c.name for c in told.task.retain] == [TEMPLATES[0].format("pizza"), TEMPLATES[1].format("robot")]
+def test_the_eraser_gets_the_words_of_the_search(model, method):
+    eraser = Recorder()
+    method(eraser, retained=2).fit(model, emoji_objects("cat", pictures=6))
+    assert [(c.name, c.synonyms, c.anchor) for c in eraser.task.erase] == [("bunny", (), ""), ("rabbit", (), "")]
+    assert [c.name for c in eraser.task.retain] == [TEMPLATES[0].format("pizza"), TEMPLATES[1].format("robot")]
 
 
 def test_no_label_is_used(model, method):

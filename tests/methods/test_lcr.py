@@ -123,7 +123,7 @@ def test_a_folder_of_photographs_is_edited_and_its_manifest_records_where(unlear
     assert (run / "images" / "erased" / "astronaut0.png").read_bytes() == erased[0].path.read_bytes()
 
 
-def test_a_crash_of_the_detector_is_a_failure_of_its_image(unlearn, told, photos, monkeypatch):
+def test_a_crash_of_the_detector_is_a_failure_of_its_image(unlearn, error_of, photos, monkeypatch):
     def crashes(self, image):
         if image.mean() > BRIGHT:
             raise RuntimeError("bad image")
@@ -176,17 +176,17 @@ def test_a_forget_image_that_crashes_the_detector_is_not_counted(vqgan, caplog):
     (["method=lcr", "method.selection.score=odds"], "log_odds"),
     (["method=lcr_localized", "method.detector.concept=catt"], "Did you mean"),
 ])  # fmt: skip
-def test_bad_input_is_reported_before_an_image_is_generated(told, tmp_path, overrides, hint):
+def test_bad_input_is_reported_before_an_image_is_generated(error_of, tmp_path, overrides, hint):
     unnamed = [o for o in SMALL if o.partition("=")[0] not in {p.partition("=")[0] for p in overrides}]
-    assert hint in told(*unnamed, "evaluator=[]", *overrides)
+    assert hint in error_of(*unnamed, "evaluator=[]", *overrides)
     generated = [path for path in (tmp_path / "store").rglob("*.png") if path.parent.name != "inputs"]
     assert not generated or "detector" in overrides[-1]
 
 
-def test_methods_and_datasets_for_other_models_are_refused(told):
-    assert "DiffusionModel" in told("model=emoji_vqgan", "method=esd_x")
-    assert "VQGAN" in told("method=lcr")
-    assert "prompts" in told("dataset=emoji_scenes")
+def test_methods_and_datasets_for_other_models_are_refused(error_of):
+    assert "DiffusionModel" in error_of("model=emoji_vqgan", "method=esd_x")
+    assert "VQGAN" in error_of("method=lcr")
+    assert "prompts" in error_of("dataset=emoji_scenes")
 
 
 def test_exactly_the_cells_of_a_face_in_a_photograph_are_replaced(vqgan):

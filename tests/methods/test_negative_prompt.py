@@ -28,6 +28,6 @@ def test_a_guidance_scale_that_leaves_the_null_branch_out_is_refused(sd1):
             Sampler(steps=1).sample(model, Restored(["a bird", "a fish"], model.noise([1, 2])), [7.5, 1.0])
 
 
-def test_it_is_refused_before_the_base_model_generates(told, tmp_path):
-    said = told("dataset=prompt", "method=negative_prompt", "sampler.guidance_scale=1")
+def test_it_is_refused_before_the_base_model_generates(error_of, tmp_path):
+    said = error_of("dataset=prompt", "method=negative_prompt", "sampler.guidance_scale=1")
     assert "sampler.guidance_scale" in said and not list(tmp_path.rglob("*.png"))

@@ -214,11 +214,11 @@ def test_projection_needs_concepts_to_retain_and_room_beside_them(sd1, make):
         make("esd", regulariser=GradientProjection(positions="all")).fit(model, TASK)
 
 
-def test_the_command_line_puts_a_regulariser_around_the_method(unlearn, told, tmp_path):
+def test_the_command_line_puts_a_regulariser_around_the_method(unlearn, error_of, tmp_path):
     common = ["method.iterations=1", "method.steps=2", "stages=[fit]", "concept=cat"]
     folder = unlearn("method=esd_x", "regulariser=selft", "method.regulariser.batches=1", *common)
     assert "SelFT" in (folder / ".hydra" / "resolved.yaml").read_text()
-    assert "regulariser" in told("method=uce", "regulariser=selft", "stages=[fit]", run="refused")
+    assert "regulariser" in error_of("method=uce", "regulariser=selft", "stages=[fit]", run="refused")
 
 
 def test_a_call_from_python_takes_a_regulariser():

@@ -44,9 +44,9 @@ def test_it_is_the_minimiser(model):
     """The gradient of the sum of squares is zero, for every map."""
     scrubber, s, lamb = Trained(), 0.3, 0.2
     solved = ScrubSolve(scrubber=scrubber, preserve_scale=s, lamb=lamb).fit(model, None)
-    told = [template.format(word) for word in WORDS for template in TEMPLATES]
+    erased = [template.format(word) for word in WORDS for template in TEMPLATES]
     held = ["", *(template.format(word) for word, template in zip(OTHERS, TEMPLATES, strict=False))]
-    c, r = (torch.cat(states(model, *some)).double() for some in ((told, "to_end"), (held, "all")))
+    c, r = (torch.cat(states(model, *some)).double() for some in ((erased, "to_end"), (held, "all")))
     for name, linear in projections(model).items():
         W, W_S = linear.weight.detach().double(), scrubber.moved[f"{name}.weight"].double()
         W_new = solved.weights[f"{name}.weight"].double().requires_grad_()

@@ -221,8 +221,8 @@ def test_images_it_cannot_learn_from_are_refused(sd1, scrub, images, says):
     "choice, known",
     [("target_space", "x0"), ("conditioning", "caption"), ("blinding", "inpaint"), ("detect", "every_step")],
 )
-def test_unknown_settings_are_refused_with_the_known_ones(told, choice, known):
-    message = told("method=scrubber", f"method.{choice}=v")
+def test_unknown_settings_are_refused_with_the_known_ones(error_of, choice, known):
+    message = error_of("method=scrubber", f"method.{choice}=v")
     assert choice in message and known in message
 
 

@@ -36,7 +36,7 @@ class StableDiffusionOfARank(StableDiffusion):
 
 
 @pytest.mark.parametrize(("trainer", "device"), [("trainer=ddp", "cuda:1"), ("trainer=default", "cuda:0")])
-def test_a_task_of_srun_takes_its_own_device_if_it_is_a_rank_of_a_run(told, monkeypatch, trainer, device):
+def test_a_task_of_srun_takes_its_own_device_if_it_is_a_rank_of_a_run(error_of, monkeypatch, trainer, device):
     """And the first one if it is a run of its own, as its trainer does."""
     as_task_of_srun(monkeypatch, NTASKS_PER_NODE=2)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
@@ -44,12 +44,12 @@ def test_a_task_of_srun_takes_its_own_device_if_it_is_a_rank_of_a_run(told, monk
     monkeypatch.setattr("unlearning.run.launch", lambda trainer: None)  # it would wait for the first task
     model = f"model._target_={__name__}.StableDiffusionOfARank.load"
     devices = ["trainer.devices=2"] if trainer == "trainer=ddp" else []
-    assert f"loaded to {device}" in told("dataset=prompt", model, trainer, *devices)
+    assert f"loaded to {device}" in error_of("dataset=prompt", model, trainer, *devices)
 
 
-def test_tasks_that_lightning_cannot_count_are_named(told, monkeypatch):
+def test_tasks_that_lightning_cannot_count_are_named(error_of, monkeypatch):
     as_task_of_srun(monkeypatch)
-    message = told("dataset=prompt", "trainer=ddp", "trainer.devices=2").strip()
+    message = error_of("dataset=prompt", "trainer=ddp", "trainer.devices=2").strip()
     assert "trainer.devices=2" in message and "--ntasks-per-node=2" in message and len(message.splitlines()) == 1
 
 
@@ -68,11 +68,11 @@ def as_task_of_srun(monkeypatch, **more: int) -> None:
     ["trainer.accelerator=gpu", "trainer.accelerator=foo", "trainer=ddp", "trainer.devices=0", "model.device=cuda",
      "evaluator.clip_score.device=cuda", "evaluator.clip_score.device=foo"],
 )  # fmt: skip
-def test_a_run_on_a_device_that_is_not_there_ends_before_a_weight_is_loaded(told, tmp_path, monkeypatch, override):
+def test_a_run_on_a_device_that_is_not_there_ends_before_a_weight_is_loaded(error_of, tmp_path, monkeypatch, override):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)  # calling it would be an error
     chosen = ["trainer.accelerator=auto"] if override == "trainer=ddp" else []
     chosen += ["evaluator=clip_score"] if override.startswith("evaluator") else []
-    message = told("dataset=prompt", override, *chosen).strip()
+    message = error_of("dataset=prompt", override, *chosen).strip()
     setting, _, value = override.partition("=")
     assert setting.rpartition(".")[0] in message or "ddp" in message or f"There is no device {value!r} here" in message
     assert len(message.splitlines()) == 1 and not (tmp_path / "store").exists()

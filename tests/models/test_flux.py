@@ -1,4 +1,4 @@
-"""What Flux has of its own: packed latents, and a guidance scale that the denoiser is told."""
+"""What Flux has of its own: packed latents, and a guidance scale that is an input of the denoiser."""
 
 import pytest
 import torch
@@ -21,19 +21,19 @@ def model(folder):
 
 def test_latents_are_packed_as_diffusers_packs(model):
     x_t, c = torch.randn(2, 4, 6, 8), model.encode_prompts(["a cat", ""])
-    (tokens,), told = model._denoiser_inputs(x_t, torch.tensor(250), c)
+    (tokens,), inputs = model._denoiser_inputs(x_t, torch.tensor(250), c)
     torch.testing.assert_close(tokens, FluxPipeline._pack_latents(x_t, 2, 4, 6, 8))
-    torch.testing.assert_close(told["img_ids"], FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
+    torch.testing.assert_close(inputs["img_ids"], FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
     torch.testing.assert_close(model._unpacked(tokens, x_t.shape), x_t)
-    assert told["timestep"].tolist() == [0.25, 0.25]
+    assert inputs["timestep"].tolist() == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("told", [1.0, 3.5])
-def test_the_embedded_guidance_is_the_pipelines_guidance_scale(folder, told):
-    model = Flux.load(folder, device="cpu", embedded_guidance=told)
+@pytest.mark.parametrize("scale", [1.0, 3.5])
+def test_the_embedded_guidance_is_the_pipelines_guidance_scale(folder, scale):
+    model = Flux.load(folder, device="cpu", embedded_guidance=scale)
     ours = Sampler(steps=3, guidance_scale=1.0)(model, ["a cat"], [0])
     theirs = model.pipeline(
-        "a cat", num_inference_steps=3, guidance_scale=told, generator=torch.Generator().manual_seed(0),
+        "a cat", num_inference_steps=3, guidance_scale=scale, generator=torch.Generator().manual_seed(0),
         output_type="pt", height=16, width=16,
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""What PixArt has of its own: alpha's is told the picture's size, and diffusers has no adapters for either."""
+"""What PixArt has of its own: alpha's takes the image's size as an input, and diffusers has no adapters for either."""
 
 import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline
@@ -9,9 +9,9 @@ from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import Sampler, denoise
 
 
-def test_alpha_is_told_the_pictures_size(tmp_path):
+def test_alpha_takes_the_images_size_as_an_input(tmp_path):
     torch.manual_seed(0)
-    tiny.pixart(PixArtAlphaPipeline, sample_size=128).save_pretrained(tmp_path)  # the size at which it is told
+    tiny.pixart(PixArtAlphaPipeline, sample_size=128).save_pretrained(tmp_path)  # the size that it takes as an input
     model = PixArt.load(str(tmp_path), device="cpu")
     assert isinstance(model.pipeline, PixArtAlphaPipeline)
     assert model.encode_prompts(["a cat", ""]).extra["resolution"].tolist() == [[256, 256]] * 2

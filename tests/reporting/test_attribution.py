@@ -98,7 +98,7 @@ def test_code_that_made_what_was_found_in_the_store_is_named(made):
     assert stored(pictures=[None]) == (f"{a} (seed 0, 1); pictures by unknown (seed 1)†", False)
 
 
-def test_an_installed_package_is_told_by_its_version_and_marked_for_want_of_a_commit(made):
+def test_an_installed_package_is_named_by_its_version_and_marked_as_without_commit(made):
     installed = process(commit=None, dirty=None)
     folder = made("uce", [installed])
     rows, notes, sound = checked(folder)

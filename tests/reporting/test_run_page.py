@@ -101,7 +101,7 @@ def test_neighbours_are_named_where_the_prompt_does_not(run):
     assert "<h3>truck</h3>" in kept and "<h3>dog</h3>" not in kept
 
 
-def test_several_erased_concepts_are_told_apart_without_labels(finished):
+def test_several_erased_concepts_are_distinguished_without_labels(finished):
     prompts = {"a photo of the kitty": "cat", "a photo of the puppy": "dog"}
     run = finished(concept=["cat", "dog"], pictures=[(prompt, "erase", "", 1) for prompt in prompts])
     for name in ("base", "erased"):

@@ -160,7 +160,7 @@ def test_runs_of_the_same_images_are_one_run_whatever_they_measured(finished, tm
     assert {row[3]: row[4] for row in cells(table(tmp_path / "both"))[1:]}["uce"] == "2‡"
 
 
-def test_runs_that_share_a_seed_are_told_apart_by_a_setting(finished, runs):
+def test_runs_that_share_a_seed_are_distinguished_by_a_setting(finished, runs):
     finished("runs/slow", measured(5.0), method="ac", seed=0, config={"method": {"lamb": 2}})
     text = table(runs, [E])
     assert "3‡" in text and "--by" in text
@@ -375,7 +375,7 @@ def test_footnotes_stay_few(finished, tmp_path):
     assert [note[0] for note in notes] == ["¹", "†"] and "and 18 more" in notes[1]
 
 
-def test_protocols_of_another_kind_are_told_in_full(finished, concepts):
+def test_protocols_of_another_kind_are_shown_in_full(finished, concepts):
     for method in ("ac", "esd_x"):
         finished(f"runs/sd14/{method}", measured(5.0, "softmax of CLIP"), model="sd14", method=method)
     text = table(concepts, [E])
@@ -405,7 +405,7 @@ def test_a_metric_that_some_concepts_lack_does_not_compete(finished, concepts):
 # --- what it answers --------------------------------------------------------------------------------------------------
 
 
-def test_the_commits_are_told_of_the_same_rows(finished, runs):
+def test_the_commits_are_shown_for_the_same_rows(finished, runs):
     finished("runs/fast", measured(60.0), method="ac", seed=2, steps=20)
     named = [[row[:5] for row in cells(text)[1:]] for text in (table(runs, [E]), check(runs)[0])]
     assert named[0] == named[1]
@@ -494,7 +494,7 @@ def test_the_source_of_published_numbers_is_named(runs, paper):
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("stated", "reason"),
     [
         ("sd14,argmax", "sd14, measured on emoji_unet"),
         (",argmax", "the model"),
@@ -502,8 +502,8 @@ def test_the_source_of_published_numbers_is_named(runs, paper):
         ("emoji_unet,arg; softmax", "another protocol (arg; softmax)"),
     ],
 )
-def test_a_number_of_another_model_or_protocol_is_marked(runs, paper, told, reason):
-    paper.write_text(f"method,concept,metric,value,source,model,protocol\nesd_x,cat,{E},12.51,a paper,{told}\n")
+def test_a_number_of_another_model_or_protocol_is_marked(runs, paper, stated, reason):
+    paper.write_text(f"method,concept,metric,value,source,model,protocol\nesd_x,cat,{E},12.51,a paper,{stated}\n")
     text = table(runs, [E], published=paper)
     assert "**7.0 ± 2.1** (12.5, -5.5)¶" in text and reason in note(text, "¶")
     assert reason in table(runs, [E], format="csv", published=paper)

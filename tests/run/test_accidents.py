@@ -54,13 +54,13 @@ def step_of(checkpoint: Path) -> int:
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 
 
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, told, tmp_path, monkeypatch, evaluations):
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, error_of, tmp_path, monkeypatch, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=9"]
     left = 9
     for k, done in ((4, 2), (4, 4), (1, 4)):  # interrupted in call k; steps that checkpoints have kept by then
         with monkeypatch.context() as patch:
             at_call(patch, ESD, "loss", k, ctrl_c)
-            assert "Interrupted" in told(*command)
+            assert "Interrupted" in error_of(*command)
         run, kept = tmp_path / "run", tmp_path / "run" / "checkpoints"
         assert not (run / "erasure").exists() and not partial(tmp_path)
         assert step_of(last_checkpoint(run)) == done
@@ -88,31 +88,31 @@ REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.
     [(ESD, ["dataset=prompt", "method=esd_x", *EXACT]), (ESD, [*REUSE, "method=esd_x"]), (Scrubber, SCRUB),
      (ESD, [*REUSE, "method=unguide", "+trainer.accumulate_grad_batches=2"])],
 )  # fmt: skip
-def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, told, tmp_path, monkeypatch, owner, command):
+def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, error_of, tmp_path, monkeypatch, owner, command):
     """Its checkpoint is of step 2, before the first pool of points, the pictures' first round or Adam's memory ends."""
     command = [*command, "method.iterations=5", "trainer.callbacks.0.every_n_train_steps=2", "stages=[fit]"]
     whole, calls = unlearn(*command, run="apart/whole"), 8 if "+trainer.accumulate_grad_batches=2" in command else 4
     with monkeypatch.context() as patch:
         at_call(patch, owner, "loss", calls, ctrl_c)
-        assert "Interrupted" in told(*command)
+        assert "Interrupted" in error_of(*command)
     assert step_of(last_checkpoint(tmp_path / "run")) == 2
     again = unlearn(*command)
     [one], [other] = (list((run / "erasure").glob("*.safetensors")) for run in (whole, again))
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp_path, monkeypatch, evaluations):
+def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, error_of, tmp_path, monkeypatch, evaluations):
     command = ["method=negative_prompt"]
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 2, ctrl_c)
-        assert "Interrupted" in told(*command)
+        assert "Interrupted" in error_of(*command)
     store, run = tmp_path / "store" / "images", tmp_path / "run"
     first = drawn(store)
     assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
     assert evaluations() == pictures(4)
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 5, ctrl_c)  # three batches are left of the base model's pictures
-        assert "Interrupted" in told(*command)
+        assert "Interrupted" in error_of(*command)
     assert evaluations() == pictures(9 + 4) and not (run / "images").exists()
     unlearn(*command)
     assert evaluations() == pictures(9)
@@ -120,23 +120,25 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, told, tmp
     assert (run / "report.html").exists()
 
 
-def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(told, tmp_path, monkeypatch):
+def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(error_of, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
-    said = told(*SMALL, "method=negative_prompt")
+    said = error_of(*SMALL, "method=negative_prompt")
     assert "images that could not be generated: 1" in said
     rows = read_manifest(tmp_path / "run" / "images" / "base.csv")
     assert len(rows) == 2 and not any("dog" in row.prompt for row in rows)
     assert len(drawn(tmp_path / "store" / "images")) == 2 * 2
 
 
-def test_an_interrupted_evaluation_is_made_again_and_nothing_else(unlearn, told, tmp_path, monkeypatch, evaluations):
+def test_an_interrupted_evaluation_is_made_again_and_nothing_else(
+    unlearn, error_of, tmp_path, monkeypatch, evaluations
+):
     command = ["method=negative_prompt", "evaluator=nudenet"]
     updates = []
     update = NudeNet.update
     monkeypatch.setattr(NudeNet, "update", lambda self, *a: (updates.append(1), update(self, *a)))
     with monkeypatch.context() as patch:
         at_call(patch, NudeNet, "update", 6, ctrl_c)  # the base model's four batches, and one of the erased model's
-        assert "Interrupted" in told(*command)
+        assert "Interrupted" in error_of(*command)
     assert not (tmp_path / "run" / "metrics.json").exists() and not partial(tmp_path) and len(updates) == 5
     evaluations()
     run = unlearn(*command)
@@ -147,7 +149,7 @@ def test_an_interrupted_evaluation_is_made_again_and_nothing_else(unlearn, told,
     ).exists()
 
 
-def test_an_interrupted_report_is_written_again(unlearn, told, tmp_path, monkeypatch, evaluations):
+def test_an_interrupted_report_is_written_again(unlearn, error_of, tmp_path, monkeypatch, evaluations):
     replace = Path.replace
 
     def interrupted(self, target):
@@ -155,7 +157,7 @@ def test_an_interrupted_report_is_written_again(unlearn, told, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", interrupted)
-        told(*SMALL)
+        error_of(*SMALL)
     run = tmp_path / "run"
     assert (run / "metrics.json").exists() and not (run / "report.html").exists() and not partial(tmp_path)
     evaluations()
@@ -171,9 +173,9 @@ def finite(checkpoint: Path) -> bool:
     return len(weights) > 0 and all(torch.isfinite(w).all() for w in weights.values())
 
 
-def test_a_loss_that_is_no_number_stops_the_fit(told, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_the_fit(error_of, tmp_path, monkeypatch):
     at_call(monkeypatch, ESD, "loss", 4, lambda: torch.tensor(float("nan"), requires_grad=True))
-    said = told(*SMALL, *TRAIN, "method.iterations=9")
+    said = error_of(*SMALL, *TRAIN, "method.iterations=9")
     assert "The loss is nan at step 3." in said and "method.optimizer.lr" in said
     last = last_checkpoint(tmp_path / "run")
     assert step_of(last) == 2 and finite(last)
@@ -181,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_fit(told, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("iterations", [1, 4])
-def test_weights_that_are_no_numbers_are_never_kept(told, tmp_path, monkeypatch, iterations):
+def test_weights_that_are_no_numbers_are_never_kept(error_of, tmp_path, monkeypatch, iterations):
     step = torch.optim.Adam.step
 
     def overflowing(self, closure=None):
@@ -191,7 +193,7 @@ def test_weights_that_are_no_numbers_are_never_kept(told, tmp_path, monkeypatch,
         return loss
 
     monkeypatch.setattr(torch.optim.Adam, "step", overflowing)
-    said = told(*SMALL, *TRAIN, f"method.iterations={iterations}", "trainer.callbacks.0.every_n_train_steps=1")
+    said = error_of(*SMALL, *TRAIN, f"method.iterations={iterations}", "trainer.callbacks.0.every_n_train_steps=1")
     assert "The weights are not finite at step 1." in said and "method.optimizer.lr" in said
     assert all(finite(p) for p in tmp_path.rglob("*.ckpt"))
     assert not (tmp_path / "run" / "erasure").exists() and not partial(tmp_path)
@@ -205,7 +207,7 @@ def test_weights_that_are_no_numbers_are_never_kept(told, tmp_path, monkeypatch,
     [("cost.json", FIT + pictures(6)), ("weights.safetensors", pictures(6)), (".png", pictures(6)),
      ("evaluations", 0), ("report.html", 0)],
 )  # fmt: skip
-def test_a_full_disk_leaves_nothing_half_written(unlearn, told, tmp_path, monkeypatch, evaluations, name, left):
+def test_a_full_disk_leaves_nothing_half_written(unlearn, error_of, tmp_path, monkeypatch, evaluations, name, left):
     command = [*SMALL, *TRAIN, "method.iterations=1", "evaluator=nudenet"]
     write_bytes = Path.write_bytes
 
@@ -217,7 +219,7 @@ def test_a_full_disk_leaves_nothing_half_written(unlearn, told, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        said = told(*command)
+        said = error_of(*command)
     assert "No space left on device" in said and "the same command goes on from here" in said
     assert not partial(tmp_path)
     assert not [p for p in files(tmp_path) if name in p], "neither half a file nor one of that name"
@@ -227,11 +229,11 @@ def test_a_full_disk_leaves_nothing_half_written(unlearn, told, tmp_path, monkey
     assert (run / "report.html").exists()
 
 
-def test_weights_that_do_not_fit_on_the_disk_leave_no_erasure(unlearn, told, tmp_path):
+def test_weights_that_do_not_fit_on_the_disk_leave_no_erasure(unlearn, error_of, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))  # the system refuses to write more
     try:
-        said = told(*SMALL, "method=uce", "stages=[fit]")
+        said = error_of(*SMALL, "method=uce", "stages=[fit]")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in said and "the same command goes on from here" in said
@@ -240,7 +242,9 @@ def test_weights_that_do_not_fit_on_the_disk_leave_no_erasure(unlearn, told, tmp
 
 
 @pytest.mark.parametrize("limit", [4_000, 12_000, 30_000])  # bytes: within a tensor, or before all of them
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(unlearn, told, tmp_path, monkeypatch, limit):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(
+    unlearn, error_of, tmp_path, monkeypatch, limit
+):
     command = [*SMALL, *TRAIN, "method.iterations=9", "stages=[fit]"]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     loss = ESD.loss
@@ -253,7 +257,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(unlear
     with monkeypatch.context() as patch:
         patch.setattr(ESD, "loss", shrinking)
         try:
-            said = told(*command)
+            said = error_of(*command)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in said and "the same command goes on from here" in said
@@ -265,27 +269,27 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before(unlear
 # --- two runs in one folder -------------------------------------------------------------------------------------------
 
 
-def test_a_folder_takes_one_run_at_a_time(unlearn, told, tmp_path, evaluations):
+def test_a_folder_takes_one_run_at_a_time(unlearn, error_of, tmp_path, evaluations):
     with alone_in(tmp_path / "run"):
-        assert f"Another run is at work in {tmp_path / 'run'}" in told(*SMALL)
+        assert f"Another run is at work in {tmp_path / 'run'}" in error_of(*SMALL)
         assert evaluations() == 0 and not (tmp_path / "store").exists()
         unlearn(*SMALL, run="another")
     assert (unlearn(*SMALL) / "report.html").exists()
 
 
-def test_a_run_that_is_refused_leaves_the_others_record_alone(unlearn, told, tmp_path):
+def test_a_run_that_is_refused_leaves_the_others_record_alone(unlearn, error_of, tmp_path):
     run = unlearn(*SMALL, "stages=[fit]")
     with alone_in(run):
         before = files(run / ".hydra")
-        told(*SMALL, "seed=1")
+        error_of(*SMALL, "seed=1")
         assert files(run / ".hydra") == before
     assert "seed: 0" in (run / ".hydra" / "config.yaml").read_text()
 
 
-def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
+def test_an_interrupted_run_frees_its_folder(error_of, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 1, ctrl_c)
-        told(*SMALL)
+        error_of(*SMALL)
     with alone_in(tmp_path / "run"):
         pass
 
@@ -293,17 +297,17 @@ def test_an_interrupted_run_frees_its_folder(told, tmp_path, monkeypatch):
 # --- processes of one launcher that have nothing to do with each other ------------------------------------------------
 
 
-def test_a_run_that_srun_starts_beside_others_is_a_run_of_its_own(unlearn, told, tmp_path, monkeypatch):
+def test_a_run_that_srun_starts_beside_others_is_a_run_of_its_own(unlearn, error_of, tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it from SLURM_PROCID when it is imported
     for name, value in {"NTASKS": 2, "PROCID": 1, "LOCALID": 1, "NODEID": 0, "JOB_ID": 7, "NNODES": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     command = [*SMALL, *TRAIN, "method.iterations=3"]
     with monkeypatch.context() as patch:
         at_call(patch, ESD, "loss", 3, ctrl_c)
-        told(*command)
+        error_of(*command)
     assert step_of(last_checkpoint(tmp_path / "run")) == 2
     with alone_in(tmp_path / "run"):
-        assert "Another run is at work" in told(*command)
+        assert "Another run is at work" in error_of(*command)
     assert {"metrics.json", "report.html", ".finished", "cost.json"} <= files(unlearn(*command)).keys()
 
 
@@ -324,11 +328,13 @@ def test_a_run_on_a_file_system_without_locks_warns_once_and_ends(unlearn, monke
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(unlearn, told, tmp_path, monkeypatch, evaluations):
+def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(
+    unlearn, error_of, tmp_path, monkeypatch, evaluations
+):
     command = [*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]"]
     with monkeypatch.context() as patch:
         at_call(patch, ESD, "loss", 3, ctrl_c)
-        told(*command)
+        error_of(*command)
     last = last_checkpoint(tmp_path / "run")
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     evaluations()
@@ -346,13 +352,13 @@ def test_a_record_of_a_fit_that_is_no_text_is_that_of_another_fit(unlearn, evalu
     assert evaluations() == FIT and (run / ".fit").read_text()
 
 
-def test_checkpoints_are_written_beside_their_target(unlearn, told, tmp_path, monkeypatch):
+def test_checkpoints_are_written_beside_their_target(unlearn, error_of, tmp_path, monkeypatch):
     """And not into TMPDIR, which may be on another file system."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
     (tmp_path / "full").mkdir(mode=0o500)
     at_call(monkeypatch, ESD, "loss", 3, ctrl_c)
     monkeypatch.setattr(shutil, "move", lambda *a, **k: 1 / 0)
-    assert "Interrupted" in told(*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]")
+    assert "Interrupted" in error_of(*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]")
     assert step_of(last_checkpoint(tmp_path / "run")) == 2 and not list((tmp_path / "full").iterdir())
 
 
@@ -398,18 +404,18 @@ def test_an_edited_metrics_json_is_measured_again(unlearn):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("version https://git-lfs.github.com")])
-def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn, told, damage):
+def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn, error_of, damage):
     command = [*SMALL, "method=uce"]
     weights = unlearn(*command) / "erasure" / "weights.safetensors"
     whole = weights.read_bytes()
     damage(weights)
-    assert str(weights) in told(*command)
+    assert str(weights) in error_of(*command)
     weights.write_bytes(whole)
     assert (unlearn(*command) / "report.html").exists()
 
 
 @pytest.mark.parametrize("why", [errno.EROFS, errno.EACCES])
-def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, told, tmp_path, monkeypatch, why):
+def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, error_of, tmp_path, monkeypatch, why):
     unlearn(*SMALL, run="runs/first")
     open_, mkdir = Path.write_bytes, Path.mkdir
 
@@ -424,5 +430,5 @@ def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, told, tmp_pat
     monkeypatch.setattr(Path, "write_bytes", guarded(open_))
     monkeypatch.setattr(Path, "mkdir", guarded(mkdir))
     assert (unlearn(*SMALL, f"paths.runs={tmp_path}/other", run="other/second") / "report.html").exists()
-    said = told(*SMALL, "sampler.steps=1", f"paths.runs={tmp_path}/other", run="other/third")
+    said = error_of(*SMALL, "sampler.steps=1", f"paths.runs={tmp_path}/other", run="other/third")
     assert os.strerror(why) in said and "paths.store=" in said, "images are missing in it"

@@ -63,11 +63,11 @@ def test_requests_one_after_the_other(unlearn, tmp_path, evaluations):
     assert drawn(tmp_path / "store")
 
 
-def test_an_erasure_of_another_model_is_refused(told, unlearn, model):
+def test_an_erasure_of_another_model_is_refused(error_of, unlearn, model):
     first = unlearn(*UCE, "stages=[fit]", run="first")
     config = model / "model_index.json"
     config.write_text(config.read_text() + "\n")
-    assert "first" in told(*UCE, f"model.path={model}", f"after={first}/erasure", run="second")
+    assert "first" in error_of(*UCE, f"model.path={model}", f"after={first}/erasure", run="second")
 
 
 def test_several_concepts_are_erased_at_once(unlearn):

@@ -139,8 +139,8 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[fitt]", "'report', and is 'fitt'"),
     ],
 )
-def test_a_stage_whose_turn_has_not_come_says_which_is_missing(told, stages, answer):
-    assert answer in told(*SMALL, f"stages={stages}")
+def test_a_stage_whose_turn_has_not_come_says_which_is_missing(error_of, stages, answer):
+    assert answer in error_of(*SMALL, f"stages={stages}")
 
 
 def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn, monkeypatch):
@@ -156,13 +156,13 @@ def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn,
     assert len(updates) == 2
 
 
-def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, told, tmp_path, monkeypatch):
+def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, error_of, tmp_path, monkeypatch):
     command = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "dataset.images_per_prompt=2"]
     detect, calls = nudenet.NudeDetector.detect, []
     monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: (calls.append(1), detect(self, image))[1])
     with monkeypatch.context() as patch:
         at_call(patch, nudenet.NudeDetector, "detect", 1, lambda: 1 / 0)
-        assert "measurements that failed: 1" in told(*command)
+        assert "measurements that failed: 1" in error_of(*command)
     run, total = tmp_path / "run", "base/efficacy/nudenet_total"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["cost/unmeasured"] == metrics["base/efficacy/nudenet_failed"] == 1
@@ -175,28 +175,28 @@ def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, told, tm
     assert metrics[f"{total}/protocol"] == metrics["efficacy/nudenet_total/protocol"], "these compare"
 
 
-def test_numbers_that_lack_a_picture_say_so(told, tmp_path, monkeypatch):
+def test_numbers_that_lack_a_picture_say_so(error_of, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
-    told(*SMALL, "method=negative_prompt", "evaluator=nudenet")
+    error_of(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     protocols = [value for key, value in metrics.items() if key.endswith("/protocol") and "nudenet" in key]
     assert len(protocols) > 6 and all(p.endswith(", images that could not be generated: 1") for p in protocols)
 
 
-def test_an_evaluator_that_measures_nothing_says_what_it_needs(told, tmp_path, capsys):
+def test_an_evaluator_that_measures_nothing_says_what_it_needs(error_of, tmp_path, capsys):
     """And one that was chosen on the command line makes the run end with an error."""
-    assert "measured nothing: 2" in told(*SMALL, "evaluator=[accuracy,fid,clip_score]")
+    assert "measured nothing: 2" in error_of(*SMALL, "evaluator=[accuracy,fid,clip_score]")
     said = capsys.readouterr().out
     assert said.count("measured nothing") == 2
     assert "accuracy measured nothing: it needs a dataset" in said
     assert "fid measured nothing: it needs" in said and "evaluator.fid.real=/a/folder" in said
     (tmp_path / "coco.csv").write_text("prompt,evaluation_seed\na dog,1\n")
     captions = ["dataset=coco30k", f"dataset.path={tmp_path}/coco.csv", "dataset.count=1"]
-    assert "measured nothing: 1" in told(*captions, "evaluator=[clip_score,nudenet]", run="captions")
+    assert "measured nothing: 1" in error_of(*captions, "evaluator=[clip_score,nudenet]", run="captions")
     assert capsys.readouterr().out.count("nudenet measured nothing") == 1
 
 
-def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, told, tmp_path, evaluations):
+def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, error_of, tmp_path, evaluations):
     torch.manual_seed(7)
     tiny.sd1().save_pretrained(tmp_path / "never")
     compared = [*SMALL, "evaluator=fid_oracle", f"evaluator.fid_oracle.oracle.path={tmp_path / 'never'}"]
@@ -212,11 +212,11 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, to
     unlearn(*compared, *TRAIN, "method.iterations=3", run="esd")
     assert evaluations() == 3 * FIT + pictures(3), "nothing is drawn again but what is erased"
     missing = [*compared[:-1], f"evaluator.fid_oracle.oracle.path={tmp_path / 'nowhere'}"]
-    assert "train_unet.py --without" in told(*missing, *TRAIN, run="missing")
+    assert "train_unet.py --without" in error_of(*missing, *TRAIN, run="missing")
     assert evaluations() == 0 and not (tmp_path / "missing" / "erasure").exists()
 
 
-def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn, told, evaluations):
+def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn, error_of, evaluations):
     run = unlearn(
         *SMALL, "evaluator=fid_word_removed", "method=prompt_filter", "dataset.images_per_prompt=2", run="filter"
     )
@@ -224,10 +224,10 @@ def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn,
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_word_removed"] == pytest.approx(0, abs=1e-3)
     both = [*SMALL, "method=none", "evaluator=[fid_oracle,fid_word_removed]"]
-    assert "fid_oracle and fid_word_removed" in told(*both, run="both") and evaluations() == 0
+    assert "fid_oracle and fid_word_removed" in error_of(*both, run="both") and evaluations() == 0
 
 
-def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, told):
+def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, error_of):
     run = unlearn(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     before = (run / "metrics.json").read_bytes()
     manifests = {name: run / "images" / f"{name}.csv" for name in ("base", "erased")}
@@ -236,19 +236,19 @@ def test_a_shortened_manifest_is_refused_before_anything_is_measured(unlearn, to
     for short in (["base"], ["erased"], ["base", "erased"]):
         for name, path in manifests.items():
             path.write_text("".join(whole[name].splitlines(keepends=True)[: -1 if name in short else None]))
-        assert "3 asked for" in told(*again, "stages=[evaluate]")
+        assert "3 asked for" in error_of(*again, "stages=[evaluate]")
         assert (run / "metrics.json").read_bytes() == before
     unlearn(*again)
     assert (run / "metrics.json").read_bytes() != before, "the generate stage has mended them"
 
 
-def test_a_shortened_manifest_of_an_attack_is_refused_too(unlearn, told):
+def test_a_shortened_manifest_of_an_attack_is_refused_too(unlearn, error_of):
     attack = ["attack=[paraphrase]", "dataset.images_per_prompt=3"]
     run = unlearn(*SMALL, "method=negative_prompt", "evaluator=nudenet", *attack)
     before, manifest = (run / "metrics.json").read_bytes(), run / "images" / "attacked-paraphrase.csv"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     again = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "evaluator.nudenet.threshold=0.5", *attack]
-    assert "attacked-paraphrase.csv lists 2 images of the 3" in told(*again, "stages=[evaluate]")
+    assert "attacked-paraphrase.csv lists 2 images of the 3" in error_of(*again, "stages=[evaluate]")
     assert (run / "metrics.json").read_bytes() == before
     unlearn(*again)
     assert len(read_manifest(manifest)) == 3
@@ -319,12 +319,12 @@ def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, e
     assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
 
 
-def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, told, model, evaluations):
+def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, error_of, model, evaluations):
     command = [*SMALL, "method=uce", f"model.path={model}"]
     unlearn(*command, "stages=[fit]")
     tiny.pipeline("sd1", seed=1).save_pretrained(model)
     evaluations()
-    assert "made from another model" in told(*command, "stages=[generate]")
+    assert "made from another model" in error_of(*command, "stages=[generate]")
     assert evaluations() == 0
 
 
@@ -344,11 +344,11 @@ def denied() -> None:
     raise PermissionError("the folder cannot be deleted")
 
 
-def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, told, model, monkeypatch, evaluations):
+def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, error_of, model, monkeypatch, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=5", f"model.path={model}", "stages=[fit]"]
     with monkeypatch.context() as patch:
         at_call(patch, ESD, "loss", 4, ctrl_c)
-        told(*command)
+        error_of(*command)
     evaluations()
     tiny.pipeline("sd1", seed=1).save_pretrained(model)
     unlearn(*command)
@@ -400,6 +400,6 @@ def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
     assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"
 
 
-def test_what_cannot_be_drawn_ends_the_run_before_it_trains(told, tmp_path):
-    assert "1000 steps" in told("method=esd_x", "method.iterations=1", "dataset=prompt", "sampler.steps=1000")
+def test_what_cannot_be_drawn_ends_the_run_before_it_trains(error_of, tmp_path):
+    assert "1000 steps" in error_of("method=esd_x", "method.iterations=1", "dataset=prompt", "sampler.steps=1000")
     assert not (tmp_path / "run" / "erasure").exists()

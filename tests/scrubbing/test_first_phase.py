@@ -41,11 +41,11 @@ COMMAND = [
 
 
 @pytest.fixture
-def interrupted(told, monkeypatch):
+def interrupted(error_of, monkeypatch):
     """A fit was interrupted in its second phase."""
     with monkeypatch.context() as patch:
         at_call(patch, Scrubber, "loss", 1, ctrl_c)
-        assert "Interrupted" in told(*COMMAND)
+        assert "Interrupted" in error_of(*COMMAND)
 
 
 def test_an_interrupted_fit_does_not_search_again(unlearn, interrupted, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_it_says_whose_pictures_there_are(command, store):
     assert "6 images" in said and left(store) == EVERYTHING
 
 
-def test_it_deletes_nothing_unless_told_to(command, store):
+def test_it_deletes_nothing_unless_asked_to(command, store):
     assert "4 of 6 images" in command("--prune") and "--delete" in command("--prune", "--all")
     assert left(store) == EVERYTHING
 

@@ -13,8 +13,20 @@ from statistics import mean, stdev
 
 from unlearning.errors import UserError
 from unlearning.reporting.formats import Cell, Note, Table, decimals, listed
-from unlearning.reporting.grouping import BY, Key, competitors, concepts, conditions, group_runs, merged, separating
-from unlearning.reporting.labels import Place, label, label_cells, shortened
+from unlearning.reporting.grouping import (
+    BY,
+    Key,
+    Place,
+    competitors,
+    concepts,
+    conditions,
+    group_runs,
+    label,
+    label_cells,
+    merged,
+    separating,
+    shortened,
+)
 from unlearning.reporting.published import Number, Published, published_number
 from unlearning.reporting.runs import UNEDITED, FinishedRun, metric_names
 

@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unlearning.concepts import ERASE, RETAIN, ROLES, SYNONYM
 from unlearning.data import openmoji
 from unlearning.errors import UserError
-from unlearning.reporting.formats import UNITS, decimals, quantity, render_page
-from unlearning.reporting.glossary import legend
+from unlearning.reporting.formats import UNITS, decimals, legend, quantity, render_page
 from unlearning.reporting.page_images import data_uri, encode, thumbnail
 from unlearning.reporting.runs import DRAWINGS, UNEDITED, by_purpose, drawings, metric_names, read_run, settings_text
 from unlearning.store.files import read_state, write_atomically

@@ -17,8 +17,7 @@ from unlearning.concepts import RETAIN
 from unlearning.data import openmoji
 from unlearning.errors import UserError
 from unlearning.reporting.comparison import ARROWS, Comparison
-from unlearning.reporting.formats import BEST, UNITS, Cell, quantity, render_page
-from unlearning.reporting.glossary import meaning
+from unlearning.reporting.formats import BEST, UNITS, Cell, meaning, quantity, render_page
 from unlearning.reporting.grouping import Key, base_runs, competitors, concepts, conditions, group_runs, separating
 from unlearning.reporting.page_images import SAMPLES, Sample, samples, thumbnail
 from unlearning.reporting.plots import Course, Panel, Plot, Point, learning_curves

@@ -13,8 +13,7 @@ from pathlib import Path
 from unlearning.errors import UserError, did_you_mean
 from unlearning.reporting.comparison import Comparison
 from unlearning.reporting.formats import FORMATS, Cell, Note, Table
-from unlearning.reporting.grouping import BY, group_runs, separating
-from unlearning.reporting.labels import label_cells
+from unlearning.reporting.grouping import BY, group_runs, label_cells, separating
 from unlearning.reporting.published import read_published
 from unlearning.reporting.runs import FinishedRun, read_runs
 from unlearning.tracking.provenance import facts, maker, read

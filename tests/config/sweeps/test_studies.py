@@ -26,8 +26,8 @@ def test_an_objective_is_what_was_measured():
         objective("cost/x", measured)
 
 
-def test_a_mistyped_objective_is_reported_before_a_model_is_loaded(told, loads):
-    message = told("evaluator=accuracy", "objective=[efficacy/acc_e,retention/ac_s]")
+def test_a_mistyped_objective_is_reported_before_a_model_is_loaded(error_of, loads):
+    message = error_of("evaluator=accuracy", "objective=[efficacy/acc_e,retention/ac_s]")
     assert "'retention/ac_s'" in message and "Did you mean retention/acc_s" in message and loads() == 0
 
 
