@@ -270,8 +270,8 @@ def test_training_brings_the_concept_to_its_target_and_anchoring_holds_the_rest(
 
     def errors(lamb):
         pl.seed_everything(0, verbose=False)
-        settings = {"trajectory": "reuse", "steps": 10, "batch_size": 8, "anchor_count": 8}
-        with spm(iterations=60, lr=1e-2, lamb=lamb, **settings).fit(model, CAT).applied_to(model):
+        settings = {"trajectory": "reuse", "steps": 10, "batch_size": 4, "anchor_count": 4}
+        with spm(iterations=20, lr=2e-2, lamb=lamb, **settings).fit(model, CAT).applied_to(model):
             concept = (model.predict(x, t, c) - target).pow(2).mean() / (before - target).pow(2).mean()
             return concept, (model.predict(x, t, a) - kept).pow(2).mean()
 
