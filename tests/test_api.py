@@ -121,6 +121,8 @@ def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe)
     [
         ({"method": "esdx"}, "esd_x"),
         ({"method": "esd_x", "iteratons": 2}, "iterations"),
+        ({"method": "uce", "ancor": "sky"}, "anchor"),
+        ({"method": UCE(), "ancor": "sky"}, "anchor"),
         ({"method": "esd_x", "studnt": LoRA("to_k")}, "student"),
         ({"method": "esd_x", "optimizer": {"lrr": 1.0}}, "lr"),
         ({"method": "esd_x", "iterations": "many"}, "method.iterations"),
@@ -218,6 +220,13 @@ def test_a_pipeline_is_of_the_family_that_has_its_class():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, unlearning; sys.exit('torch' in sys.modules or 'erase' not in unlearning.__all__)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("student", "dtype"), [({"parameters": "attn2"}, "float32"), (LoRA("attn2"), "bfloat16")])
+def test_a_dtype_in_which_nothing_can_be_trained_is_answered_with_the_call_that_helps(pipe, student, dtype):
+    pipe.to(dtype=torch.float16)
+    with pytest.raises(UserError, match=rf"pipe\.to\(torch\.{dtype}\)"):
+        erase(pipe, "cat", **{**ESD, "student": student})
 
 
 class Int8Linear(torch.nn.Linear):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
 from experiments.readme import with_tables
 from tests import tiny
 from unlearning.__main__ import CONF
+from unlearning.models.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,7 +49,8 @@ def test_every_command_it_shows_composes():
 
 def test_its_python_runs(tmp_path, monkeypatch):
     """On a tiny pipeline, in few steps."""
-    code = re.search(r"## From Python\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    section = README.partition("## From Python")[2]
+    code, sampling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert 10 <= len(code.splitlines()) <= 14
     short = code.replace('"iterations": 100', '"iterations": 1, "steps": 2').replace(
         'the cat")', 'the cat", num_inference_steps=2)'
@@ -61,6 +65,16 @@ def test_its_python_runs(tmp_path, monkeypatch):
     before, now = tiny.pipeline("sd1").unet.state_dict(), names["pipe"].unet.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in again.items())
     assert any("attn2" in name and not torch.equal(value, before[name]) for name, value in now.items())
+    exec(sampling, names)
+    assert names["images"].shape == (1, 3, tiny.SIDE, tiny.SIDE)
+
+
+def test_it_names_the_methods_that_weights_cannot_hold():
+    files = [OmegaConf.load(path) for path in (CONF / "method").glob("*.yaml")]
+    classes = {get_class(cfg["_target_"]) for cfg in files if "_target_" in cfg}
+    acting = {c for c in classes if not c.writable and issubclass(StableDiffusion, c.works_on)}
+    named = re.search(r"act while images are generated \((.*?)\)", README, re.DOTALL)[1]
+    assert {*re.findall(r"`(\w+)`", named)} == {c.__module__.rpartition(".")[2] for c in acting}
 
 
 def test_the_first_screen_is_a_picture_and_the_command_that_made_it():

@@ -23,7 +23,7 @@ from unlearning.config.values import Seed, Template
 from unlearning.data import prompt
 from unlearning.erasures.base import NOT_WRITABLE, Erasure
 from unlearning.erasures.composed import composed
-from unlearning.errors import UserError, unknown
+from unlearning.errors import UserError, did_you_mean, unknown
 from unlearning.methods.base import Method
 from unlearning.models.base import Model
 from unlearning.models.families import as_model
@@ -80,7 +80,7 @@ def erase(
         after: An earlier erasure of this pipeline, which is applied during the fit; the result contains both.
         anchor, synonyms: See unlearning.data.prompt.concepts.
         retain: Concepts that the method may use to retain the rest.
-        template: How a name becomes a prompt.
+        template: How a name becomes a prompt, for methods that have no template of their own.
         seed: Of the training.
         settings: Of the method: iterations=200, optimizer={"lr": 1e-4}, student=LoRA("attn2").
 
@@ -139,10 +139,12 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
     Args:
         folder: For what the method keeps while it works.
     """
+    own, _ = parameters(erase)
     if not isinstance(method, str):
         if settings:
             first, name = next(iter(settings)), type(method).__name__
-            raise UserError(f"Settings belong to the method itself: method={name}({first}=...).")
+            hint = did_you_mean(first, own)
+            raise UserError(f"Settings belong to the method itself: method={name}({first}=...).{hint}")
         _check_kind(model, type(method))
         return method
     if method not in (known := choices(CONF, "method")):
@@ -163,7 +165,7 @@ def _chosen(method: str | Method, settings: Mapping[str, Any], model: StableDiff
     cfg.merge_with({"trainer": {"accelerator": place.type, "devices": devices}})
     existing, _ = parameters(get_class(cfg.method._target_))
     if strange := [name for name in settings if name not in existing]:
-        raise UserError(no_such_setting("method", strange[0], existing))
+        raise UserError(no_such_setting("", strange[0], {*existing, *own}))
     objects = {name: value for name, value in settings.items() if not isinstance(value, PLAIN)}
     try:
         with open_dict(cfg):  # a method's file need not name every argument

@@ -81,7 +81,8 @@ class Weights(Student):
         if any(p.dtype.itemsize < 4 for p in moving.values()):  # too coarse for the small steps of training
             raise UserError(
                 f"{next(iter(moving))} is in half precision, which rounds the small steps of training away: "
-                "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora."
+                "model.dtype=float32 (model.autocast=bfloat16 computes as fast), or student@method.student=lora. For "
+                'a pipeline in memory: pipe.to(torch.float32), or student=LoRA("attn2").'
             )
         teacher = model.snapshot(moving)
         start = {name: (teacher.weights or {})[name] for name in moving}  # no second copy
@@ -169,7 +170,8 @@ def beside(
     """
     if model.dtype == torch.float16:
         raise UserError(
-            "Gradients flow back through the model's weights, and most are too small for float16: model.dtype=bfloat16."
+            "Gradients flow back through the model's weights, and most are too small for float16: "
+            "model.dtype=bfloat16, or for a pipeline in memory pipe.to(torch.bfloat16)."
         )
     with side.attached_to(model, name) as attached:
         moving = {f"{layer}.{n}": p for layer, m in side.modules.items() for n, p in m.named_parameters()}
