@@ -3,8 +3,10 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -12,8 +14,10 @@ from PIL import Image
 import unlearning
 from tests.processes import COMMAND_LINE, Started
 from unlearning.erasures.base import Erasure
+from unlearning.errors import UserError
 from unlearning.methods.scrubber import Scrubber
 from unlearning.store.manifest import load_images, read_manifest
+from unlearning.training.trainers import share_batches
 
 RUN = [
     "concept=cat", "method=esd_x", "method.trajectory=exact", "method.iterations=2", "method.steps=2",
@@ -21,13 +25,13 @@ RUN = [
     "logger=csv", "model.device=cpu", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
     "trainer.callbacks.1._target_=pytorch_lightning.Callback", "~trainer.callbacks.1.refresh_rate",
 ]  # fmt: skip
-TWO = ["trainer=ddp", "trainer.devices=2"]
+TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=2"]
 
 
 def test_two_processes_make_one_run(unlearn, tmp_path):
     """Every picture is drawn, once, and is the one that a single process draws with that erasure.
 
-    The erasure is the one that a process finds alone that accumulates two batches.
+    The erasure is the one that a single process finds with the same batches.
     """
     two = Started(COMMAND_LINE, unlearn.arguments(*RUN, *TWO))
     assert two.wait() == 0, two.stderr[-3000:]
@@ -45,6 +49,12 @@ def test_two_processes_make_one_run(unlearn, tmp_path):
     drawn = read_manifest(one / "images" / "erased.csv")
     assert [(r.prompt, r.seed) for r in drawn] == [(r.prompt, r.seed) for r in shared]
     assert (abs(load_images(drawn).astype(int) - load_images(shared)) <= 1).all()
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_batches_that_two_processes_cannot_share_are_refused(batches):
+    with pytest.raises(UserError, match=f"trainer.accumulate_grad_batches={batches}"):
+        share_batches(SimpleNamespace(accumulate_grad_batches=batches, world_size=2))
 
 
 RACING = """
@@ -121,7 +131,7 @@ def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
         "concept=cat", "method=scrubber", "method.iterations=2",
         "method._target_=tests.test_distributed.Watched", "method.batch_size=2", "method.conditioning=null",
         "method.prototypes.K=8", "method.prototypes.purity=0", "method.prototypes.draws=1", "dataset.pictures=8",
-        "stages=[fit]", *TWO, "+trainer.accumulate_grad_batches=2",
+        "stages=[fit]", *TWO[:2], "trainer.accumulate_grad_batches=4",
         "trainer.precision=bf16-mixed", *RUN[-6:], f"hydra.run.dir={tmp_path}/run",
     ]  # fmt: skip
     environment = {"PYTHONPATH": str(Path(__file__).parents[1])}  # for the process that the first one starts

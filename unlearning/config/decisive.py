@@ -23,7 +23,7 @@ NEVER = {  # at any depth: so is the sampler of images that a method learns from
     "model.offload",
     "dataset.source",  # text of an error message
     "sampler.batch_size",  # each image has a generator of its own; a method's batch_size does decide
-    "trainer.accelerator",  # the number of devices does decide: each sees a batch of its own
+    "trainer.accelerator",  # the number of devices does decide: each process reuses trajectories of its own
     "trainer.callbacks",  # checkpoints and progress bars
     "trainer.default_root_dir",
     "trainer.detect_anomaly",

@@ -28,6 +28,7 @@ from unlearning.training import checkpoints
 from unlearning.training.batches import Batches, Prompts, seed_of
 from unlearning.training.regulariser import Constraint, Regulariser, hold
 from unlearning.training.student import Student
+from unlearning.training.trainers import share_batches
 
 
 class Method(ABC, Generic[ModelT]):
@@ -150,6 +151,7 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                     f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
                 )
             checkpoints.keep_under(trainer, self._key(trainer, own))
+            share_batches(trainer)
             trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:
             # Not left to the garbage collector: a Trainer refers to itself, and Adam's states are twice the weights.

@@ -10,6 +10,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEn
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from unlearning.errors import UserError
 from unlearning.training.checkpoints import AtomicCheckpoints
 
 
@@ -40,6 +41,22 @@ def launch(trainer: partial[pl.Trainer]) -> None:
     own = without_bar(trainer)()
     if (processes := own.num_devices * own.num_nodes) > 1:
         own.predict(_Nothing(), DataLoader(range(processes)), return_predictions=False)  # type: ignore[arg-type]
+
+
+def share_batches(trainer: pl.Trainer) -> None:
+    """Divides the accumulated batches of a step among the processes, so that their number does not change the step.
+
+    Raises:
+        UserError: If there are fewer batches than processes, or they cannot be divided evenly.
+    """
+    batches, processes = trainer.accumulate_grad_batches, trainer.world_size
+    if batches % processes:
+        raise UserError(
+            f"{processes} processes share the batches of a step, and trainer.accumulate_grad_batches={batches} is no "
+            f"multiple of {processes}. With {processes}, a step learns from {processes} × method.batch_size, as on one "
+            "device with the same setting."
+        )
+    trainer.accumulate_grad_batches = batches // processes
 
 
 class _Nothing(pl.LightningModule):
