@@ -217,12 +217,13 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, er
 
 
 def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn, error_of, evaluations):
-    run = unlearn(
-        *SMALL, "evaluator=fid_word_removed", "method=prompt_filter", "dataset.images_per_prompt=2", run="filter"
-    )
+    measured = "evaluator=[fid_word_removed,lpips_word_removed]"
+    run = unlearn(*SMALL, measured, "method=prompt_filter", "dataset.images_per_prompt=2", run="filter")
     assert evaluations() == 2 * pictures(6), "the reference is what the filter makes of the model"
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_word_removed"] == pytest.approx(0, abs=1e-3)
+    assert numbers["efficacy/lpips_word_removed"] == 0 < numbers["base/efficacy/lpips_word_removed"]
+    assert numbers["retention/lpips_word_removed"] == 0 == numbers["base/retention/lpips_word_removed"]
     both = [*SMALL, "method=none", "evaluator=[fid_oracle,fid_word_removed]"]
     assert "fid_oracle and fid_word_removed" in error_of(*both, run="both") and evaluations() == 0
 

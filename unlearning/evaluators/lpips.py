@@ -4,21 +4,22 @@
 
 The sum is over the layers l of a network, whose activations at a position hw are vectors over c. UCE and RECE report
 LPIPS for artists: it should be low for retained artists and high for erased ones.
+
+IGMU (arXiv:2506.02761) compares with the unedited model's image of the prompt without the concept's words instead.
 """
 
 # B batch, C channels of a layer, h w its positions.
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unlearning.concepts import ERASE, RETAIN
-from unlearning.evaluators.base import Evaluator
+from unlearning.evaluators.base import Evaluator, OracleMethod
 from unlearning.store.manifest import ManifestRow, load_images
 
-KEYS = {RETAIN: "fidelity/lpips", ERASE: "efficacy/lpips_e"}
 EPS = 1e-8  # added to squared lengths, as in the authors' implementation
 
 
@@ -47,26 +48,48 @@ class LPIPS(Evaluator):
         layers: The network and its weights.
     """
 
+    keys: ClassVar[dict[str, str]] = {RETAIN: "fidelity/lpips", ERASE: "efficacy/lpips_e"}
+    other: ClassVar[Literal["base", "oracle"]] = "base"
+    reference: ClassVar[str] = "the unedited model's image"
     needs: ClassVar[str] = "an erasure that changes images"
     higher_is_better: ClassVar[dict[str, bool]] = {"fidelity/lpips": False, "efficacy/lpips_e": True}
 
     def __init__(self, layers: Layers, device: str = "auto"):
         super().__init__(device)
         self.layers = layers
-        self.zeros("sums", len(KEYS), 2)
+        self.zeros("sums", len(self.keys), 2)
 
     @property
     def protocol(self) -> str:
-        return f"LPIPS of {self.layers.name} to the unedited model's image, mean over the images of a role"
+        return f"LPIPS of {self.layers.name} to {self.reference}, mean over the images of a role"
 
     def update(self, images: np.ndarray, rows: Sequence[ManifestRow]) -> None:
-        for i, role in enumerate(KEYS):
-            chosen = [j for j, row in enumerate(rows) if row.role == role and row.base]
+        for i, role in enumerate(self.keys):
+            chosen = [j for j, row in enumerate(rows) if row.role == role and getattr(row, self.other)]
             if chosen:
-                pair = (images[chosen], load_images([rows[j] for j in chosen], "base"))
+                pair = (images[chosen], load_images([rows[j] for j in chosen], self.other))
                 a, b = (self.layers(torch.tensor(x, device=self.device)) for x in pair)
                 distances = distance(a, b, self.layers.weights)
                 self.sums[i] += self.sums.new_tensor([distances.sum(), len(chosen)])
 
     def compute(self) -> dict[str, float]:
-        return {key: total / n for key, (total, n) in zip(KEYS.values(), self.sums.tolist(), strict=True) if n}
+        return {key: total / n for key, (total, n) in zip(self.keys.values(), self.sums.tolist(), strict=True) if n}
+
+
+class LPIPSWordRemoved(LPIPS):
+    """The mean LPIPS to the unedited model's image of the same seed and the prompt without the concept's words.
+
+    Args:
+        layers: The network and its weights.
+        oracle: Makes of the model one that leaves the words out.
+    """
+
+    keys: ClassVar[dict[str, str]] = {ERASE: "efficacy/lpips_word_removed", RETAIN: "retention/lpips_word_removed"}
+    other = "oracle"
+    reference = "the unedited model's image of the prompt without the concept's words"
+    needs = "images of the prompts without the concept's words"
+    higher_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(keys.values(), False)
+
+    def __init__(self, layers: Layers, oracle: OracleMethod, device: str = "auto"):
+        super().__init__(layers, device)
+        self.oracle = oracle

@@ -159,7 +159,7 @@ def _title(settings: Mapping[str, object]) -> str:
 
 def _third(metrics: Iterable[str]) -> str:
     """The caption of the third column of images, which is that of the drawing "oracle"."""
-    if any(name.endswith("fid_word_removed") for name in metrics):
+    if any(name.endswith("_word_removed") for name in metrics):
         return "the unedited model, given the prompt without the concept's words"
     return "the model that never knew the concept"
 
