@@ -129,7 +129,7 @@ def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe)
         ({"method": "uce", "anchor": {"caat": "sky"}}, "cat"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(pipe, settings, suggestion):
+def test_a_mistake_gets_a_suggestion(pipe, settings, suggestion):
     before = weights(pipe)
     with pytest.raises(UserError, match=suggestion.replace("(", r"\(")):
         erase(pipe, "cat", **settings)
@@ -169,12 +169,12 @@ def test_a_value_that_does_not_fit_is_named_before_anything_is_made(pipe, concep
 
 
 @pytest.mark.parametrize("settings", [{"method": "negative_prompt"}, {"method": "spm", "iterations": 10**9}])
-def test_what_weights_cannot_hold_is_refused_before_it_is_trained(pipe, settings):
+def test_an_erasure_without_weights_is_refused_before_training(pipe, settings):
     with pytest.raises(UserError, match="return_erasure=True"):
         erase(pipe, "cat", **settings)
 
 
-def test_an_erasure_of_guidance_acts_through_the_model_and_no_call_of_the_pipeline_passes_it_by(pipe):
+def test_a_guidance_erasure_acts_in_the_model_and_blocks_plain_pipeline_calls(pipe):
     erasure, first = erase(pipe, "a cat", method="negative_prompt", return_erasure=True), drawn(pipe)
     with as_model(pipe) as model:
         base = Sampler(steps=2)(model, ["a dog"], [0])
@@ -185,7 +185,7 @@ def test_an_erasure_of_guidance_acts_through_the_model_and_no_call_of_the_pipeli
     assert torch.equal(drawn(pipe), first)
 
 
-def test_a_gate_of_an_outer_erasure_holds_for_an_inner_one(pipe):
+def test_the_gate_of_an_outer_erasure_applies_inside_an_inner_one(pipe):
     few = {"iterations": 1, "steps": 2, "optimizer": {"lr": 0.1}, "scheduler": None}
     gated = erase(pipe, "cat", method="spm", **few, return_erasure=True)
     patch = erase(pipe, "dog", method="uce", anchor="sky", return_erasure=True)
@@ -221,7 +221,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 class Int8Linear(torch.nn.Linear):
-    """A linear map whose weight is held as 8-bit codes, as bitsandbytes holds it."""
+    """A linear map that stores its weight as 8-bit codes, as bitsandbytes does."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
@@ -235,7 +235,7 @@ class Int8Linear(torch.nn.Linear):
 
 @pytest.fixture(params=["integers", "torchao"])
 def quantised(pipe, request):
-    """A pipeline whose UNet's linear maps are held as 8-bit codes."""
+    """A pipeline with a UNet that stores its linear maps as 8-bit codes."""
     if request.param == "torchao":
         torchao = pytest.importorskip("torchao.quantization", reason="an optional package; tests with integers remain")
         torchao.quantize_(pipe.unet, torchao.Int8WeightOnlyConfig())

@@ -1,4 +1,4 @@
-"""Latent code replacement from the command line: what it changes, what it leaves alone, and its errors."""
+"""Latent code replacement from the command line: changed and unchanged codes, and errors."""
 
 import csv
 import json
@@ -123,7 +123,7 @@ def test_a_folder_of_photographs_is_edited_and_its_manifest_records_where(unlear
     assert (run / "images" / "erased" / "astronaut0.png").read_bytes() == erased[0].path.read_bytes()
 
 
-def test_a_crash_of_the_detector_is_a_failure_of_its_image(unlearn, error_of, photos, monkeypatch):
+def test_a_detector_crash_fails_only_its_image(unlearn, error_of, photos, monkeypatch):
     def crashes(self, image):
         if image.mean() > BRIGHT:
             raise RuntimeError("bad image")

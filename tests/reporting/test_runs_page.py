@@ -1,4 +1,4 @@
-"""The page over many runs: the table's numbers, the runs' pictures, and in a real browser what it says it does."""
+"""The page of many runs: numbers of the table, images of the runs, and its functions in a real browser."""
 
 import csv
 import re
@@ -114,7 +114,7 @@ def test_the_numbers_are_the_tables(runs):
     assert 'class="best">4.5 ± 0.5' in shown["cat"] and 'class="second">30.5 ± 0.5' in shown["cat"]
 
 
-def test_the_model_before_is_there_though_no_run_is_of_it(finished, runs):
+def test_the_unedited_model_is_shown_without_a_run_of_its_own(finished, runs):
     assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["2", "50.5 ± 0.0", "98.0 ± 0.0", "99.0 ± 0.0"]
     finished("runs/none", measured(97.0, 99.5), pictures("cat"), method="none")
     shown = scopes(page(runs).read_text())
@@ -130,7 +130,7 @@ def test_a_mean_over_fewer_concepts_says_so(finished, runs):
     assert cells(shown[""])["none"][0] == "4", "the unedited model's are of both"
 
 
-def test_a_mean_over_fewer_concepts_has_no_part_in_the_answers(finished, runs):
+def test_a_mean_over_fewer_concepts_is_excluded_from_the_answers(finished, runs):
     finished("runs/cat/sld", measured(1.0, 99.0), pictures("cat"), method="sld")
     shown = scopes(page(runs).read_text())
     assert "forgets most esd_x acc_e" in said(shown[""]) and "forgets most sld acc_e" in said(shown["cat"])
@@ -140,7 +140,7 @@ def test_a_mean_over_fewer_concepts_has_no_part_in_the_answers(finished, runs):
     assert "sld without dog" in shown[""] and "without dog" not in shown["cat"]
 
 
-def test_a_protocol_that_is_the_concepts_lets_its_mean_compete(finished, tmp_path):
+def test_a_mean_over_protocols_by_concept_competes(finished, tmp_path):
     for concept in ("cat", "dog"):
         for method, value in (("uce", 3.0), ("ac", 4.0)):
             protocol = f"real ({concept}0)"
@@ -150,7 +150,7 @@ def test_a_protocol_that_is_the_concepts_lets_its_mean_compete(finished, tmp_pat
     assert 'class="best">3.0 ± 0.0' in text and "†" not in text and "real (…). Of cat: cat0; of dog: dog0" in text
 
 
-def test_methods_under_other_conditions_have_no_part_in_the_answers(finished, runs):
+def test_methods_under_other_conditions_are_excluded_from_the_answers(finished, runs):
     for concept in ("cat", "dog"):
         finished(
             f"runs/{concept}/fast", measured(0.0, 99.9), pictures(concept), method="sld", steps=20, concept=concept
@@ -160,7 +160,7 @@ def test_methods_under_other_conditions_have_no_part_in_the_answers(finished, ru
         assert re.search(r'class="point aside"[^>]*aria-label="sld, steps 20', text)
 
 
-def test_what_a_method_was_made_of_is_named_and_is_none_of_the_unedited_models(finished, tmp_path):
+def test_the_student_is_shown_for_a_method_and_not_for_the_unedited_model(finished, tmp_path):
     for seed, name in enumerate(("lora", "full")):
         chosen = {"student@method.student": name}
         metrics = measured(5.0 - seed, 80.0)
@@ -184,14 +184,14 @@ def test_one_file_and_nothing_of_the_runs_is_executed(runs):
     assert text.count('src="data:image/webp;base64,') > 20
 
 
-def test_what_differs_besides_the_seed_is_named(finished, runs):
+def test_settings_that_differ_besides_the_seed_are_shown(finished, runs):
     for steps in (20, 100):
         finished(f"runs/sweep{steps}", measured(5.0, 80.0), pictures("cat"), method="sld", steps=steps)
     found = cells(scopes(page(runs).read_text())["cat"])
     assert {"sld, steps 20", "sld, steps 100", "uce"} <= set(found) and found["uce"][0] == "2"
 
 
-def test_what_decides_no_result_is_not_named(finished, runs):
+def test_settings_that_decide_no_result_are_not_shown(finished, runs):
     config = {"sampler": {"steps": 50, "batch_size": 4}, "trainer": {"enable_progress_bar": False}}
     finished("runs/cat/quiet", measured(6.0, 90.0), pictures("cat"), method="uce", seed=2, config=config)
     assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "3"
@@ -247,14 +247,14 @@ def test_a_setting_with_three_values_is_a_curve(finished, runs):
     assert 'points="0.0,100.0 50.0,90.9 100.0,0.0 "' in curves[0], "on a logarithmic axis"
 
 
-def test_a_broken_run_is_named_and_the_page_goes_on(runs, caplog):
+def test_a_broken_run_is_named_and_the_page_is_still_written(runs, caplog):
     (runs / "cat" / "uce" / "0" / "metrics.json").write_text("")
     assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "1"
     assert "cat/uce/0" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "path,prompt,role,seed\n,,,\n", "path,prompt,role\nx,y,z\n", "\xff"])
-def test_a_damaged_manifest_is_named_and_the_page_goes_on(runs, caplog, content):
+def test_a_damaged_manifest_is_named_and_the_page_is_still_written(runs, caplog, content):
     whole = page(runs).read_text()
     for concept, name in (("cat", "base"), ("dog", "erased")):
         (runs / concept / "ac" / "0" / "images" / f"{name}.csv").write_bytes(content.encode("latin-1"))
@@ -264,7 +264,7 @@ def test_a_damaged_manifest_is_named_and_the_page_goes_on(runs, caplog, content)
     assert "cat/ac/0/images/base.csv" in caplog.text and "dog/ac/0/images/erased.csv" in caplog.text
 
 
-def test_damaged_losses_are_named_and_the_page_goes_on(runs, caplog):
+def test_damaged_losses_are_named_and_the_page_is_still_written(runs, caplog):
     [log] = (runs / "cat" / "esd_x" / "0").glob("logs/csv/*/metrics.csv")
     log.write_bytes(b"step,train/loss\n1,2\n\xff")
     assert cells(scopes(page(runs).read_text())["cat"])["esd_x"][0] == "2"
@@ -285,7 +285,7 @@ def test_the_page_stays_small(runs, monkeypatch):
     assert "<img" not in page(runs).read_text()
 
 
-def test_pictures_that_are_gone_and_manifests_that_never_were(runs):
+def test_missing_images_and_manifests_are_tolerated(runs):
     (runs / "cat" / "uce" / "0" / "images" / "erased.csv").unlink()
     for row in read_manifest(runs / "cat" / "esd_x" / "0" / "images" / "erased.csv"):
         row.path.unlink()
@@ -293,7 +293,7 @@ def test_pictures_that_are_gone_and_manifests_that_never_were(runs):
     assert "missing</span>" in text and "not drawn</span>" in text
 
 
-def test_learning_curves_and_who_left_none(runs):
+def test_learning_curves_and_runs_without_one(runs):
     text = page(runs).read_text()
     assert text.count("<polyline") == 4 and text.count('<figure class="panel"') == 1
     points = re.search(r'<polyline data-concept="cat" points="([^"]+)"', text)[1].split()
@@ -308,7 +308,7 @@ def test_another_protocol_does_not_compete(finished, runs):
     assert 'best">0.0' not in text and "odd: softmax" in unescape(text)
 
 
-def test_what_may_be_explicit_is_veiled(finished, runs):
+def test_potentially_explicit_images_are_blurred(finished, runs):
     assert "veiled" not in page(runs).read_text().partition("<main>")[2]
     finished("runs/n", measured(1, 1, **{"efficacy/nudenet_rate": 1.0}), pictures("cat"), dataset="i2p")
     assert page(runs).read_text().partition("<main>")[2].count("samples veiled") == 1
@@ -336,7 +336,7 @@ def plot(*values, higher=(False, True)):
     return Plot.of([Point(str(i), "m", *v) for i, v in enumerate(values)], ("x", "y"), higher)
 
 
-def test_the_front_is_what_no_point_beats():
+def test_the_pareto_front_has_all_undominated_points():
     found = plot((0, 90), (5, 95), (6, 94), (50, 99), (50, 80))
     assert [point.label for point in found.front] == ["3", "1", "0"], "from the least forgotten to the most"
     assert [p.label for p in plot((0, 90), (5, 95), higher=(True, True)).front] == ["1"]
@@ -450,7 +450,7 @@ def test_in_a_browser_the_front_is_that_of_what_is_shown(opened, runs):
     assert len(opened.tell(lines)) == 2
 
 
-def test_in_a_browser_a_point_tells_its_numbers(opened):
+def test_in_a_browser_a_point_shows_its_numbers(opened):
     opened.tell("document.querySelector('.all .point[data-method=esd_x]').focus()")
     assert opened.tell(VISIBLE.format(".tip") + ".map(e => e.textContent)")[0].startswith("esd_x\nacc_e ↓ 5 ± 0.41")
 

@@ -1,4 +1,4 @@
-"""Several stages, several requests, several concepts: what a run does on top of what was done before."""
+"""Several stages, several requests, several concepts: runs on top of earlier erasures."""
 
 from functools import partialmethod
 
@@ -24,7 +24,7 @@ def test_a_method_of_two_stages_trains_both(unlearn, evaluations):
     assert one.digest == two.digest, "a stage is a request on top of the one before"
 
 
-def test_an_interrupted_second_stage_goes_on_from_its_own_checkpoint(unlearn, monkeypatch, evaluations):
+def test_an_interrupted_second_stage_resumes_from_its_own_checkpoint(unlearn, monkeypatch, evaluations):
     from unlearning.methods.esd import ESD
 
     stages = [o.replace("method.", "method.stages.esd_x.") for o in TRAIN[1:]]
@@ -48,7 +48,7 @@ def test_an_interrupted_second_stage_goes_on_from_its_own_checkpoint(unlearn, mo
     assert Erasure.load(again / "erasure").digest == Erasure.load(whole / "erasure").digest
 
 
-def test_requests_one_after_the_other(unlearn, tmp_path, evaluations):
+def test_sequential_erasure_requests_compose(unlearn, tmp_path, evaluations):
     """Three runs, each on top of the one before; the base model stays the unedited one."""
     first = unlearn(*UCE, run="first")
     evaluations()
@@ -81,7 +81,7 @@ def test_several_concepts_are_erased_at_once(unlearn):
 
 
 def test_a_compiled_model_is_erased_and_drawn_like_any_other(unlearn, monkeypatch):
-    """With an adapter and its guidance, whose hooks come and go after the denoiser was compiled."""
+    """With an adapter and its guidance: hooks are added and removed after the denoiser was compiled."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     train = [
         *SMALL,

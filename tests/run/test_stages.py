@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, and what they do not do twice."""
+"""Whole runs of a tiny model: their files, and the work that a second run skips."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from unlearning.store.metrics import flat, records
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_path, evaluations):
+def test_a_run_writes_the_documented_files_and_repeats_no_work(unlearn, tmp_path, evaluations):
     command = [*TRAIN, "method.iterations=3", "evaluator=nudenet", "logger=csv"]
     run = unlearn(*command)
     assert evaluations() == 3 * FIT + 2 * pictures(PICTURES)
@@ -63,7 +63,7 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
     assert json.loads((run / "metrics.json").read_text()).keys() == metrics.keys()
 
 
-def test_runs_share_the_base_models_pictures_and_their_measures(unlearn, tmp_path, evaluations):
+def test_runs_share_the_base_models_images_and_their_measures(unlearn, tmp_path, evaluations):
     none = unlearn("method=none", "evaluator=nudenet", run="none")
     assert evaluations() == pictures(PICTURES), "a model that nothing was erased from is the base model"
     base, erased = (read_manifest(none / "images" / f"{name}.csv") for name in ("base", "erased"))
@@ -76,7 +76,7 @@ def test_runs_share_the_base_models_pictures_and_their_measures(unlearn, tmp_pat
     assert evaluations() == pictures(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
 
 
-def test_a_run_that_measures_something_else_takes_the_erasure_of_its_twin(unlearn, evaluations):
+def test_a_run_with_other_measurements_reuses_an_existing_erasure(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=2", "stages=[fit]"]
     first = unlearn(*command)
     assert evaluations() == 2 * FIT
@@ -93,7 +93,7 @@ def test_a_run_that_measures_something_else_takes_the_erasure_of_its_twin(unlear
     assert evaluations() == 2 * FIT
 
 
-def test_a_damaged_erasure_is_not_taken(unlearn, evaluations):
+def test_a_damaged_erasure_is_not_reused(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
     damaged = unlearn(*command) / "erasure" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-4])
@@ -102,7 +102,7 @@ def test_a_damaged_erasure_is_not_taken(unlearn, evaluations):
     assert evaluations() == FIT
 
 
-def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
+def test_other_settings_have_other_images(unlearn, tmp_path, evaluations):
     few = [*SMALL, "method=none"]
     unlearn(*few)
     evaluations()
@@ -114,7 +114,7 @@ def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
     assert evaluations() == 0, "a batch's size changes no picture"
 
 
-def test_a_batch_changes_no_picture(unlearn, tmp_path):
+def test_a_batch_changes_no_image(unlearn, tmp_path):
     a = load_images(read_manifest(unlearn(*SMALL, "sampler.batch_size=3") / "images" / "base.csv"))
     shutil.rmtree(tmp_path / "store")
     b = load_images(read_manifest(unlearn(*SMALL, "sampler.batch_size=1", run="one") / "images" / "base.csv"))
@@ -139,7 +139,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[fitt]", "'report', and is 'fitt'"),
     ],
 )
-def test_a_stage_whose_turn_has_not_come_says_which_is_missing(error_of, stages, answer):
+def test_a_stage_names_the_missing_earlier_stage(error_of, stages, answer):
     assert answer in error_of(*SMALL, f"stages={stages}")
 
 
@@ -156,7 +156,7 @@ def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn,
     assert len(updates) == 2
 
 
-def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, error_of, tmp_path, monkeypatch):
+def test_detector_failures_are_not_cached(unlearn, error_of, tmp_path, monkeypatch):
     command = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "dataset.images_per_prompt=2"]
     detect, calls = nudenet.NudeDetector.detect, []
     monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: (calls.append(1), detect(self, image))[1])
@@ -175,7 +175,7 @@ def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, error_of
     assert metrics[f"{total}/protocol"] == metrics["efficacy/nudenet_total/protocol"], "these compare"
 
 
-def test_numbers_that_lack_a_picture_say_so(error_of, tmp_path, monkeypatch):
+def test_numbers_that_lack_an_image_say_so(error_of, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
     error_of(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -183,7 +183,7 @@ def test_numbers_that_lack_a_picture_say_so(error_of, tmp_path, monkeypatch):
     assert len(protocols) > 6 and all(p.endswith(", images that could not be generated: 1") for p in protocols)
 
 
-def test_an_evaluator_that_measures_nothing_says_what_it_needs(error_of, tmp_path, capsys):
+def test_an_evaluator_without_input_reports_its_requirements(error_of, tmp_path, capsys):
     """And one that was chosen on the command line makes the run end with an error."""
     assert "measured nothing: 2" in error_of(*SMALL, "evaluator=[accuracy,fid,clip_score]")
     said = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_an_evaluator_that_measures_nothing_says_what_it_needs(error_of, tmp_pat
     assert capsys.readouterr().out.count("nudenet measured nothing") == 1
 
 
-def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, error_of, tmp_path, evaluations):
+def test_images_are_compared_with_those_of_the_oracle(unlearn, error_of, tmp_path, evaluations):
     torch.manual_seed(7)
     tiny.sd1().save_pretrained(tmp_path / "never")
     compared = [*SMALL, "evaluator=fid_oracle", f"evaluator.fid_oracle.oracle.path={tmp_path / 'never'}"]
@@ -278,7 +278,7 @@ class Colours:
         return images.float().mean((1, 2))
 
 
-def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypatch, evaluations):
+def test_a_users_image_folder_is_erased_and_measured(unlearn, tmp_path, monkeypatch, evaluations):
     (tmp_path / "mugs").mkdir()
     for i in range(12):
         Image.new("RGB", (9, 9), (20 * i, 9 * i, i * i)).save(tmp_path / "mugs" / f"{i:02}.png")
@@ -306,7 +306,7 @@ def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypa
 # --- nothing stale ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, evaluations):
+def test_a_model_that_changed_on_disk_is_fitted_and_sampled_again(unlearn, model, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=3", f"model.path={model}"]
     run = unlearn(*command)
     first = evaluations()
@@ -319,7 +319,7 @@ def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, e
     assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
 
 
-def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, error_of, model, evaluations):
+def test_an_erasure_of_another_model_is_not_applied(unlearn, error_of, model, evaluations):
     command = [*SMALL, "method=uce", f"model.path={model}"]
     unlearn(*command, "stages=[fit]")
     tiny.pipeline("sd1", seed=1).save_pretrained(model)
@@ -328,7 +328,7 @@ def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, error_of, model,
     assert evaluations() == 0
 
 
-def test_an_old_erasure_that_cannot_be_deleted_is_not_taken_for_the_new_one(unlearn, model, monkeypatch):
+def test_an_old_erasure_that_cannot_be_deleted_is_not_used(unlearn, model, monkeypatch):
     command = [*SMALL, "method=uce", f"model.path={model}", "stages=[fit]"]
     run = unlearn(*command)
     old = Erasure.load(run / "erasure")
@@ -360,7 +360,7 @@ def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, error_of,
     ["method.eta=3", "concept=bird", "seed=1", "method=uce", "dataset.template='the {}'",
      "trainer.precision=bf16-mixed", "+trainer.gradient_clip_val=1e-6"],
 )  # fmt: skip
-def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
+def test_changed_settings_in_the_same_folder_are_fitted_again(unlearn, change):
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]", run="same")
     old = Erasure.load((run := unlearn(*SMALL, "stages=[]", run="same")) / "erasure").digest
     method = [] if change.startswith("method=") else [*TRAIN, "method.iterations=1"]
@@ -368,7 +368,7 @@ def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
     assert Erasure.load(run / "erasure").digest != old
 
 
-def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
+def test_settings_that_do_not_change_the_erasure_cause_no_new_fit(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
     unlearn(*command)
     evaluations()
@@ -388,7 +388,7 @@ def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
         ({}, None),
     ],
 )
-def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
+def test_suppression_is_relative_to_the_base_model(metrics, expected):
     assert flat(suppression(records(metrics))).get("efficacy/suppression") == expected
 
 
@@ -400,6 +400,6 @@ def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
     assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"
 
 
-def test_what_cannot_be_drawn_ends_the_run_before_it_trains(error_of, tmp_path):
+def test_too_many_sampling_steps_end_the_run_before_training(error_of, tmp_path):
     assert "1000 steps" in error_of("method=esd_x", "method.iterations=1", "dataset=prompt", "sampler.steps=1000")
     assert not (tmp_path / "run" / "erasure").exists()

@@ -82,7 +82,7 @@ def test_all_prompts_and_repeats_share_batches(model, adapter):
     assert len(calls) == 12, "ten steps and two questions, for twelve rows at once"
 
 
-def test_a_prompt_is_asked_about_once(model, adapter):
+def test_each_prompt_is_analysed_once(model, adapter):
     rule, calls = UnGuidance(threshold=0.0, repeats=2, schedule="diffusers").of(adapter.digest), []
     with adapter.applied_to(model):
         first = rule.differences(model, model.encode_prompts(PROMPTS), 7.5)
