@@ -1,4 +1,4 @@
-"""MMA-Diffusion's attack on the text (Yang et al., 2024): prompts that mean the same as a target, without banned words."""
+"""MMA-Diffusion's attack on the text (Yang et al., 2024): prompts that mean a target, without banned words."""
 
 import json
 from pathlib import Path
