@@ -11,6 +11,7 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
+from unlearning.methods.stages import Stages
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.training.student import Weights
 
@@ -183,6 +184,26 @@ def test_an_interrupted_fit_resumes_from_its_checkpoint(model, tmp_path):
         else:
             method.fit(model, TASK)
     assert steps == [0, 1, 2, 3]
+
+
+def test_two_trained_stages_in_one_folder_each_run_their_own_steps(model, tmp_path):
+    """Stages with equal settings, then another concept: no fit resumes from the checkpoint of another one."""
+    steps = []
+
+    class Counting(ESD):
+        def loss(self, prompts):
+            steps.append((prompts[0].split()[-1], self.global_step))
+            return super().loss(prompts)
+
+    def stage() -> ESD:
+        keeper = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+        method = esd(enable_checkpointing=True, callbacks=[keeper])
+        method.__class__ = Counting
+        return method
+
+    for name in ("cat", "dog"):
+        Stages({"first": stage(), "second": stage()}).fit(model, UnlearningTask(erase=(Concept(name),)))
+    assert steps == [(name, step) for name in ("cat", "dog") for _ in range(2) for step in range(2)]
 
 
 def test_the_denoiser_computes_in_the_trainers_precision(model):
