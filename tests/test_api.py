@@ -22,7 +22,7 @@ from unlearning.training.student import LoRA
 ESD = {"method": "esd_x", "iterations": 2, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
 
 
-def drawn(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:
+def generated(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return torch.as_tensor(tiny.drawn_by_diffusers(family, pipe, ["a cat"], [0], 2, 7.5))
 
@@ -55,11 +55,11 @@ def pipe():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_pipeline_of_any_family_is_erased_in_place(family):
     pipe = pipeline(family)
-    scheduler, parts, before, first = pipe.scheduler, networks(pipe), weights(pipe), drawn(pipe, family)
+    scheduler, parts, before, first = pipe.scheduler, networks(pipe), weights(pipe), generated(pipe, family)
     assert erase(pipe, "cat", **ESD) is pipe
     changed = [name for name, value in weights(pipe).items() if not torch.equal(value, before[name])]
     assert changed and all("attn" in name for name in changed)
-    assert not torch.equal(drawn(pipe, family), first)
+    assert not torch.equal(generated(pipe, family), first)
     assert pipe.scheduler is scheduler and networks(pipe) == parts
     assert all(p.requires_grad for part in parts.values() for p in part.parameters())
 
@@ -68,15 +68,15 @@ def test_a_pipeline_of_any_family_is_erased_in_place(family):
 def test_an_adapter_is_merged_and_the_saved_pipeline_is_a_plain_one(pipe, tmp_path, kind):
     pipe.to(dtype=kind)
     settings = {**ESD, "student": LoRA("to_(q|k|v)$|conv1$", rank=2, alpha=2.0, convolutions=True)}
-    before, first = weights(pipe), drawn(pipe)
+    before, first = weights(pipe), generated(pipe)
     erasure = erase(pipe, "cat", **settings, return_erasure=True)
     assert isinstance(erasure, Adapter) and same(weights(pipe), before)
     with erasure.applied_to(pipe):
-        inside = drawn(pipe)
-    assert torch.equal(drawn(pipe), first) and not torch.equal(inside, first)
+        inside = generated(pipe)
+    assert torch.equal(generated(pipe), first) and not torch.equal(inside, first)
     erase(pipe, "cat", **settings)
     assert pipe.dtype == kind
-    torch.testing.assert_close(drawn(pipe), inside, atol=1e-4 if kind == torch.float32 else 0.05, rtol=0)
+    torch.testing.assert_close(generated(pipe), inside, atol=1e-4 if kind == torch.float32 else 0.05, rtol=0)
     pipe.save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path, dtype=kind)
     assert same(weights(again), weights(pipe))
@@ -87,10 +87,10 @@ def test_an_erasure_is_saved_and_applied_to_another_pipeline(pipe, tmp_path):
     erasure.save(str(tmp_path))
     assert "StableDiffusionPipeline" in (tmp_path / "README.md").read_text()
     with erasure.applied_to(pipe):
-        inside = drawn(pipe)
+        inside = generated(pipe)
     other = pipeline("sd1")
     with Erasure.load(str(tmp_path)).applied_to(other):
-        assert torch.equal(drawn(other), inside)
+        assert torch.equal(generated(other), inside)
 
 
 @pytest.mark.parametrize("student", [{"parameters": "attn2"}, LoRA("to_k$", alpha=4.0)])
@@ -100,11 +100,11 @@ def test_a_second_erasure_is_made_on_top_of_the_first(pipe, student):
     with first.applied_to(pipe):
         alone = erase(pipe, "dog", method=UCE(lamb=0.01), anchor="sky", return_erasure=True)
         with alone.applied_to(pipe):
-            inside = drawn(pipe)
+            inside = generated(pipe)
     with both.applied_to(pipe):
-        assert torch.equal(drawn(pipe), inside)
+        assert torch.equal(generated(pipe), inside)
     erase(pipe, "dog", method=UCE(lamb=0.01), anchor="sky", after=first)
-    torch.testing.assert_close(drawn(pipe), inside, atol=1e-4, rtol=0)
+    torch.testing.assert_close(generated(pipe), inside, atol=1e-4, rtol=0)
 
 
 def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe):
@@ -175,14 +175,14 @@ def test_an_erasure_without_weights_is_refused_before_training(pipe, settings):
 
 
 def test_a_guidance_erasure_acts_in_the_model_and_blocks_plain_pipeline_calls(pipe):
-    erasure, first = erase(pipe, "a cat", method="negative_prompt", return_erasure=True), drawn(pipe)
+    erasure, first = erase(pipe, "a cat", method="negative_prompt", return_erasure=True), generated(pipe)
     with as_model(pipe) as model:
         base = Sampler(steps=2)(model, ["a dog"], [0])
     with erasure.applied_to(pipe) as model:
         assert not torch.equal(Sampler(steps=2)(model, ["a dog"], [0]), base)
         with pytest.raises(UserError, match="Sampler"):
-            drawn(pipe)
-    assert torch.equal(drawn(pipe), first)
+            generated(pipe)
+    assert torch.equal(generated(pipe), first)
 
 
 def test_the_gate_of_an_outer_erasure_applies_inside_an_inner_one(pipe):
@@ -192,7 +192,7 @@ def test_the_gate_of_an_outer_erasure_applies_inside_an_inner_one(pipe):
     with gated.applied_to(pipe) as outer, patch.applied_to(pipe) as inner:
         assert inner is outer and len(inner.applied) == 2
         with pytest.raises(UserError, match="Sampler"):
-            drawn(pipe)
+            generated(pipe)
 
 
 def test_generators_and_precisions_stay_as_they_are():
@@ -247,11 +247,11 @@ def quantised(pipe, request):
 
 
 def test_an_adapter_is_trained_beside_quantised_weights_which_stay_quantised(quantised):
-    first, held = drawn(quantised), [(type(p), p.dtype) for p in quantised.unet.parameters()]
+    first, held = generated(quantised), [(type(p), p.dtype) for p in quantised.unet.parameters()]
     erasure = erase(quantised, "cat", **{**ESD, "student": LoRA("attn2", rank=2)}, return_erasure=True)
     with erasure.applied_to(quantised):
-        assert not torch.equal(drawn(quantised), first)
-    assert torch.equal(drawn(quantised), first)
+        assert not torch.equal(generated(quantised), first)
+    assert torch.equal(generated(quantised), first)
     assert [(type(p), p.dtype) for p in quantised.unet.parameters()] == held
 
 

@@ -70,7 +70,7 @@ def seen(judge, images: np.ndarray, question: str = "object") -> list[str]:
     return [names[i] for i in probabilities.argmax(1).tolist()]
 
 
-def drawn(model, prompts) -> np.ndarray:
+def generated(model, prompts) -> np.ndarray:
     images = Sampler(steps=10, batch_size=20)(model, prompts, range(len(prompts)))
     return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -102,13 +102,13 @@ def test_the_autoencoder_keeps_a_drawing(model):
 
 
 def test_it_draws_the_ten_classes(model, judge):
-    images = drawn(model, [f"a photo of the {name}" for name in CIFAR10 for _ in range(2)])
+    images = generated(model, [f"a photo of the {name}" for name in CIFAR10 for _ in range(2)])
     assert np.mean([a == b for a, b in zip(seen(judge, images), np.repeat(CIFAR10, 2), strict=True)]) >= 0.9
 
 
 def test_it_draws_in_the_style_asked_for(model, judge):
     asked = [style for style in STYLES for _ in range(2)]
-    images = drawn(model, [with_article(f"a dog image in {style} style") for style in asked])
+    images = generated(model, [with_article(f"a dog image in {style} style") for style in asked])
     assert np.mean([a == b for a, b in zip(seen(judge, images, "style"), asked, strict=True)]) >= 0.85
 
 

@@ -29,7 +29,7 @@ class Reader:
         return names, p.scatter(1, seen[:, None], 0.8)
 
 
-def pictures(*shown):
+def images_of(*shown):
     """One image for each (object, style)."""
     images = np.zeros((len(shown), 4, 4, 3), np.uint8)
     for image, (thing, style) in zip(images, shown, strict=True):
@@ -44,7 +44,7 @@ def rows(*asked):
 
 def measured(shown, asked, score="argmax"):
     metric = Accuracy(Reader(), score=score, device="cpu")
-    metric.update(pictures(*shown), rows(*asked))
+    metric.update(images_of(*shown), rows(*asked))
     return metric.compute()
 
 
@@ -90,7 +90,7 @@ def test_probabilities_that_are_not_finite_are_an_error():
     metric = Accuracy(Broken(), device="cpu")
     asked = [ManifestRow(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
     with pytest.raises(UserError, match=r"reader.*2\.png"):
-        metric.update(pictures(*[("cat", "color")] * 3), asked)
+        metric.update(images_of(*[("cat", "color")] * 3), asked)
 
 
 def test_accuracies_of_the_three_roles():
@@ -146,11 +146,11 @@ def test_an_attack_succeeds_if_the_judge_sees_the_concept():
 def test_an_attack_is_compared_with_the_same_images_before_it(tmp_path):
     """Of four that were attacked one showed the cat before; two of the three others do with the attack."""
     cat, before = {"object": "cat"}, ("cat", "dog", "dog", "ship")
-    for i, image in enumerate(pictures(*((thing, "color") for thing in before))):
+    for i, image in enumerate(images_of(*((thing, "color") for thing in before))):
         write_image(tmp_path / f"{i}.png", image)
     asked = [replace(row, base=tmp_path / f"{i}.png") for i, row in enumerate(rows(*[(ATTACK, cat)] * 4))]
     metric = Accuracy(Reader(), device="cpu")
-    metric.update(pictures(*[("cat", "color")] * 3, ("ship", "color")), asked)
+    metric.update(images_of(*[("cat", "color")] * 3, ("ship", "color")), asked)
     assert metric.compute() == {
         "robustness/asr": 75,
         "robustness/asr_before": 25,
@@ -170,7 +170,7 @@ def test_roles_start_again_after_a_reset():
     metric = Accuracy(Reader(), score="argmax", device="cpu")
     for role in ("paraphrase", ERASE):
         metric.reset()
-        metric.update(pictures(("cat", "color")), rows((role, {"object": "cat"})))
+        metric.update(images_of(("cat", "color")), rows((role, {"object": "cat"})))
     assert metric.compute() == {"efficacy/acc_e": 100, "efficacy/unrecognisable": 0}
 
 
@@ -187,8 +187,8 @@ def test_merged_processes_equal_a_single_process(first):
     asked = [(role, {"object": thing, "style": "neon"}) for role, thing in
              [(ERASE, "dog"), (SYNONYM, "dog"), (RETAIN, "ship"), (ATTACK, "dog")]]  # fmt: skip
     parts = [Accuracy(Reader(), device="cpu") for _ in range(2)]
-    parts[0].update(pictures(*shown[:first]), rows(*asked[:first]))
-    parts[1].update(pictures(*shown[first:]), rows(*asked[first:]))
+    parts[0].update(images_of(*shown[:first]), rows(*asked[:first]))
+    parts[1].update(images_of(*shown[first:]), rows(*asked[first:]))
     parts[0].merge_state(parts[1] if first % 2 else parts[1].metric_state)
     assert parts[0].compute() == pytest.approx(measured(shown, asked, "softmax"))
 

@@ -13,7 +13,7 @@ TRAIN = ["method=esd_x", *EXACT, "trainer.callbacks.0.every_n_train_steps=2"]
 SMALL = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three prompts
 
 
-def pictures(count: int) -> int:
+def image_evaluations(count: int) -> int:
     """The number of denoiser evaluations for `count` guided images."""
     return count * STEPS * 2
 
@@ -54,7 +54,7 @@ def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def drawn(store: Path) -> dict[str, int]:
+def image_files(store: Path) -> dict[str, int]:
     """The image files among them."""
     return {name: time for name, time in files(store).items() if name.endswith(".png")}
 

@@ -24,11 +24,11 @@ from tests.run.small import (
     TRAIN,
     at_call,
     ctrl_c,
-    drawn,
     files,
+    image_evaluations,
+    image_files,
     no_dog_can_be_drawn,
     partial,
-    pictures,
 )
 from unlearning.erasures.base import Erasure
 from unlearning.evaluators.nudenet import NudeNet
@@ -70,7 +70,7 @@ def test_an_interrupted_fit_resumes_from_its_checkpoint(unlearn, error_of, tmp_p
     assert evaluations() == left * FIT
     assert not kept.exists(), "the erasure takes the checkpoints' place"
     unlearn(*command)
-    assert evaluations() == 2 * pictures(3) and (run / "report.html").exists()
+    assert evaluations() == 2 * image_evaluations(3) and (run / "report.html").exists()
     cost = json.loads((run / "cost.json").read_text())["fit"]["denoiser_evaluations"]
     assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its starts cost"
 
@@ -107,16 +107,16 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, error_of,
         at_call(patch, Sampler, "draw", 2, ctrl_c)
         assert "Interrupted" in error_of(*command)
     store, run = tmp_path / "store" / "images", tmp_path / "run"
-    first = drawn(store)
+    first = image_files(store)
     assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
-    assert evaluations() == pictures(4)
+    assert evaluations() == image_evaluations(4)
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 5, ctrl_c)  # three batches are left of the base model's pictures
         assert "Interrupted" in error_of(*command)
-    assert evaluations() == pictures(9 + 4) and not (run / "images").exists()
+    assert evaluations() == image_evaluations(9 + 4) and not (run / "images").exists()
     unlearn(*command)
-    assert evaluations() == pictures(9)
-    assert first.items() <= drawn(store).items() and len(drawn(store)) == 2 * PICTURES
+    assert evaluations() == image_evaluations(9)
+    assert first.items() <= image_files(store).items() and len(image_files(store)) == 2 * PICTURES
     assert (run / "report.html").exists()
 
 
@@ -126,7 +126,7 @@ def test_an_image_with_nan_is_a_failure_and_not_a_black_image(error_of, tmp_path
     assert "images that could not be generated: 1" in said
     rows = read_manifest(tmp_path / "run" / "images" / "base.csv")
     assert len(rows) == 2 and not any("dog" in row.prompt for row in rows)
-    assert len(drawn(tmp_path / "store" / "images")) == 2 * 2
+    assert len(image_files(tmp_path / "store" / "images")) == 2 * 2
 
 
 def test_an_interrupted_evaluation_is_made_again_and_nothing_else(
@@ -204,7 +204,8 @@ def test_weights_with_nan_are_never_saved(error_of, tmp_path, monkeypatch, itera
 
 @pytest.mark.parametrize(
     ("name", "left"),  # and the evaluations still to be done; a fit that has begun is in its last checkpoint
-    [("cost.json", FIT + pictures(6)), ("weights.safetensors", pictures(6)), (".png", pictures(6)),
+    [("cost.json", FIT + image_evaluations(6)), ("weights.safetensors", image_evaluations(6)),
+     (".png", image_evaluations(6)),
      ("evaluations", 0), ("report.html", 0)],
 )  # fmt: skip
 def test_a_full_disk_leaves_nothing_half_written(unlearn, error_of, tmp_path, monkeypatch, evaluations, name, left):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.run.small import FIT, SMALL, TRAIN, drawn, pictures
+from tests.run.small import FIT, SMALL, TRAIN, image_evaluations, image_files
 from unlearning.erasures.base import Erasure
 from unlearning.store.manifest import load_images, read_manifest
 
@@ -54,13 +54,13 @@ def test_sequential_erasure_requests_compose(unlearn, tmp_path, evaluations):
     evaluations()
     second = unlearn("dataset=prompt", "dataset.others=[cat,sky]", "method=negative_prompt", "concept=dog",
                      f"after={first}/erasure", run="second")  # fmt: skip
-    assert evaluations() == pictures(3), "the base model's images are there already"
+    assert evaluations() == image_evaluations(3), "the base model's images are there already"
     third = unlearn(*SMALL, *TRAIN, "method.iterations=2", f"after={second}/erasure", "stages=[fit]", run="third")
     kinds = [type(part).__name__ for part in Erasure.load(third / "erasure").parts]
     assert kinds == ["WeightPatch", "GuidanceEdit", "WeightPatch"]
     base, erased = (load_images(read_manifest(second / "images" / f"{name}.csv")) for name in ("base", "erased"))
     assert (base != erased).any()
-    assert drawn(tmp_path / "store")
+    assert image_files(tmp_path / "store")
 
 
 def test_an_erasure_of_another_model_is_refused(error_of, unlearn, model):

@@ -11,7 +11,18 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, no_dog_can_be_drawn, partial, pictures
+from tests.run.small import (
+    FIT,
+    PICTURES,
+    SMALL,
+    TRAIN,
+    at_call,
+    ctrl_c,
+    files,
+    image_evaluations,
+    no_dog_can_be_drawn,
+    partial,
+)
 from unlearning.erasures.base import Erasure
 from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
@@ -26,7 +37,7 @@ from unlearning.store.metrics import flat, records
 def test_a_run_writes_the_documented_files_and_repeats_no_work(unlearn, tmp_path, evaluations):
     command = [*TRAIN, "method.iterations=3", "evaluator=nudenet", "logger=csv"]
     run = unlearn(*command)
-    assert evaluations() == 3 * FIT + 2 * pictures(PICTURES)
+    assert evaluations() == 3 * FIT + 2 * image_evaluations(PICTURES)
 
     left = {p for p in files(run) if not p.startswith("logs/")}
     assert left - {"__main__.log"} == {
@@ -42,7 +53,7 @@ def test_a_run_writes_the_documented_files_and_repeats_no_work(unlearn, tmp_path
     assert metrics["cost/denoiser_evaluations"] == 3 * FIT and metrics["cost/artefact_bytes"] > 10_000
     cost = json.loads((run / "cost.json").read_text())
     assert {k: v["denoiser_evaluations"] for k, v in cost.items()} == {
-        "fit": 3 * FIT, "generate base": pictures(PICTURES), "generate erased": pictures(PICTURES)
+        "fit": 3 * FIT, "generate base": image_evaluations(PICTURES), "generate erased": image_evaluations(PICTURES)
     }  # fmt: skip
     base, erased = (read_manifest(run / "images" / f"{name}.csv") for name in ("base", "erased"))
     assert [(r.prompt, r.seed, r.role) for r in base] == [(r.prompt, r.seed, r.role) for r in erased]
@@ -65,15 +76,15 @@ def test_a_run_writes_the_documented_files_and_repeats_no_work(unlearn, tmp_path
 
 def test_runs_share_the_base_models_images_and_their_measures(unlearn, tmp_path, evaluations):
     none = unlearn("method=none", "evaluator=nudenet", run="none")
-    assert evaluations() == pictures(PICTURES), "a model that nothing was erased from is the base model"
+    assert evaluations() == image_evaluations(PICTURES), "a model that nothing was erased from is the base model"
     base, erased = (read_manifest(none / "images" / f"{name}.csv") for name in ("base", "erased"))
     assert base == erased and base[0].base is None
     negative = unlearn("method=negative_prompt", run="negative")
-    assert evaluations() == pictures(PICTURES), "only the erased model's are drawn"
+    assert evaluations() == image_evaluations(PICTURES), "only the erased model's are drawn"
     assert load_images(read_manifest(negative / "images" / "base.csv")).any()
     assert read_manifest(negative / "images" / "base.csv") == read_manifest(none / "images" / "base.csv")
     unlearn("method=none", "concept=dog", run="dog")
-    assert evaluations() == pictures(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
+    assert evaluations() == image_evaluations(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
 
 
 def test_a_run_with_other_measurements_reuses_an_existing_erasure(unlearn, evaluations):
@@ -125,7 +136,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
     run = unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]")
     assert evaluations() == FIT and not (run / "images").exists()
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[generate]")
-    assert evaluations() == 2 * pictures(3) and not (run / "metrics.json").exists()
+    assert evaluations() == 2 * image_evaluations(3) and not (run / "metrics.json").exists()
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[report,evaluate]")  # their order is the stages' own
     assert evaluations() == 0 and (run / "report.html").exists()
 
@@ -201,7 +212,7 @@ def test_images_are_compared_with_those_of_the_oracle(unlearn, error_of, tmp_pat
     tiny.sd1().save_pretrained(tmp_path / "never")
     compared = [*SMALL, "evaluator=fid_oracle", f"evaluator.fid_oracle.oracle.path={tmp_path / 'never'}"]
     run = unlearn(*compared, "method=oracle", f"method.path={tmp_path / 'never'}", run="never")
-    assert evaluations() == 2 * pictures(3), "the erased model's images are the oracle's"
+    assert evaluations() == 2 * image_evaluations(3), "the erased model's images are the oracle's"
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_oracle"] == pytest.approx(0, abs=1e-3)
     assert numbers["base/retention/fid_oracle"] > 1
@@ -210,7 +221,7 @@ def test_images_are_compared_with_those_of_the_oracle(unlearn, error_of, tmp_pat
     assert "the model that never knew" in (run / "report.html").read_text()
 
     unlearn(*compared, *TRAIN, "method.iterations=3", run="esd")
-    assert evaluations() == 3 * FIT + pictures(3), "nothing is drawn again but what is erased"
+    assert evaluations() == 3 * FIT + image_evaluations(3), "nothing is drawn again but what is erased"
     missing = [*compared[:-1], f"evaluator.fid_oracle.oracle.path={tmp_path / 'nowhere'}"]
     assert "train_unet.py --without" in error_of(*missing, *TRAIN, run="missing")
     assert evaluations() == 0 and not (tmp_path / "missing" / "erasure").exists()
@@ -220,7 +231,7 @@ def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn,
     run = unlearn(
         *SMALL, "evaluator=fid_word_removed", "method=prompt_filter", "dataset.images_per_prompt=2", run="filter"
     )
-    assert evaluations() == 2 * pictures(6), "the reference is what the filter makes of the model"
+    assert evaluations() == 2 * image_evaluations(6), "the reference is what the filter makes of the model"
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_word_removed"] == pytest.approx(0, abs=1e-3)
     both = [*SMALL, "method=none", "evaluator=[fid_oracle,fid_word_removed]"]
