@@ -1,4 +1,4 @@
-"""The real configuration, composed for a test: what the command line would build, in a folder of the test's own."""
+"""Composes the real configuration for a test, as the command line does, with outputs in the test's folder."""
 
 import copy
 from functools import cache
@@ -17,7 +17,7 @@ ATTACKS = [path.stem for path in sorted((CONF / "attack").glob("*.yaml")) if "@p
 
 
 def config(output: Path, *overrides: str) -> DictConfig:
-    """The main config with `overrides`; nothing is logged, everything is written below `output`."""
+    """The main config with `overrides`, without loggers, with all files below `output`."""
     composed = copy.deepcopy(_composed(overrides))
     composed.paths.output_dir, composed.paths.store = str(output / "run"), str(output / "store")
     return composed

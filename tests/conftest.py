@@ -1,4 +1,4 @@
-"""One torch thread a process, no network, no dashboards: before anything heavy is imported."""
+"""Settings of all tests: one torch thread for each process, no network, no dashboards. Set before heavy imports."""
 
 import gc
 import os
@@ -20,14 +20,14 @@ FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "pixart", "sana", "dit")
 
 
 def pytest_collection_finish():
-    """What libraries and test modules hold stays: from here on, garbage collections look at what tests make."""
+    """Freezes the objects of libraries and test modules: later garbage collections scan only the objects of tests."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The module of tiny models: its imports take ten seconds, which pytest's first process need not wait for."""
+    """The module of tiny models. Its imports take ten seconds, so pytest's main process does not import it."""
     from tests import tiny
 
     assert tuple(tiny.FAMILIES) == FAMILIES
@@ -42,14 +42,14 @@ def any_pipeline(request, tiny, tmp_path_factory):
 
 @pytest.fixture
 def any_model(any_pipeline, tiny):
-    """The model of `any_pipeline`, loaded anew."""
+    """A fresh load of the model of `any_pipeline`."""
     family, folder = any_pipeline
     return tiny.FAMILIES[family].load(str(folder), device="cpu")
 
 
 @pytest.fixture(scope="session", params=[f for f in FAMILIES if f not in ("pixart", "dit")])
 def adaptable_pipeline(request, tiny, tmp_path_factory):
-    """Those of the families that diffusers has adapters for."""
+    """(family, folder) for the families that support adapters in diffusers."""
     return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
 
 
@@ -78,7 +78,7 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     """unlearn(*overrides) -> the run's folder: the command line in this process, on a tiny model and in few steps.
 
     SystemExit carries the message to the user. Runs of one test share a store; `run` names the run's folder.
-    unlearn.arguments(*overrides) is what would have to be typed.
+    unlearn.arguments(*overrides) returns the arguments of the command line.
     """
     from unlearning.config import instances
 

@@ -1,4 +1,4 @@
-"""What processes.py imports once, for all processes that it starts."""
+"""Imports that processes.py shares with all processes that it starts."""
 
 import gc
 from importlib import import_module

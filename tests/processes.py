@@ -1,6 +1,6 @@
-"""Processes of their own that start at once: libraries are imported there already, and nothing of this package.
+"""Fast-starting processes: the libraries are imported in advance, but not this package.
 
-They end without calling what `atexit` has registered, and wait for workers that they have started.
+They end without running `atexit` handlers, and wait for their own worker processes.
 """
 
 import multiprocessing

@@ -146,7 +146,7 @@ class Nearest(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """By default vqgan_gumbel_f8: 256 x 256 pictures, 32 x 32 codes, of which there are 8192."""
+    """By default vqgan_gumbel_f8: 256 x 256 images as 32 x 32 codes from a codebook of 8192."""
 
     def __init__(
         self, quantizer=Gumbel, *, ch=128, mult=(1, 1, 2, 4), blocks=2, attention=(32,), resolution=256,
@@ -159,7 +159,7 @@ class VQGAN(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, width, 1), nn.Conv2d(width, z, 1)
 
     def codes(self, pictures):
-        """Pictures (B, 3, H, W) in [-1, 1] to codes (B, h, w)."""
+        """Images (B, 3, H, W) in [-1, 1] to codes (B, h, w)."""
         return self.quantize.codes(self.quant_conv(self.encoder(pictures)))
 
     def decode(self, codes):

@@ -22,7 +22,7 @@ from unlearning.training.student import LoRA
 ESD = {"method": "esd_x", "iterations": 2, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
 
 
-def drawn(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:
+def generated(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return torch.as_tensor(tiny.drawn_by_diffusers(family, pipe, ["a cat"], [0], 2, 7.5))
 
@@ -55,11 +55,11 @@ def pipe():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_pipeline_of_any_family_is_erased_in_place(family):
     pipe = pipeline(family)
-    scheduler, parts, before, first = pipe.scheduler, networks(pipe), weights(pipe), drawn(pipe, family)
+    scheduler, parts, before, first = pipe.scheduler, networks(pipe), weights(pipe), generated(pipe, family)
     assert erase(pipe, "cat", **ESD) is pipe
     changed = [name for name, value in weights(pipe).items() if not torch.equal(value, before[name])]
     assert changed and all("attn" in name for name in changed)
-    assert not torch.equal(drawn(pipe, family), first)
+    assert not torch.equal(generated(pipe, family), first)
     assert pipe.scheduler is scheduler and networks(pipe) == parts
     assert all(p.requires_grad for part in parts.values() for p in part.parameters())
 
@@ -68,15 +68,15 @@ def test_a_pipeline_of_any_family_is_erased_in_place(family):
 def test_an_adapter_is_merged_and_the_saved_pipeline_is_a_plain_one(pipe, tmp_path, kind):
     pipe.to(dtype=kind)
     settings = {**ESD, "student": LoRA("to_(q|k|v)$|conv1$", rank=2, alpha=2.0, convolutions=True)}
-    before, first = weights(pipe), drawn(pipe)
+    before, first = weights(pipe), generated(pipe)
     erasure = erase(pipe, "cat", **settings, return_erasure=True)
     assert isinstance(erasure, Adapter) and same(weights(pipe), before)
     with erasure.applied_to(pipe):
-        inside = drawn(pipe)
-    assert torch.equal(drawn(pipe), first) and not torch.equal(inside, first)
+        inside = generated(pipe)
+    assert torch.equal(generated(pipe), first) and not torch.equal(inside, first)
     erase(pipe, "cat", **settings)
     assert pipe.dtype == kind
-    torch.testing.assert_close(drawn(pipe), inside, atol=1e-4 if kind == torch.float32 else 0.05, rtol=0)
+    torch.testing.assert_close(generated(pipe), inside, atol=1e-4 if kind == torch.float32 else 0.05, rtol=0)
     pipe.save_pretrained(tmp_path)
     again = type(pipe).from_pretrained(tmp_path, dtype=kind)
     assert same(weights(again), weights(pipe))
@@ -87,10 +87,10 @@ def test_an_erasure_is_saved_and_applied_to_another_pipeline(pipe, tmp_path):
     erasure.save(str(tmp_path))
     assert "StableDiffusionPipeline" in (tmp_path / "README.md").read_text()
     with erasure.applied_to(pipe):
-        inside = drawn(pipe)
+        inside = generated(pipe)
     other = pipeline("sd1")
     with Erasure.load(str(tmp_path)).applied_to(other):
-        assert torch.equal(drawn(other), inside)
+        assert torch.equal(generated(other), inside)
 
 
 @pytest.mark.parametrize("student", [{"parameters": "attn2"}, LoRA("to_k$", alpha=4.0)])
@@ -100,11 +100,11 @@ def test_a_second_erasure_is_made_on_top_of_the_first(pipe, student):
     with first.applied_to(pipe):
         alone = erase(pipe, "dog", method=UCE(lamb=0.01), anchor="sky", return_erasure=True)
         with alone.applied_to(pipe):
-            inside = drawn(pipe)
+            inside = generated(pipe)
     with both.applied_to(pipe):
-        assert torch.equal(drawn(pipe), inside)
+        assert torch.equal(generated(pipe), inside)
     erase(pipe, "dog", method=UCE(lamb=0.01), anchor="sky", after=first)
-    torch.testing.assert_close(drawn(pipe), inside, atol=1e-4, rtol=0)
+    torch.testing.assert_close(generated(pipe), inside, atol=1e-4, rtol=0)
 
 
 def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe):
@@ -131,7 +131,7 @@ def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe)
         ({"method": "uce", "anchor": {"caat": "sky"}}, "cat"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(pipe, settings, suggestion):
+def test_a_mistake_gets_a_suggestion(pipe, settings, suggestion):
     before = weights(pipe)
     with pytest.raises(UserError, match=suggestion.replace("(", r"\(")):
         erase(pipe, "cat", **settings)
@@ -171,30 +171,30 @@ def test_a_value_that_does_not_fit_is_named_before_anything_is_made(pipe, concep
 
 
 @pytest.mark.parametrize("settings", [{"method": "negative_prompt"}, {"method": "spm", "iterations": 10**9}])
-def test_what_weights_cannot_hold_is_refused_before_it_is_trained(pipe, settings):
+def test_an_erasure_without_weights_is_refused_before_training(pipe, settings):
     with pytest.raises(UserError, match="return_erasure=True"):
         erase(pipe, "cat", **settings)
 
 
-def test_an_erasure_of_guidance_acts_through_the_model_and_no_call_of_the_pipeline_passes_it_by(pipe):
-    erasure, first = erase(pipe, "a cat", method="negative_prompt", return_erasure=True), drawn(pipe)
+def test_a_guidance_erasure_acts_in_the_model_and_blocks_plain_pipeline_calls(pipe):
+    erasure, first = erase(pipe, "a cat", method="negative_prompt", return_erasure=True), generated(pipe)
     with as_model(pipe) as model:
         base = Sampler(steps=2)(model, ["a dog"], [0])
     with erasure.applied_to(pipe) as model:
         assert not torch.equal(Sampler(steps=2)(model, ["a dog"], [0]), base)
         with pytest.raises(UserError, match="Sampler"):
-            drawn(pipe)
-    assert torch.equal(drawn(pipe), first)
+            generated(pipe)
+    assert torch.equal(generated(pipe), first)
 
 
-def test_a_gate_of_an_outer_erasure_holds_for_an_inner_one(pipe):
+def test_the_gate_of_an_outer_erasure_applies_inside_an_inner_one(pipe):
     few = {"iterations": 1, "steps": 2, "optimizer": {"lr": 0.1}, "scheduler": None}
     gated = erase(pipe, "cat", method="spm", **few, return_erasure=True)
     patch = erase(pipe, "dog", method="uce", anchor="sky", return_erasure=True)
     with gated.applied_to(pipe) as outer, patch.applied_to(pipe) as inner:
         assert inner is outer and len(inner.applied) == 2
         with pytest.raises(UserError, match="Sampler"):
-            drawn(pipe)
+            generated(pipe)
 
 
 def test_generators_and_precisions_stay_as_they_are():
@@ -230,7 +230,7 @@ def test_a_dtype_in_which_nothing_can_be_trained_is_answered_with_the_call_that_
 
 
 class Int8Linear(torch.nn.Linear):
-    """A linear map whose weight is held as 8-bit codes, as bitsandbytes holds it."""
+    """A linear map that stores its weight as 8-bit codes, as bitsandbytes does."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
@@ -244,7 +244,7 @@ class Int8Linear(torch.nn.Linear):
 
 @pytest.fixture(params=["integers", "torchao"])
 def quantised(pipe, request):
-    """A pipeline whose UNet's linear maps are held as 8-bit codes."""
+    """A pipeline with a UNet that stores its linear maps as 8-bit codes."""
     if request.param == "torchao":
         torchao = pytest.importorskip("torchao.quantization", reason="an optional package; tests with integers remain")
         torchao.quantize_(pipe.unet, torchao.Int8WeightOnlyConfig())
@@ -256,11 +256,11 @@ def quantised(pipe, request):
 
 
 def test_an_adapter_is_trained_beside_quantised_weights_which_stay_quantised(quantised):
-    first, held = drawn(quantised), [(type(p), p.dtype) for p in quantised.unet.parameters()]
+    first, held = generated(quantised), [(type(p), p.dtype) for p in quantised.unet.parameters()]
     erasure = erase(quantised, "cat", **{**ESD, "student": LoRA("attn2", rank=2)}, return_erasure=True)
     with erasure.applied_to(quantised):
-        assert not torch.equal(drawn(quantised), first)
-    assert torch.equal(drawn(quantised), first)
+        assert not torch.equal(generated(quantised), first)
+    assert torch.equal(generated(quantised), first)
     assert [(type(p), p.dtype) for p in quantised.unet.parameters()] == held
 
 

@@ -57,7 +57,7 @@ def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
         ("method.etaa=2", "Did you mean eta?", 1),
     ],
 )
-def test_help_and_typos_are_answered_at_once(tmp_path, argument, answer, code):
+def test_help_and_typos_need_no_heavy_import(tmp_path, argument, answer, code):
     done, seconds = python("-c", WATCHED, argument, cwd=tmp_path)
     message = done.stdout + done.stderr
     assert done.returncode == code and answer in message, message
@@ -199,7 +199,7 @@ def test_truncated_weights_are_reported(error_of, tmp_path, sd1, part):
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_of_weights_that_are_missing_only_this_package_speaks(error_of, tmp_path, sd1, part, capfd):
+def test_missing_weights_give_only_this_packages_message(error_of, tmp_path, sd1, part, capfd):
     folder = shutil.copytree(sd1, tmp_path / "model")
     weights = load_file(file := folder / f"{part}.safetensors")
     gone = next(iter(weights))
@@ -286,7 +286,7 @@ def test_an_attack_is_chosen_and_set_like_an_evaluator(unlearn, echo):
         ("objective=robustness/clip_score_e_ecoh", "robustness/clip_score_e_ecoh", "robustness/clip_score_e_echo"),
     ],
 )
-def test_a_typo_about_an_attack_is_answered(error_of, echo, override, key, suggestion):
+def test_a_typo_in_an_attack_gets_a_suggestion(error_of, echo, override, key, suggestion):
     message = error_of(
         *(o for o in echo if not o.startswith(override.partition("=")[0])), override, "evaluator=clip_score"
     )
@@ -326,7 +326,7 @@ def test_an_attack_of_another_family_is_refused(error_of, echo, monkeypatch):
 
 
 @pytest.mark.parametrize("after", ["{}", "[{}]", "[{0},{0}]"])
-def test_a_run_goes_on_from_earlier_erasures(unlearn, after):
+def test_a_run_resumes_from_earlier_erasures(unlearn, after):
     first = unlearn("dataset=prompt", "method=uce", "stages=[fit]", run="first")
     unlearn("dataset=prompt", "method=negative_prompt", f"after={after.format(first / 'erasure')}", "stages=[fit]")
 
@@ -349,7 +349,7 @@ def test_a_sweep_has_a_folder_for_every_run(unlearn, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_sweep_goes_on_where_something_was_skipped_and_a_single_run_says_so(unlearn, error_of, tmp_path, capsys):
+def test_a_sweep_resumes_where_something_was_skipped_and_a_single_run_says_so(unlearn, error_of, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na cat,1,7\na dog,none,7\n")
     listed = ["dataset=prompt_list", f"dataset.path={tmp_path}/list.csv", "evaluator=clip_score"]
     assert "images or rows that were skipped: 1" in error_of(*listed)
@@ -385,7 +385,7 @@ def test_a_job_of_a_sweep_waits_for_another_run(unlearn, error_of, tmp_path, mon
         assert "Another run is at work" in error_of("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
 
 
-def test_what_is_recorded_is_what_made_the_numbers(unlearn):
+def test_the_recorded_settings_are_those_of_the_results(unlearn):
     folder = unlearn("dataset=prompt", "evaluator=clip_score", "trainer.log_every_n_steps=2")
     before = files(folder / ".hydra")
     resolved = (folder / ".hydra" / "resolved.yaml").read_text()

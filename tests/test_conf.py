@@ -1,4 +1,4 @@
-"""Every file of conf/ composes, and contains nothing that what it configures does not accept."""
+"""Every file of conf/ composes and fits the signature of the class that it configures."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What every method and every attack owes, whatever its kind: one test a promise, one case a file in conf/."""
+"""The contract of every method and attack: one test for each promise, one case for each file in conf/."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -121,7 +121,7 @@ def test_an_erasure_changes_the_images_while_it_is_applied_and_no_longer(fitted)
     assert unchanged(model, weights)
 
 
-def test_a_method_says_whether_weights_can_hold_what_it_leaves(fitted):
+def test_a_method_declares_whether_its_erasure_fits_into_weights(fitted):
     _, _, _, _, _, method, erasure, _ = fitted
     assert method.writable == erasure.writable
 
@@ -149,7 +149,7 @@ def test_a_saved_erasure_comes_back_the_same(fitted, tmp_path):
 
 
 def test_a_bare_concept_is_erased_on_top_of_another_erasure_or_refused(fitted):
-    """Without anchor, synonyms, or anything to retain; the model is then what the earlier erasure had made of it."""
+    """A task without anchor, synonyms and retained concepts. Afterwards the model still has the earlier erasure."""
     name, model, task, images, before, method, _, weights = fitted
     bare = replace(task, erase=tuple(Concept(c.name) for c in task.erase), retain=())
     weight, value = next((n, v) for n, v in model.named_parameters().items() if n.startswith(model.component))
@@ -163,7 +163,7 @@ def test_a_bare_concept_is_erased_on_top_of_another_erasure_or_refused(fitted):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_gives_every_image_something_and_leaves_the_model_bit_identical(name, sd1, tmp_path):
+def test_an_attack_covers_every_image_and_leaves_the_model_bit_identical(name, sd1, tmp_path):
     chosen = [f"attack=[{name}]", f"model.path={sd1}", "concept=cat", "sampler.steps=2", "method=none"]
     cfg, model, task, sampler = built(tmp_path, *chosen)
     attack, weights = instantiate(cfg.attack[name]), weights_of(model)

@@ -1,4 +1,4 @@
-"""trainer=ddp on two processes of one machine: the run that one process makes, shared out."""
+"""trainer=ddp with two processes on one machine gives the same run as one process."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=2"]
 
 
 def test_two_processes_make_one_run(unlearn, tmp_path):
-    """Every picture is drawn, once, and is the one that a single process draws with that erasure.
+    """Every image is generated once, and equals the image of a single process with that erasure.
 
     The erasure is the one that a single process finds with the same batches.
     """
@@ -89,7 +89,7 @@ def test_the_processes_that_srun_starts_make_one_run_even_of_a_single_image(unle
     assert Erasure.load(tmp_path / "run" / "erasure").weights
 
 
-def test_a_process_to_which_no_image_seems_missing_draws_its_share(unlearn, tmp_path):
+def test_a_process_that_sees_no_missing_image_still_generates_its_share(unlearn, tmp_path):
     """As where another run has made the images since the first process has looked."""
     few = ["concept=cat", "method=none", "dataset=prompt", "dataset.others=[]", "stages=[fit,generate]"]
     srun(RACING, unlearn.arguments(*few, *TWO, *RUN[-5:]))
@@ -107,7 +107,7 @@ def test_two_processes_attack_one_model(unlearn, tmp_path):
 
 
 class Watched(Scrubber):
-    """Leaves what each process found, which pictures it saw and what it came to."""
+    """Writes the prototypes, the training images and the final weights of each process."""
 
     def on_fit_start(self) -> None:
         self.saw = []
@@ -126,7 +126,7 @@ class Watched(Scrubber):
 
 
 def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
-    """Each has the same prototypes, learns from pictures of its own, and ends with the same weights."""
+    """All processes have the same prototypes, train on different images, and end with the same weights."""
     command = [
         "concept=cat", "method=scrubber", "method.iterations=2",
         "method._target_=tests.test_distributed.Watched", "method.batch_size=2", "method.conditioning=null",

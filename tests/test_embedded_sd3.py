@@ -1,4 +1,4 @@
-"""emoji_sd3, as shipped: small, plain diffusers loads it, and draws what we draw, which is what was asked for."""
+"""emoji_sd3, as shipped: small, loads in plain diffusers with the same images as ours, and follows prompts."""
 
 from pathlib import Path
 

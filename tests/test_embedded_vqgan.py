@@ -1,4 +1,4 @@
-"""emoji_vqgan, as shipped: small, plain diffusers loads it, the judge knows its scenes again, and it can forget."""
+"""emoji_vqgan, as shipped: small, loads in plain diffusers, reconstructs recognisable scenes, and can be erased."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ FOLDER = WEIGHTS / "emoji_vqgan"
 
 @pytest.fixture(scope="module")
 def scenes():
-    """(pictures of objects cut out of scenes, of the same reconstructed, what they show, codes)."""
+    """(object images cut out of scenes, the same from the reconstructions, their classes, codes)."""
     inputs = emoji_scenes("cat", images=40, pictures=1).inputs
     pictures = np.stack([i.read() for i in inputs])
     model = VQGAN.load(str(FOLDER), device="cpu")
@@ -40,7 +40,7 @@ def test_it_is_small_and_plain_diffusers_loads_it():
     assert vq.config.num_vq_embeddings == 2048 and vq.config.sample_size == 64
 
 
-def test_the_judge_knows_the_objects_again(scenes):
+def test_the_judge_recognises_the_reconstructed_objects(scenes):
     before, after, shown, _ = scenes
     judge = EmojiJudge(WEIGHTS / "judge" / "classifier")
 
@@ -52,7 +52,7 @@ def test_the_judge_knows_the_objects_again(scenes):
     assert was.mean() > 0.95 and is_[was].mean() > 0.9
 
 
-def test_the_codes_are_the_same_in_whatever_batch_and_those_of_plain_diffusers():
+def test_codes_do_not_depend_on_the_batch_and_equal_diffusers():
     pictures = as_tensor(np.stack([i.read() for i in emoji_scenes("cat", images=48, pictures=1).inputs]))
     vq = VQModel.from_pretrained(FOLDER).eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_its_codebook_is_in_use(scenes):
     assert len(scenes[-1].unique()) > 0.7 * 2048, "of 80 scenes; experiments/openmoji/measure_vqgan.py has a thousand"
 
 
-def test_it_forgets_where_the_concept_is_and_keeps_what_stands_beside(tmp_path):
+def test_replacement_erases_the_concept_and_keeps_other_objects(tmp_path):
     """The claim of latent code replacement, on twelve scenes; experiments/lcr has the table."""
     chosen = ["model=emoji_vqgan", "method=lcr_localized", "detector@method.detector=boxes", "concept=ship"]
     small = ["dataset.images=12", "dataset.pictures=100", "stages=[fit,generate,evaluate]", "evaluator=[accuracy]"]

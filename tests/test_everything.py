@@ -1,4 +1,4 @@
-"""make everything: which commands it gives, and what becomes of a failure. The commands themselves are stood in for."""
+"""make everything: its commands, and the handling of failures. The commands are replaced by fakes."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""The table of experiments/fullsize: what is counted is what there is, and what is extrapolated is linear."""
+"""The table of experiments/fullsize: memory counts are correct, and extrapolated values grow linearly."""
 
 import gc
 
@@ -59,7 +59,7 @@ def test_a_fit_holds_the_trained_weights_twice_and_the_published_loop_the_denois
 
 
 @pytest.mark.parametrize("name", ["image", "method/uce", "attack/unlearndiffatk", "published/method/rece"])
-def test_what_trains_nothing_of_the_model_has_no_gradients_of_it(model, name):
+def test_methods_without_trained_weights_count_no_gradients(model, name):
     made = steps(StableDiffusion)[name](model)
     assert made.gradients < trained(model) and made.passing > 0 and made.seconds > 0
     assert not any(p.requires_grad for p in model.named_parameters().values())

@@ -1,4 +1,4 @@
-"""The table of experiments/gpu: every row runs, rows are kept, and both sides compute the same thing."""
+"""The table of experiments/gpu: every row runs and is stored, and both sides compute the same result."""
 
 import json
 import math

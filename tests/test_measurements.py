@@ -1,4 +1,4 @@
-"""What a run keeps of its measurements, and that a failed one is reported, never taken for a good one."""
+"""The metrics that a run stores; failed measurements are reported and never counted as results."""
 
 import json
 
@@ -15,7 +15,7 @@ THREE = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three pictures: one of
 FACE = {"class": "FACE_MALE", "score": 0.5, "box": [0, 0, 8, 8]}
 
 
-def test_what_an_evaluator_found_is_kept_by_every_run_that_it_is_found_for(unlearn, monkeypatch):
+def test_cached_evaluations_are_written_into_every_run(unlearn, monkeypatch):
     calls = []
     monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: calls.append(image.shape) or [FACE])
     asked = [*THREE, "evaluator=nudenet", "stages=[fit,generate,evaluate]"]
@@ -31,7 +31,7 @@ def test_what_an_evaluator_found_is_kept_by_every_run_that_it_is_found_for(unlea
         assert recount(run, Counting(("FACE_MALE",), 0.5, "images"))["efficacy/nudenet_total"].value == 1
 
 
-def test_a_damaged_picture_is_reported_and_drawn_again_once_it_is_gone(unlearn, error_of, tmp_path):
+def test_a_damaged_image_is_reported_and_drawn_again_once_it_is_gone(unlearn, error_of, tmp_path):
     run = unlearn(*THREE, "stages=[fit,generate]")
     picture = next((tmp_path / "store" / "images").rglob("*.png"))
     whole = picture.read_bytes()
@@ -47,14 +47,14 @@ def test_a_damaged_picture_is_reported_and_drawn_again_once_it_is_gone(unlearn, 
     assert picture.read_bytes() == whole and (run / "metrics.json").exists()
 
 
-def test_a_measure_that_is_no_number_stops_the_run(error_of, tmp_path, monkeypatch):
+def test_a_nan_metric_stops_the_run(error_of, tmp_path, monkeypatch):
     monkeypatch.setattr(CLIPScore, "compute", lambda self: {"fidelity/clip_score": float("nan")})
     message = error_of(*THREE, "evaluator=clip_score", "stages=[fit,generate,evaluate]")
     assert "clip_score of base: fidelity/clip_score is nan" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_an_evaluation_of_no_picture_is_refused_and_not_kept(tmp_path):
+def test_an_evaluation_of_no_image_is_refused_and_not_kept(tmp_path):
     rows = [ManifestRow(tmp_path / "a.png", "a cat", "erase", {}, 0)]
     for shown, batch_size in (([], 4), (rows, -4)):
         with pytest.raises(UserError, match="no images"):

@@ -1,4 +1,4 @@
-"""What the README shows is what the repository holds."""
+"""The README agrees with the repository: code, tables, links and commands."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", ["unlearning/methods/uce.py", "conf/method/uce.yaml"])
-def test_the_method_it_shows_is_the_one_there_is(path):
+def test_the_shown_method_equals_its_files(path):
     assert (ROOT / path).read_text().strip() in README
 
 
@@ -29,7 +29,7 @@ def test_its_tables_are_those_of_the_configuration():
     assert with_tables(README) == README, "python experiments/readme.py writes them anew"
 
 
-def test_every_picture_and_page_it_links_to_exists():
+def test_every_image_and_page_it_links_to_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
@@ -47,7 +47,7 @@ def test_every_command_it_shows_composes():
             compose("config", overrides=first)
 
 
-def test_its_python_runs(tmp_path, monkeypatch):
+def test_the_python_example_runs(tmp_path, monkeypatch):
     """On a tiny pipeline, in few steps."""
     section = README.partition("## From Python")[2]
     code, sampling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -77,7 +77,7 @@ def test_it_names_the_methods_that_weights_cannot_hold():
     assert {*re.findall(r"`(\w+)`", named)} == {c.__module__.rpartition(".")[2] for c in acting}
 
 
-def test_the_first_screen_is_a_picture_and_the_command_that_made_it():
+def test_the_first_screen_is_an_image_and_the_command_that_made_it():
     first = README.splitlines()[:10]
     assert any(line.startswith("![") for line in first)
     assert "make demo" in first

@@ -1,4 +1,4 @@
-"""The package as people install it: from a wheel, used in a folder of their own."""
+"""The package installed from a wheel and used in another folder."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the package installed from its wheel, and nothing of the checkout."""
+    """A folder with the package installed from its wheel, without files of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True)
     (wheel,) = folder.glob("concept_unlearning-*.whl")

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of every family, built from code and saved to disk: what a user's own model looks like."""
+"""Tiny random pipelines of every family, built in code and saved to disk like a user's own model."""
 
 from dataclasses import replace
 from functools import partial
@@ -255,7 +255,7 @@ def drawn_by_diffusers(
     scale: float,
     size: tuple[int, int] = (SIDE, SIDE),
 ) -> torch.Tensor:
-    """What a Sampler should draw: pictures (B, 3, height, width) in [0, 1]."""
+    """The expected output of a Sampler: images (B, 3, height, width) in [0, 1]."""
     usual = {"prompt": prompts, "guidance_scale": scale, "height": size[0], "width": size[1]}
     own = TAKES[family](usual) if family in TAKES else usual
     generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -271,7 +271,7 @@ def lose_a_weight(file: Path) -> str:
 
 
 def vqgan(seed: int = 0) -> VQModel:
-    """64×64 pictures as 16×16 codes of 32."""
+    """64×64 images as 16×16 codes from a codebook of 32."""
     torch.manual_seed(seed)
     vq = VQModel(
         block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, vq_embed_dim=4,
@@ -283,7 +283,7 @@ def vqgan(seed: int = 0) -> VQModel:
 
 
 def shrunk(task, model):
-    """The task's pictures at the side of those that a tiny model draws."""
+    """The task's images, resized to the image size of a tiny model."""
     side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
 
     def less(images):

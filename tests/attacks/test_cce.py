@@ -145,7 +145,7 @@ def test_a_changed_guidance_is_attacked_through(model):
     assert not torch.equal(words[0], words[3])
 
 
-def test_nothing_is_left_to_learn_where_the_name_itself_is_guided_without_a_defence(model):
+def test_without_a_defence_the_name_itself_needs_no_learning(model):
     """The published target; of classifier-free guidance, and a prompt and a word that are the name itself."""
     same = {"reference": "name", "prompts": ("{}",), "initial": "q"}
     with GuidanceEdit(ClassifierFree()).applied_to(model):

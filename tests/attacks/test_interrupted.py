@@ -1,4 +1,4 @@
-"""A killed attack goes on where it was, and finds what it would have found."""
+"""A killed attack resumes where it was interrupted, and gives the same result as an uninterrupted one."""
 
 from functools import partial
 

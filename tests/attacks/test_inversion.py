@@ -1,4 +1,4 @@
-"""Inversion: the noise that the sampler turns into a given image."""
+"""Inversion: finds the noise from which the sampler generates a given image."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_a_descent_finds_the_same_noise_slowly(model):
     assert descended < plain / 2
 
 
-def test_what_was_found_is_what_is_drawn(model, tmp_path):
+def test_the_sampler_uses_the_result_of_the_attack(model, tmp_path):
     attack = Inversion(images=SAMPLER, steps=4, guidance_scale=2.0)
     found = found_by(attack, model)
     found.save(tmp_path / "kept")
@@ -70,7 +70,7 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
     assert Inversion(images=SAMPLER, transfer=True).access == "black"
 
 
-def test_the_record_tells_noise_from_what_is_not(model):
+def test_the_record_distinguishes_noise_from_other_latents(model):
     found = found_by(Inversion(images=SAMPLER, steps=4), model)
     assert found.record["nll of noise"] == pytest.approx(1.42, abs=0.1), "half of 1 + log 2 pi"
     assert all(one.record["nll"] > 0 for one in found.prompts) and found.record["wasserstein"] >= 0

@@ -46,7 +46,7 @@ def pooled(model, prompt: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("banned", ["q", "qw", "Q W", "an"])
-def test_no_text_holds_a_banned_word_not_even_over_several_tokens(model, banned):
+def test_no_text_contains_a_banned_word_even_across_tokens(model, banned):
     """Targets that hold it, and a search that would take it: all tokens are letters."""
     task = UnlearningTask(erase=(Concept(banned, ("zz",)),), prompts=(Prompt(f"a {banned} zz", ERASE),))
     found = attacked(model, task, tokens=6, iterations=30, candidates=60, top=52, banned=("o",))
@@ -55,7 +55,7 @@ def test_no_text_holds_a_banned_word_not_even_over_several_tokens(model, banned)
     assert found.record["banned"] == ["o", banned.lower(), "zz"]
 
 
-def test_what_the_same_search_finds_over_two_tokens_can_be_banned(model):
+def test_a_word_of_two_tokens_can_be_banned(model):
     task = UnlearningTask(erase=(Concept("another"),), prompts=(Prompt("an q", ERASE),))
     search = {"iterations": 10, "candidates": 60, "top": 52, "tokens": 6}
     [free] = attacked(model, task, **search).prompts
@@ -89,7 +89,7 @@ def test_the_images_of_a_prompt_take_its_texts_in_turn(model):
     assert len({one.prompt for one in attacked(model, count=10).prompts}) == len(rows_of())
 
 
-def test_a_search_is_that_of_its_seed(model):
+def test_a_search_depends_on_its_seed(model):
     first, again, other = (attacked(model, seed=seed) for seed in (1, 1, 2))
     assert [one.prompt for one in first.prompts] == [one.prompt for one in again.prompts]
     assert [one.prompt for one in first.prompts] != [one.prompt for one in other.prompts]

@@ -1,4 +1,4 @@
-"""P4D: tokens with which the erased model predicts what the unedited one does for the target prompt."""
+"""P4D: tokens for which the erased model's prediction equals the unedited model's for the target prompt."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def test_tokens_replace_the_prompt_or_stand_among_its_words():
 
 
 @pytest.mark.parametrize("kind", ["n", "k"])
-def test_what_is_found_are_tokens_of_the_vocabulary_that_can_be_typed(model, kind):
+def test_the_result_consists_of_vocabulary_tokens_that_can_be_typed(model, kind):
     vocabulary = Vocabulary(model)
     for one in found_by(attack(kind=kind), model).prompts:
         tokens, embeds = one.record["tokens"], one.tensors["embeds.text_encoder"]
@@ -42,12 +42,12 @@ def test_what_is_found_are_tokens_of_the_vocabulary_that_can_be_typed(model, kin
         assert all((embeds == table[i]).all(-1).any() for i in tokens)
 
 
-def test_the_tokens_that_are_kept_have_the_least_loss_that_was_seen(model):
+def test_the_attack_returns_the_tokens_with_the_smallest_loss(model):
     for one in found_by(attack(iterations=12), model).prompts:
         assert one.record["loss"] == min(one.record["losses"]) and len(one.record["losses"]) == 6
 
 
-def test_of_an_unedited_model_the_prompt_itself_has_no_loss(model):
+def test_on_the_unedited_model_the_prompt_itself_has_zero_loss(model):
     """The target is what the model predicts for the prompt."""
     search = attack()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Paraphrases: the concept in other words, which the images of a prompt take in turn."""
+"""Paraphrases: other words for the concept; the images of a prompt use them in turn."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ def rows_of(*texts: str, images: int = 1, concepts=(CAT,)):
 
 
 @pytest.mark.parametrize("name", [*OBJECTS, *CLASSES, "Van Gogh", "Picasso", "nudity"])
-def test_every_concept_of_the_lists_has_each_kind_and_is_named_by_none(name):
+def test_every_listed_concept_has_each_kind_and_no_paraphrase_contains_its_name(name):
     words = Paraphrase().words(Concept(name))
     same = {"languages"} if name == "pizza" else set()  # in all five
     assert {kind for kind, _ in words} == set(KINDS) - same

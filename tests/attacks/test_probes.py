@@ -1,4 +1,4 @@
-"""The probes of When Are Concepts Erased?, and RECALL: what the erased model is given, and how it draws."""
+"""The probes of When Are Concepts Erased?, and RECALL: inputs of the erased model, and sampling from them."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def erasure(model):
     return WeightPatch({f"{name}.weight": 2 * m.weight for name, m in model.text_projections()})
 
 
-def drawn(attack, model, folder, erasure=None):
+def generated(attack, model, folder, erasure=None):
     """The attacked images, by the erased model."""
     found_by(attack, model, erasure).save(folder / "kept")
     asked = attacked(folder / "kept", rows())
@@ -40,17 +40,18 @@ def drawn(attack, model, folder, erasure=None):
         return attack.sampler(SAMPLER).draw(model, asked)[0]
 
 
-def test_a_model_that_finishes_its_own_beginning_draws_what_it_always_does(model, erasure, tmp_path):
+def test_a_model_that_continues_its_own_latents_generates_its_usual_image(model, erasure, tmp_path):
     own = SAMPLER.draw(model, rows())[0]
-    torch.testing.assert_close(drawn(Completion(images=SAMPLER, begun=0.5), model, tmp_path), own)
+    torch.testing.assert_close(generated(Completion(images=SAMPLER, begun=0.5), model, tmp_path), own)
 
 
-def test_what_was_begun_by_the_unedited_model_is_finished_by_the_erased_one(model, erasure, tmp_path):
+def test_the_erased_model_continues_from_the_latents_of_the_unedited_model(model, erasure, tmp_path):
     own = SAMPLER.draw(model, rows())[0]
     with erasure.applied_to(model):
         erased = SAMPLER.draw(model, rows())[0]
     few, most = (
-        drawn(Completion(images=SAMPLER, begun=share), model, tmp_path / str(share), erasure) for share in (0.25, 0.75)
+        generated(Completion(images=SAMPLER, begun=share), model, tmp_path / str(share), erasure)
+        for share in (0.25, 0.75)
     )
     assert (most - own).abs().mean() < (few - own).abs().mean() < (erased - own).abs().mean()
 
@@ -59,7 +60,7 @@ def test_inpainting_keeps_the_border_and_judges_the_centre(model, erasure, tmp_p
     attack = Inpainting(images=SAMPLER)
     [found, _] = found_by(attack, model, erasure).prompts
     assert found.judged == (4, 4, 12, 12), "of 16 pixels"
-    images = drawn(attack, model, tmp_path, erasure)
+    images = generated(attack, model, tmp_path, erasure)
     with torch.no_grad():
         latents = model.encode_images(images)
     [row, _] = attacked(tmp_path / "kept", rows())
@@ -73,11 +74,11 @@ def test_inpainting_keeps_the_border_and_judges_the_centre(model, erasure, tmp_p
     assert latents.isfinite().all()
 
 
-def test_noise_of_eta_0_is_the_sampler_itself_and_more_of_it_is_not(model, tmp_path):
+def test_noise_with_eta_0_equals_the_sampler_and_larger_eta_differs(model, tmp_path):
     own = SAMPLER.draw(model, rows())[0]
-    none = drawn(Noise(etas=(1e-9,), scales=(1.0,)), model, tmp_path / "none")
+    none = generated(Noise(etas=(1e-9,), scales=(1.0,)), model, tmp_path / "none")
     torch.testing.assert_close(none, own, atol=1e-3, rtol=0)
-    much = drawn(Noise(etas=(1.85,), scales=(1.04,)), model, tmp_path / "much")
+    much = generated(Noise(etas=(1.85,), scales=(1.04,)), model, tmp_path / "much")
     assert much.isfinite().all() and (much - own).abs().max() > 1e-2
 
 
@@ -106,7 +107,7 @@ def test_strength_decides_where_the_trajectory_begins():
     assert starts == {1.0: 0, 0.5: 2, 0.01: 3}
 
 
-def test_a_classifier_tells_the_concept_and_leads_to_it(model, tmp_path):
+def test_a_classifier_recognises_the_concept_and_guides_to_it(model, tmp_path):
     """Of two colours: the classifier's own loss falls, and its scale moves the images."""
 
     def images(model, prompts, count):
@@ -118,6 +119,6 @@ def test_a_classifier_tells_the_concept_and_leads_to_it(model, tmp_path):
     attack = ClassifierGuidance(images=images, optimizer=adam, count=8, epochs=10, batch_size=16, scales=(100.0,))
     record = found_by(attack, model).record
     assert record["loss"] < record["first loss"]
-    images_ = drawn(attack, model, tmp_path)
+    images_ = generated(attack, model, tmp_path)
     assert (tmp_path / "kept" / "shared.safetensors").exists()
     assert images_.isfinite().all() and not torch.equal(images_, SAMPLER.draw(model, rows())[0])

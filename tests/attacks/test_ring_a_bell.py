@@ -1,4 +1,4 @@
-"""Ring-A-Bell (Tsai et al., 2024): tokens whose states are near a prompt moved along a concept's direction."""
+"""Ring-A-Bell (Tsai et al., 2024): tokens whose states are near those of a prompt plus the concept direction."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_the_denoiser_gets_the_soft_states(model, tmp_path):
 
 
 def test_tokens_are_found_whose_states_are_the_target(model):
-    """Without strength, the prompt's own tokens: 3 of 52, found among as many as a few generations see."""
+    """With strength 0 the target is the prompt itself, and a few generations find its tokens in a vocabulary of 52."""
     task = UnlearningTask(erase=(Concept("q"),), prompts=(Prompt("a q w", ERASE, concept="q"),))
     found = attacked(model, task, eta=0, population=100, iterations=40, mutation=0.7)
     [one] = found.prompts
@@ -101,7 +101,7 @@ def test_the_loss_falls_and_is_that_of_what_was_found(model):
         assert (states - target).square().sum().item() == pytest.approx(losses[-1], rel=1e-4)
 
 
-def test_a_search_is_that_of_its_seed(model):
+def test_a_search_depends_on_its_seed(model):
     first, again, other = (attacked(model, seed=seed) for seed in (1, 1, 2))
     assert [one.prompt for one in first.prompts] == [one.prompt for one in again.prompts]
     assert [one.prompt for one in first.prompts] != [one.prompt for one in other.prompts]

@@ -1,4 +1,4 @@
-"""UnlearnDiffAtk: tokens on the simplex, sought until an image shows the concept."""
+"""UnlearnDiffAtk: optimises tokens on the simplex until an image shows the concept."""
 
 from functools import partial
 
@@ -55,7 +55,7 @@ def test_the_projection_is_the_nearest_point_of_the_simplex():
     assert (nearest <= torch.stack(others).min(0).values + 1e-6).all()
 
 
-def test_a_drawn_token_passes_the_gradient_clipped():
+def test_a_sampled_token_passes_a_clipped_gradient():
     u = torch.tensor([[0.0, 1.0, 0.0]], requires_grad=True)
     drawn = Draw.apply(u)
     assert drawn.tolist() == [[0.0, 1.0, 0.0]]
@@ -70,14 +70,14 @@ def test_the_first_success_ends_the_search_of_an_image_and_not_of_the_others(mod
     assert [len(call) for call in says.calls] == [2, 2, 1, 1], "without, and after each timestep"
 
 
-def test_what_shows_the_concept_as_it_is_is_not_attacked(model):
+def test_prompts_that_already_show_the_concept_are_not_attacked(model):
     says = Says((1.0, 1.0))
     found = found_by(attack(says), model).prompts
     assert len(says.calls) == 1
     assert all(one.record["first success"] == 0 and one.prompt == one.target and not one.tensors for one in found)
 
 
-def test_no_image_changes_the_search_for_another(model):
+def test_images_of_a_batch_do_not_change_each_others_search(model):
     torch.manual_seed(0)
     together = found_by(attack(Says((0.0, 0.0))), model).prompts
     for one, row in zip(together, rows(), strict=True):
@@ -85,7 +85,7 @@ def test_no_image_changes_the_search_for_another(model):
         assert len(one.record["tokens"]) == 2 and one.record["without"] == 0.0
 
 
-def test_what_was_found_is_what_is_drawn(model, tmp_path):
+def test_the_sampler_uses_the_result_of_the_attack(model, tmp_path):
     """The stored embeddings are those of the tokens, and the image is the one that the witness has seen."""
     seen = []
 
@@ -104,7 +104,7 @@ def test_what_was_found_is_what_is_drawn(model, tmp_path):
     assert all(vocabulary.texts[i].strip() for i in one.record["tokens"]), "it can be typed"
 
 
-def test_longer_prompts_can_be_left_out_and_are_counted(model):
+def test_longer_prompts_can_be_excluded_and_are_counted(model):
     found = found_by(attack(Says((0.0, 0.0)), longest=5), model)
     assert [one.target for one in found.prompts] == ["a q"]
     assert (found.record["rows"], found.record["attacked"]) == (2, 1)

@@ -1,4 +1,4 @@
-"""A saved codebook edit is read back as it was, in a process that has not imported its parts, and nothing else is."""
+"""A fresh process restores a saved codebook edit exactly, and refuses other classes."""
 
 import json
 from types import SimpleNamespace

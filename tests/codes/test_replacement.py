@@ -14,7 +14,7 @@ CODEBOOK = torch.tensor([[0.0], [1], [2], [3], [10], [11], [0.9], [2.2]])
 
 
 def statistics() -> CodeStatistics:
-    """Stripes are safe: 0 beside 1 beside 0, and each code below itself; 2 and 3 hardly occur."""
+    """Safe codes form stripes: 0 next to 1 next to 0, each code below itself; 2 and 3 rarely occur."""
     across, down = torch.zeros(K, K), torch.zeros(K, K)
     across[0, 1] = across[1, 0] = 100
     down[0, 0] = down[1, 1] = 100

@@ -1,4 +1,4 @@
-"""Which settings decide a result: the names of folders, the tables and what is already done all depend on this."""
+"""Which settings decide a result. Folder names, tables and the check for finished runs depend on it."""
 
 import subprocess
 import sys
@@ -35,11 +35,11 @@ from unlearning.config.naming import config_hash
         ("objective", []),
     ],
 )
-def test_a_setting_decides_from_one_result_on(name, results):
+def test_a_setting_decides_results_from_one_stage_on(name, results):
     assert [r for r in ("erasure", "images", "numbers", "folder") if decides(name, r)] == results
 
 
-def test_what_decides_nothing_is_left_out_at_any_depth():
+def test_settings_that_decide_no_result_are_removed_at_any_depth():
     settings = {
         "model": {"path": "here", "device": "cpu", "compile": True},
         "evaluator": {"fid": {"count": 3, "features": {"mode": "clean", "device": "cuda"}}},
@@ -72,7 +72,7 @@ def test_runs_with_other_images_have_other_names(tmp_path):
     assert len(hashes) == 1 + len(overrides)
 
 
-def test_nothing_is_imported_to_know_it():
+def test_no_heavy_import_is_needed():
     heavy = "{'hydra', 'omegaconf', 'torch'} & set(sys.modules)"
     program = f"import sys, unlearning.config.decisive; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""Names of runs: of one concept and of several, and of what a dashboard groups."""
+"""Names of runs with one or several concepts, and names of dashboard groups."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -21,7 +21,7 @@ def test_concepts_as_file_names_and_as_text(concept, name, text):
     assert (slug(concept), joined(concept)) == (name, text)
 
 
-def test_a_folder_is_called_what_it_is_called_on_the_disk(tmp_path, monkeypatch):
+def test_a_folder_name_is_that_of_the_resolved_relative_path(tmp_path, monkeypatch):
     (tmp_path / "mugs" / "red").mkdir(parents=True)
     (tmp_path / "linked").symlink_to("mugs")
     monkeypatch.chdir(tmp_path / "mugs" / "red")

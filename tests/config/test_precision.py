@@ -31,7 +31,7 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, None)])
-def test_auto_is_the_default_and_stands_for_what_the_processor_is_fast_in(machine, fast, expected):
+def test_auto_is_the_default_and_selects_the_fast_precision_of_the_processor(machine, fast, expected):
     machine(fast)
     assert composed("model=sd14").model.autocast == "auto"
     assert composed("model=emoji_vqgan").model.autocast is None, "half precision changes codes"
@@ -65,7 +65,7 @@ def test_the_name_of_a_run_says_what_was_used(machine):
     assert default == chosen != other == config_hash(composed())
 
 
-def test_slow_bfloat16_is_warned_of_with_the_factor(machine, monkeypatch, caplog):
+def test_slow_bfloat16_gives_a_warning_with_the_factor(machine, monkeypatch, caplog):
     machine(False)
     monkeypatch.setattr(precision, "_slowdown", lambda: 15.2)
     with caplog.at_level(logging.WARNING):
@@ -84,7 +84,7 @@ def test_the_slowdown_is_a_ratio_of_times():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without a GPU")
-def test_another_device_than_the_processor_is_not_guessed_about(monkeypatch):
+def test_the_precision_of_other_devices_is_not_guessed(monkeypatch):
     monkeypatch.setattr(precision, "_has_accelerator", lambda: True)
     monkeypatch.setattr(precision, "_fast_processor", lambda: True)
     assert precision.fast_autocast("float32", "mps") is None

@@ -1,4 +1,4 @@
-"""Names are text from the start, and a line that a message tells to type gives what was meant, in a real shell."""
+"""Names are parsed as text, and the commands that messages suggest work in a real shell."""
 
 import shlex
 import subprocess
@@ -31,7 +31,7 @@ def words(line: str) -> list[str]:
     return done.stdout.split("\0")[:-1]
 
 
-def test_a_line_to_type_gives_the_value_in_a_real_shell():
+def test_a_suggested_command_gives_the_value_in_a_real_shell():
     values = [*NAMES, *([name, "dog"] for name in NAMES), {"Van Gogh": ["a, b"], "cat": []}, 3, 0.5]
     lines = words(" ".join(typed("concept", value) for value in values))
     assert [read(line) for line in lines] == values
@@ -65,12 +65,12 @@ def test_the_message_about_an_unreadable_name_has_the_line_to_type(name):
 
 
 @pytest.mark.parametrize("character", ["\udcc3", "\n", "\x07"])
-def test_a_character_that_no_quotes_help_is_named(error_of, character):
+def test_the_error_names_a_character_that_quotes_cannot_protect(error_of, character):
     message = error_of(f"concept=a{character}b")
     assert ascii(character) in message and "type" not in message and message.strip().isascii()
 
 
-def test_a_list_that_the_shell_took_apart_is_put_together():
+def test_a_list_split_by_the_shell_is_joined():
     taken = ["concept=[cat,", "Van", "Gogh]", "method=uce"]
     with pytest.raises(OverrideParseException) as error:
         OverridesParser.create().parse_overrides(taken)

@@ -1,4 +1,4 @@
-"""Every mistake that a user is likely to make on the command line is answered with what was probably meant."""
+"""Likely mistakes on the command line get a suggestion."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def message(conf: Path, *argv: str) -> str:
         (["uce"], "uce", "method=uce"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(conf, argv, key, suggestion):
+def test_a_mistake_gets_a_suggestion(conf, argv, key, suggestion):
     answer = message(conf, *argv)
     assert key in answer.partition("Did you mean")[0] and f"Did you mean {suggestion}" in answer
 
@@ -76,7 +76,7 @@ def test_a_mistake_is_answered_with_what_was_meant(conf, argv, key, suggestion):
         (["concept=cat,", "dog"], "'concept=[cat,dog]'"),
     ],
 )
-def test_a_value_that_the_shell_took_apart_is_answered_with_the_line_to_type(conf, argv, line):
+def test_a_value_split_by_the_shell_gets_the_command_to_type(conf, argv, line):
     assert message(conf, *argv).endswith(f"type {line}")
 
 
@@ -105,7 +105,7 @@ def test_a_missing_plugin_names_the_extra_that_installs_it(conf):
     assert "pip install 'concept-unlearning[sweeps]'" in explain(error, conf)
 
 
-def test_any_other_error_keeps_its_own_words(conf):
+def test_other_errors_keep_their_message(conf):
     assert explain(ValueError("one\ntwo\n\nthree"), conf, []) == "one\ntwo"
     assert explain(ValueError(), conf, []) == "ValueError"
 
@@ -117,7 +117,7 @@ def test_the_real_configuration(argv, suggestion):
     assert f"Did you mean {suggestion}?" in explain(caught.value, REAL, [argv])
 
 
-def test_nothing_heavy_is_imported_for_an_answer():
+def test_error_messages_need_no_heavy_import():
     heavy = "{'torch', 'pytorch_lightning', 'diffusers', 'transformers', 'wandb'} & set(sys.modules)"
     program = f"import sys, unlearning.config.suggestions; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""What Hydra accepts and what it configures would not is reported before a model is loaded."""
+"""Settings that Hydra accepts, but the configured class does not, are reported before a model is loaded."""
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -51,7 +51,7 @@ def message(error_of, tmp_path, monkeypatch):
         ('method: {template: "\\udcff {}"}', "method.template"),
     ],
 )
-def test_half_a_character_is_refused_first(message, monkeypatch, yaml, setting):
+def test_half_a_surrogate_pair_is_refused_first(message, monkeypatch, yaml, setting):
     monkeypatch.setattr("unlearning.store.finished.key", None)  # calling it would be an error
     monkeypatch.setattr("yaml.SafeLoader", SafeLoader)  # libyaml, which conftest.py takes, refuses them by itself
     said = message(f"defaults: [override /dataset: prompt, override /method: esd_x]\n{yaml}")
@@ -86,7 +86,7 @@ def test_half_a_character_is_refused_first(message, monkeypatch, yaml, setting):
         ),
     ],
 )
-def test_a_typo_in_a_file_is_answered(message, yaml, key, suggestion):
+def test_a_typo_in_a_file_gets_a_suggestion(message, yaml, key, suggestion):
     answer = message(yaml, "method=esd_x")
     assert all(word in answer for word in key.split())
     assert suggestion is None or f"Did you mean {suggestion}?" in answer
@@ -104,17 +104,17 @@ def test_a_file_that_is_no_yaml_is_an_error(message):
         ("logger=wandb", "logger.wandb.projct=mine", "project"),
     ],
 )
-def test_a_typo_in_what_a_function_forwards_is_answered(error_of, monkeypatch, choice, setting, suggestion):
+def test_a_typo_in_a_forwarded_argument_gets_a_suggestion(error_of, monkeypatch, choice, setting, suggestion):
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
     answer = error_of(choice, f"+{setting}")
     assert setting.partition("=")[0].rpartition(".")[2] in answer and f"Did you mean {suggestion}?" in answer
 
 
-def test_what_only_another_library_understands_is_accepted(unlearn):
+def test_arguments_that_only_another_library_knows_are_accepted(unlearn):
     unlearn("logger=wandb", "+logger.wandb.entity=me", "stages=[]")
 
 
-def test_a_typo_in_what_a_file_sweeps_over_is_answered(message):
+def test_a_typo_in_the_sweep_of_a_file_gets_a_suggestion(message):
     answer = message("hydra: {sweeper: {params: {concpt: 'cat,dog'}}}", "-m")
     assert "concpt" in answer and "Did you mean concept?" in answer
 
@@ -127,7 +127,7 @@ def test_a_typo_in_what_a_file_sweeps_over_is_answered(message):
         (["hydra/sweeper=study"], ["objective"]),
     ],
 )
-def test_a_mistake_about_a_launcher_or_a_sweeper_is_answered(message, overrides, words):
+def test_a_mistake_in_a_launcher_or_sweeper_gets_a_suggestion(message, overrides, words):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     answer = message("seed: 0", "-m", *overrides)
     assert all(word in answer for word in words)
@@ -162,7 +162,7 @@ def test_a_value_of_another_type_is_an_error_before_anything_is_fitted(message, 
     assert answer.startswith(f"`{override.partition('=')[0]}` ") and value in answer
 
 
-def test_the_values_there_are_are_listed(message):
+def test_the_error_lists_the_possible_values(message):
     answer = message("seed: 0", "model.dtype=flaot16")
     assert all(dtype in answer for dtype in ("float32", "bfloat16", "float16"))
     with pytest.raises(UserError, match="ppaer"):
@@ -214,7 +214,7 @@ def test_an_entry_of_a_list_is_named():
 
 
 class Ranged:
-    """A class whose settings have ranges."""
+    """A class with ranges for its settings."""
 
     def __init__(self, *, iterations: Annotated[int, Ge(1)] = 10, share: Annotated[float, Ge(0), Lt(1)] = 0.5):
         self.iterations, self.share = iterations, share

@@ -1,4 +1,4 @@
-"""Every number that conf/ can set has a range, and a number out of its range is named before anything is built."""
+"""Every number in conf/ has a range, and a number outside its range is reported before any object is built."""
 
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -47,7 +47,7 @@ def test_every_number_of_every_class_has_a_range():
     assert not bare
 
 
-def test_what_has_no_range_is_another_librarys():
+def test_numbers_without_a_range_belong_to_another_library():
     kinds = {target.__name__: target for target in classes()}
     assert WITHOUT_RANGE.keys() <= kinds.keys()
     assert not any(kinds[name].__module__.startswith("unlearning.") for name in WITHOUT_RANGE)

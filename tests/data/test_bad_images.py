@@ -27,7 +27,7 @@ def noise(seed: int, mode: str = "RGB") -> Image.Image:
 
 @pytest.fixture
 def folders(tmp_path):
-    """(forget, retain): six pictures each."""
+    """(forget, retain): folders of six images each."""
     places = tmp_path / "cats", tmp_path / "others"
     for seed, place in enumerate(places):
         place.mkdir()
@@ -84,7 +84,7 @@ def nothing_is_half_written(place):
     assert not [name for name in left if "partial" in name]
 
 
-def test_a_run_goes_on_without_a_broken_image_and_names_it(unlearn, folders):
+def test_a_run_resumes_without_a_broken_image_and_names_it(unlearn, folders):
     forget = folders[0]
     whole = (forget / "5.png").read_bytes()
     (forget / "5.png").write_bytes(whole[: len(whole) // 2])
@@ -160,13 +160,13 @@ def test_a_real_image_that_cannot_be_read_is_named(spoiled, how):
 
 
 @pytest.mark.parametrize("metric", ["fid", "kid"])
-def test_it_is_named_before_anything_is_drawn(error_of, spoiled, tmp_path, metric):
+def test_the_error_comes_before_any_image_is_generated(error_of, spoiled, tmp_path, metric):
     image = spoiled("truncated")
     message = error_of("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
     assert str(image) in message and not (tmp_path / "store").exists()
 
 
-def test_what_is_no_file_is_left_out_of_real_images_by_name(folders, tmp_path):
+def test_non_files_among_real_images_are_skipped_and_named(folders, tmp_path):
     forget, _ = folders
     os.mkfifo(forget / "pipe.png")
     (forget / "linked").symlink_to(tmp_path, target_is_directory=True)

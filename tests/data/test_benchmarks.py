@@ -33,7 +33,7 @@ def composed(tmp_path, *overrides):
 # --- Imagenette -------------------------------------------------------------------------------------------------------
 
 
-def test_imagenette_asks_for_five_hundred_of_each_of_ten(tmp_path):
+def test_imagenette_has_five_hundred_prompts_for_each_of_ten_classes(tmp_path):
     task = composed(tmp_path, "dataset=imagenette", "concept=English springer")
     assert task.images_per_prompt == 500 and len(task.prompts) == 10 and not task.retain
     [erased] = [p for p in task.prompts if p.role == ERASE]
@@ -75,7 +75,7 @@ def test_a_subset_is_chosen_by_its_seed_and_keeps_the_order(listed):
         captions("cat", path, count=51)
 
 
-def test_coco_says_where_it_comes_from_and_which_column_is_missing(tmp_path, listed):
+def test_the_coco_error_names_the_source_and_the_missing_column(tmp_path, listed):
     for name in ("coco30k", "coco10k"):
         with pytest.raises(Exception, match=r"dataset\.path=.*prompt.*coco_30k\.csv"):
             composed(tmp_path, f"dataset={name}")
@@ -145,6 +145,6 @@ def test_names_are_put_into_maces_prompts_and_drawn_with_its_seeds(tmp_path):
     assert {p.seed for p in task.prompts} == {1, 2, 3, 4, 5} and task.images_per_prompt == 1
 
 
-def test_artists_say_what_they_need():
+def test_the_artists_error_names_the_missing_setting():
     with pytest.raises(UserError, match=r"dataset\.others=.*dataset\.path=.*artist, prompt"):
         artists("Monet")

@@ -1,4 +1,4 @@
-"""Captions of the embedded world say what an image shows, in words that its tokenizer knows."""
+"""Captions of the embedded models' data describe the image with words of the tokenizer's vocabulary."""
 
 from functools import cache
 from itertools import pairwise
@@ -39,7 +39,7 @@ def test_captions_name_every_object_and_the_style():
         assert named in ([], [content.background]), text
 
 
-def test_nearly_all_words_are_known_and_every_known_word_is_spoken():
+def test_nearly_all_words_are_in_the_vocabulary_and_every_word_of_it_occurs():
     spoken = {word for _, text in captioned() for word in words(text)}
     missing = set(vocabulary()) - spoken
     assert missing <= {"white", "gray", "black", "orange"} | {

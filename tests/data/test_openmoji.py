@@ -1,4 +1,4 @@
-"""The embedded world: the same picture anywhere, no picture in two splits, and nothing that cannot be recognised."""
+"""The OpenMoji data: images are deterministic, splits do not overlap, and every object can be recognised."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_every_anchor_is_another_object():
     assert {"forest", "sea", "street", "sky", "ground"} <= OBJECTS.keys()
 
 
-def test_no_word_means_two_things():
+def test_no_word_names_two_objects():
     words = [*OBJECTS, *(s for o in OBJECTS.values() for s in o.synonyms), *STYLES]
     assert sorted(words) == sorted(set(words))
     drawings = [d for o in OBJECTS.values() for d in o.drawings]
@@ -79,21 +79,21 @@ def test_styles_are_visibly_different():
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_a_function_of_split_seed_and_index():
+def test_an_image_is_a_function_of_split_seed_and_index():
     assert fingerprints("judge", 3, 5) == fingerprints("judge", 3, 5)
     program = "from tests.data.test_openmoji import fingerprints; print(*fingerprints('judge', 3, 5))"
     elsewhere = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert elsewhere.stdout.split() == fingerprints("judge", 3, 5)
 
 
-def test_no_two_splits_or_seeds_share_a_picture():
+def test_no_two_splits_or_seeds_share_an_image():
     drawn = [p for split in SPLITS for seed in (0, 1) for p in fingerprints(split, seed)]
     assert len(set(drawn)) == len(drawn)
     with pytest.raises(ValueError):
         openmoji.rng_of("test", 0, 0)
 
 
-def test_a_sample_says_what_it_shows():
+def test_a_sample_has_its_object_and_style():
     drawn = [openmoji.sample("train", 0, i) for i in range(150)]
     assert {p.style for p in drawn} == set(STYLES)
     assert {len(p.objects) for p in drawn} == {1, 2, 3}
@@ -127,7 +127,7 @@ def _overlap(a, b) -> float:
     return max(0, width) * max(0, height) / smaller
 
 
-def test_what_is_hidden_belongs_to_the_object_on_top():
+def test_hidden_pixels_belong_to_the_object_on_top():
     below, above = Pose(scale=1.0), Pose(scale=0.4)
     drawn = [("house", OBJECTS["house"].drawings[0], below), ("apple", OBJECTS["apple"].drawings[0], above)]
     house, apple = openmoji.draw(drawn, "color", openmoji.rng_of("eval", 0, 0)).masks
@@ -135,7 +135,7 @@ def test_what_is_hidden_belongs_to_the_object_on_top():
     assert not (house & apple).any() and (house | apple)[alone].all() and house.sum() < alone.sum()
 
 
-def test_pictures_of_nothing_vary():
+def test_images_of_nothing_vary():
     drawn = [openmoji.unrecognisable(openmoji.rng_of("judge", 0, i)) for i in range(48)]
     assert all(image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 for image in drawn)
     assert min(np.abs(a.astype(float) - b).mean() for a, b in combinations(drawn, 2)) > 3

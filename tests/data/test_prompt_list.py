@@ -1,4 +1,4 @@
-"""Lists of prompts in I2P's format: their own seeds and scales, bad rows, and going on after an interruption."""
+"""Lists of prompts in I2P's format: seeds and guidance scales, invalid rows, resuming after an interruption."""
 
 import csv
 import gzip
@@ -81,7 +81,7 @@ def test_rows_belong_to_the_concept_that_their_column_names(listed):
     assert {p.concept for p in prompt_list(["cat", "dog"], listed(*ROWS)).prompts} == {""}
 
 
-def test_a_list_that_is_of_no_use_is_answered(listed, tmp_path):
+def test_an_unusable_list_gives_an_error(listed, tmp_path):
     with pytest.raises(UserError, match="no column 'prompt'.*caption.*promt,evaluation_seed".replace(",", ", ")):
         prompt_list("cat", listed("a cat,1", header="promt,evaluation_seed\n"))
     with pytest.raises(UserError, match="line 2"):
@@ -125,7 +125,7 @@ def test_every_row_brings_its_size(listed):
 
 
 @pytest.mark.parametrize("width", ["wide", "0", "-64", "12.5", "1e9", "nan"])
-def test_a_size_that_is_none_is_named_by_its_line(listed, width):
+def test_an_invalid_size_is_reported_with_its_line(listed, width):
     task = prompt_list("cat", listed("a cat,1,512,768", f"a dog,2,{width},768", header=SIZED))
     [skipped] = task.skipped
     assert len(task.prompts) == 1 and "line 3" in skipped and "sd_image_width is" in skipped
@@ -175,7 +175,7 @@ def test_a_long_prompt_is_read(listed):
     assert len(task.prompts[0].text) == 199_999
 
 
-def test_what_is_no_text_is_named(tmp_path):
+def test_a_binary_file_is_reported(tmp_path):
     utf_32, binary = "prompt\na cat\n".encode("utf-32"), bytes(range(256))
     for name, content in (("a.csv.gz", b"no gzip"), ("b.csv", b"\xff\xfea"), ("c.csv", b""), ("d.csv", utf_32),
                           ("e.csv", binary), ("f.csv", b"prompt\na cat\na \0dog\n")):  # fmt: skip
@@ -185,13 +185,13 @@ def test_what_is_no_text_is_named(tmp_path):
         assert str(caught.value).isprintable()
 
 
-def test_i2p_says_where_it_comes_from(tmp_path):
+def test_the_i2p_error_names_the_source(tmp_path):
     with pytest.raises(Exception, match=r"AIML-TUDA/i2p") as caught:
         instantiate(config(tmp_path, "dataset=i2p").dataset)
     assert "dataset.path=" in str(caught.value)
 
 
-def test_the_list_that_comes_along_is_whole(tmp_path):
+def test_the_included_list_is_complete(tmp_path):
     task = instantiate(config(tmp_path, "dataset=prompt_list").dataset)
     assert len(task.prompts) == 20 and not task.skipped and task.name == "cat"
 
@@ -209,8 +209,8 @@ def rows_of(run) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_a_kill_in_the_middle_changes_nothing(unlearn, listed, tmp_path, monkeypatch):
-    """The pictures and the manifest of an interrupted run that was started again are those of one that was not."""
+def test_a_killed_and_resumed_run_gives_the_same_result(unlearn, listed, tmp_path, monkeypatch):
+    """An interrupted and resumed run gives the same images and manifest as an uninterrupted one."""
     overrides = ["dataset=prompt_list", f"dataset.path={listed(*ROWS)}", *SHORT, "stages=[fit,generate]"]
     whole = unlearn(*overrides, "sampler.batch_size=1", f"paths.store={tmp_path}/other", run="whole")
     draw, calls = Sampler.draw, []

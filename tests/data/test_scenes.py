@@ -1,4 +1,4 @@
-"""Scenes: what is in them is where they say, the same every time, and nothing that a method learns from is measured."""
+"""Scenes: boxes match the objects, scenes are deterministic, and training and evaluation scenes do not overlap."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_inputs_show_the_concept_or_do_not():
             assert inside.std(0).max() > 10, "there is something in the box"
 
 
-def test_they_are_the_same_every_time_and_share_nothing():
+def test_scenes_are_deterministic_and_splits_do_not_overlap():
     one, other = (emoji_scenes("ship", images=6, pictures=6) for _ in range(2))
     assert [i.name for i in one.inputs] == [i.name for i in other.inputs]
     assert all(np.array_equal(a.read(), b.read()) for a, b in zip(one.inputs, other.inputs, strict=True))

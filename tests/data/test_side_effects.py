@@ -1,4 +1,4 @@
-"""What is measured beside a concept: neighbours, compositions, descriptions, other languages."""
+"""Side effects of an erasure: neighbours, compositions, descriptions, other languages."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def test_every_object_has_neighbours_that_are_other_objects():
 
 
 @pytest.mark.parametrize("concept", [*OBJECTS, ["cat", "tiger"]])
-def test_no_prompt_is_asked_twice_and_nothing_measured_may_be_retained(concept):
+def test_no_prompt_repeats_and_no_evaluated_concept_is_retained(concept):
     task = emoji_side_effects(concept)
     assert max(Counter(p.text.casefold() for p in task.prompts).values()) == 1
     erased = {c.name for c in task.erase}
@@ -29,7 +29,7 @@ def test_no_prompt_is_asked_twice_and_nothing_measured_may_be_retained(concept):
     assert not kept & {c.name for c in task.retain} and not kept & erased
 
 
-def test_a_composition_names_the_concept_and_asks_for_the_other_object():
+def test_a_composition_contains_the_concept_and_evaluates_the_other_object():
     task = emoji_side_effects("cat", beside=5)
     beside = {p.labels["object"]: p.text for p in task.prompts if p.role == COMPOSITION}
     assert list(beside)[:3] == neighbours()["cat"] and set(list(beside)[3:]) <= set(CIFAR10)

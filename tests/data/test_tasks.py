@@ -1,4 +1,4 @@
-"""What each dataset evaluates, what it gives to methods, and how it answers a wrong setting."""
+"""The datasets: evaluation prompts, training data for methods, and errors for wrong settings."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ def roles(task: UnlearningTask) -> Counter:
 
 
 @pytest.mark.parametrize("concept", ["cat", "apple"])
-def test_emoji_objects_ask_for_the_object_its_synonyms_and_cifar10s_others(concept):
+def test_emoji_objects_evaluate_the_object_its_synonyms_and_the_other_cifar10_classes(concept):
     task = emoji_objects(concept)
     thing = OBJECTS[concept]
     assert task.erase == (Concept(concept, thing.synonyms, thing.anchor),) and task.name == concept
@@ -48,7 +48,7 @@ def test_emoji_objects_ask_for_the_object_its_synonyms_and_cifar10s_others(conce
 
 
 @pytest.mark.parametrize("concept", ["cat", "apple", "sky"])
-def test_what_a_method_may_retain_is_never_asked_about(concept):
+def test_retained_concepts_are_never_evaluated(concept):
     task = emoji_objects(concept)
     retained = {c.name for c in task.retain}
     assert len(retained) >= 30 and concept not in retained
@@ -60,7 +60,7 @@ def test_what_a_method_may_retain_is_never_asked_about(concept):
 @pytest.mark.parametrize(
     "task", [emoji_objects("cat", pictures=8), styles("neon", pictures=8)], ids=["object", "style"]
 )
-def test_what_a_method_may_learn_from_shows_the_concept_and_nothing_that_is_asked_about(task):
+def test_training_images_show_the_concept_and_no_evaluated_object(task):
     forget, retain = task.forget_images, task.retain_images
     assert len(forget) == len(retain) == 8 and forget[0].shape == (64, 64, 3) and forget[0].dtype == np.uint8
     assert len({image.tobytes() for image in (*forget, *retain)}) == 16, "no picture twice"
@@ -112,7 +112,7 @@ def test_cifar10_has_maces_counts(concept):
         (styles, "neonn", "neon"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(make, name, near):
+def test_an_unknown_name_gets_the_nearest_name_as_suggestion(make, name, near):
     with pytest.raises(UserError) as caught:
         make(name)
     message = str(caught.value)
@@ -120,7 +120,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(make, name, near):
     assert "dataset=prompt" in message, "any text can be erased all the same"
 
 
-def test_a_name_like_no_other_is_answered_with_all():
+def test_a_name_without_a_near_match_lists_all_names():
     with pytest.raises(UserError) as caught:
         styles("zzzz")
     assert all(style in str(caught.value) for style in STYLES)
@@ -131,7 +131,7 @@ def test_a_name_like_no_other_is_answered_with_all():
 # --- styles -----------------------------------------------------------------------------------------------------------
 
 
-def test_emoji_styles_ask_for_every_object_in_every_style():
+def test_emoji_styles_evaluate_every_object_in_every_style():
     task = styles("neon")
     assert len(task.prompts) == len(STYLES) * len(CIFAR10)
     assert {(p.labels["style"], p.labels["object"]) for p in task.prompts} == {(s, o) for s in STYLES for o in CIFAR10}
@@ -228,7 +228,7 @@ def test_forget_images_and_references_are_in_each_of_several_styles():
     assert (first == one).all() and (second != other).any() and len(task.references[ERASE](30)) == 30
 
 
-def test_nothing_is_left_to_retain_if_all_is_erased():
+def test_erasing_every_concept_leaves_none_to_retain():
     task = emoji_objects(list(CIFAR10))
     assert RETAIN not in task.references and RETAIN not in roles(task) and len(task.retain) == 40
     task = styles(list(STYLES))
@@ -271,7 +271,7 @@ def test_several_concepts_by_the_command_line(unlearn):
 
 
 def test_a_concept_alone_is_a_task_for_every_stage(unlearn):
-    """There is nothing to retain and no anchor."""
+    """A task without retained concepts and anchor."""
     run = unlearn("dataset=prompt", "concept=1984", "method=uce", "evaluator=clip_score")
     [row] = read_manifest(run / "images" / "erased.csv")
     assert (row.prompt, row.role, row.concept) == ("a photo of the 1984", ERASE, "1984")
@@ -283,7 +283,7 @@ def test_a_concept_alone_is_a_task_for_every_stage(unlearn):
 
 @pytest.fixture
 def mugs(tmp_path):
-    """Ten pictures of one grey each: 10, 20, ... 100; wide, tall, in subfolders and in several formats."""
+    """Ten images of one grey each: 10, 20, ... 100; wide, tall, in subfolders and in several formats."""
     for i in range(10):
         place = tmp_path / "mugs" / ("more" if i % 2 else "")
         place.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ def greys(pictures) -> set[int]:
     return {int(p[0, 0, 0]) for p in pictures}
 
 
-def test_every_fifth_picture_is_set_apart(mugs, tmp_path):
+def test_every_fifth_image_is_set_apart(mugs, tmp_path):
     (tmp_path / "others").mkdir()
     for path in (p for p in mugs.rglob("*") if p.is_file()):
         Image.open(path).convert("RGB").point(lambda value: value + 100).save(tmp_path / "others" / f"{path.stem}.png")
@@ -340,12 +340,12 @@ def test_a_folder_may_show_several_concepts(mugs):
     ]
 
 
-def test_retained_pictures_are_optional(mugs):
+def test_retained_images_are_optional(mugs):
     task = folder("mug", str(mugs), size=16)
     assert len(task.retain_images) == 0 and len(task.references[RETAIN](3)) == 0
 
 
-def test_pictures_are_cut_square_not_squeezed(tmp_path):
+def test_images_are_cut_square_not_squeezed(tmp_path):
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -383,7 +383,7 @@ def test_broken_images_are_named_and_left_out(mugs):
         ("I;16", 76 * 256, "png"),
     ],
 )
-def test_pictures_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
+def test_images_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
     image = Image.new(mode, (16, 16), colour)
     if mode == "P":
         image.putpalette([0, 0, 0, 255, 0, 0])
@@ -393,13 +393,13 @@ def test_pictures_of_any_colour_model_are_read(tmp_path, mode, colour, suffix):
     assert np.abs(picture.astype(int) - wanted).max() <= 2
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     [picture] = folder("mug", str(tmp_path), size=8).forget_images
     assert (picture == 255).all()
 
 
-def test_pictures_are_read_when_they_are_looked_at(mugs, monkeypatch):
+def test_images_are_read_lazily(mugs, monkeypatch):
     task, read = folder("mug", str(mugs), size=16), []
     load = type(task.forget_images).load
     monkeypatch.setattr(type(task.forget_images), "load", lambda self, path: read.append(path) or load(self, path))
@@ -409,7 +409,7 @@ def test_pictures_are_read_when_they_are_looked_at(mugs, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "avif"])
-def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
+def test_an_image_cut_anywhere_is_left_out(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
     whole = (tmp_path / f"whole.{suffix}").read_bytes()
@@ -420,13 +420,13 @@ def test_a_picture_cut_anywhere_is_left_out(tmp_path, suffix):
     assert len(task.forget_images) == 1
 
 
-def test_a_picture_whose_exif_is_broken_is_taken_as_it_lies(tmp_path):
+def test_an_image_with_broken_exif_keeps_its_orientation(tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png", exif=b"Exif\0\0garbagegarbage")
     (picture,) = folder("mug", str(tmp_path), size=16).forget_images
     assert (picture == (255, 0, 0)).all()
 
 
-def test_a_picture_is_upright_however_its_camera_was_held(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     left_half = Image.fromarray(np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0))
@@ -435,7 +435,7 @@ def test_a_picture_is_upright_however_its_camera_was_held(tmp_path):
     assert (picture[:6] == 255).all() and (picture[10:] == 0).all()
 
 
-def test_what_is_passed_over_is_counted_by_its_suffix(mugs):
+def test_skipped_files_are_counted_by_suffix(mugs):
     for name in ("notes.txt", "more.txt", "a.heic", "readme", ".DS_Store"):
         (mugs / name).write_text("no picture")
     with pytest.warns(UserWarning) as caught:
@@ -444,7 +444,7 @@ def test_what_is_passed_over_is_counted_by_its_suffix(mugs):
     assert str(mugs) in message and "2 .txt, 1 .heic, 1 without a suffix" in message
 
 
-def test_what_is_in_the_place_of_a_picture_is_named(mugs, tmp_path):
+def test_a_non_image_file_is_named(mugs, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (mugs / "linked").symlink_to(tmp_path / "elsewhere")
     (mugs / "gone.png").symlink_to(tmp_path / "nothing.png")
@@ -455,13 +455,13 @@ def test_what_is_in_the_place_of_a_picture_is_named(mugs, tmp_path):
     assert all(name in str(caught[0].message) for name in ("linked", "gone.png", "pipe.png"))
 
 
-def test_whole_pictures_are_read_without_a_warning(mugs):
+def test_whole_images_are_read_without_a_warning(mugs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder("mug", str(mugs), size=16)
 
 
-def test_pictures_to_clean_that_cannot_be_read_are_reported(mugs, tmp_path):
+def test_images_to_clean_that_cannot_be_read_are_reported(mugs, tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "whole.png")
     (tmp_path / "in" / "corrupt.png").write_bytes(b"no picture at all")
@@ -471,7 +471,7 @@ def test_pictures_to_clean_that_cannot_be_read_are_reported(mugs, tmp_path):
     assert "corrupt.png" in skipped and [i.name for i in task.inputs] == ["whole.png"]
 
 
-def test_without_words_prompts_call_what_a_folder_shows_as_the_folder_is_called(tmp_path, mugs, caplog):
+def test_without_a_name_prompts_use_the_folder_name(tmp_path, mugs, caplog):
     caplog.set_level(logging.INFO)
     cfg = config(tmp_path, "dataset=folder", f"forget={mugs}/")
     assert cfg.concept == "mugs", "tables and the run's folder take it from here"
@@ -489,7 +489,7 @@ def test_a_folders_words_may_not_be_empty(tmp_path, mugs):
         instantiate(config(tmp_path, "dataset=folder", f"forget={mugs}", "concept=''").dataset)
 
 
-def test_what_is_to_be_forgotten_must_not_be_retained(mugs, tmp_path):
+def test_forget_and_retain_folders_must_differ(mugs, tmp_path):
     within, copies = mugs / "more", tmp_path / "copies"
     shutil.copytree(within, copies)
     (copies / "1.bmp").rename(copies / "another-name.bmp")
@@ -504,7 +504,7 @@ def test_what_is_to_be_forgotten_must_not_be_retained(mugs, tmp_path):
             folder("mug", str(forget), str(retain), size=16)
 
 
-def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):
+def test_a_folder_without_an_image_is_refused(tmp_path, mugs):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image") as caught:
         folder("mug", str(tmp_path / "empty"))
@@ -516,6 +516,6 @@ def test_a_folder_without_a_picture_is_refused(tmp_path, mugs):
 
 
 @pytest.mark.parametrize(("concept", "where", "what"), [("", "here", "concept="), ("mug", "", "forget=")])
-def test_a_folder_needs_a_word_and_a_place(concept, where, what):
+def test_a_folder_dataset_needs_a_name_and_a_path(concept, where, what):
     with pytest.raises(UserError, match=what):
         folder(concept, where)

@@ -1,4 +1,4 @@
-"""Boxes, the cells that they cover, and the detectors."""
+"""Boxes, the grid cells inside them, and the detectors."""
 
 from dataclasses import dataclass
 from pathlib import Path

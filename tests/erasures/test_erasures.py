@@ -87,7 +87,7 @@ def every_kind(model) -> list[Erasure]:
     ]
 
 
-def test_each_undoes_its_own_edit_and_no_other(model, predict):
+def test_leaving_an_erasure_undoes_only_its_own_edit(model, predict):
     """Nested in any order, leaving the inner one gives back what the outer one alone gives."""
     kinds = every_kind(model)
     for outer in kinds:
@@ -132,7 +132,7 @@ def test_composed_is_nested(model, predict):
         assert torch.equal(predict(), expected)
 
 
-def test_composed_is_as_simple_as_can_be(model):
+def test_composed_flattens_its_parts(model):
     a, b = patch(model, "attn2.to_k", 1), patch(model, "attn2", 2)
     assert composed(a, b).weights.keys() == b.weights.keys() | a.weights.keys()
     assert all(torch.equal(v, b.weights[n]) for n, v in composed(a, b).weights.items())
@@ -144,7 +144,7 @@ def test_composed_is_as_simple_as_can_be(model):
 
 
 @pytest.mark.parametrize("kind", range(6))
-def test_it_comes_back_from_disk_and_in_a_composition(model, predict, tmp_path, kind):
+def test_an_erasure_is_restored_from_disk_alone_and_composed(model, predict, tmp_path, kind):
     erasure = every_kind(model)[kind]
     for i, whole in enumerate((erasure, composed(erasure, adapter(model, 7)))):
         whole.save(tmp_path / str(i), base=model)
@@ -177,7 +177,7 @@ def test_a_fresh_process_restores_it(model, tmp_path):
     assert processes.run(code, [tmp_path]).strip() == whole.digest
 
 
-def test_a_path_out_of_the_package_or_to_something_else_is_refused(model, tmp_path):
+def test_a_class_outside_the_package_or_of_another_type_is_refused(model, tmp_path):
     for kind in ("os.system", "unlearning.concepts.Concept", "unlearning.no_such.Thing", "WeightPatch"):
         with pytest.raises(UserError, match=kind.replace(".", r"\.")):
             from_json({"kind": kind}, Guidance)
@@ -189,7 +189,7 @@ def test_a_path_out_of_the_package_or_to_something_else_is_refused(model, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["missing", "another", "short"])
-def test_weights_that_are_not_what_was_saved_are_refused(model, tmp_path, damage):
+def test_weights_that_differ_from_the_saved_digest_are_refused(model, tmp_path, damage):
     patch(model, "attn2").save(tmp_path, base=model)
     path = tmp_path / "weights.safetensors"
     if damage == "missing":
@@ -228,7 +228,7 @@ def test_a_student_trains_inside_applied_erasures(model, predict, student):
         torch.testing.assert_close(predict(), moved, atol=1e-5, rtol=1e-4)
 
 
-def test_a_closed_form_solves_for_the_model_as_it_is_now(model):
+def test_a_closed_form_solves_on_the_model_with_its_applied_erasures(model):
     task = UnlearningTask(erase=(Concept("cat"),))
     first = patch(model, "attn2.to_k", 3)
     plain = UCE().fit(model, task)
@@ -262,7 +262,7 @@ def test_the_conditioning_is_differentiable_in_text_weights_and_token_embeddings
             p.grad = None
 
 
-def test_no_prompts_have_no_rows(any_model):
+def test_an_empty_list_of_prompts_gives_zero_rows(any_model):
     assert len(any_model.encode_prompts([])) == 0
     assert any_model.encode_prompts([]).embeds.shape[1:] == any_model.encode_prompts([""]).embeds.shape[1:]
 
@@ -291,7 +291,7 @@ def test_a_frozen_text_encoder_of_a_snapshot_keeps_its_states(sd1):
 # --- edits of the conditioning ----------------------------------------------------------------------------------------
 
 
-def test_a_conditioning_that_holds_for_some_steps_is_what_the_sampler_follows(model):
+def test_the_sampler_follows_a_conditioning_schedule(model):
     shift = PromptEdit(Shifted(0.5, steps=2))
     walk = []
     with shift.applied_to(model):

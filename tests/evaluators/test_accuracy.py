@@ -1,4 +1,4 @@
-"""Accuracy: the field's formulas over a classifier that reads its answers from the pixels."""
+"""Accuracy: the published formulas, with a fake classifier that reads the class from pixel values."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ OBJECTS, STYLES = ("cat", "dog", "ship", NOTHING), ("color", "neon")
 
 
 class Reader:
-    """Sees the object whose number is the red value, and the style whose number is the green one, 80 % surely."""
+    """A classifier: red is the index of the object, green that of the style, both with a probability of 0.8."""
 
     name = "reader"
 
@@ -29,8 +29,8 @@ class Reader:
         return names, p.scatter(1, seen[:, None], 0.8)
 
 
-def pictures(*shown):
-    """One picture for each (object, style)."""
+def images_of(*shown):
+    """One image for each (object, style)."""
     images = np.zeros((len(shown), 4, 4, 3), np.uint8)
     for image, (thing, style) in zip(images, shown, strict=True):
         image[..., 0], image[..., 1] = OBJECTS.index(thing), STYLES.index(style)
@@ -44,7 +44,7 @@ def rows(*asked):
 
 def measured(shown, asked, score="argmax"):
     metric = Accuracy(Reader(), score=score, device="cpu")
-    metric.update(pictures(*shown), rows(*asked))
+    metric.update(images_of(*shown), rows(*asked))
     return metric.compute()
 
 
@@ -63,11 +63,11 @@ def test_h_o_reproduces_published_rows(accuracies, published):
 
 
 @pytest.mark.parametrize("accuracies", [(100, 90, 10), (100 + 1e-9, 90, 10), (10, 0, 10), (10, 90, 100)])
-def test_h_o_is_zero_where_a_part_is(accuracies):
+def test_h_o_is_zero_if_one_part_is_zero(accuracies):
     assert h_o(*accuracies) == 0
 
 
-def test_h_c_is_the_harmonic_mean_of_what_is_gone_and_what_is_kept():
+def test_h_c_is_the_harmonic_mean_of_erased_and_retained_shares():
     assert h_c(10, 90) == pytest.approx(90)
     assert h_c(4.31, 84.56) == pytest.approx(2 / (1 / 95.69 + 1 / 84.56))
     assert h_c(100, 90) == h_c(10, 0) == 0
@@ -90,7 +90,7 @@ def test_probabilities_that_are_not_finite_are_an_error():
     metric = Accuracy(Broken(), device="cpu")
     asked = [ManifestRow(Path(f"{i}.png"), "a prompt", ERASE, {"object": "cat"}, 0) for i in range(3)]
     with pytest.raises(UserError, match=r"reader.*2\.png"):
-        metric.update(pictures(*[("cat", "color")] * 3), asked)
+        metric.update(images_of(*[("cat", "color")] * 3), asked)
 
 
 def test_accuracies_of_the_three_roles():
@@ -122,7 +122,7 @@ def test_images_of_nothing_are_counted():
     assert numbers["efficacy/unrecognisable"] == 50 and numbers["efficacy/acc_e"] == 25
 
 
-def test_a_second_question_gives_unlearncanvas_numbers():
+def test_a_second_label_gives_unlearncanvas_metrics():
     neon = {"style": "neon", "object": "cat"}
     color = {"style": "color", "object": "dog"}
     numbers = measured(
@@ -134,7 +134,7 @@ def test_a_second_question_gives_unlearncanvas_numbers():
     assert "efficacy/unrecognisable" not in numbers, "the reader has no style for a picture of nothing"
 
 
-def test_an_attack_succeeds_where_the_concept_is_seen_again():
+def test_an_attack_succeeds_if_the_judge_sees_the_concept():
     cat = {"object": "cat", "style": "neon"}
     shown, asked = [("cat", "neon"), ("dog", "neon"), ("cat", "color")], [(ATTACK, cat)] * 3
     for score in ("argmax", "softmax"):
@@ -146,11 +146,11 @@ def test_an_attack_succeeds_where_the_concept_is_seen_again():
 def test_an_attack_is_compared_with_the_same_images_before_it(tmp_path):
     """Of four that were attacked one showed the cat before; two of the three others do with the attack."""
     cat, before = {"object": "cat"}, ("cat", "dog", "dog", "ship")
-    for i, image in enumerate(pictures(*((thing, "color") for thing in before))):
+    for i, image in enumerate(images_of(*((thing, "color") for thing in before))):
         write_image(tmp_path / f"{i}.png", image)
     asked = [replace(row, base=tmp_path / f"{i}.png") for i, row in enumerate(rows(*[(ATTACK, cat)] * 4))]
     metric = Accuracy(Reader(), device="cpu")
-    metric.update(pictures(*[("cat", "color")] * 3, ("ship", "color")), asked)
+    metric.update(images_of(*[("cat", "color")] * 3, ("ship", "color")), asked)
     assert metric.compute() == {
         "robustness/asr": 75,
         "robustness/asr_before": 25,
@@ -170,7 +170,7 @@ def test_roles_start_again_after_a_reset():
     metric = Accuracy(Reader(), score="argmax", device="cpu")
     for role in ("paraphrase", ERASE):
         metric.reset()
-        metric.update(pictures(("cat", "color")), rows((role, {"object": "cat"})))
+        metric.update(images_of(("cat", "color")), rows((role, {"object": "cat"})))
     assert metric.compute() == {"efficacy/acc_e": 100, "efficacy/unrecognisable": 0}
 
 
@@ -182,13 +182,13 @@ def test_absent_roles_and_unlabelled_rows_give_no_key():
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
-def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(first):
+def test_merged_processes_equal_a_single_process(first):
     shown = [("dog", "neon"), ("cat", "color"), ("ship", "neon"), ("dog", "color")]
     asked = [(role, {"object": thing, "style": "neon"}) for role, thing in
              [(ERASE, "dog"), (SYNONYM, "dog"), (RETAIN, "ship"), (ATTACK, "dog")]]  # fmt: skip
     parts = [Accuracy(Reader(), device="cpu") for _ in range(2)]
-    parts[0].update(pictures(*shown[:first]), rows(*asked[:first]))
-    parts[1].update(pictures(*shown[first:]), rows(*asked[first:]))
+    parts[0].update(images_of(*shown[:first]), rows(*asked[:first]))
+    parts[1].update(images_of(*shown[first:]), rows(*asked[first:]))
     parts[0].merge_state(parts[1] if first % 2 else parts[1].metric_state)
     assert parts[0].compute() == pytest.approx(measured(shown, asked, "softmax"))
 
@@ -201,7 +201,7 @@ def test_every_key_says_whether_higher_is_better():
     assert set().union(*numbers) == set(Accuracy.higher_is_better) - of_attacks
 
 
-def test_mistakes_name_what_was_meant():
+def test_mistakes_get_a_suggestion():
     with pytest.raises(UserError, match="softmax"):
         Accuracy(Reader(), score="soft-max")
     with pytest.raises(UserError, match=r"'sip'.*Did you mean ship"):

@@ -74,7 +74,7 @@ def test_the_score_is_100_times_the_cosine_by_role(path, images):
     assert any(expected.values()) and set(expected) == set(CLIPScore.higher_is_better)
 
 
-def test_nan_is_not_taken_for_the_lowest_score(path, images):
+def test_a_nan_score_stays_nan(path, images):
     metric = CLIPScore(path, device="cpu")
     metric.update(images[:2], rows(["a cat", "a dog"], [RETAIN, ERASE]))
     metric.scores[1] = float("nan")
@@ -99,7 +99,7 @@ def test_absent_roles_give_no_key(path, images):
     assert list(metric.compute()) == ["fidelity/clip_score"]
 
 
-def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(path, images):
+def test_merged_processes_equal_a_single_process(path, images):
     whole, *parts = (CLIPScore(path, device="cpu") for _ in range(3))
     asked = rows(["a cat", "dog", "ship", "sea"], [RETAIN, ERASE, RETAIN, RETAIN])
     whole.update(images, asked)

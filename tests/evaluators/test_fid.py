@@ -1,4 +1,4 @@
-"""FID against its closed form and against clean-fid; clean-fid's Inception with a network of our own."""
+"""FID against its closed form and against clean-fid; clean-fid's Inception with a fake network."""
 
 import re
 import sys
@@ -205,7 +205,7 @@ def test_kid_of_merged_parts_and_without_references():
     assert alone.compute() == {}
 
 
-def test_nan_is_not_taken_for_the_smallest_distance(monkeypatch):
+def test_a_nan_distance_stays_nan(monkeypatch):
     monkeypatch.setattr("unlearning.evaluators.fid.frechet_distance", lambda *_: float("nan"))
     assert np.isnan(distances(noise(5, 0), noise(5, 1))["fidelity/fid"])
 

@@ -1,4 +1,4 @@
-"""The distance to the images of the model that never knew."""
+"""The FID to the oracle's images."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from unlearning.store.manifest import ManifestRow
 
 @pytest.fixture
 def rows(tmp_path):
-    """rows(role, images) -> rows whose images by the oracle are these."""
+    """rows(role, images) -> rows with these images of the oracle."""
 
     def make(role, images):
         made = []

@@ -37,7 +37,7 @@ def weights(theirs, tmp_path_factory):
 
 @pytest.fixture
 def pair(tmp_path):
-    """pair(role, image, base) -> an image (1, H, W, 3) and its row, whose base image is on disk."""
+    """pair(role, image, base) -> an image (1, H, W, 3) and its row, with a base image on disk."""
 
     def make(role, image, base):
         path = None

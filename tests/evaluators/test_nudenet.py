@@ -1,4 +1,4 @@
-"""NudeNet on scikit-image's portrait of an astronaut, by the classes of faces."""
+"""NudeNet on scikit-image's portrait of an astronaut, with the face classes."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def test_counting_rules(monkeypatch, rule, total, feet):
     assert numbers["efficacy/nudenet_rate"] == 50
 
 
-def test_a_failed_picture_is_neither_safe_nor_unsafe(monkeypatch):
+def test_a_failed_image_is_neither_safe_nor_unsafe(monkeypatch):
     answers = iter([[box("FEET_EXPOSED")], None, []])
 
     def detect(self, image):
@@ -94,24 +94,24 @@ def test_a_failed_picture_is_neither_safe_nor_unsafe(monkeypatch):
     assert numbers["efficacy/nudenet_rate"] == 50
 
 
-def test_a_count_without_a_failed_picture_is_of_another_protocol(detecting):
+def test_a_count_with_failed_images_has_another_protocol(detecting):
     metric, whole = evaluated([0, 9, 3]), evaluated([0, 3])
     assert metric.failed == 1 and metric.protocol == f"{whole.protocol}, images that it failed on: 1 of 3"
     metric.reset()
     assert metric.failed == 0 and metric.protocol == whole.protocol, "of what it is about to see nothing is known"
 
 
-def test_a_detector_that_always_fails_has_measured_nothing(astronaut):
+def test_a_detector_that_always_fails_gives_no_metric(astronaut):
     with pytest.raises(UserError, match=r"all of its 2 images.*1\.png.*float64"):
         found(astronaut / 255, [ERASE] * 2)
 
 
-def test_pictures_that_nobody_asked_to_clean_are_passed_over(astronaut):
+def test_images_of_retained_prompts_are_skipped(astronaut):
     assert found(astronaut, [RETAIN] * 2, classes=FACES) == {}
     assert found(astronaut, [RETAIN, ERASE], classes=FACES)["efficacy/nudenet_total"] == 1
 
 
-def test_processes_that_saw_a_part_each_agree_with_one_that_saw_all(astronaut):
+def test_merged_processes_equal_a_single_process(astronaut):
     parts = [NudeNet(classes=FACES), NudeNet(classes=FACES)]
     for part, image in zip(parts, (astronaut, np.zeros_like(astronaut)), strict=True):
         part.update(image[None], rows(ERASE))
@@ -152,7 +152,7 @@ SEEN = {  # by a picture's brightness: what the detector finds in it
 
 @pytest.fixture
 def detecting(monkeypatch):
-    """A detector that finds `SEEN`, and crashes on any other picture; gives back its calls."""
+    """A detector that returns `SEEN` and crashes on other images; the fixture returns its calls."""
     calls = []
 
     def detect(self, image):
@@ -172,7 +172,7 @@ def evaluated(brightness, **settings):
 
 
 def stored(folder, **settings):
-    """The folder of a run that has evaluated so; the base model's pictures are the brighter ones."""
+    """The folder of a run with these evaluations; the base model's images are the brighter ones."""
     (folder / "details").mkdir(parents=True)
     metrics = {"retention/acc_s": 90.0, "retention/acc_s/better": "higher", "efficacy/suppression": 12.5}
     for prefix, name, brightness in (("base/", "base", [1, 0, 0, 4]), ("", "erased", [0, 1, 2, 3, 9])):
@@ -217,7 +217,7 @@ def command(monkeypatch, *arguments):
     main()
 
 
-def test_the_command_tells_and_on_request_rewrites_the_runs_below_a_folder(tmp_path, detecting, monkeypatch, capsys):
+def test_the_command_prints_and_with_write_rewrites_the_runs_below_a_folder(tmp_path, detecting, monkeypatch, capsys):
     run = stored(tmp_path / "runs" / "seed0")
     before = (run / "metrics.json").read_text()
     command(monkeypatch, tmp_path / "runs", "--threshold", "0.45", "--rule", "images")
@@ -240,7 +240,7 @@ def test_a_run_at_work_is_not_rewritten(tmp_path, detecting, monkeypatch):
     assert (run / "metrics.json").read_text() == before
 
 
-def test_a_recount_still_says_that_pictures_could_not_be_made(tmp_path, detecting, monkeypatch):
+def test_a_recount_still_says_that_images_could_not_be_made(tmp_path, detecting, monkeypatch):
     run = stored(tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps(metrics | {"cost/failed": 2}))
@@ -288,7 +288,7 @@ def test_a_suppression_that_cannot_be_computed_any_more_is_removed(tmp_path, det
         (["runs"], "evaluator=nudenet"),
     ],
 )
-def test_what_cannot_be_recounted_is_said(tmp_path, detecting, monkeypatch, asked, message):
+def test_runs_that_cannot_be_recounted_are_reported(tmp_path, detecting, monkeypatch, asked, message):
     monkeypatch.chdir(tmp_path)
     (stored(tmp_path / "runs" / "seed0") / "details" / "nudenet-of-base.jsonl").unlink()
     with pytest.raises(SystemExit, match=message):

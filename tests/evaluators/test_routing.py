@@ -1,4 +1,4 @@
-"""How often w is on the right side of 1/2."""
+"""The share of images for which w is on the correct side of 1/2."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def measured(*decided: tuple[str, float]) -> dict[str, float]:
     return metric.compute()
 
 
-def test_right_is_the_adapter_for_the_concept_and_the_base_model_for_the_rest():
+def test_correct_routing_is_the_adapter_for_the_concept_and_the_base_model_otherwise():
     numbers = measured((ERASE, -1.0), (SYNONYM, -1.0), (SYNONYM, 2.0), (RETAIN, 2.0), (RETAIN, 1.0), (RETAIN, -1.0))
     assert numbers == {
         "efficacy/routed_e": 100.0,

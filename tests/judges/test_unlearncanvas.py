@@ -1,4 +1,4 @@
-"""UnlearnCanvas' classifiers, against a ViT of our own with timm's parameter names."""
+"""UnlearnCanvas' classifiers, compared with a small ViT that has timm's parameter names."""
 
 import shlex
 from pathlib import Path

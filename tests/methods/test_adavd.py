@@ -60,7 +60,7 @@ def test_values_that_are_orthogonal_to_the_concepts_do_not_change(model, shift):
         torch.testing.assert_close(values(model, "", states), before, atol=1e-4, rtol=0)
 
 
-def test_the_shift_factor_spares_what_is_unlike_the_concept_and_takes_the_concept_twice(model):
+def test_the_shift_factor_keeps_dissimilar_values_and_removes_the_concept_twice(model):
     target = values(model, "cat")[3]
     module = Decomposer(target[None], dual(target[None]), 1, [100.0, 0.93, 2.0])
     other = torch.nn.functional.normalize(torch.randn(len(target)), dim=0)
@@ -72,7 +72,7 @@ def test_the_shift_factor_spares_what_is_unlike_the_concept_and_takes_the_concep
     assert taken[2].norm() < 1e-3 * target.norm()
 
 
-def test_of_several_concepts_the_part_in_their_span_is_taken(model):
+def test_for_several_concepts_the_component_in_their_span_is_removed(model):
     task = UnlearningTask(erase=(Concept("cat"), Concept("dog"), Concept("sea")))
     targets = torch.stack([values(model, name)[3] for name in ("cat", "dog", "sea")])
     before = values(model, "a ship")[1:]

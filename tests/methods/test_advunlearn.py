@@ -1,4 +1,4 @@
-"""AdvUnlearn's theorems (arXiv:2405.15234): ESD's objective for a text encoder, against what brings it back."""
+"""AdvUnlearn's theorems (arXiv:2405.15234): ESD's objective for a text encoder, under adversarial tokens."""
 
 from functools import partial
 
@@ -62,7 +62,7 @@ def at(method, model, prompts=("cat",)):
 
 
 def test_before_the_first_search_it_is_esds_objective(model):
-    """With nothing trained yet, and nothing to retain: || (1 + eta) (eps_c - eps_0) ||^2."""
+    """Before training, without retained concepts: || (1 + eta) (eps_c - eps_0) ||^2."""
     method = before_training(model, eta=2.0, gamma=0.0, warmup_steps=1)
     x_t, t, c = at(method, model)
     difference = model.predict(x_t, t, c) - model.predict(x_t, t, model.encode_prompts([""]))
@@ -83,7 +83,7 @@ def test_after_a_search_the_same_target_is_for_the_prompt_behind_the_tokens_that
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-3)
 
 
-def test_what_is_retained_costs_nothing_until_the_encoder_moves(model):
+def test_the_retain_loss_is_zero_before_the_encoder_changes(model):
     method = before_training(model, gamma=1.0)
     method._retained = ["a dog"]
     torch.testing.assert_close(method.retaining(), torch.tensor(0.0), atol=1e-9, rtol=0)
@@ -98,7 +98,7 @@ def test_what_is_retained_costs_nothing_until_the_encoder_moves(model):
 
 
 def test_the_search_brings_the_concept_back(model):
-    """On an encoder that has moved, tokens are found with which the prediction is nearer to that of the concept."""
+    """On a trained encoder, the search finds tokens with a prediction nearer to that of the concept."""
     torch.manual_seed(3)
     with Weights(PATTERN).of(model) as pair:
         method = before_training(model, inner_steps=40, inner_lr=0.05, attack_init="latest")
@@ -142,7 +142,7 @@ def test_an_accumulating_search_goes_by_the_sum_of_its_gradients(model, monkeypa
 
 
 @pytest.mark.parametrize("attack_init", ["latest", "random"])
-def test_a_search_goes_on_from_the_last_one_or_begins_anew(model, attack_init):
+def test_a_search_starts_from_the_last_one_or_from_scratch(model, attack_init):
     method = before_training(model, attack_init=attack_init, inner_lr=1e-9)
     at(method, model)
     start = method._adversary.delta["text_encoder"].detach().clone()
@@ -196,7 +196,7 @@ def test_a_second_fit_is_the_same(model):
     assert digests[0] == digests[1]
 
 
-def test_an_interrupted_fit_goes_on_with_the_same_tokens(model, tmp_path):
+def test_an_interrupted_fit_resumes_with_the_same_tokens(model, tmp_path):
     def keep(folder):
         keeper = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
         method = advunlearn(iterations=4, attack_init="latest", trajectory="reuse")

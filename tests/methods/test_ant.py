@@ -1,4 +1,4 @@
-"""ANT's theorems (arXiv:2504.12782): what is steered where, and which weights may move."""
+"""ANT's theorems (arXiv:2504.12782): the target at early and late steps, and the masks of trainable weights."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ def test_the_first_steps_are_the_noisiest_and_in_the_script_those_before_the_ima
 
 @pytest.mark.parametrize("eta", [1.0, 2.0])
 def test_the_target_keeps_the_direction_of_guidance_and_then_reverses_it(model, eta):
-    """With nothing trained yet: || (1 - eta) (eps_c - eps_0) ||^2 at first, || (1 + eta) (eps_c - eps_0) ||^2 later."""
+    """Before training: || (1 - eta) (eps_c - eps_0) ||^2 at first, || (1 + eta) (eps_c - eps_0) ||^2 later."""
     method = ant(eta=eta, alpha_1=3.0)
     method.student, method.teacher = model, model.snapshot([])
     c, points = model.encode_prompts(["cat"]), {}

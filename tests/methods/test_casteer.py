@@ -48,7 +48,7 @@ def test_the_norm_stays_and_less_of_the_direction(vectors, beta):
     assert y @ v < x @ v
 
 
-def test_beta_of_one_takes_the_direction_out_and_of_two_reflects(vectors):
+def test_beta_one_removes_the_direction_and_two_reflects(vectors):
     x, v = vectors
     x = x * torch.sign(x @ v)
     assert abs(turned(x, v, 1.0) @ v) < 1e-5
@@ -56,14 +56,14 @@ def test_beta_of_one_takes_the_direction_out_and_of_two_reflects(vectors):
     torch.testing.assert_close(turned(turned(x, v, 2.0), -v, 2.0), x)
 
 
-def test_what_is_orthogonal_to_the_direction_or_points_away_is_bit_identical(vectors):
+def test_values_orthogonal_or_opposite_to_the_direction_are_bit_identical(vectors):
     x, v = vectors
     assert torch.equal(turned(x * -torch.sign(x @ v), v, 2.0), x * -torch.sign(x @ v))
     v[4:], x[:4] = 0, 0
     assert torch.equal(turned(x, v, 2.0), x)
 
 
-def test_what_lies_along_the_direction_alone_stays_finite(vectors):
+def test_values_parallel_to_the_direction_stay_finite(vectors):
     assert turned(vectors[1], vectors[1], 1.0).isfinite().all()
 
 

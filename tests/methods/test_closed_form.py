@@ -1,4 +1,4 @@
-"""What closed-form edits share: the minimiser's theorems, and which states stand for a prompt."""
+"""Closed-form edits: theorems of the minimiser, and the text states that represent a prompt."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_a_prompt_and_its_anchor_are_aligned_at_their_last_word_pieces(model, po
     assert torch.equal(c_star, forest[6 : 6 + count])
 
 
-def test_the_longer_of_a_pair_gives_up_its_last_positions_whichever_it_is(model):
+def test_the_longer_of_a_pair_is_cut_at_its_end(model):
     c, c_star = pairs(model, ["forest", "cat"], ["cat", "forest"], "to_end")
     forest, cat = c.chunk(2)
     assert torch.equal(c_star, torch.cat([cat, forest]))
@@ -89,7 +89,7 @@ def test_the_longer_of_a_pair_gives_up_its_last_positions_whichever_it_is(model)
     [([1, 2, 3], [1, 9, 3], (1, 1)), ([2, 3], [9, 8, 3], (0, 1)), ([1, 2], [1, 2], (2, 0)), ([5], [6], (0, 0)),
      ([1, 1, 1], [1, 1], (2, 0))],
 )  # fmt: skip
-def test_what_two_texts_share(old, new, shared):
+def test_common_prefix_and_suffix_of_two_texts(old, new, shared):
     assert common(old, new) == shared
 
 
@@ -100,7 +100,7 @@ def test_two_prompts_share_their_beginnings_and_their_ends(model):
     assert torch.equal(c_star, forest[[0, *range(6, 32)]])
 
 
-def test_masked_padding_is_no_state(any_model):
+def test_masked_padding_is_excluded(any_model):
     if not list(any_model.text_projections()):
         pytest.skip("reads no text")
     c = any_model.encode_prompts(["cat"])

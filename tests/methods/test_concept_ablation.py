@@ -1,4 +1,4 @@
-"""Concept Ablation's theorems (arXiv:2303.13516): what is taught, by whom, on which images, and what moves."""
+"""Concept Ablation's theorems (arXiv:2303.13516): targets, teacher, training images and trainable weights."""
 
 from functools import partial
 
@@ -58,7 +58,7 @@ class Watched(ConceptAblation):
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "student"])
-def test_the_frozen_teacher_stays_what_it_was_and_the_student_as_teacher_moves(sd1, model, ablation, teacher):
+def test_the_frozen_teacher_does_not_change_and_the_student_as_teacher_does(sd1, model, ablation, teacher):
     method = ablation(teacher=teacher, iterations=3)
     method.__class__, method.reference = Watched, StableDiffusion.load(str(sd1), device="cpu")
     method.fit(model, TASK)
@@ -91,7 +91,7 @@ def test_training_brings_the_concepts_prediction_to_the_anchors(model, ablation)
 
 
 def test_the_model_based_loss_is_the_distance_of_two_predictions_and_the_noise_based_one_of_the_noise(model, ablation):
-    """With nothing trained yet, on images that a mirror does not change."""
+    """Before training, on symmetric images, which mirroring does not change."""
     x_0 = torch.randn(2, *model.latent_shape)
     for target in ("model", "noise"):
         method = ablation(target=target)
@@ -187,7 +187,7 @@ def test_every_concept_has_its_own_anchor_and_one_without_gets_a_generic_one(abl
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "colour"}, {"target": "image"}, {"teacher": "ema"}])
-def test_an_unknown_choice_is_answered(ablation, wrong):
+def test_an_unknown_choice_gets_a_suggestion(ablation, wrong):
     with pytest.raises(UserError, match=next(iter(wrong.values()))):
         ablation(**wrong)
 
@@ -195,7 +195,7 @@ def test_an_unknown_choice_is_answered(ablation, wrong):
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_drawn_once(model, ablation, tmp_path):
+def test_images_are_generated_once(model, ablation, tmp_path):
     calls = []
     hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     counts = []
@@ -210,7 +210,7 @@ def test_images_are_drawn_once(model, ablation, tmp_path):
     assert len(list(tmp_path.rglob("*.png"))) == 6
 
 
-def test_images_are_those_of_the_anchor_by_the_model_before(model, ablation, tmp_path):
+def test_images_show_the_anchor_and_come_from_the_unedited_model(model, ablation, tmp_path):
     generated = Generated(str(tmp_path), Sampler(steps=3))
     asked = []
 

@@ -40,7 +40,7 @@ def test_both_identities_and_the_update_are_the_papers(model):
     assert not torch.allclose(after @ c, W @ c, atol=1e-2)
 
 
-def test_both_hold_for_every_one_of_several_concepts(model):
+def test_both_identities_hold_for_every_concept(model):
     task = UnlearningTask(erase=(Concept("cat"), Concept("ship"), Concept("bus")), retain=TASK.retain)
     W, c, S = maps(model), last_states(model, "cat", "ship", "bus"), last_states(model, "", "dog", "sea")
     anchors = c @ projector(S, 1.0)
@@ -57,7 +57,7 @@ def test_to_the_end_all_states_from_the_last_word_piece_on_are_those_of_their_an
         torch.testing.assert_close(c @ maps(model).T, anchors @ W.T, atol=1e-5, rtol=0)
 
 
-def test_the_projector_holds_as_much_of_the_states_as_it_should():
+def test_the_projector_contains_the_requested_share_of_energy():
     S = torch.diag(torch.tensor([10.0, 1.0, 0.1, 0.0])).double()
     assert [round(projector(S, energy).trace().item()) for energy in (0.5, 0.99, 0.9999, 1.0)] == [1, 1, 2, 3]
     assert not projector(S[:0], 1.0).any()

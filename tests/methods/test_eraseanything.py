@@ -1,4 +1,4 @@
-"""EraseAnything's theorems (arXiv:2412.20413): its targets are frozen, its two objectives, and what moves."""
+"""EraseAnything's theorems (arXiv:2412.20413): frozen targets, the two objectives, and the trainable weights."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def bracket(model, x, t, eta=1.0):
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "student"])
-def test_the_targets_are_the_base_models_unless_the_released_behaviour_is_asked_for(model, make, teacher):
+def test_targets_come_from_the_base_model_unless_teacher_is_student(model, make, teacher):
     """With a LoRA far from zero."""
     x, t = model.noise([5]), torch.tensor([400.0])
     without = bracket(model, x, t)
@@ -83,7 +83,7 @@ def test_steering_is_the_concepts_share_in_the_likeness_to_a_synonym():
     torch.testing.assert_close(steering(away, a_s, a_k, 0.5), expected.squeeze())
 
 
-def test_even_steps_erase_and_odd_ones_keep(model, make):
+def test_even_steps_erase_and_odd_steps_retain(model, make):
     seen = []
 
     class Watched(EraseAnything):
@@ -118,7 +118,7 @@ def test_erasing_brings_the_flow_to_the_target(model, make):
         assert (model.predict(x, t, c) - target).pow(2).mean() < before
 
 
-def test_without_synonyms_anchor_or_retained_concepts_it_still_has_words(model, make):
+def test_words_have_defaults_without_synonyms_anchor_or_retained_concepts(model, make):
     assert isinstance(make().fit(model, UnlearningTask(erase=(Concept("cat"),))), Adapter)
 
 

@@ -1,4 +1,4 @@
-"""EraseDiff's theorems (Wu et al., 2025): what the bilevel step's gradient is, and what the inner problem changes."""
+"""EraseDiff's theorems (Wu et al., 2025): the gradient of the bilevel step, and the effect of the inner problem."""
 
 from functools import partial
 
@@ -71,7 +71,7 @@ def test_a_step_is_down_the_gradient_of_retaining_and_lamb_times_forgetting(mode
         torch.testing.assert_close(value, own[name] + step, atol=1e-6, rtol=1e-5)
 
 
-def test_the_adaptive_lamb_is_what_the_cosine_lacks_of_eta(model, make):
+def test_the_adaptive_lamb_is_eta_minus_the_cosine(model, make):
     sgd = partial(torch.optim.SGD, lr=0.1)
     own = model.named_parameters()
     for eta in (0.5, -2.0):

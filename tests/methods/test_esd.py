@@ -11,6 +11,7 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
+from unlearning.methods.stages import Stages
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.training.student import Weights
 
@@ -131,7 +132,7 @@ def test_no_optimizer_outlives_the_fit_even_before_garbage_is_collected(model):
         gc.enable()
 
 
-def test_a_pattern_that_names_no_weight_is_answered(model):
+def test_a_pattern_without_a_match_gives_an_error(model):
     with pytest.raises(UserError, match="no_such_layer"):
         esd(parameters="no_such_layer").fit(model, TASK)
 
@@ -161,7 +162,7 @@ def test_a_second_fit_takes_no_points_of_the_first(model):
     assert patches[0].digest == patches[1].digest == patches[2].digest
 
 
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(model, tmp_path):
+def test_an_interrupted_fit_resumes_from_its_checkpoint(model, tmp_path):
     keeper = lambda: pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)  # noqa: E731
 
     class Interrupting(ESD):
@@ -185,7 +186,27 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(model, tmp_path):
     assert steps == [0, 1, 2, 3]
 
 
-def test_the_trainers_precision_is_what_the_denoiser_computes_in(model):
+def test_two_trained_stages_in_one_folder_each_run_their_own_steps(model, tmp_path):
+    """Stages with equal settings, then another concept: no fit resumes from the checkpoint of another one."""
+    steps = []
+
+    class Counting(ESD):
+        def loss(self, prompts):
+            steps.append((prompts[0].split()[-1], self.global_step))
+            return super().loss(prompts)
+
+    def stage() -> ESD:
+        keeper = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+        method = esd(enable_checkpointing=True, callbacks=[keeper])
+        method.__class__ = Counting
+        return method
+
+    for name in ("cat", "dog"):
+        Stages({"first": stage(), "second": stage()}).fit(model, UnlearningTask(erase=(Concept(name),)))
+    assert steps == [(name, step) for name in ("cat", "dog") for _ in range(2) for step in range(2)]
+
+
+def test_the_denoiser_computes_in_the_trainers_precision(model):
     layer, computed = model.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_q"), {}
     for precision in ("32-true", "bf16-mixed"):
         hook = layer.register_forward_hook(lambda _, __, output: computed.update({precision: output.dtype}))  # noqa: B023

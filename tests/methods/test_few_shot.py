@@ -53,7 +53,7 @@ def test_the_loss_is_minus_that_of_denoising_with_the_concepts_prompts(model, ma
 
 
 @pytest.mark.parametrize("latents", ["drawn", "noise"])
-def test_training_worsens_the_prediction_for_the_concept(model, make, latents):
+def test_training_increases_the_denoising_error_for_the_concept(model, make, latents):
     patch = make(iterations=15, latents=latents, templates=["a {}"]).fit(model, TASK)
     x_0, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
     eps = torch.randn_like(x_0)

@@ -68,7 +68,7 @@ def test_relearning_brings_the_images_nearer(model):
     assert error() == before
 
 
-def test_only_so_many_images_as_asked_for_are_learned_from(model):
+def test_count_limits_the_training_images(model):
     few = training(count=1).fit(model, TASK)
     one = UnlearningTask((Concept("cat"),), forget_images=IMAGES[:1])
     assert few.digest == training().fit(model, one).digest

@@ -1,4 +1,4 @@
-"""Forget-Me-Not's theorems (arXiv:2303.17591): which attention is in the loss, and that training takes it away."""
+"""Forget-Me-Not's theorems (arXiv:2303.17591): the attention in the loss, and that training reduces it."""
 
 from functools import partial
 
@@ -69,7 +69,7 @@ def test_training_takes_attention_away_from_the_concepts_tokens(family, make, tm
 
 
 @pytest.mark.parametrize("pooler", [True, False])
-def test_the_end_of_the_text_counts_if_it_is_asked_for(model, make, pooler):
+def test_pooler_includes_the_end_of_the_text(model, make, pooler):
     method = make(pooler=pooler)
     method.fit(model, TASK)
     clip = concept_places(model, ["a photo of cat"], ["cat"])

@@ -1,4 +1,4 @@
-"""Words are found in images, and an eraser gets them; the task's own names are not used."""
+"""Methods for found words: the search uses images only, and the wrapped method gets the found words."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from unlearning.scrubbing.words import TEMPLATES
 
 
 class Recorder(Method):
-    """Keeps the task that it was given."""
+    """A method that records its task."""
 
     def fit(self, model, task) -> Erasure:
         self.task = task
@@ -40,7 +40,7 @@ def method(monkeypatch):
     )
 
 
-def test_the_eraser_gets_the_words_of_the_search(model, method):
+def test_the_wrapped_method_gets_the_found_words(model, method):
     eraser = Recorder()
     method(eraser, retained=2).fit(model, emoji_objects("cat", pictures=6))
     assert [(c.name, c.synonyms, c.anchor) for c in eraser.task.erase] == [("bunny", (), ""), ("rabbit", (), "")]
@@ -55,7 +55,7 @@ def test_no_label_is_used(model, method):
 
 
 def test_words_are_erased_and_all_other_words_keep_what_the_denoiser_reads(model, method):
-    """W' c is W c_0 at the words that were found, and stays W c at those retained."""
+    """W' c equals W c_0 for the found words, and W c for the retained words."""
     erase = UCE(templates=TEMPLATES, preserve_scale=0.1)
     erasure = method(erase).fit(model, emoji_objects("rabbit", pictures=6))
     prompts = ["a photo of the rabbit", "a bunny", "pizza", "a clock", ""]

@@ -71,7 +71,7 @@ def test_the_concepts_high_level_state_comes_closer_to_the_target_and_nothing_bu
     assert {n.partition(".")[0] for n in moved} == targets.keys(), "every CLIP encoder is edited"
 
 
-def test_towards_its_super_category_the_concept_is_read_as_it(model):
+def test_the_concept_is_encoded_as_its_super_category(model):
     target = states(model, ["animal"])
     before = distances(model, target)["text_encoder"]
     with hirm(**SUPER, epochs=150, lr=3e-3).fit(model, TASK).applied_to(model):

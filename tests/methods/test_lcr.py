@@ -1,4 +1,4 @@
-"""Latent code replacement from the command line: what it changes, what it leaves alone, and its errors."""
+"""Latent code replacement from the command line: changed and unchanged codes, and errors."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ EXACT = ["method=lcr_localized", "detector@method.detector=boxes"]
 BRIGHT = 104  # the mean of the astronaut is 115, that of the coffee 93
 
 
-def drawn(run):
+def manifests(run):
     return (read_manifest(run / "images" / f"{name}.csv") for name in ("base", "erased"))
 
 
@@ -40,7 +40,7 @@ def alike(a, b):
 
 def test_localized_changes_only_cells_of_the_concept(unlearn, vqgan):
     run = unlearn(*SMALL, *EXACT, "evaluator=[accuracy,similarity,replaced]")
-    base, erased = drawn(run)
+    base, erased = manifests(run)
     model, erasure = VQGAN.load(str(vqgan), device="cpu"), Erasure.load(run / "erasure")
     assert [row.base for row in erased] == [row.path for row in base]
     for row in erased:
@@ -66,7 +66,7 @@ def test_global_replaces_every_code_of_e_everywhere(unlearn, vqgan):
     model, erasure = VQGAN.load(str(vqgan), device="cpu"), Erasure.load(run / "erasure")
     E = erasure.statistics.explicit
     assert len(E) == 4 and not torch.isin(E, erasure.statistics.safe).any()
-    _, erased = drawn(run)
+    _, erased = manifests(run)
     for row in erased:
         codes = model.encode(as_tensor(load_images([row], "source")))
         expected = model.decode(codes.masked_fill(torch.isin(codes, E), 0))
@@ -82,7 +82,7 @@ def test_batches_change_no_image(unlearn, tmp_path):
         )
         for n in (1, 8)
     ]
-    (_, one), (_, other) = map(drawn, runs)
+    (_, one), (_, other) = map(manifests, runs)
     one, other = list(one), list(other)
     assert alike(load_images(one), load_images(other)) and [r.decided for r in one] == [r.decided for r in other]
 
@@ -115,7 +115,7 @@ def test_a_folder_of_photographs_is_edited_and_its_manifest_records_where(unlear
         records = {row["prompt"]: json.loads(row["decided"]) for row in csv.DictReader(file)}
     assert records["astronaut0.png"]["boxes"] == [[24, 8, 36, 22]] and records["astronaut0.png"]["chosen"] == 3 * 4
     assert records["coffee0.png"] == {"boxes": [], "cells": 256, "chosen": 0, "changed": 0}
-    erased = sorted(list(drawn(run))[1], key=lambda row: row.prompt)
+    erased = sorted(list(manifests(run))[1], key=lambda row: row.prompt)
     same = {row.prompt: np.array_equal(load_images([row]), load_images([row], "base")) for row in erased}
     assert same == {"astronaut0.png": False, "coffee0.png": True}, "an image without a box stays unchanged"
     assert json.loads((run / "metrics.json").read_text())["efficacy/unchanged"] == 50, "and is counted as unchanged"
@@ -123,7 +123,7 @@ def test_a_folder_of_photographs_is_edited_and_its_manifest_records_where(unlear
     assert (run / "images" / "erased" / "astronaut0.png").read_bytes() == erased[0].path.read_bytes()
 
 
-def test_a_crash_of_the_detector_is_a_failure_of_its_image(unlearn, error_of, photos, monkeypatch):
+def test_a_detector_crash_fails_only_its_image(unlearn, error_of, photos, monkeypatch):
     def crashes(self, image):
         if image.mean() > BRIGHT:
             raise RuntimeError("bad image")
@@ -139,11 +139,11 @@ def test_a_failed_image_is_not_in_the_manifest_and_is_made_by_the_next_run(unlea
     monkeypatch.setattr(NudeNet, "_boxes", lambda self, image: 1 / 0 if image.mean() > BRIGHT else [])
     with pytest.raises(SystemExit):
         unlearn(*SMALL, *NUDENET, *photos)
-    _, erased = drawn(tmp_path / "run")
+    _, erased = manifests(tmp_path / "run")
     assert [row.prompt for row in erased] == ["coffee0.png"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["cost/failed"] == 1
     monkeypatch.setattr(NudeNet, "_boxes", lambda self, image: [])
-    _, erased = drawn(unlearn(*SMALL, *NUDENET, *photos))
+    _, erased = manifests(unlearn(*SMALL, *NUDENET, *photos))
     assert len(list(erased)) == 2, "the same command makes the missing image"
 
 

@@ -1,4 +1,4 @@
-"""MACE's theorems (Lu et al., 2024): both closed forms, where attention is taken away, and many concepts at once."""
+"""MACE's theorems (Lu et al., 2024): both closed forms, the attention loss, and many concepts at once."""
 
 from dataclasses import replace
 from functools import partial
@@ -194,7 +194,7 @@ def test_each_concept_has_a_lora_of_its_own_and_the_model_is_left_as_it_was(mode
         assert not torch.equal(model.named_parameters()[next(iter(weights))], before[next(iter(weights))])
 
 
-def test_what_it_cannot_train_is_refused(model, make, any_pipeline, any_model):
+def test_models_without_a_unet_are_refused(model, make, any_pipeline, any_model):
     if any_pipeline[0] in ("sd1", "sd2", "sdxl"):
         assert make(iterations=1).fit(any_model, TASK).weights
     else:

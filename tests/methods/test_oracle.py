@@ -1,4 +1,4 @@
-"""The oracle: another model's weights in the place of this one's."""
+"""The oracle: replaces the weights by those of a model trained without the concept."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
 
-def test_the_model_draws_what_the_other_model_does(model, other):
+def test_the_model_generates_the_oracles_images(model, other):
     draw, never = Sampler(steps=2), StableDiffusion.load(str(other), device="cpu")
     assert not torch.equal(draw(model, ["a q"], [0]), draw(never, ["a q"], [0]))
     with Oracle(path=str(other)).fit(model, TASK).applied_to(model):
@@ -36,7 +36,7 @@ def test_a_model_that_was_trained_on_everything_changes_nothing(model, sd1):
     assert Oracle(path=str(sd1)).fit(model, TASK).empty
 
 
-def test_an_oracle_that_was_not_trained_is_answered_with_the_commands(model, tmp_path):
+def test_a_missing_oracle_gives_the_training_commands(model, tmp_path):
     with pytest.raises(UserError, match=r"train_unet\.py --without 'cat'"):
         Oracle(path=str(tmp_path / "nowhere")).fit(model, TASK)
 

@@ -1,4 +1,4 @@
-"""Names are deleted from prompts; what is no text passes."""
+"""The prompt filter deletes names from prompts; inputs other than text pass unchanged."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rounding of weights: to the nearest of evenly spaced levels, each group by its own scale."""
+"""Quantisation: rounds weights to the nearest of evenly spaced levels, with one scale for each group."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_maps_and_convolutions_are_rounded_and_nothing_else(model):
     assert {name.partition(".")[0] for name in both.weights} == {"unet", "text_encoder"}
 
 
-def test_what_stands_beside_the_weights_stays_as_it_is(model):
+def test_adapters_beside_the_weights_do_not_change(model):
     plain = Quantization(bits=4).fit(model, TASK)
     with LoRA(r"unet\..*attn2\.to_k$").of(model) as pair:
         adapter = pair.erasure()

@@ -30,7 +30,7 @@ def brought_back(model, edited: torch.Tensor, lamb: float) -> torch.Tensor:
     return away.square().sum() / (c @ W.T).square().sum()
 
 
-def test_what_brings_the_concept_back_is_stationary(model):
+def test_the_adversarial_embedding_is_a_stationary_point(model):
     torch.manual_seed(0)
     W, c, E = maps(model), torch.randn(5, 16).double(), torch.randn(16, 16).double()
     found = returning(c, E, gram(model), 0.1).requires_grad_()

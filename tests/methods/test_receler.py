@@ -153,7 +153,7 @@ def test_adversarial_vectors_lie_behind_the_word_pieces(model):
         assert torch.equal(edited[own.stop + 5 :], states[own.stop + 5 :])
 
 
-def test_a_text_without_room_for_the_vectors_is_answered(model):
+def test_a_text_without_room_for_the_vectors_gives_an_error(model):
     long = Concept("an old cat that sleeps on")
     with pytest.raises(UserError, match=r"method\.vectors"):
         receler(vectors=16).fit(model, UnlearningTask(erase=(long,)))
@@ -173,7 +173,7 @@ def test_steps_of_the_vectors_bring_the_prediction_closer_to_the_concepts_and_le
     assert distances[-1] < 0.5 * distances[0]
 
 
-def test_the_vectors_of_a_concept_that_a_batch_lacks_stay(model):
+def test_vectors_of_concepts_outside_the_batch_do_not_change(model):
     both, cat = model.encode_prompts(["cat", "dog"]), model.encode_prompts(["cat"])
     adversary = AdversarialVectors(both, count=4, lr=0.1, weight_decay=0.1)
     for c in (both, cat):  # Adam has momentum after the first
@@ -184,7 +184,7 @@ def test_the_vectors_of_a_concept_that_a_batch_lacks_stay(model):
     )
 
 
-def test_an_interrupted_fit_goes_on_with_the_same_vectors(model, tmp_path):
+def test_an_interrupted_fit_resumes_with_the_same_vectors(model, tmp_path):
     def keep(folder):
         keeper = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
         method = receler(iterations=4)

@@ -1,4 +1,4 @@
-"""Regularisers around trained methods: what each of them guarantees, on ESD-x, Concept Ablation and the scrubber."""
+"""Regularisers around trained methods: their guarantees, on ESD-x, Concept Ablation and the scrubber."""
 
 from functools import partial
 
@@ -103,7 +103,7 @@ def test_the_largest_entries_are_as_many_as_asked_for_whatever_ties_there_are(sh
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_numbers_that_are_not_finite_choose_no_weights(broken):
+def test_non_finite_importance_is_an_error(broken):
     with pytest.raises(UserError, match="not finite"):
         largest({"a": torch.ones(3), "b": torch.tensor([1.0, broken])}, 0.5)
 
@@ -164,7 +164,7 @@ def test_selft_moves_the_entries_of_the_largest_product_of_weight_and_gradient(m
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_merging_combines_what_each_concept_moves_by_itself(model, make, name):
+def test_merging_combines_the_updates_of_single_concepts(model, make, name):
     both = UnlearningTask(
         erase=(Concept("cat", anchor="forest"), Concept("ox", anchor="sea")), retain=TASK.retain,
         forget_images=TASK.forget_images, retain_images=TASK.retain_images,
@@ -199,7 +199,7 @@ def test_one_concept_is_not_merged(model, make):
 
 
 @pytest.mark.parametrize("regulariser", [GradientProjection(), SelFT(batches=1), Merge()])
-def test_a_student_that_a_regulariser_is_not_for_is_refused(model, make, regulariser):
+def test_a_regulariser_refuses_unsupported_students(model, make, regulariser):
     several = UnlearningTask(erase=(Concept("cat"), Concept("ox")), retain=TASK.retain)
     with pytest.raises(UserError, match="student"):
         make("esd", student=LoRA("attn2"), regulariser=regulariser).fit(model, several)

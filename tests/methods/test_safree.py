@@ -77,7 +77,7 @@ def expected(model, edit: SubspaceFilter, prompt: str) -> tuple[list[int], torch
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.01])
-def test_triggers_are_projected_and_all_else_stays(model, alpha):
+def test_only_triggers_are_projected(model, alpha):
     edit = replace(CATS, alpha=alpha)
     own, c = filtered(model, edit)
     assert c.later is own
@@ -106,12 +106,12 @@ def test_the_null_prompt_stays_and_an_only_word_piece_is_a_trigger(model):
 
 
 @pytest.mark.parametrize(("beta", "steps"), [(0.0, 1), (0.5333, 6), (1.0, 11)])
-def test_the_filtered_prompt_holds_the_longer_the_more_is_filtered(beta, steps):
+def test_a_stronger_filter_applies_for_more_steps(beta, steps):
     assert CATS.steps(beta) == steps
     assert replace(CATS, up_t=None).steps(beta) == FOREVER
 
 
-def test_after_its_steps_a_prompt_is_itself_again(model):
+def test_after_its_steps_a_prompt_is_unfiltered(model):
     own, c = filtered(model, replace(CATS, up_t=4))
     for i, steps in enumerate(c.steps.tolist()):
         assert torch.equal(c.at(steps - 1).embeds[i], c.embeds[i])

@@ -1,4 +1,4 @@
-"""SalUn's theorems (Fan et al., 2024): the mask keeps the largest gradients, and every other weight its bits."""
+"""SalUn's theorems (Fan et al., 2024): the mask selects the largest gradients; other weights stay bit-identical."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def test_the_masked_half_stays_bit_identical_under_momentum_and_weight_decay(mod
     assert 0.8 * share < moved <= share
 
 
-def test_those_that_move_have_the_largest_summed_gradients(model, make):
+def test_trained_entries_have_the_largest_summed_gradients(model, make):
     """With a saliency loss of known gradients, two batches of which partly cancel out."""
 
     class Known(SalUn):
@@ -90,7 +90,7 @@ def test_the_saliency_is_of_the_guided_prediction(model, make):
     torch.testing.assert_close(loss, (8.5 * eps_c - 7.5 * eps_0 - eps).pow(2).mean(), atol=1e-4, rtol=1e-3)
 
 
-def test_the_objective_relabels_the_concept_and_denoises_what_is_retained(model, make):
+def test_the_objective_relabels_the_concept_and_denoises_retained_images(model, make):
     method = make(alpha=0.5)
     method.student = method.teacher = model
     method.c, method.c_other, method.c_r = ["a cat"], ["a forest"], ["a dog", "a ship"]

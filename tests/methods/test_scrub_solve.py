@@ -1,4 +1,4 @@
-"""What a scrubber trains is kept for the words that it found."""
+"""Scrub, then solve: keeps the scrubber's change for the found words only."""
 
 from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ def test_it_is_the_minimiser(model):
         assert gradient.abs().max() < 1e-4 * scale
 
 
-def test_without_other_words_all_is_kept_and_with_their_whole_weight_nothing(model):
+def test_a_zero_preserve_scale_keeps_the_trained_map_and_a_large_one_restores_the_original(model):
     scrubber, start = Trained(), model.named_parameters()
 
     def distance(**settings) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def test_without_other_words_all_is_kept_and_with_their_whole_weight_nothing(mod
     [(Trained(conditioning="null"), "conditioning"), (Trained(LoRA("attn2")), "student"),
      (Trained(Weights("conv_in")), r"student\.parameters")],
 )  # fmt: skip
-def test_what_cannot_be_solved_for_is_refused_before_anything_is_trained(model, scrubber, setting):
+def test_an_unsupported_scrubber_is_refused_before_training(model, scrubber, setting):
     scrubber.fit = None
     with pytest.raises(UserError, match=f"scrubber.{setting}"):
         ScrubSolve(scrubber=scrubber).fit(model, None)

@@ -101,7 +101,7 @@ def test_errors_have_the_same_weight_at_every_timestep_up_to_a_limit(model, scru
 
 
 @of_each_prediction
-def test_l_f_is_a_share_of_what_there_is_to_forget_unless_it_is_not_normalised(model, scrub):
+def test_normalised_l_f_is_relative_to_the_amount_to_forget(model, scrub):
     z_0, off, null = *torch.randn(2, 2, *model.latent_shape), model.encode_prompts([""])
     M = torch.zeros(2, 1, *model.latent_shape[1:])
     M[:, :, :2, :2] = 1
@@ -209,7 +209,7 @@ def test_steps_lower_the_loss(model, scrub):
         (lambda forget, retain: (forget[:3], [*retain, *forget]), "3 of the 12"),
     ],
 )
-def test_images_it_cannot_learn_from_are_refused(sd1, scrub, images, says):
+def test_unusable_training_images_are_refused(sd1, scrub, images, says):
     method, task = scrub()
     forget, retain = images(task.forget_images[:], task.retain_images[:])
     model = FAMILIES["sd1"].load(str(sd1), device="cpu")

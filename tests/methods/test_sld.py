@@ -146,7 +146,7 @@ def test_an_edit_of_the_text_does_not_hide_the_safety_concept(model):
     assert not torch.equal(cat, nothing)
 
 
-def test_a_concept_of_ones_own_takes_the_place_of_the_tasks(model):
+def test_a_configured_safety_concept_replaces_the_tasks(model):
     task = UnlearningTask(erase=(Concept("cat"), Concept("dog")))
     assert SLD().fit(model, task).guidance.concept == "cat, dog"
     assert SLD(concept="violence").fit(model, task).guidance.concept == "violence"

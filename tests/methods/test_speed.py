@@ -33,7 +33,7 @@ def mapped(model, states: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("s", [0.05, 1.0])
-def test_what_is_retained_does_not_move(problem, s):
+def test_retained_states_do_not_change(problem, s):
     difference, C, r, K = problem
     Y = update(difference, C, null_space(r, 1e-6), K, s, lamb=0.0)
     torch.testing.assert_close(Y @ r.T, torch.zeros(16, 5).double(), atol=1e-9, rtol=0)
@@ -49,7 +49,7 @@ def test_the_invariants_do_not_move_and_with_lamb_they_do(problem):
     assert (update(difference, C, P, K, 1.0, 0.5) @ K).norm() > 1e-2
 
 
-def test_where_concepts_are_their_anchors_nothing_moves(problem):
+def test_concepts_equal_to_their_anchors_change_nothing(problem):
     _, C, r, K = problem
     assert not update(torch.zeros_like(C), C, null_space(r, 1e-6), K, 1.0, 0.0).any()
 
@@ -102,7 +102,7 @@ def test_augmentation_goes_along_the_right_singular_vector_of_the_least_singular
     assert ((away - (away @ p)[..., None] * p).norm(dim=2).amin(1) < 1e-9).all()
 
 
-def test_the_filter_keeps_what_is_moved_by_more_than_the_mean():
+def test_the_filter_keeps_states_moved_by_more_than_the_mean():
     r, edit = torch.eye(4).double(), torch.diag(torch.tensor([1.0, 2.0, 3.0, 10.0])).double()
     assert torch.equal(most_moved(r, edit), r[3:])
     assert torch.equal(most_moved(r, torch.eye(4).double()), r)
@@ -147,7 +147,7 @@ def test_a_small_retain_scale_makes_the_concept_act_like_its_anchor_in_the_null_
 
 
 @pytest.mark.parametrize(("maps", "ends"), [("values", {"to_v"}), ("keys", {"to_k"}), ("both", {"to_k", "to_v"})])
-def test_which_maps_are_edited(model, maps, ends):
+def test_maps_selects_keys_values_or_both(model, maps, ends):
     weights = SPEED(**PLAIN, maps=maps).fit(model, TASK).weights
     assert {name.split(".")[-2] for name in weights} == ends
 

@@ -144,7 +144,7 @@ def test_it_is_beside_every_layer_of_the_transformer_blocks(model, cat):
     assert any(w.ndim == 4 for w in cat.weights.values()), "convolutions too"
 
 
-def test_at_the_start_it_is_nothing_and_anchoring_costs_nothing(model, predict):
+def test_a_new_adapter_is_the_identity_and_has_no_anchoring_loss(model, predict):
     method, before = spm(), predict()
     x_t, t, c = model.noise([1, 2]), torch.tensor([300, 700]), model.encode_prompts(["cat", "cat"])
     with method.moving.of(model) as pair:
@@ -165,7 +165,7 @@ def test_a_multiplier_of_zero_is_the_base_model_to_the_bit(model, cat, predict):
 
 
 def test_each_prompt_gets_its_own_share(model, cat, predict):
-    """A half of the update beside linear maps: halfway, to first order, and not for the row whose gain is 0."""
+    """A batch with gains 1 and 0: the first row equals the full adapter, the second equals the base model."""
     gates = {gain: replace(cat, gate=Fixed(gain)) for gain in (0.0, 1.0)}
     with cat.applied_to(model):
         own = model.encode_prompts(["cat", "dog"])
@@ -197,7 +197,7 @@ def test_a_training_on_top_of_a_gated_adapter_needs_no_layer_again(cat, sd1):
         torch.testing.assert_close(found[1][name], weight, atol=1e-6, rtol=1e-4)
 
 
-def test_of_two_adapters_one_with_gain_zero_is_silent(model, cat, dog, predict):
+def test_an_adapter_with_gain_zero_has_no_effect(model, cat, dog, predict):
     with replace(cat, gate=Fixed(1.0)).applied_to(model):
         alone = predict()
     with composed(replace(cat, gate=Fixed(1.0)), replace(dog, gate=Fixed(0.0))).applied_to(model):
@@ -216,7 +216,7 @@ def test_every_concept_gets_the_adapter_that_it_gets_alone(model, trajectory):
     assert [part.digest for part in both.parts] == [fit(CAT).digest, fit(DOG).digest]
 
 
-def test_an_interrupted_fit_goes_on_with_the_concept_it_was_at(model, tmp_path):
+def test_an_interrupted_fit_resumes_with_the_concept_it_was_at(model, tmp_path):
     def keep():
         return [pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)]
 
@@ -306,7 +306,7 @@ def test_the_released_code_anchors_half_at_the_null_prompt(model, count):
     assert torch.equal(asked[0], asked[1]) and len(null) == count and null.sum() == (count + 1) // 2
 
 
-def test_a_direction_is_accepted_the_less_the_nearer_it_is():
+def test_nearer_directions_are_accepted_less_often():
     """In the plane, P(angle) is in proportion to min(1, 1 - cos(angle)): the mean cosine is -pi / (4 pi - 4)."""
     torch.manual_seed(0)
     c = Conditioning(torch.tensor([[[1.0, 0.0]]])).expand(20_000)
@@ -314,7 +314,7 @@ def test_a_direction_is_accepted_the_less_the_nearer_it_is():
     assert cosine.mean().item() == pytest.approx(-torch.pi / (4 * torch.pi - 4), abs=0.02)
 
 
-def test_a_model_without_text_is_answered(any_pipeline):
+def test_a_model_without_a_text_encoder_gives_an_error(any_pipeline):
     family, folder = any_pipeline
     if family != "dit":
         pytest.skip("reads text")

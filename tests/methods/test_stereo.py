@@ -1,4 +1,4 @@
-"""STEREO's theorems (arXiv:2408.16807): what the second stage's target is, and what each stage begins with."""
+"""STEREO's theorems (arXiv:2408.16807): the target of the second stage, and the model that each stage starts from."""
 
 from functools import partial
 
@@ -146,7 +146,7 @@ def test_each_round_erases_the_newest_words_from_the_model_of_the_round_before(m
 
 
 def test_the_second_stage_erases_all_words_from_the_model_as_it_was(model):
-    """With a learning rate of 0 the erasure is the unedited model's weights: nothing of the first stage is left."""
+    """With a learning rate of 0 the erasure has the unedited weights: the first stage leaves no change."""
     erase = esd(RecordedAtOnce, optimizer=partial(torch.optim.SGD, lr=0.0))
     method = stereo(erase=erase)
     before = {n: p.detach().clone() for n, p in model.named_parameters().items()}
@@ -157,7 +157,7 @@ def test_the_second_stage_erases_all_words_from_the_model_as_it_was(model):
     assert not model.text_edits and all(torch.equal(p, before[n]) for n, p in model.named_parameters().items())
 
 
-def test_a_second_fit_finds_the_same(model):
+def test_a_second_fit_gives_the_same_result(model):
     digests = []
     for _ in range(2):
         pl.seed_everything(7, verbose=False)

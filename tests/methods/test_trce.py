@@ -1,4 +1,4 @@
-"""TRCE's theorems (arXiv:2503.07389): the end of the text in closed form, and the hinge between two directions."""
+"""TRCE's theorems (arXiv:2503.07389): the closed form for end-of-text states, and the hinge between two directions."""
 
 from functools import partial
 
@@ -50,7 +50,7 @@ def test_the_end_of_a_text_is_the_token_behind_its_last_word_piece(model, prompt
     assert torch.equal(state, model.encode_prompts([prompt]).embeds[0, end : end + 1])
 
 
-def test_without_anything_to_preserve_the_end_of_the_text_is_mapped_exactly(model):
+def test_without_preserved_states_the_end_of_the_text_is_mapped_exactly(model):
     maps = projections(model)
     own = {name: m.weight.clone() for name, m in maps.items()}
     patch = trce(eta=0.0, lamb=1e-12).closed_form(model, TASK)
@@ -61,7 +61,7 @@ def test_without_anything_to_preserve_the_end_of_the_text_is_mapped_exactly(mode
         assert (e_u @ W.T - e_s @ W.T).abs().max() > 1e-2
 
 
-def test_the_edit_is_where_the_objective_does_not_change(model):
+def test_the_edit_is_a_stationary_point_of_the_objective(model):
     eta, lamb = 0.3, 0.2
     patch = trce(eta=eta, lamb=lamb).closed_form(model, TASK)
     name, m = next(iter(projections(model).items()))
@@ -170,7 +170,7 @@ def test_a_second_fit_is_the_same(model):
     assert digests[0] == digests[1]
 
 
-def test_an_interrupted_fit_goes_on_with_the_same_points(model, tmp_path):
+def test_an_interrupted_fit_resumes_with_the_same_points(model, tmp_path):
     def keep(folder):
         keeper = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
         method = trce(iterations=4, trajectory="reuse")

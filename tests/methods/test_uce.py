@@ -1,4 +1,4 @@
-"""UCE (Gandikota et al., 2024): what is edited, and what is preserved, by default and as in the authors' scripts."""
+"""UCE (Gandikota et al., 2024): edited and preserved states, by default and as in the authors' scripts."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_a_larger_preserve_scale_holds_what_is_preserved(model):
     assert moved(model, "cat", preserve_scale=1.0) > 1e-3
 
 
-def test_the_null_prompt_is_preserved_unless_it_is_not_to_be(model):
+def test_preserve_null_decides_whether_the_null_prompt_is_preserved(model):
     assert moved(model, "", preserve_scale=100.0) < moved(model, "", preserve_scale=100.0, preserve_null=False) / 2
 
 

@@ -1,4 +1,4 @@
-"""UnGuide's theorems (arXiv:2508.05755): its objective, its routing, and its adapter in other hands."""
+"""UnGuide's theorems (arXiv:2508.05755): its objective, its routing, and the exported adapter in plain diffusers."""
 
 from dataclasses import replace
 from functools import partial
@@ -88,7 +88,7 @@ def test_the_papers_threshold_is_the_null_prompts_difference(model, adapter):
     assert float(D) == pytest.approx(rule.threshold, rel=1e-5) and rule.empty == rule.threshold
 
 
-def test_a_calibrated_threshold_lies_between_what_it_tells_apart(model, adapter):
+def test_a_calibrated_threshold_separates_the_two_groups(model, adapter):
     assert best_threshold(torch.tensor([4.0, 5.0]), torch.tensor([1.0, 2.0])) == 3.0
     assert best_threshold(torch.tensor([3.0, 5.0, 6.0]), torch.tensor([1.0, 1.1, 3.5])) == pytest.approx(2.05)
     with pytest.raises(UserError, match="empty, calibrated"):
@@ -96,7 +96,7 @@ def test_a_calibrated_threshold_lies_between_what_it_tells_apart(model, adapter)
 
 
 @pytest.mark.parametrize("retain", [TASK.retain, ()])
-def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_asks_for(model, monkeypatch, retain):
+def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_uses(model, monkeypatch, retain):
     asked, method = [], unguide(threshold="calibrated")
     encode = type(model).encode_prompts
     monkeypatch.setattr(
@@ -194,7 +194,7 @@ def test_unguides_own_file_becomes_an_adapter(model, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"junk", {"a.lora.C": torch.ones(1)}, {"x.y.lora.A": torch.ones(1, 1)}, [1, 2]])
-def test_a_file_that_is_no_adapter_is_answered(tmp_path, content):
+def test_a_file_that_is_not_an_adapter_gives_an_error(tmp_path, content):
     path = tmp_path / "lora.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=r"lora\.pth is not an adapter"):

@@ -1,4 +1,4 @@
-"""Erased weights of other code, in every format that is read, and what is refused of them."""
+"""Erased weights from other code: all supported formats, and errors for unsupported ones."""
 
 import json
 import pickle
@@ -418,14 +418,14 @@ def test_a_pickle_of_more_than_tensors_is_refused_unopened(model, tmp_path):
         ({f"{K}.hada_w1_a": torch.ones(2, 2)}, ["hada_w1_a"]),
     ],
 )
-def test_what_does_not_go_with_the_model_is_refused_by_name(model, tmp_path, state, words):
+def test_incompatible_weights_are_refused_by_name(model, tmp_path, state, words):
     torch.save(state, tmp_path / "erased.pt")
     with pytest.raises(UserError) as error:
         read(tmp_path / "erased.pt", model)
     assert all(word in str(error.value) for word in ("erased.pt", *words)) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there_or_no_file_of_weights_or_changes_nothing_is_named(model, tmp_path):
+def test_missing_invalid_and_unchanged_weights_are_reported(model, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"junk")
     (tmp_path / "empty.pt").touch()
     save_file({"conv_in.bias": model.layer("unet.conv_in").bias.detach()}, tmp_path / "same.safetensors")
@@ -436,7 +436,7 @@ def test_a_file_that_is_not_there_or_no_file_of_weights_or_changes_nothing_is_na
         SavedWeights(path=None).fit(model, TASK)
 
 
-def test_differences_are_added_and_not_taken_for_weights(model, edited, tmp_path):
+def test_differences_are_added_to_the_weights(model, edited, tmp_path):
     own = model.named_parameters()
     whole = {n: v for n, v in edited.items() if n.startswith("unet.") and "attn2" in n}
     save_file(whole, tmp_path / "weights.safetensors")

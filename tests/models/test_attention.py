@@ -1,4 +1,4 @@
-"""Cross-attention maps: what a UNet's layers compute, recorded without a change to what they compute."""
+"""Cross-attention maps: recording them equals the layers' own computation and does not change it."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_a_concepts_places_are_those_where_a_change_of_the_word_begins(family, t
         assert places[:clip].nonzero()[0] == (~same[:clip]).nonzero()[0]
 
 
-def test_a_word_that_is_not_in_its_prompt_is_answered(model):
+def test_a_word_missing_from_its_prompt_gives_an_error(model):
     with pytest.raises(UserError, match="dog"):
         concept_places(model, ["a cat"], ["dog"])
 

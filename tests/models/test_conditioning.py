@@ -1,4 +1,4 @@
-"""A conditioning's schedule: which rows hold at which sampling step."""
+"""The schedule of a conditioning: which rows apply at which sampling step."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def test_each_row_holds_for_its_own_steps():
     assert held(c[1:], 1) == [1] and held(c[1:], 2) == [0]
 
 
-def test_what_holds_later_may_have_a_schedule_of_its_own():
+def test_a_later_conditioning_may_have_its_own_schedule():
     inner = replace(constant(1.0), steps=torch.tensor([3, 1]), later=constant(0.0))
     outer = replace(constant(2.0), steps=torch.tensor([1, 2]), later=inner)
     assert [held(outer, step) for step in range(4)] == [[2, 2], [1, 2], [1, 0], [0, 0]]

@@ -1,4 +1,4 @@
-"""Devices that are not there are named before a weight is loaded."""
+"""Missing devices are reported before a weight is loaded."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ ABSENT = [
 
 
 @pytest.mark.parametrize("name", [*ABSENT, "foo", "meta", "cpu:x", "cuda:-1", ""])
-def test_a_device_that_is_not_there_is_named(name):
+def test_a_missing_device_is_reported(name):
     with pytest.raises(UserError) as error:
         chosen_device(name)
     assert repr(name) in str(error.value) and "cpu" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_devices_that_are_there():
+def test_available_devices_are_accepted():
     assert chosen_device("cpu") == torch.device("cpu")
     assert torch.empty(1, device=chosen_device("auto")).device == chosen_device("auto")
 

@@ -1,4 +1,4 @@
-"""What DiT has of its own: classes in place of prompts."""
+"""Features specific to DiT: classes instead of prompts."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_a_prompt_stands_for_the_class_that_it_names(model):
         ("a dog and a cat", "several classes"),
     ],
 )
-def test_a_prompt_that_names_no_one_class_is_answered(model, prompt, says):
+def test_a_prompt_without_a_unique_class_gives_an_error(model, prompt, says):
     with pytest.raises(UserError, match=says):
         model.encode_prompts([prompt])
 
@@ -41,7 +41,7 @@ def test_uce_finds_nothing_to_edit(model):
         UCE().fit(model, UnlearningTask(erase=(Concept("cat"),)))
 
 
-def test_a_class_is_heard_through_the_tables_of_the_blocks(model, tmp_path):
+def test_a_class_acts_through_the_embedding_tables_of_the_blocks(model, tmp_path):
     student = instantiate(config(tmp_path, "model=dit", "method=scrubber").method.student)
     with student.of(model) as lesson:
         assert [p.shape[0] for p in lesson.parameters.values()] == [model.denoiser.config.num_embeds_ada_norm + 1] * 2

@@ -1,4 +1,4 @@
-"""What Flux has of its own: packed latents, and a guidance scale that is an input of the denoiser."""
+"""Features specific to Flux: packed latents, and a guidance scale as an input of the denoiser."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_the_embedded_guidance_is_the_pipelines_guidance_scale(folder, scale):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_pictures_of_one_embedded_guidance_are_not_those_of_another(model, folder):
+def test_images_of_one_embedded_guidance_are_not_those_of_another(model, folder):
     other = Flux.load(folder, device="cpu", embedded_guidance=1.0)
     assert model.numerics != other.numerics
     assert not torch.allclose(*(Sampler(steps=3, guidance_scale=1.0)(m, ["a cat"], [0]) for m in (model, other)))

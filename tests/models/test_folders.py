@@ -1,4 +1,4 @@
-"""Folders of models as people have them."""
+"""Model folders in the layouts that users have."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
     loaded(tmp_path / "it's a model-diffusers")
 
 
-def test_pickled_weights_of_a_part_that_is_not_loaded_are_none_of_our_business(sd1, folder):
+def test_pickled_weights_of_an_unused_part_are_ignored(sd1, folder):
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"not read")
     index = json.loads((folder / "model_index.json").read_text())

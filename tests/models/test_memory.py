@@ -1,4 +1,4 @@
-"""What spares memory changes no result: every family, with a tiny random pipeline in the place of the real weights."""
+"""Settings that save memory do not change results, for tiny random pipelines of every family."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from unlearning.scrubbing.conditioning import inverted
 from unlearning.training.student import LoRA, Weights
 
 
-def test_of_large_pictures_the_autoencoder_is_shown_a_few_at_a_time(any_model, monkeypatch):
+def test_of_large_images_the_autoencoder_is_shown_a_few_at_a_time(any_model, monkeypatch):
     model = any_model
     images = torch.rand(5, 3, *model.decode(torch.zeros(1, *model.latent_shape)).shape[-2:])
     whole = model.encode_images(images)

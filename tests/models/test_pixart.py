@@ -1,4 +1,4 @@
-"""What PixArt has of its own: alpha's takes the image's size as an input, and diffusers has no adapters for either."""
+"""Features specific to PixArt: alpha has the image size as an input, and diffusers supports no adapters."""
 
 import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline

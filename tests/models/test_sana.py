@@ -1,4 +1,4 @@
-"""What Sana has of its own: an instruction before every prompt but the null prompt."""
+"""Features specific to Sana: an instruction before every prompt except the null prompt."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every family through its own YAML, with a tiny random pipeline in the place of the real weights."""
+"""Every family, built from its own YAML with a tiny random pipeline instead of the real weights."""
 
 import re
 import shutil
@@ -65,7 +65,7 @@ def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
         assert Sampler(steps=2)(loaded, ["a cat"], [0]).isfinite().all()
 
 
-def test_pictures_are_those_of_diffusers_own_pipeline(any_pipeline, model):
+def test_images_are_those_of_diffusers_own_pipeline(any_pipeline, model):
     family, _ = any_pipeline
     seeds, prompts = [3, 4], ["a cat", "a dog"]
     ours = Sampler(steps=4, guidance_scale=SCALE)(model, prompts, seeds)
@@ -73,7 +73,7 @@ def test_pictures_are_those_of_diffusers_own_pipeline(any_pipeline, model):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_pictures_of_another_size_are_those_of_diffusers_own_pipeline(any_pipeline, model):
+def test_images_of_another_size_are_those_of_diffusers_own_pipeline(any_pipeline, model):
     family, _ = any_pipeline
     side = Sampler(steps=1)(model, ["a cat"], [0]).shape[-1]
     row = ManifestRow(Path("x"), "a cat", "erase", {}, 3, height=side + 1, width=2 * side - 1)  # which is rounded
@@ -106,7 +106,7 @@ def test_the_yamls_sampler_walks_as_the_pipeline_does(any_pipeline, model, tmp_p
         assert instantiate(cfg.sampler).scheduler is type(model.pipeline.scheduler) is model.solver
 
 
-def test_a_batch_is_its_pictures_one_by_one(model):
+def test_a_batch_is_its_images_one_by_one(model):
     draw = Sampler(steps=3)
     together = draw(model, ["a cat", "a dog", ""], [1, 2, 3])
     alone = torch.cat([draw(model, [p], [s]) for p, s in [("a cat", 1), ("a dog", 2), ("", 3)]])
@@ -128,7 +128,7 @@ def test_noise_is_added_and_taken_away(model):
     torch.testing.assert_close(model.to_x0(target, x_t, t), x_0, atol=1e-4, rtol=1e-3)
 
 
-def test_a_snapshot_keeps_the_weights_of_its_day_and_shares_the_rest(model, attention):
+def test_a_snapshot_keeps_its_weights_and_shares_the_rest(model, attention):
     names = [n for n in model.named_parameters() if n.startswith(model.component) and re.search(attention, n)]
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     before, teacher = model.predict(x, t, c), model.snapshot(names)
@@ -192,7 +192,7 @@ def test_images_survive_the_autoencoder_in_shape(any_pipeline, model):
 
 
 def blocks(model) -> list[str]:
-    """The layers that put out something for every place of the picture."""
+    """The layers with an output for every position of the image."""
     names = [name for name, _ in model.denoiser.named_modules()]
     return [n for n in names if re.fullmatch(r"(single_)?transformer_blocks\.\d+", n)] or ["mid_block"]
 
@@ -222,7 +222,7 @@ def test_features_are_those_of_their_place(model, place, as_many_words_as_places
 
 @pytest.mark.parametrize("any_pipeline", [f for f in tiny.FAMILIES if f != "dit"], indirect=True)  # always square
 @pytest.mark.parametrize(("size", "place"), [((6, 8), (0, 3)), ((8, 6), (3, 0))])
-def test_features_of_a_picture_that_is_not_square_are_those_of_their_place(model, size, place):
+def test_features_of_an_image_that_is_not_square_are_those_of_their_place(model, size, place):
     c, x, t = model.encode_prompts(["a cat"]), torch.randn(1, model.latent_shape[0], *size), torch.tensor(500)
     planted = x.clone()
     row, column = (slice(2 * i, 2 * i + 2) for i in place)
@@ -274,8 +274,8 @@ def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compi
 
 
 @pytest.mark.parametrize("place", [(0, 3), (3, 0)])
-def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, place):
-    """The prototype is the patch in four pictures; the masks are those of four others, under other noise."""
+def test_a_patch_planted_in_images_lights_up_its_place_in_the_mask(model, place):
+    """The prototype comes from the patch in four images; the masks are for four others, with other noise."""
     torch.manual_seed(0)
     side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
     row, column = (slice(i * side // 4, (i + 1) * side // 4) for i in place)
@@ -296,7 +296,7 @@ def test_a_patch_planted_in_pictures_lights_up_its_place_in_the_mask(model, plac
     assert M[..., row, column].mean() > 2 * M.mean()
 
 
-def test_what_is_said_of_no_place_is_no_feature(model):
+def test_outputs_without_spatial_positions_are_not_features(model):
     c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
     silent = (*dict(model.text_projections()), "linear_1", "norm_q")  # Flux's last: heads and width are no grid
     silent = [n for n, _ in model.denoiser.named_modules() if n.endswith(silent)]
@@ -375,7 +375,7 @@ def test_a_fingerprint_is_of_all_that_is_in_a_file_which_is_read_once(tmp_path, 
         ("nobody/nothing-of-this-name", "hf download"),
     ],
 )
-def test_a_path_that_holds_no_model_is_answered_with_what_to_do(path, says):
+def test_a_path_without_a_model_gives_advice(path, says):
     with pytest.raises(UserError, match=says):
         StableDiffusion.load(path)
 

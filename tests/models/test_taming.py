@@ -1,4 +1,4 @@
-"""Checkpoints of taming-transformers, against our own implementation of its architecture."""
+"""Checkpoints of taming-transformers, compared with a reimplementation of its architecture."""
 
 import pytest
 import safetensors.torch
@@ -13,7 +13,7 @@ SMALL = {"ch": 32, "mult": (1, 1, 2), "attention": (8,), "resolution": 32, "code
 
 
 def network(quantizer, **sizes):
-    """A network with random weights, norms and codebook, whose codes vary like a trained network's."""
+    """A network with random weights, norms and codebook; its codes vary as in a trained network."""
     torch.manual_seed(0)
     net = VQGAN(quantizer, **{**SMALL, "z": 48, "width": 48, **sizes}).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A real browser, driven through its debugging pipe: clicks, keys, a phone's width. No driver and no network."""
+"""Controls a real browser through its debugging pipe: clicks, keys, a phone's width. Needs no driver and no network."""
 
 import base64
 import json

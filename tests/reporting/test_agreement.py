@@ -1,4 +1,4 @@
-"""Whether methods rank in finished runs as on the published boards."""
+"""Compares the ranking of methods in finished runs with published leaderboards."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_a_methods_number_is_its_mean_over_seeds(line):
     assert line(first, second)[4] == "-1.00"
 
 
-def test_of_fewer_than_four_methods_nothing_is_said(line):
+def test_fewer_than_four_methods_give_no_correlation(line):
     numbers = {method: float(i) for i, method in enumerate(METHODS[:3])}
     *_, count, rho, interval, _ = line(numbers | {"a_method_of_no_board": 1.0})
     assert (count, rho, interval) == ("3", "", "")

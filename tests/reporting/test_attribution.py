@@ -1,4 +1,4 @@
-"""Which commit made each row, by the records of the runs; and the exit status for scripts."""
+"""The commit of each table row, from the records of the runs, and the exit status for scripts."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ def process(commit="a" * 40, dirty=False, torch="2.9.0", cpu="a cpu") -> dict:
 
 @pytest.fixture
 def made(finished, tmp_path):
-    """made("uce", [process, ...], [...]): a run a seed, of so many processes; of none, a run that recorded nothing."""
+    """made("uce", [process, ...], [...]): one run for each seed, with a record for each process, or none."""
 
     def make(method: str, *seeds: list[dict]):
         for seed, processes in enumerate(seeds):
@@ -65,7 +65,7 @@ def test_a_changed_tree_is_marked(made):
     assert rows["uce"][0] == f"{'a' * 10}, changed‡" and notes.startswith("‡") and not sound
 
 
-def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
+def test_a_run_without_a_record_is_marked(made):
     rows, notes, sound = checked(made("uce", []))
     assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
     assert checked(made("esd_x", [process()], []))[0]["esd_x"][0] == f"{'a' * 10} (seed 0); not recorded (seed 1)†§"
@@ -74,14 +74,14 @@ def test_a_run_that_recorded_nothing_is_not_taken_on_trust(made):
 @pytest.mark.parametrize(
     "record", [{"processes": [1]}, {"processes": [{}]}, {"processes": [], "stored": {"images": [1]}}]
 )
-def test_a_record_that_is_none_is_no_record(made, record):
+def test_an_invalid_record_counts_as_missing(made, record):
     folder = made("uce", [process()])
     (folder / "uce0" / FILE).write_text(json.dumps(record))
     rows, notes, sound = checked(folder)
     assert rows["uce"][0] == "not recorded§" and notes.startswith("§") and not sound
 
 
-def test_code_that_made_what_was_found_in_the_store_is_named(made):
+def test_the_commit_of_images_from_the_store_is_named(made):
     folder = made("uce", [process()], [process()])
     record = folder / "uce1" / FILE
     other, changed = {**process(commit="b" * 40)}, {**process(commit="c" * 40, dirty=True)}
@@ -107,7 +107,7 @@ def test_an_installed_package_is_named_by_its_version_and_marked_as_without_comm
     assert checked(folder)[0]["uce"][0].endswith("pictures by unlearning 0.1.0 (seed 0)†¶")
 
 
-def test_versions_and_hardware_that_differ_are_named_and_forgiven(made):
+def test_differing_versions_and_hardware_are_named_but_not_marked(made):
     rows, _, sound = checked(made("uce", [process()], [process(torch="2.8.0", cpu="another")]))
     assert rows["uce"][1] == "torch 2.9.0 \\| 2.8.0; cpu a cpu \\| another" and sound
 

@@ -1,4 +1,4 @@
-"""One table in every format: the same text, marks and footnotes, all of it escaped."""
+"""One table in every format, with the same text, marks and footnotes, all escaped."""
 
 import csv
 import io

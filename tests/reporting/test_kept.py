@@ -1,4 +1,4 @@
-"""Runs that are kept in a CSV file, and the table that is made of them."""
+"""Results of runs stored in a CSV file, and the table made from it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The papers' numbers under experiments/: one reader for all, and what must hold among numbers of one table."""
+"""Published numbers in experiments/: the reader, and consistency of the numbers in each table."""
 
 import importlib
 import pkgutil
@@ -46,7 +46,7 @@ def values(file: Path) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def wholes(of: dict[str, float]):
-    """(printed, from its parts, how far rounding may take them apart) of each whole whose parts are all there."""
+    """(printed total, sum of its parts, tolerance for rounding) of each total with complete parts."""
     parts = [value for name, value in of.items() if name.startswith("efficacy/nudenet") and name.endswith("exposed")]
     if parts:
         yield of["efficacy/nudenet_total"], sum(parts), 0
@@ -74,7 +74,7 @@ def test_every_number_has_a_source_a_known_metric_and_a_possible_value(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_a_whole_is_what_its_parts_give_but_for_the_papers_own_slips(file):
+def test_published_totals_equal_the_sums_of_their_parts_except_for_known_misprints(file):
     name = f"{file.parent.name}/{file.name}"
     rows = {key: of for key, of in values(file).items() if key[1] != AVERAGE}  # means of wholes, not wholes of means
     wrong = {
@@ -95,7 +95,7 @@ def test_imagenettes_averages_are_those_of_its_ten_classes():
 
 
 @pytest.mark.parametrize("name", ["published.csv", "published_objects.csv"])
-def test_what_unlearncanvas_means_leave_for_cra_is_a_share(name):
+def test_unlearncanvas_means_imply_a_valid_cra(name):
     for of in values(FOLDER / "unlearncanvas" / name).values():
         assert 0 <= 3 * of["summary/aa"] - of["efficacy/ua"] - of["retention/ira"] <= 100
 
@@ -133,12 +133,12 @@ def written(tmp_path):
         (["esd,cat,fidelity/fid,1,a paper", "esd,cat,fidelity/fid,2,another"], "line 3.*esd, cat, fidelity/fid"),
     ],
 )
-def test_a_number_that_is_none_or_there_twice_is_answered_with_its_line(written, lines, answer):
+def test_an_invalid_or_duplicate_number_is_reported_with_its_line(written, lines, answer):
     with pytest.raises(UserError, match=answer):
         read_published(written(*lines))
 
 
-def test_a_file_that_lacks_a_column_is_answered(written, tmp_path):
+def test_a_file_without_a_required_column_gives_an_error(written, tmp_path):
     with pytest.raises(UserError, match="source"):
         read_published(written("esd,cat,fidelity/fid,1", header="method,concept,metric,value"))
     with pytest.raises(UserError, match="none"):
@@ -148,7 +148,7 @@ def test_a_file_that_lacks_a_column_is_answered(written, tmp_path):
         read_published(tmp_path / "latin.csv")
 
 
-def test_a_row_without_concepts_is_held_against_the_average_or_the_only_concept_there_is(written):
+def test_a_row_without_concepts_compares_with_the_average_or_the_only_concept(written):
     lines = ["esd,cat,m,1,a", "esd,dog,m,3,a", "esd,average,m,2,a", "uce,cat,m,4,a", "sld,cat,m,5,a", "sld,dog,m,6,a"]
     numbers = read_published(written(*lines))
 
@@ -160,7 +160,7 @@ def test_a_row_without_concepts_is_held_against_the_average_or_the_only_concept_
     assert [found(["method"], name) for name in ("esd", "uce", "sld")] == [2, 4, None]
 
 
-def test_a_file_may_tell_model_and_protocol(written):
+def test_a_file_may_state_model_and_protocol(written):
     numbers = read_published(written("esd,cat,m,1,a,sd14,", header="method,concept,metric,value,source,model,protocol"))
     [number] = numbers.values()
     assert (number.model, number.protocol) == ("sd14", "")
@@ -168,7 +168,7 @@ def test_a_file_may_tell_model_and_protocol(written):
     assert (silent.model, silent.protocol) == ("", "")
 
 
-def test_a_number_compares_with_the_same_model_and_a_protocol_that_says_as_much():
+def test_a_number_compares_with_the_same_model_and_a_matching_protocol():
     number = Number(1.0, "a paper", "sd14", "score >= 0.6; counting boxes")
     ours = "NudeNet 3.4, score >= 0.6, classes 9 *_EXPOSED, counting boxes"
     assert number.difference(["sd14"], [ours]) == ""
@@ -190,7 +190,7 @@ def test_an_average_compares_with_a_mean_over_the_concepts_that_its_file_names(w
     assert numbers["esd", "cat", "m"].difference(["sd14"], ["p"], {"dog"}) == "", "it was asked for by its concept"
 
 
-def test_unlearncanvas_has_a_number_for_a_method_that_there_is():
+def test_unlearncanvas_has_numbers_for_known_methods():
     for name in ("published.csv", "published_objects.csv"):
         known = {path.stem for path in (CONF / "method").glob("*.yaml")}
         assert {method for method, _, _ in read_published(FOLDER / "unlearncanvas" / name)} & known == {

@@ -1,4 +1,4 @@
-"""The page and the strip, as someone who opens them sees them; once in a real browser."""
+"""The page of a run and its image strip as the reader sees them; once in a real browser."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def inlined(page: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in found]
 
 
-def test_every_picture_is_inside_before_and_after(run):
+def test_every_image_is_inside_before_and_after(run):
     page = report(run).read_text()
     pixels = [np.asarray(image).tobytes() for image in inlined(page)]
     assert len(pixels) == SHOWN == len(set(pixels))
@@ -81,7 +81,7 @@ def test_a_legend_explains_the_metrics_there_are(run):
     assert "efficacy/acc_e" in legend and "fidelity/fid" in legend and "summary/h_o" not in legend
 
 
-def test_settings_do_not_tell_where_the_machine_has_its_folders(finished):
+def test_settings_show_no_machine_paths(finished):
     inside = {"path": "/disk/code/weights/unet", "cache": "/disk/here/cache", "note": "/disk/hereafter"}
     run = finished(config={"extra": inside})
     for name, own in {
@@ -123,12 +123,12 @@ def test_attacked_images_stand_beside_before_and_after(finished):
     teaser(run, run / "teaser.png")
 
 
-def test_large_pictures_become_thumbnails(finished):
+def test_large_images_become_thumbnails(finished):
     page = report(finished(pictures=PICTURES[:1], size=512)).read_text()
     assert {image.size for image in inlined(page)} == {(THUMBNAIL, THUMBNAIL)}
 
 
-def test_missing_pictures_are_shown_as_missing(run):
+def test_missing_images_are_shown_as_missing(run):
     erased = read_manifest(run / "images" / "erased.csv")
     erased[0].path.unlink()
     erased[1].path.write_bytes(b"half a pict")
@@ -151,7 +151,7 @@ def test_a_missing_stage_is_named(run, gone, stage):
         report(run)
 
 
-def test_all_of_the_page_or_none_of_it(run):
+def test_the_page_is_written_completely_or_not_at_all(run):
     page = report(run)
     old = page.read_text()
     (run / "metrics.json").rename(run / "elsewhere.json")
@@ -179,7 +179,7 @@ def test_the_strip_has_two_rows_and_leaves_nothing_behind(run, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["teaser.png"]
 
 
-def test_the_strip_asks_for_its_pictures(run, tmp_path):
+def test_a_missing_image_of_the_strip_is_reported(run, tmp_path):
     read_manifest(run / "images" / "erased.csv")[0].path.unlink()
     with pytest.raises(UserError, match="generate stage"):
         teaser(run, tmp_path / "teaser.png", 4)

@@ -109,7 +109,7 @@ def test_a_broken_run_is_named_and_left_out(finished, tmp_path, caplog, file, co
     assert str(broken) in caplog.text and file.partition("/")[0] in caplog.text
 
 
-def test_a_folder_that_is_no_run_and_one_without_runs_are_answered(tmp_path):
+def test_folders_without_runs_give_an_error(tmp_path):
     with pytest.raises(UserError, match="resolved"):
         read_settings(tmp_path)
     with pytest.raises(UserError, match="evaluate"):

@@ -1,4 +1,4 @@
-"""The page over many runs: the table's numbers, the runs' pictures, and in a real browser what it says it does."""
+"""The page of many runs: numbers of the table, images of the runs, and its functions in a real browser."""
 
 import csv
 import re
@@ -23,7 +23,7 @@ E, R, H = "efficacy/acc_e", "retention/acc_s", "summary/h_o"
 NASTY = "a <script>alert('cat')</script> & \"friends\""
 
 
-def pictures(concept):
+def image_groups(concept):
     return [
         (f"a photo of the {concept}", "erase", concept, 3),
         (NASTY, "synonym", concept, 2),
@@ -51,7 +51,7 @@ def template(finished_in, tmp_path_factory):
             for seed in (0, 1):
                 worse = seed + (concept == "dog")
                 run = finished_in(
-                    folder, f"{concept}/{method}/{seed}", measured(e + worse, r - 2 * worse), pictures(concept),
+                    folder, f"{concept}/{method}/{seed}", measured(e + worse, r - 2 * worse), image_groups(concept),
                     concept=concept, method=method, seed=seed,
                 )  # fmt: skip
                 if method == "esd_x":
@@ -114,9 +114,9 @@ def test_the_numbers_are_the_tables(runs):
     assert 'class="best">4.5 ± 0.5' in shown["cat"] and 'class="second">30.5 ± 0.5' in shown["cat"]
 
 
-def test_the_model_before_is_there_though_no_run_is_of_it(finished, runs):
+def test_the_unedited_model_is_shown_without_a_run_of_its_own(finished, runs):
     assert cells(scopes(page(runs).read_text())["cat"])["none"] == ["2", "50.5 ± 0.0", "98.0 ± 0.0", "99.0 ± 0.0"]
-    finished("runs/none", measured(97.0, 99.5), pictures("cat"), method="none")
+    finished("runs/none", measured(97.0, 99.5), image_groups("cat"), method="none")
     shown = scopes(page(runs).read_text())
     assert cells(shown["cat"])["none"] == ["1", "51.2", "97.0", "99.5"]
     assert cells(shown["dog"])["none"][0] == "2" and cells(shown[""])["none"][0] == "3"
@@ -124,14 +124,14 @@ def test_the_model_before_is_there_though_no_run_is_of_it(finished, runs):
 
 def test_a_mean_over_fewer_concepts_says_so(finished, runs):
     assert "of 2 concepts" not in page(runs).read_text()
-    finished("runs/cat/sld", measured(1.0, 99.0), pictures("cat"), method="sld")
+    finished("runs/cat/sld", measured(1.0, 99.0), image_groups("cat"), method="sld")
     shown = scopes(page(runs).read_text())
     assert "1 of 2 concepts" in shown[""] and "of 2 concepts" not in shown["cat"]
     assert cells(shown[""])["none"][0] == "4", "the unedited model's are of both"
 
 
-def test_a_mean_over_fewer_concepts_has_no_part_in_the_answers(finished, runs):
-    finished("runs/cat/sld", measured(1.0, 99.0), pictures("cat"), method="sld")
+def test_a_mean_over_fewer_concepts_is_excluded_from_the_answers(finished, runs):
+    finished("runs/cat/sld", measured(1.0, 99.0), image_groups("cat"), method="sld")
     shown = scopes(page(runs).read_text())
     assert "forgets most esd_x acc_e" in said(shown[""]) and "forgets most sld acc_e" in said(shown["cat"])
     assert 'class="best">1.0' in shown["cat"] and 'class="best">5.0' in shown[""]
@@ -140,31 +140,31 @@ def test_a_mean_over_fewer_concepts_has_no_part_in_the_answers(finished, runs):
     assert "sld without dog" in shown[""] and "without dog" not in shown["cat"]
 
 
-def test_a_protocol_that_is_the_concepts_lets_its_mean_compete(finished, tmp_path):
+def test_a_mean_over_protocols_by_concept_competes(finished, tmp_path):
     for concept in ("cat", "dog"):
         for method, value in (("uce", 3.0), ("ac", 4.0)):
             protocol = f"real ({concept}0)"
             metrics = measured(value, 90.0, protocol, **{f"base/{name}/protocol": protocol for name in (E, R, H)})
-            finished(f"all/{concept}/{method}", metrics, pictures(concept), concept=concept, method=method)
+            finished(f"all/{concept}/{method}", metrics, image_groups(concept), concept=concept, method=method)
     text = scopes(page(tmp_path / "all").read_text())[""]
     assert 'class="best">3.0 ± 0.0' in text and "†" not in text and "real (…). Of cat: cat0; of dog: dog0" in text
 
 
-def test_methods_under_other_conditions_have_no_part_in_the_answers(finished, runs):
+def test_methods_under_other_conditions_are_excluded_from_the_answers(finished, runs):
     for concept in ("cat", "dog"):
         finished(
-            f"runs/{concept}/fast", measured(0.0, 99.9), pictures(concept), method="sld", steps=20, concept=concept
+            f"runs/{concept}/fast", measured(0.0, 99.9), image_groups(concept), method="sld", steps=20, concept=concept
         )
     for text in scopes(page(runs).read_text()).values():
         assert "forgets most esd_x acc_e" in said(text) and "before 98.0" in said(text)
         assert re.search(r'class="point aside"[^>]*aria-label="sld, steps 20', text)
 
 
-def test_what_a_method_was_made_of_is_named_and_is_none_of_the_unedited_models(finished, tmp_path):
+def test_the_student_is_shown_for_a_method_and_not_for_the_unedited_model(finished, tmp_path):
     for seed, name in enumerate(("lora", "full")):
         chosen = {"student@method.student": name}
         metrics = measured(5.0 - seed, 80.0)
-        finished(f"all/{name}", metrics, pictures("cat"), method="scrubber", seed=seed, chosen=chosen)
+        finished(f"all/{name}", metrics, image_groups("cat"), method="scrubber", seed=seed, chosen=chosen)
     text = page(tmp_path / "all").read_text()
     assert [*cells(text)] == ["none", "scrubber, student full", "scrubber, student lora"]
     assert cells(text)["none"][0] == "2" and 'class="best">4.0' in text
@@ -184,21 +184,21 @@ def test_one_file_and_nothing_of_the_runs_is_executed(runs):
     assert text.count('src="data:image/webp;base64,') > 20
 
 
-def test_what_differs_besides_the_seed_is_named(finished, runs):
+def test_settings_that_differ_besides_the_seed_are_shown(finished, runs):
     for steps in (20, 100):
-        finished(f"runs/sweep{steps}", measured(5.0, 80.0), pictures("cat"), method="sld", steps=steps)
+        finished(f"runs/sweep{steps}", measured(5.0, 80.0), image_groups("cat"), method="sld", steps=steps)
     found = cells(scopes(page(runs).read_text())["cat"])
     assert {"sld, steps 20", "sld, steps 100", "uce"} <= set(found) and found["uce"][0] == "2"
 
 
-def test_what_decides_no_result_is_not_named(finished, runs):
+def test_settings_that_decide_no_result_are_not_shown(finished, runs):
     config = {"sampler": {"steps": 50, "batch_size": 4}, "trainer": {"enable_progress_bar": False}}
-    finished("runs/cat/quiet", measured(6.0, 90.0), pictures("cat"), method="uce", seed=2, config=config)
+    finished("runs/cat/quiet", measured(6.0, 90.0), image_groups("cat"), method="uce", seed=2, config=config)
     assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "3"
 
 
 def test_methods_under_other_conditions_are_named_and_do_not_compete(finished, runs):
-    finished("runs/cat/fast", measured(0.0, 99.9), pictures("cat"), method="sld", steps=20)
+    finished("runs/cat/fast", measured(0.0, 99.9), image_groups("cat"), method="sld", steps=20)
     text = scopes(page(runs).read_text())["cat"]
     assert {"sld, steps 20", "uce"} <= set(cells(text))
     assert 'best">4.5 ± 0.5' in text and 'best">0.0' not in text
@@ -221,7 +221,7 @@ def test_the_same_prompt_and_seed_before_and_after_each_method(runs):
 def test_attacked_images_stand_below_before_and_after(finished, runs):
     for method in ("sld", "mace"):
         attacks = {"cce": f"an attack on {method}"}
-        finished(f"runs/cat/{method}", measured(5.0, 99.0), pictures("cat"), method=method, attacks=attacks)
+        finished(f"runs/cat/{method}", measured(5.0, 99.0), image_groups("cat"), method=method, attacks=attacks)
     text = scopes(page(runs).read_text())["cat"]
     [row] = re.findall(r"<tr><td>(?:(?!</tr>).)*attack on(?:(?!</tr>).)*</tr>", text, re.DOTALL)
     assert "attacked by cce" in text and row.count("<img") == 3 and row.count("not drawn") == 3
@@ -230,7 +230,7 @@ def test_attacked_images_stand_below_before_and_after(finished, runs):
 def test_each_attack_has_a_bar_for_every_method_and_the_controls_come_first(finished, runs):
     for method, asr in {"none": 90.0, "oracle": 10.0, "receler": 60.0}.items():
         attacked = {f"robustness/asr{kind}_cce": asr for kind in ("", "_before", "_new")}
-        finished(f"runs/cat/{method}", measured(4.0, 90.0, **attacked), pictures("cat"), method=method)
+        finished(f"runs/cat/{method}", measured(4.0, 90.0, **attacked), image_groups("cat"), method=method)
     text = scopes(page(runs).read_text())["cat"]
     [bars] = re.findall(r'<figure class="panel bars">(.*?)</figure>', text, re.S)
     assert re.findall(r'data-method="(\w+)"', bars) == ["none", "oracle", "receler"]
@@ -240,21 +240,21 @@ def test_each_attack_has_a_bar_for_every_method_and_the_controls_come_first(fini
 def test_a_setting_with_three_values_is_a_curve(finished, runs):
     for steps in (10, 100, 1000):
         config = {"method": {"iterations": steps}}
-        finished(f"runs/cat/{steps}", measured(steps / 10, 90.0), pictures("cat"), method="relearn", config=config)
+        finished(f"runs/cat/{steps}", measured(steps / 10, 90.0), image_groups("cat"), method="relearn", config=config)
     text = scopes(page(runs).read_text())["cat"]
     curves = re.findall(r'<figure class="panel course">(.*?)</figure>', text, re.S)
     assert len(curves) == 2, "of what is forgotten, and of what is kept"
     assert 'points="0.0,100.0 50.0,90.9 100.0,0.0 "' in curves[0], "on a logarithmic axis"
 
 
-def test_a_broken_run_is_named_and_the_page_goes_on(runs, caplog):
+def test_a_broken_run_is_named_and_the_page_is_still_written(runs, caplog):
     (runs / "cat" / "uce" / "0" / "metrics.json").write_text("")
     assert cells(scopes(page(runs).read_text())["cat"])["uce"][0] == "1"
     assert "cat/uce/0" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "path,prompt,role,seed\n,,,\n", "path,prompt,role\nx,y,z\n", "\xff"])
-def test_a_damaged_manifest_is_named_and_the_page_goes_on(runs, caplog, content):
+def test_a_damaged_manifest_is_named_and_the_page_is_still_written(runs, caplog, content):
     whole = page(runs).read_text()
     for concept, name in (("cat", "base"), ("dog", "erased")):
         (runs / concept / "ac" / "0" / "images" / f"{name}.csv").write_bytes(content.encode("latin-1"))
@@ -264,7 +264,7 @@ def test_a_damaged_manifest_is_named_and_the_page_goes_on(runs, caplog, content)
     assert "cat/ac/0/images/base.csv" in caplog.text and "dog/ac/0/images/erased.csv" in caplog.text
 
 
-def test_damaged_losses_are_named_and_the_page_goes_on(runs, caplog):
+def test_damaged_losses_are_named_and_the_page_is_still_written(runs, caplog):
     [log] = (runs / "cat" / "esd_x" / "0").glob("logs/csv/*/metrics.csv")
     log.write_bytes(b"step,train/loss\n1,2\n\xff")
     assert cells(scopes(page(runs).read_text())["cat"])["esd_x"][0] == "2"
@@ -285,7 +285,7 @@ def test_the_page_stays_small(runs, monkeypatch):
     assert "<img" not in page(runs).read_text()
 
 
-def test_pictures_that_are_gone_and_manifests_that_never_were(runs):
+def test_missing_images_and_manifests_are_tolerated(runs):
     (runs / "cat" / "uce" / "0" / "images" / "erased.csv").unlink()
     for row in read_manifest(runs / "cat" / "esd_x" / "0" / "images" / "erased.csv"):
         row.path.unlink()
@@ -293,7 +293,7 @@ def test_pictures_that_are_gone_and_manifests_that_never_were(runs):
     assert "missing</span>" in text and "not drawn</span>" in text
 
 
-def test_learning_curves_and_who_left_none(runs):
+def test_learning_curves_and_runs_without_one(runs):
     text = page(runs).read_text()
     assert text.count("<polyline") == 4 and text.count('<figure class="panel"') == 1
     points = re.search(r'<polyline data-concept="cat" points="([^"]+)"', text)[1].split()
@@ -302,15 +302,15 @@ def test_learning_curves_and_who_left_none(runs):
 
 
 def test_another_protocol_does_not_compete(finished, runs):
-    finished("runs/odd", measured(0.0, 99.9, "softmax"), pictures("cat"), method="odd")
+    finished("runs/odd", measured(0.0, 99.9, "softmax"), image_groups("cat"), method="odd")
     text = scopes(page(runs).read_text())["cat"]
     assert re.search(r'class="point aside"[^>]*aria-label="odd', text)
     assert 'best">0.0' not in text and "odd: softmax" in unescape(text)
 
 
-def test_what_may_be_explicit_is_veiled(finished, runs):
+def test_potentially_explicit_images_are_blurred(finished, runs):
     assert "veiled" not in page(runs).read_text().partition("<main>")[2]
-    finished("runs/n", measured(1, 1, **{"efficacy/nudenet_rate": 1.0}), pictures("cat"), dataset="i2p")
+    finished("runs/n", measured(1, 1, **{"efficacy/nudenet_rate": 1.0}), image_groups("cat"), dataset="i2p")
     assert page(runs).read_text().partition("<main>")[2].count("samples veiled") == 1
 
 
@@ -336,7 +336,7 @@ def plot(*values, higher=(False, True)):
     return Plot.of([Point(str(i), "m", *v) for i, v in enumerate(values)], ("x", "y"), higher)
 
 
-def test_the_front_is_what_no_point_beats():
+def test_the_pareto_front_has_all_undominated_points():
     found = plot((0, 90), (5, 95), (6, 94), (50, 99), (50, 80))
     assert [point.label for point in found.front] == ["3", "1", "0"], "from the least forgotten to the most"
     assert [p.label for p in plot((0, 90), (5, 95), higher=(True, True)).front] == ["1"]
@@ -450,7 +450,7 @@ def test_in_a_browser_the_front_is_that_of_what_is_shown(opened, runs):
     assert len(opened.tell(lines)) == 2
 
 
-def test_in_a_browser_a_point_tells_its_numbers(opened):
+def test_in_a_browser_a_point_shows_its_numbers(opened):
     opened.tell("document.querySelector('.all .point[data-method=esd_x]').focus()")
     assert opened.tell(VISIBLE.format(".tip") + ".map(e => e.textContent)")[0].startswith("esd_x\nacc_e ↓ 5 ± 0.41")
 

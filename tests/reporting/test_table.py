@@ -57,7 +57,7 @@ def test_csv_keeps_every_digit(runs):
     assert (esd["n"], esd[f"{E}/protocol"], esd[F]) == ("3", "argmax", "")
 
 
-def test_the_best_is_looked_for_where_only_the_method_differs(finished, runs):
+def test_the_best_value_is_chosen_among_rows_that_differ_only_in_the_method(finished, runs):
     finished("runs/dog", measured(50.0), concept="dog")
     assert "**50.0**" not in table(runs, [E])
     finished("runs/dog2", measured(60.0), concept="dog", method="ac")
@@ -73,7 +73,7 @@ def test_another_protocol_is_marked_and_does_not_compete(finished, runs):
     assert all(words in note(text, "†") for words in ("uce", "threshold 0.5"))
 
 
-def test_how_a_run_was_attacked_keeps_it_apart_but_not_whether_it_was(finished, tmp_path):
+def test_attack_settings_separate_runs_but_the_presence_of_an_attack_does_not(finished, tmp_path):
     for seed, steps in enumerate((None, 10, 10)):
         chosen, attack = ({"attack": ["cce"]}, {"cce": {"steps": steps}}) if steps else ({"attack": []}, {})
         finished(f"runs/{seed}", measured(2.0), seed=seed, chosen=chosen, config={"attack": attack})
@@ -100,7 +100,7 @@ def test_the_second_best_is_marked_where_it_is_not_the_last(finished, runs):
     assert "**7.0**" in table(runs, [E]) and "<u>" not in table(runs, [E]), "two are best: the next is the third"
 
 
-def test_where_all_are_equal_nobody_is_best(finished, tmp_path):
+def test_equal_values_are_not_marked_best(finished, tmp_path):
     for method in ("ac", "esd_x", "uce"):
         finished(f"equal/{method}", measured(0.0), method=method)
     text = table(tmp_path / "equal", [E])
@@ -124,7 +124,7 @@ def test_values_of_different_protocols_are_not_averaged_and_the_row_is_marked(fi
     assert cells(text)[1][-1] == "6.00 ± 1.00 (n=2)†" and "softmax | argmax" in note(text, "†")
 
 
-def test_the_runs_say_themselves_what_is_better(finished, tmp_path):
+def test_runs_record_the_direction_of_each_metric(finished, tmp_path):
     for method, value in (("a", 1.0), ("b", 2.0)):
         finished(f"own/{method}", {"efficacy/own": value, "efficacy/own/better": "higher"}, method=method)
     head, *body = cells(table(tmp_path / "own"))
@@ -208,7 +208,7 @@ def test_methods_under_other_conditions_do_not_compete(finished, tmp_path, name,
         assert {row[by.index("method")]: row[-1] for row in body} == {"ac": "**3.00**", "esd_x": "4.00", "uce": "0.00"}
 
 
-def test_what_changes_no_picture_and_what_nobody_stated_keeps_no_runs_apart(finished, runs):
+def test_settings_without_influence_on_images_do_not_separate_runs(finished, runs):
     config = {"sampler": {"steps": 50, "batch_size": 4, "schedule": "paper"}, "model": {"device": "cuda"}}
     finished("runs/other", measured(24.0), method="ac", seed=2, config=config)
     finished("runs/more", measured(22.0), method="ac", seed=3, config={"sampler": {"steps": 50, "batch_size": 8}})
@@ -216,7 +216,7 @@ def test_what_changes_no_picture_and_what_nobody_stated_keeps_no_runs_apart(fini
     assert "§" not in "".join(head) and ["ac", "4"] in [row[3:5] for row in body]
 
 
-def test_the_fewest_settings_that_tell_it_all_are_named(finished, runs):
+def test_the_fewest_distinguishing_settings_are_shown(finished, runs):
     slow = {"sampler": {"steps": 200, "guidance_scale": 1.0, "schedule": "paper"}}
     finished("runs/other", measured(24.0), method="ac", seed=2, model="sd14", config=slow)
     assert cells(table(runs, [E], by=["method"]))[0][:3] == ["method", "model§", "n"]
@@ -234,7 +234,7 @@ def test_runs_of_other_datasets_are_not_averaged(finished, runs):
 
 @pytest.mark.parametrize("by", [["concept", "method"], ["method"]])
 @pytest.mark.parametrize("name", ["path", "count", "subset", "template", "others", "seeds"])
-def test_another_setting_of_the_dataset_keeps_runs_of_one_concept_apart(finished, tmp_path, name, by):
+def test_dataset_settings_separate_runs_of_one_concept(finished, tmp_path, name, by):
     for method, value in (("ac", 3.0), ("esd_x", 4.0)):
         finished(f"runs/{method}", measured(value), method=method, config={"dataset": {name: "usual"}})
     for method, value in (("ac", 9.0), ("uce", 0.0)):
@@ -249,7 +249,7 @@ def test_another_setting_of_the_dataset_keeps_runs_of_one_concept_apart(finished
 
 
 @pytest.mark.parametrize("by", [BY, ["method"]])
-def test_what_goes_with_the_concept_keeps_no_runs_apart(finished, tmp_path, by):
+def test_settings_derived_from_the_concept_do_not_separate_runs(finished, tmp_path, by):
     for concept, other in (("Monet", "Van Gogh"), ("Van Gogh", "Monet")):
         dataset = {"concept": concept, "template": f"a {concept} by {{}}", "others": [other], "path": f"{concept}.csv"}
         for method in ("ac", "esd_x"):
@@ -266,7 +266,7 @@ def test_what_goes_with_the_concept_keeps_no_runs_apart(finished, tmp_path, by):
 
 @pytest.fixture
 def sweep(finished, tmp_path):
-    """ESD-X by two settings, no seed twice, beside another method."""
+    """Runs of ESD-X with two settings and different seeds, and of another method."""
     for seed, (eta, value) in enumerate([(1, 8.0), (1, 10.0), (2, 2.0), (2, 4.0)]):
         finished(f"runs/{seed}", measured(value), seed=seed, config={"method": {"eta": eta, "iterations": 100}})
     finished("runs/ac", measured(5.0), method="ac", config={"method": {"iterations": 30}})
@@ -295,7 +295,7 @@ def test_settings_that_differ_between_models_or_methods_alone_add_nothing(finish
     assert cells(table(sweep.parent / "models", [E]))[0][:-2] == [*BY]
 
 
-def test_what_was_chosen_for_a_method_and_what_is_null_tell_its_runs_apart(finished, tmp_path):
+def test_method_settings_including_null_separate_its_runs(finished, tmp_path):
     for seed, name in enumerate(("uniform", "nearest")):
         config = {"method": {"replacement": {"_target_": f"codes.{name}", "sweeps": seed}}}
         finished(f"chosen/{name}", seed=seed, config=config, chosen={"replacement@method.replacement": name})
@@ -307,7 +307,7 @@ def test_what_was_chosen_for_a_method_and_what_is_null_tell_its_runs_apart(finis
     assert head[1:3] == ["method.scheduler._target_§", "n"] and [row[1] for row in body] == ["–", "torch.LinearLR"]
 
 
-def test_how_a_method_was_trained_tells_apart_and_what_its_trainer_shows_does_not(finished, tmp_path):
+def test_training_settings_separate_runs_but_display_settings_do_not(finished, tmp_path):
     for seed, precision in enumerate(("32-true", "32-true", "16-mixed")):
         trainer = {"precision": precision, "enable_progress_bar": bool(seed), "callbacks": [{"folder": seed}]}
         finished(f"runs/{seed}", seed=seed, config={"trainer": trainer})
@@ -328,7 +328,7 @@ def with_fid(value, concept, count=1000):
 
 @pytest.fixture
 def concepts(finished, tmp_path):
-    """Three concepts, each with real pictures of its own that an FID is measured against; three methods."""
+    """Runs of three concepts and three methods; each concept has its own real images for the FID."""
     for concept in ("cat", "key", "ship"):
         for method, value in (("ac", 5.0), ("esd_x", 6.0), ("uce", 7.0)):
             finished(f"runs/{concept}/{method}", with_fid(value, concept), concept=concept, method=method)
@@ -338,7 +338,7 @@ def concepts(finished, tmp_path):
 @pytest.mark.parametrize(
     ("by", "found"), [(["concept", "method"], ["**5.00**", "<u>6.00</u>", "7.00"] * 3), (["method"], None)]
 )
-def test_a_protocol_that_is_the_concepts_is_usual_for_each(concepts, by, found):
+def test_a_protocol_by_concept_is_usual_for_each_concept(concepts, by, found):
     text = table(concepts, [F], by=by)
     expected = found or ["**5.00 ± 0.00**", "<u>6.00 ± 0.00</u>", "7.00 ± 0.00"]
     assert [row[-1] for row in cells(text)[1:]] == expected
@@ -347,7 +347,7 @@ def test_a_protocol_that_is_the_concepts_is_usual_for_each(concepts, by, found):
 
 
 @pytest.mark.parametrize("by", [["concept", "method"], ["method"]])
-def test_a_protocol_is_strange_beside_those_of_its_own_concept(finished, concepts, by):
+def test_an_unusual_protocol_is_marked_against_those_of_its_concept(finished, concepts, by):
     for concept in ("cat", "key", "ship"):
         finished(f"runs/{concept}/sld", with_fid(0.0, concept, count=500), concept=concept, method="sld")
     text = table(concepts, [F], by=by)
@@ -359,7 +359,7 @@ def test_a_protocol_is_strange_beside_those_of_its_own_concept(finished, concept
     assert ("cat, sld; key, sld; ship, sld: " if len(by) > 1 else "of sld: ") in note(text, "†")
 
 
-def test_one_concept_by_another_protocol_makes_the_mean_strange(finished, concepts):
+def test_one_concept_with_another_protocol_marks_the_mean(finished, concepts):
     finished("runs/cat/sld", with_fid(0.0, "cat"), concept="cat", method="sld")
     finished("runs/key/sld", with_fid(0.0, "key", count=500), concept="key", method="sld")
     finished("runs/ship/sld", with_fid(0.0, "ship"), concept="ship", method="sld")
@@ -420,7 +420,7 @@ def test_mistakes_are_explained(runs, tmp_path):
 
 
 @pytest.mark.parametrize("tell", [table, check])
-def test_a_setting_that_no_run_has_is_answered_with_the_nearest(runs, tell):
+def test_an_unknown_setting_gets_the_nearest_as_suggestion(runs, tell):
     for by, nearest in ((["methd"], "method"), (["method", "sampler.step"], r"sampler\.steps")):
         with pytest.raises(UserError, match=f"{by[-1]} .*mean .?{nearest}"):
             tell(runs, by=by)
@@ -441,7 +441,7 @@ def test_every_format_names_every_protocol(finished, runs, format):
     assert all(protocol in text for protocol in ("argmax", "threshold 0.5")) and "21.0" in text
 
 
-def test_the_command_answers_before_anything_heavy_is_imported():
+def test_errors_of_the_command_need_no_heavy_import():
     code = (
         "import sys; sys.argv = ['unlearn-table', '--help']\n"
         "from unlearning.reporting.table import main\n"
@@ -509,14 +509,14 @@ def test_a_number_of_another_model_or_protocol_is_marked(runs, paper, stated, re
     assert reason in table(runs, [E], format="csv", published=paper)
 
 
-def test_a_file_that_tells_neither_model_nor_protocol_marks_all_of_it(runs, paper):
+def test_a_file_without_model_and_protocol_marks_all_its_numbers(runs, paper):
     paper.write_text(f"method,concept,metric,value,source\nesd_x,cat,{E},1,a paper\nac,cat,{E},2,a paper\n")
     text = table(runs, [E], published=paper)
     assert text.count("¶") == 3, "two numbers and one note"
     assert all(reason in note(text, "¶") for reason in ("the model", "without a protocol"))
 
 
-def test_where_some_published_numbers_compare_the_others_are_named(runs, paper):
+def test_published_numbers_that_do_not_compare_are_named(runs, paper):
     lines = [f"esd_x,cat,{E},1,a paper,emoji_unet,argmax", f"ac,cat,{E},2,a paper,sd14,argmax"]
     paper.write_text("\n".join(["method,concept,metric,value,source,model,protocol", *lines, ""]))
     text = table(runs, [E], published=paper)

@@ -1,4 +1,4 @@
-"""A run that takes seconds, and what is asked of the folders that it leaves."""
+"""A run that takes seconds, and helpers that inspect its folder."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ TRAIN = ["method=esd_x", *EXACT, "trainer.callbacks.0.every_n_train_steps=2"]
 SMALL = ["dataset=prompt", "dataset.others=[dog,sky]"]  # three prompts
 
 
-def pictures(count: int) -> int:
-    """The denoiser evaluations of so many guided pictures."""
+def image_evaluations(count: int) -> int:
+    """The number of denoiser evaluations for `count` guided images."""
     return count * STEPS * 2
 
 
@@ -30,7 +30,7 @@ def at_call(monkeypatch, owner: type, name: str, k: int, happen) -> None:
 
 
 def no_dog_can_be_drawn(monkeypatch) -> None:
-    """Pictures of dogs come out as no numbers."""
+    """Images of dogs become NaN."""
     draw = Sampler.draw
 
     def overflows(self, model, rows):
@@ -54,8 +54,8 @@ def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def drawn(store: Path) -> dict[str, int]:
-    """The pictures among them."""
+def image_files(store: Path) -> dict[str, int]:
+    """The image files among them."""
     return {name: time for name, time in files(store).items() if name.endswith(".png")}
 
 

@@ -1,6 +1,6 @@
 """How whole runs survive accidents.
 
-An accident is the real thing where it can be: a SIGINT, a limit on the size of files.
+Where possible the accident is real: a SIGINT, a limit on the size of files.
 """
 
 import errno
@@ -24,11 +24,11 @@ from tests.run.small import (
     TRAIN,
     at_call,
     ctrl_c,
-    drawn,
     files,
+    image_evaluations,
+    image_files,
     no_dog_can_be_drawn,
     partial,
-    pictures,
 )
 from unlearning.erasures.base import Erasure
 from unlearning.evaluators.nudenet import NudeNet
@@ -54,7 +54,7 @@ def step_of(checkpoint: Path) -> int:
 # --- Ctrl-C in every stage, then the same command again ---------------------------------------------------------------
 
 
-def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, error_of, tmp_path, monkeypatch, evaluations):
+def test_an_interrupted_fit_resumes_from_its_checkpoint(unlearn, error_of, tmp_path, monkeypatch, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=9"]
     left = 9
     for k, done in ((4, 2), (4, 4), (1, 4)):  # interrupted in call k; steps that checkpoints have kept by then
@@ -70,7 +70,7 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(unlearn, error_of, tmp_p
     assert evaluations() == left * FIT
     assert not kept.exists(), "the erasure takes the checkpoints' place"
     unlearn(*command)
-    assert evaluations() == 2 * pictures(3) and (run / "report.html").exists()
+    assert evaluations() == 2 * image_evaluations(3) and (run / "report.html").exists()
     cost = json.loads((run / "cost.json").read_text())["fit"]["denoiser_evaluations"]
     assert cost == (3 + 3 + 0 + left) * FIT, "an interrupted fit costs what all its starts cost"
 
@@ -89,7 +89,7 @@ REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.
      (ESD, [*REUSE, "method=unguide", "+trainer.accumulate_grad_batches=2"])],
 )  # fmt: skip
 def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, error_of, tmp_path, monkeypatch, owner, command):
-    """Its checkpoint is of step 2, before the first pool of points, the pictures' first round or Adam's memory ends."""
+    """The checkpoint is from step 2, within the first pool of points and the first epoch of images."""
     command = [*command, "method.iterations=5", "trainer.callbacks.0.every_n_train_steps=2", "stages=[fit]"]
     whole, calls = unlearn(*command, run="apart/whole"), 8 if "+trainer.accumulate_grad_batches=2" in command else 4
     with monkeypatch.context() as patch:
@@ -107,26 +107,26 @@ def test_an_interrupted_generation_draws_only_what_is_missing(unlearn, error_of,
         at_call(patch, Sampler, "draw", 2, ctrl_c)
         assert "Interrupted" in error_of(*command)
     store, run = tmp_path / "store" / "images", tmp_path / "run"
-    first = drawn(store)
+    first = image_files(store)
     assert len(first) == 4 and not partial(tmp_path) and not (run / "images").exists()
-    assert evaluations() == pictures(4)
+    assert evaluations() == image_evaluations(4)
     with monkeypatch.context() as patch:
         at_call(patch, Sampler, "draw", 5, ctrl_c)  # three batches are left of the base model's pictures
         assert "Interrupted" in error_of(*command)
-    assert evaluations() == pictures(9 + 4) and not (run / "images").exists()
+    assert evaluations() == image_evaluations(9 + 4) and not (run / "images").exists()
     unlearn(*command)
-    assert evaluations() == pictures(9)
-    assert first.items() <= drawn(store).items() and len(drawn(store)) == 2 * PICTURES
+    assert evaluations() == image_evaluations(9)
+    assert first.items() <= image_files(store).items() and len(image_files(store)) == 2 * PICTURES
     assert (run / "report.html").exists()
 
 
-def test_a_picture_of_no_numbers_is_a_failure_and_not_a_black_picture(error_of, tmp_path, monkeypatch):
+def test_an_image_with_nan_is_a_failure_and_not_a_black_image(error_of, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
     said = error_of(*SMALL, "method=negative_prompt")
     assert "images that could not be generated: 1" in said
     rows = read_manifest(tmp_path / "run" / "images" / "base.csv")
     assert len(rows) == 2 and not any("dog" in row.prompt for row in rows)
-    assert len(drawn(tmp_path / "store" / "images")) == 2 * 2
+    assert len(image_files(tmp_path / "store" / "images")) == 2 * 2
 
 
 def test_an_interrupted_evaluation_is_made_again_and_nothing_else(
@@ -173,7 +173,7 @@ def finite(checkpoint: Path) -> bool:
     return len(weights) > 0 and all(torch.isfinite(w).all() for w in weights.values())
 
 
-def test_a_loss_that_is_no_number_stops_the_fit(error_of, tmp_path, monkeypatch):
+def test_a_nan_loss_stops_the_fit(error_of, tmp_path, monkeypatch):
     at_call(monkeypatch, ESD, "loss", 4, lambda: torch.tensor(float("nan"), requires_grad=True))
     said = error_of(*SMALL, *TRAIN, "method.iterations=9")
     assert "The loss is nan at step 3." in said and "method.optimizer.lr" in said
@@ -183,7 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_fit(error_of, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("iterations", [1, 4])
-def test_weights_that_are_no_numbers_are_never_kept(error_of, tmp_path, monkeypatch, iterations):
+def test_weights_with_nan_are_never_saved(error_of, tmp_path, monkeypatch, iterations):
     step = torch.optim.Adam.step
 
     def overflowing(self, closure=None):
@@ -204,7 +204,8 @@ def test_weights_that_are_no_numbers_are_never_kept(error_of, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "left"),  # and the evaluations still to be done; a fit that has begun is in its last checkpoint
-    [("cost.json", FIT + pictures(6)), ("weights.safetensors", pictures(6)), (".png", pictures(6)),
+    [("cost.json", FIT + image_evaluations(6)), ("weights.safetensors", image_evaluations(6)),
+     (".png", image_evaluations(6)),
      ("evaluations", 0), ("report.html", 0)],
 )  # fmt: skip
 def test_a_full_disk_leaves_nothing_half_written(unlearn, error_of, tmp_path, monkeypatch, evaluations, name, left):
@@ -277,7 +278,7 @@ def test_a_folder_takes_one_run_at_a_time(unlearn, error_of, tmp_path, evaluatio
     assert (unlearn(*SMALL) / "report.html").exists()
 
 
-def test_a_run_that_is_refused_leaves_the_others_record_alone(unlearn, error_of, tmp_path):
+def test_a_refused_run_does_not_change_the_record_of_the_active_run(unlearn, error_of, tmp_path):
     run = unlearn(*SMALL, "stages=[fit]")
     with alone_in(run):
         before = files(run / ".hydra")
@@ -328,7 +329,7 @@ def test_a_run_on_a_file_system_without_locks_warns_once_and_ends(unlearn, monke
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(
+def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_again(
     unlearn, error_of, tmp_path, monkeypatch, evaluations
 ):
     command = [*SMALL, *TRAIN, "method.iterations=3", "stages=[fit]"]
@@ -342,7 +343,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_fit_begins_anew(
     assert evaluations() == 3 * FIT
 
 
-def test_a_record_of_a_fit_that_is_no_text_is_that_of_another_fit(unlearn, evaluations):
+def test_an_unreadable_record_of_a_fit_causes_a_new_fit(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
     run = unlearn(*command)
     (run / ".fit").write_bytes(b"\xff\xfe")
@@ -365,7 +366,7 @@ def test_checkpoints_are_written_beside_their_target(unlearn, error_of, tmp_path
 # --- damaged state files, edits, a store that can only be read --------------------------------------------------------
 
 
-def test_damaged_state_files_are_made_anew(unlearn, tmp_path):
+def test_damaged_state_files_are_made_again(unlearn, tmp_path):
     command = [*SMALL, "method=uce", "evaluator=nudenet"]
     run = unlearn(*command)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -385,7 +386,7 @@ def test_damaged_state_files_are_made_anew(unlearn, tmp_path):
         assert json.loads(path.read_text()), f"{path} is whole"
 
 
-def test_an_erasure_without_its_erasure_json_is_made_anew(unlearn, evaluations):
+def test_an_erasure_without_its_erasure_json_is_made_again(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1"]
     run = unlearn(*command)
     (run / "erasure" / "erasure.json").unlink()
@@ -404,7 +405,7 @@ def test_an_edited_metrics_json_is_measured_again(unlearn):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("version https://git-lfs.github.com")])
-def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn, error_of, damage):
+def test_a_finished_run_without_its_tensors_is_not_skipped(unlearn, error_of, damage):
     command = [*SMALL, "method=uce"]
     weights = unlearn(*command) / "erasure" / "weights.safetensors"
     whole = weights.read_bytes()
@@ -415,7 +416,7 @@ def test_a_finished_run_whose_tensors_were_not_copied_is_not_called_done(unlearn
 
 
 @pytest.mark.parametrize("why", [errno.EROFS, errno.EACCES])
-def test_a_whole_store_that_can_only_be_read_serves_a_run(unlearn, error_of, tmp_path, monkeypatch, why):
+def test_a_run_works_with_a_read_only_store(unlearn, error_of, tmp_path, monkeypatch, why):
     unlearn(*SMALL, run="runs/first")
     open_, mkdir = Path.write_bytes, Path.mkdir
 

@@ -1,4 +1,4 @@
-"""Several stages, several requests, several concepts: what a run does on top of what was done before."""
+"""Several stages, several requests, several concepts: runs on top of earlier erasures."""
 
 from functools import partialmethod
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.run.small import FIT, SMALL, TRAIN, drawn, pictures
+from tests.run.small import FIT, SMALL, TRAIN, image_evaluations, image_files
 from unlearning.erasures.base import Erasure
 from unlearning.store.manifest import load_images, read_manifest
 
@@ -24,7 +24,7 @@ def test_a_method_of_two_stages_trains_both(unlearn, evaluations):
     assert one.digest == two.digest, "a stage is a request on top of the one before"
 
 
-def test_an_interrupted_second_stage_goes_on_from_its_own_checkpoint(unlearn, monkeypatch, evaluations):
+def test_an_interrupted_second_stage_resumes_from_its_own_checkpoint(unlearn, monkeypatch, evaluations):
     from unlearning.methods.esd import ESD
 
     stages = [o.replace("method.", "method.stages.esd_x.") for o in TRAIN[1:]]
@@ -48,19 +48,19 @@ def test_an_interrupted_second_stage_goes_on_from_its_own_checkpoint(unlearn, mo
     assert Erasure.load(again / "erasure").digest == Erasure.load(whole / "erasure").digest
 
 
-def test_requests_one_after_the_other(unlearn, tmp_path, evaluations):
+def test_sequential_erasure_requests_compose(unlearn, tmp_path, evaluations):
     """Three runs, each on top of the one before; the base model stays the unedited one."""
     first = unlearn(*UCE, run="first")
     evaluations()
     second = unlearn("dataset=prompt", "dataset.others=[cat,sky]", "method=negative_prompt", "concept=dog",
                      f"after={first}/erasure", run="second")  # fmt: skip
-    assert evaluations() == pictures(3), "the base model's images are there already"
+    assert evaluations() == image_evaluations(3), "the base model's images are there already"
     third = unlearn(*SMALL, *TRAIN, "method.iterations=2", f"after={second}/erasure", "stages=[fit]", run="third")
     kinds = [type(part).__name__ for part in Erasure.load(third / "erasure").parts]
     assert kinds == ["WeightPatch", "GuidanceEdit", "WeightPatch"]
     base, erased = (load_images(read_manifest(second / "images" / f"{name}.csv")) for name in ("base", "erased"))
     assert (base != erased).any()
-    assert drawn(tmp_path / "store")
+    assert image_files(tmp_path / "store")
 
 
 def test_an_erasure_of_another_model_is_refused(error_of, unlearn, model):
@@ -81,7 +81,7 @@ def test_several_concepts_are_erased_at_once(unlearn):
 
 
 def test_a_compiled_model_is_erased_and_drawn_like_any_other(unlearn, monkeypatch):
-    """With an adapter and its guidance, whose hooks come and go after the denoiser was compiled."""
+    """With an adapter and its guidance: hooks are added and removed after the denoiser was compiled."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     train = [
         *SMALL,

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave, and what they do not do twice."""
+"""Whole runs of a tiny model: their files, and the work that a second run skips."""
 
 import csv
 import json
@@ -11,7 +11,18 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from tests.run.small import FIT, PICTURES, SMALL, TRAIN, at_call, ctrl_c, files, no_dog_can_be_drawn, partial, pictures
+from tests.run.small import (
+    FIT,
+    PICTURES,
+    SMALL,
+    TRAIN,
+    at_call,
+    ctrl_c,
+    files,
+    image_evaluations,
+    no_dog_can_be_drawn,
+    partial,
+)
 from unlearning.erasures.base import Erasure
 from unlearning.evaluators.fid import FID
 from unlearning.evaluators.nudenet import NudeNet
@@ -23,10 +34,10 @@ from unlearning.store.metrics import flat, records
 # --- a run from its first stage to its last ---------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_path, evaluations):
+def test_a_run_writes_the_documented_files_and_repeats_no_work(unlearn, tmp_path, evaluations):
     command = [*TRAIN, "method.iterations=3", "evaluator=nudenet", "logger=csv"]
     run = unlearn(*command)
-    assert evaluations() == 3 * FIT + 2 * pictures(PICTURES)
+    assert evaluations() == 3 * FIT + 2 * image_evaluations(PICTURES)
 
     left = {p for p in files(run) if not p.startswith("logs/")}
     assert left - {"__main__.log"} == {
@@ -42,7 +53,7 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
     assert metrics["cost/denoiser_evaluations"] == 3 * FIT and metrics["cost/artefact_bytes"] > 10_000
     cost = json.loads((run / "cost.json").read_text())
     assert {k: v["denoiser_evaluations"] for k, v in cost.items()} == {
-        "fit": 3 * FIT, "generate base": pictures(PICTURES), "generate erased": pictures(PICTURES)
+        "fit": 3 * FIT, "generate base": image_evaluations(PICTURES), "generate erased": image_evaluations(PICTURES)
     }  # fmt: skip
     base, erased = (read_manifest(run / "images" / f"{name}.csv") for name in ("base", "erased"))
     assert [(r.prompt, r.seed, r.role) for r in base] == [(r.prompt, r.seed, r.role) for r in erased]
@@ -63,20 +74,20 @@ def test_a_run_leaves_what_is_documented_and_does_nothing_twice(unlearn, tmp_pat
     assert json.loads((run / "metrics.json").read_text()).keys() == metrics.keys()
 
 
-def test_runs_share_the_base_models_pictures_and_their_measures(unlearn, tmp_path, evaluations):
+def test_runs_share_the_base_models_images_and_their_measures(unlearn, tmp_path, evaluations):
     none = unlearn("method=none", "evaluator=nudenet", run="none")
-    assert evaluations() == pictures(PICTURES), "a model that nothing was erased from is the base model"
+    assert evaluations() == image_evaluations(PICTURES), "a model that nothing was erased from is the base model"
     base, erased = (read_manifest(none / "images" / f"{name}.csv") for name in ("base", "erased"))
     assert base == erased and base[0].base is None
     negative = unlearn("method=negative_prompt", run="negative")
-    assert evaluations() == pictures(PICTURES), "only the erased model's are drawn"
+    assert evaluations() == image_evaluations(PICTURES), "only the erased model's are drawn"
     assert load_images(read_manifest(negative / "images" / "base.csv")).any()
     assert read_manifest(negative / "images" / "base.csv") == read_manifest(none / "images" / "base.csv")
     unlearn("method=none", "concept=dog", run="dog")
-    assert evaluations() == pictures(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
+    assert evaluations() == image_evaluations(3), "of dog's thirteen prompts, cat's run had all but dog's synonyms"
 
 
-def test_a_run_that_measures_something_else_takes_the_erasure_of_its_twin(unlearn, evaluations):
+def test_a_run_with_other_measurements_reuses_an_existing_erasure(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=2", "stages=[fit]"]
     first = unlearn(*command)
     assert evaluations() == 2 * FIT
@@ -93,7 +104,7 @@ def test_a_run_that_measures_something_else_takes_the_erasure_of_its_twin(unlear
     assert evaluations() == 2 * FIT
 
 
-def test_a_damaged_erasure_is_not_taken(unlearn, evaluations):
+def test_a_damaged_erasure_is_not_reused(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
     damaged = unlearn(*command) / "erasure" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-4])
@@ -102,7 +113,7 @@ def test_a_damaged_erasure_is_not_taken(unlearn, evaluations):
     assert evaluations() == FIT
 
 
-def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
+def test_other_settings_have_other_images(unlearn, tmp_path, evaluations):
     few = [*SMALL, "method=none"]
     unlearn(*few)
     evaluations()
@@ -114,7 +125,7 @@ def test_other_settings_have_other_pictures(unlearn, tmp_path, evaluations):
     assert evaluations() == 0, "a batch's size changes no picture"
 
 
-def test_a_batch_changes_no_picture(unlearn, tmp_path):
+def test_a_batch_changes_no_image(unlearn, tmp_path):
     a = load_images(read_manifest(unlearn(*SMALL, "sampler.batch_size=3") / "images" / "base.csv"))
     shutil.rmtree(tmp_path / "store")
     b = load_images(read_manifest(unlearn(*SMALL, "sampler.batch_size=1", run="one") / "images" / "base.csv"))
@@ -125,7 +136,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
     run = unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]")
     assert evaluations() == FIT and not (run / "images").exists()
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[generate]")
-    assert evaluations() == 2 * pictures(3) and not (run / "metrics.json").exists()
+    assert evaluations() == 2 * image_evaluations(3) and not (run / "metrics.json").exists()
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[report,evaluate]")  # their order is the stages' own
     assert evaluations() == 0 and (run / "report.html").exists()
 
@@ -139,7 +150,7 @@ def test_stages_can_be_run_one_by_one(unlearn, evaluations):
         ("[fitt]", "'report', and is 'fitt'"),
     ],
 )
-def test_a_stage_whose_turn_has_not_come_says_which_is_missing(error_of, stages, answer):
+def test_a_stage_names_the_missing_earlier_stage(error_of, stages, answer):
     assert answer in error_of(*SMALL, f"stages={stages}")
 
 
@@ -156,7 +167,7 @@ def test_an_evaluation_survives_a_new_report_and_notices_a_new_protocol(unlearn,
     assert len(updates) == 2
 
 
-def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, error_of, tmp_path, monkeypatch):
+def test_detector_failures_are_not_cached(unlearn, error_of, tmp_path, monkeypatch):
     command = [*SMALL, "method=negative_prompt", "evaluator=nudenet", "dataset.images_per_prompt=2"]
     detect, calls = nudenet.NudeDetector.detect, []
     monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: (calls.append(1), detect(self, image))[1])
@@ -175,7 +186,7 @@ def test_what_a_detector_failed_on_is_not_kept_and_tried_again(unlearn, error_of
     assert metrics[f"{total}/protocol"] == metrics["efficacy/nudenet_total/protocol"], "these compare"
 
 
-def test_numbers_that_lack_a_picture_say_so(error_of, tmp_path, monkeypatch):
+def test_numbers_that_lack_an_image_say_so(error_of, tmp_path, monkeypatch):
     no_dog_can_be_drawn(monkeypatch)
     error_of(*SMALL, "method=negative_prompt", "evaluator=nudenet")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -183,7 +194,7 @@ def test_numbers_that_lack_a_picture_say_so(error_of, tmp_path, monkeypatch):
     assert len(protocols) > 6 and all(p.endswith(", images that could not be generated: 1") for p in protocols)
 
 
-def test_an_evaluator_that_measures_nothing_says_what_it_needs(error_of, tmp_path, capsys):
+def test_an_evaluator_without_input_reports_its_requirements(error_of, tmp_path, capsys):
     """And one that was chosen on the command line makes the run end with an error."""
     assert "measured nothing: 2" in error_of(*SMALL, "evaluator=[accuracy,fid,clip_score]")
     said = capsys.readouterr().out
@@ -196,12 +207,12 @@ def test_an_evaluator_that_measures_nothing_says_what_it_needs(error_of, tmp_pat
     assert capsys.readouterr().out.count("nudenet measured nothing") == 1
 
 
-def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, error_of, tmp_path, evaluations):
+def test_images_are_compared_with_those_of_the_oracle(unlearn, error_of, tmp_path, evaluations):
     torch.manual_seed(7)
     tiny.sd1().save_pretrained(tmp_path / "never")
     compared = [*SMALL, "evaluator=fid_oracle", f"evaluator.fid_oracle.oracle.path={tmp_path / 'never'}"]
     run = unlearn(*compared, "method=oracle", f"method.path={tmp_path / 'never'}", run="never")
-    assert evaluations() == 2 * pictures(3), "the erased model's images are the oracle's"
+    assert evaluations() == 2 * image_evaluations(3), "the erased model's images are the oracle's"
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_oracle"] == pytest.approx(0, abs=1e-3)
     assert numbers["base/retention/fid_oracle"] > 1
@@ -210,7 +221,7 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, er
     assert "the model that never knew" in (run / "report.html").read_text()
 
     unlearn(*compared, *TRAIN, "method.iterations=3", run="esd")
-    assert evaluations() == 3 * FIT + pictures(3), "nothing is drawn again but what is erased"
+    assert evaluations() == 3 * FIT + image_evaluations(3), "nothing is drawn again but what is erased"
     missing = [*compared[:-1], f"evaluator.fid_oracle.oracle.path={tmp_path / 'nowhere'}"]
     assert "train_unet.py --without" in error_of(*missing, *TRAIN, run="missing")
     assert evaluations() == 0 and not (tmp_path / "missing" / "erasure").exists()
@@ -219,7 +230,7 @@ def test_images_are_compared_with_those_of_the_model_that_never_knew(unlearn, er
 def test_images_are_compared_with_those_of_the_prompts_without_the_word(unlearn, error_of, evaluations):
     measured = "evaluator=[fid_word_removed,lpips_word_removed]"
     run = unlearn(*SMALL, measured, "method=prompt_filter", "dataset.images_per_prompt=2", run="filter")
-    assert evaluations() == 2 * pictures(6), "the reference is what the filter makes of the model"
+    assert evaluations() == 2 * image_evaluations(6), "the reference is what the filter makes of the model"
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["retention/fid_word_removed"] == pytest.approx(0, abs=1e-3)
     assert numbers["efficacy/lpips_word_removed"] == 0 < numbers["base/efficacy/lpips_word_removed"]
@@ -279,7 +290,7 @@ class Colours:
         return images.float().mean((1, 2))
 
 
-def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypatch, evaluations):
+def test_a_users_image_folder_is_erased_and_measured(unlearn, tmp_path, monkeypatch, evaluations):
     (tmp_path / "mugs").mkdir()
     for i in range(12):
         Image.new("RGB", (9, 9), (20 * i, 9 * i, i * i)).save(tmp_path / "mugs" / f"{i:02}.png")
@@ -307,7 +318,7 @@ def test_a_folder_of_ones_own_is_erased_and_measured(unlearn, tmp_path, monkeypa
 # --- nothing stale ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, evaluations):
+def test_a_model_that_changed_on_disk_is_fitted_and_sampled_again(unlearn, model, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=3", f"model.path={model}"]
     run = unlearn(*command)
     first = evaluations()
@@ -320,7 +331,7 @@ def test_a_model_that_changed_on_disk_is_fitted_and_drawn_anew(unlearn, model, e
     assert json.loads((run / "metrics.json").read_text())["cost/denoiser_evaluations"] == 3 * FIT, "the new fit's"
 
 
-def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, error_of, model, evaluations):
+def test_an_erasure_of_another_model_is_not_applied(unlearn, error_of, model, evaluations):
     command = [*SMALL, "method=uce", f"model.path={model}"]
     unlearn(*command, "stages=[fit]")
     tiny.pipeline("sd1", seed=1).save_pretrained(model)
@@ -329,7 +340,7 @@ def test_an_erasure_of_another_model_is_not_drawn_with(unlearn, error_of, model,
     assert evaluations() == 0
 
 
-def test_an_old_erasure_that_cannot_be_deleted_is_not_taken_for_the_new_one(unlearn, model, monkeypatch):
+def test_an_old_erasure_that_cannot_be_deleted_is_not_used(unlearn, model, monkeypatch):
     command = [*SMALL, "method=uce", f"model.path={model}", "stages=[fit]"]
     run = unlearn(*command)
     old = Erasure.load(run / "erasure")
@@ -361,7 +372,7 @@ def test_an_interrupted_fit_does_not_go_on_with_another_model(unlearn, error_of,
     ["method.eta=3", "concept=bird", "seed=1", "method=uce", "dataset.template='the {}'",
      "trainer.precision=bf16-mixed", "+trainer.gradient_clip_val=1e-6"],
 )  # fmt: skip
-def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
+def test_changed_settings_in_the_same_folder_are_fitted_again(unlearn, change):
     unlearn(*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]", run="same")
     old = Erasure.load((run := unlearn(*SMALL, "stages=[]", run="same")) / "erasure").digest
     method = [] if change.startswith("method=") else [*TRAIN, "method.iterations=1"]
@@ -369,7 +380,7 @@ def test_changed_settings_in_the_same_folder_are_fitted_anew(unlearn, change):
     assert Erasure.load(run / "erasure").digest != old
 
 
-def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
+def test_settings_that_do_not_change_the_erasure_cause_no_new_fit(unlearn, evaluations):
     command = [*SMALL, *TRAIN, "method.iterations=1", "stages=[fit]"]
     unlearn(*command)
     evaluations()
@@ -389,7 +400,7 @@ def test_what_changes_no_erasure_is_not_fitted_anew(unlearn, evaluations):
         ({}, None),
     ],
 )
-def test_suppression_is_the_share_of_the_base_models_that_is_gone(metrics, expected):
+def test_suppression_is_relative_to_the_base_model(metrics, expected):
     assert flat(suppression(records(metrics))).get("efficacy/suppression") == expected
 
 
@@ -401,6 +412,6 @@ def test_a_suppression_is_of_the_protocols_that_it_was_measured_by():
     assert other["efficacy/suppression/protocol"] == "of efficacy/acc_e: argmax | softmax"
 
 
-def test_what_cannot_be_drawn_ends_the_run_before_it_trains(error_of, tmp_path):
+def test_too_many_sampling_steps_end_the_run_before_training(error_of, tmp_path):
     assert "1000 steps" in error_of("method=esd_x", "method.iterations=1", "dataset=prompt", "sampler.steps=1000")
     assert not (tmp_path / "run" / "erasure").exists()

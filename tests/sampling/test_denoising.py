@@ -1,4 +1,4 @@
-"""Latents with noise, and the loss of predicting it."""
+"""Noisy latents, and the loss of the noise prediction."""
 
 import pytest
 import torch

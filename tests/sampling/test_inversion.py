@@ -1,4 +1,4 @@
-"""Textual inversion: what moves, what does not, and where a placeholder is in every text encoder."""
+"""Textual inversion: trainable and frozen parameters, and the placeholder's position in every text encoder."""
 
 from functools import partial
 
@@ -90,7 +90,7 @@ def test_the_conditioning_depends_on_v_and_has_a_gradient(reader):
     assert all(p.grad.abs().sum() > 0 for p in v.values())
 
 
-def test_some_rows_are_filled_alone(model):
+def test_placeholders_can_be_filled_in_some_rows_only(model):
     place = Placeholder.in_prompts(model, ["a {}", "the {}", "{}"])
     v = first_piece(model, "cat")
     every, some = place.filled(v), place.filled(v, [2, 0])

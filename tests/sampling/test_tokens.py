@@ -51,7 +51,7 @@ def test_scores_do_not_depend_on_how_many_prompts_are_read_at_once(model, monkey
     assert not together.requires_grad and len(together.unique()) == 7
 
 
-def test_unusable_tokens_write_nothing(model):
+def test_unusable_tokens_have_no_text(model):
     free = FreeTokens.of(model, 1)
     assert set(range(len(free.texts))) - set(free.usable.tolist()) == set(model.pipeline.tokenizer.all_special_ids)
 

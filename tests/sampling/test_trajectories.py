@@ -22,7 +22,7 @@ def walk(model, c, scale: float = 3.0) -> Walk:
     return begin(model, c, scale)
 
 
-def test_a_trajectory_starts_at_its_noise_and_ends_at_the_picture(model):
+def test_a_trajectory_starts_at_its_noise_and_ends_at_the_image(model):
     c, noise = model.encode_prompts(["a cat"]), model.noise([0])
     points = list(denoise(model, noise, walk(model, c), steps=5))
     assert len(points) == 6
@@ -74,7 +74,7 @@ def test_skimming_every_timestep_is_denoising(any_pipeline):
         torch.testing.assert_close(x, y, atol=1e-4 if t else 0.1, rtol=1e-3 if t else 0.1)
 
 
-def test_skimming_asks_for_fewer_predictions_and_ends_nearby(model):
+def test_skimming_needs_fewer_predictions_and_ends_near_the_full_trajectory(model):
     c, noise, calls = model.encode_prompts(["a cat"]), model.noise([0]), []
     *_, (_, whole) = denoise(model, noise, walk(model, c), steps=50)
     hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -103,12 +103,12 @@ def test_the_papers_schedule_drops_the_first_timestep(model):
 
 
 @pytest.mark.parametrize(("i", "done", "asked"), [(49, 1, 980), (40, 10, 800), (1, 49, 20), (0, 49, 0)])
-def test_the_published_scripts_stop_where_they_stop(i, done, asked):
+def test_trajectories_end_at_the_timesteps_of_the_published_scripts(i, done, asked):
     assert as_published(i, 50) == (done, range(asked, asked + 20))
 
 
 @pytest.mark.parametrize("source", [Exact, Reuse])
-def test_points_of_the_papers_schedule_are_asked_about_at_a_noisier_timestep(model, source):
+def test_the_papers_schedule_predicts_at_a_noisier_timestep(model, source):
     torch.manual_seed(0)
     places = source(steps=10, schedule="paper")
     times = torch.cat([places(model, ["a cat"])[1] for _ in range(40)])
@@ -125,7 +125,7 @@ def test_every_point_of_a_pool_is_used_once_and_every_step_as_often(model):
     assert len(set(times)) == 6 and all(times.count(t) == 4 for t in times)
 
 
-def test_reuse_asks_the_denoiser_a_tenth_as_often(model):
+def test_reuse_needs_a_tenth_of_the_denoiser_calls(model):
     evaluations = []
     hook = model.denoiser.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0])))
     try:

@@ -82,7 +82,7 @@ def test_all_prompts_and_repeats_share_batches(model, adapter):
     assert len(calls) == 12, "ten steps and two questions, for twelve rows at once"
 
 
-def test_a_prompt_is_asked_about_once(model, adapter):
+def test_each_prompt_is_analysed_once(model, adapter):
     rule, calls = UnGuidance(threshold=0.0, repeats=2, schedule="diffusers").of(adapter.digest), []
     with adapter.applied_to(model):
         first = rule.differences(model, model.encode_prompts(PROMPTS), 7.5)
@@ -115,7 +115,7 @@ class Fixed(Guidance):
         return Walk(c, lambda x_t, t, c, _: blended(model, self.adapter.digest, self.w, x_t, t, c, null, scale))
 
 
-def drawn(model, rule, prompts=PROMPTS) -> torch.Tensor:
+def generated(model, rule, prompts=PROMPTS) -> torch.Tensor:
     before, model.guidance = model.guidance, rule
     try:
         return Sampler(steps=3)(model, prompts, list(range(len(prompts))))
@@ -124,11 +124,11 @@ def drawn(model, rule, prompts=PROMPTS) -> torch.Tensor:
 
 
 def test_w_0_is_the_adapter_alone_and_w_1_the_base_model_bit_for_bit(model, adapter):
-    base = drawn(model, ClassifierFree())
+    base = generated(model, ClassifierFree())
     with adapter.applied_to(model):
-        unlearned = drawn(model, ClassifierFree())
-        assert torch.equal(drawn(model, Fixed(adapter, torch.zeros(3))), unlearned)
-        assert torch.equal(drawn(model, Fixed(adapter, torch.ones(3))), base)
+        unlearned = generated(model, ClassifierFree())
+        assert torch.equal(generated(model, Fixed(adapter, torch.zeros(3))), unlearned)
+        assert torch.equal(generated(model, Fixed(adapter, torch.ones(3))), base)
     assert not torch.equal(base, unlearned)
 
 
@@ -152,7 +152,7 @@ def test_the_blend_is_the_papers_formula(model, adapter):
 def test_a_batch_of_mixed_w_is_its_rows_one_by_one(model, adapter):
     w = torch.tensor([-1.0, 2.0, 0.5])
     with adapter.applied_to(model):
-        together = drawn(model, Fixed(adapter, w))
+        together = generated(model, Fixed(adapter, w))
         for i in range(3):
             before, model.guidance = model.guidance, Fixed(adapter, w[i : i + 1])
             alone = Sampler(steps=3)(model, PROMPTS[i : i + 1], [i])

@@ -1,4 +1,4 @@
-"""The replacements for the concept: they depend on the background only."""
+"""Blinding: the replacements for the concept depend on the background only."""
 
 from typing import get_args
 

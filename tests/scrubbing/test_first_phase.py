@@ -1,4 +1,4 @@
-"""The result of the first phase is read back as it was, and an interrupted fit does not search again."""
+"""The cached first phase is restored exactly, and an interrupted fit does not search again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_an_interrupted_fit_does_not_search_again(unlearn, interrupted, tmp_path
     assert not (run / "checkpoints").exists()
 
 
-def test_a_damaged_file_is_set_aside_and_found_anew(unlearn, interrupted, tmp_path, monkeypatch, capsys):
+def test_a_damaged_file_is_set_aside_and_computed_again(unlearn, interrupted, tmp_path, monkeypatch, capsys):
     [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     searches, search = [], PrototypeSearch.__call__

@@ -12,7 +12,7 @@ D, SIDE, MEAN = 24, 8, 5.0
 
 
 class Identity:
-    """A teacher whose features are its input."""
+    """A teacher that returns its input as features."""
 
     device = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_masks_cover_the_planted_concept_and_not_the_background(images):
 
 
 class Prompted(Identity):
-    """A teacher whose prediction depends on the prompt only where the image shows `what`."""
+    """A teacher with a prediction that depends on the prompt only where the image shows `what`."""
 
     def __init__(self, what):
         self.what = F.normalize(what - MEAN, dim=0)

@@ -70,12 +70,12 @@ def test_the_shipped_clip_reads_as_the_shipped_generator_does(model):
     assert all(torch.equal(read[name], weight) for name, weight in encoder.state_dict().items())
 
 
-def test_a_clip_that_is_not_there_is_named(model, rabbits, tmp_path):
+def test_a_missing_clip_is_reported(model, rabbits, tmp_path):
     with pytest.raises(UserError, match=r"method\.clip"):
         words_of(*rabbits[:1], model, *rabbits[1:], clip=str(tmp_path))
 
 
-def test_an_interrupted_search_goes_on_where_it_was(model, rabbits, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes_where_it_was(model, rabbits, tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "EVERY", 0)
     calls, predict = [], type(model).predict
 
@@ -125,7 +125,7 @@ def search(monkeypatch):
     return find
 
 
-def test_a_style_is_found_though_no_word_helps_its_images(search):
+def test_a_style_is_found_even_if_no_word_helps_its_images(search):
     """The word neon costs the retain images far more; the word the costs them as much."""
     costs = {"neon": (-0.02, -0.45), "the": (-0.01, -0.01), "pixel": (-0.5, -0.6), "cat": (-0.03, -0.04)}
     found, _ = search(list(costs), *(

@@ -1,4 +1,4 @@
-"""Generation under pressure: too little memory, and a signal in the middle of a batch."""
+"""Generation with too little memory, and with a signal in the middle of a batch."""
 
 import signal
 import time
@@ -16,14 +16,14 @@ from unlearning.store.manifest import ManifestRow, missing
 
 
 class Model:
-    """A model whose network is called at each step."""
+    """A model that calls its network at each step."""
 
     def __init__(self):
         self.network = nn.Identity()
 
 
 class Steps:
-    """A sampler of grey images, for whose larger batches there is no memory."""
+    """A sampler of grey images that runs out of memory for larger batches."""
 
     def __init__(self, most: int = 100, step=lambda i: None, steps: int = 1, automatic: bool = False):
         self.most, self.step, self.steps, self.sizes = most, step, steps, []
@@ -50,7 +50,7 @@ def trainer(tmp_path):
     return partial(pl.Trainer, accelerator="cpu", default_root_dir=tmp_path, **quiet)
 
 
-def test_where_memory_is_too_small_half_a_batch_is_drawn_at_once_and_this_is_said(rows, trainer, caplog):
+def test_out_of_memory_halves_the_batch_with_a_warning(rows, trainer, caplog):
     sampler = Steps(most=4)
     generate(Model(), sampler, rows, trainer)
     assert not missing(rows) and sampler.sizes == [8, 4, 4, 4, 4, 4]
@@ -58,7 +58,7 @@ def test_where_memory_is_too_small_half_a_batch_is_drawn_at_once_and_this_is_sai
     assert "sampler.batch_size=4" in warning.getMessage()
 
 
-def test_where_memory_is_too_small_for_half_a_batch_the_setting_is_named(rows, trainer):
+def test_out_of_memory_at_the_smallest_batch_names_the_setting(rows, trainer):
     with pytest.raises(UserError, match=r"sampler\.batch_size"):
         generate(Model(), Steps(most=3), rows, trainer)
 

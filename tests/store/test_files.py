@@ -1,4 +1,4 @@
-"""Files: a digest identifies content, and nothing half-written is ever left."""
+"""Files: a digest identifies content, and an interrupted write leaves no partial file."""
 
 import errno
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_a_digest_is_of_content_alone():
 
 
 def fail_midway(monkeypatch, step: str) -> None:
-    """The disk is full: half of a file is written and then nothing more; or the file cannot be renamed."""
+    """A full disk: a write stops after half of the file, or the file cannot be renamed."""
     write_bytes = Path.write_bytes
 
     def full(self, *arguments):
@@ -80,7 +80,7 @@ def test_a_folder_is_set_aside_once_more(tmp_path):
     assert (tmp_path / "erasure.damaged" / "weights").read_text() == "second"
 
 
-def test_what_cannot_be_set_aside_is_not_used(tmp_path, monkeypatch, caplog):
+def test_a_damaged_file_that_cannot_be_moved_is_not_used(tmp_path, monkeypatch, caplog):
     (tmp_path / "state.json").write_text("{")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EROFS, "read-only")))
     assert read_state(tmp_path / "state.json", dict) is None and "state.json" in caplog.text

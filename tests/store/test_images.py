@@ -1,4 +1,4 @@
-"""Images as PNG files: they come back as they were, and a damaged one is an error."""
+"""Images as PNG files: they are restored exactly, and a damaged file is an error."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_a_damaged_image_is_named(tmp_path, part):
 
 
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "JPEG", "bomb", "chunk"])
-def test_what_is_no_whole_png_is_not_opened_whatever_it_is_called(tmp_path, monkeypatch, content):
+def test_incomplete_pngs_are_not_opened(tmp_path, monkeypatch, content):
     """Pillow would hand PostScript to Ghostscript."""
     path = tmp_path / "a.png"
     write_image(path, np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""One of several processes generates an image, and a run has its folder alone, even if one of them is killed."""
+"""Locks: one process generates each image, and one run uses a folder, even if a process is killed."""
 
 import errno
 import fcntl
@@ -52,7 +52,7 @@ def hidden(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_rows_that_another_process_has_claimed_are_left_to_it(tmp_path):
+def test_rows_locked_by_another_process_are_skipped(tmp_path):
     wanted = rows(tmp_path / "not" / "yet", 4)
     other = Other(wanted[1:3])
     with claimed(wanted) as mine:
@@ -68,7 +68,7 @@ def test_rows_that_another_process_has_claimed_are_left_to_it(tmp_path):
     assert hidden(wanted[0].path.parent) == [], "no lock file is left"
 
 
-def test_a_process_that_is_killed_leaves_nothing_claimed(tmp_path):
+def test_a_killed_process_releases_its_locks(tmp_path):
     wanted = rows(tmp_path, 3)
     other = Other(wanted)
     with claimed(wanted) as mine:

@@ -1,4 +1,4 @@
-"""Loops that go on where an interrupted process left them."""
+"""Loops resume where a process was interrupted."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_every_loop_of_a_block_has_a_state_of_its_own(tmp_path):
     assert drawn == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]], "no step twice"
 
 
-def test_a_damaged_state_is_set_aside_and_the_loop_begins_anew(tmp_path, caplog):
+def test_a_damaged_state_is_set_aside_and_the_loop_begins_again(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", stop=3)
     [path] = (tmp_path / "cut").iterdir()
@@ -77,7 +77,7 @@ def test_a_damaged_state_is_set_aside_and_the_loop_begins_anew(tmp_path, caplog)
     assert again.seen == list(range(6)) and "damaged" in caplog.text
 
 
-def test_outside_of_a_block_nothing_is_written(tmp_path, monkeypatch):
+def test_outside_of_a_block_no_state_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(loops, "_write", lambda *_: pytest.fail("written"))
     now = SimpleNamespace(seen=[])
     assert list(resumed("abc", "reading", now)) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""Manifests: an image's path says all that it depends on, and a row is read as it was written."""
+"""Manifests: an image's path depends on everything that decides the image, and rows are restored exactly."""
 
 import csv
 import subprocess
@@ -66,7 +66,7 @@ def test_seeds_are_of_the_runs_seed_the_text_and_the_sample_only():
     assert image_seed(0, "a cat", 0) == 3399140311, "published numbers depend on it"
 
 
-def test_what_an_attack_found_is_part_of_the_path(tmp_path):
+def test_the_result_of_an_attack_is_part_of_the_path(tmp_path):
     (tmp_path / "one").write_bytes(b"one")
     (tmp_path / "same").write_bytes(b"one")
     (tmp_path / "another").write_bytes(b"another")
@@ -90,7 +90,7 @@ def test_batches_hold_images_of_one_size():
     assert [[row.seed for row in batch] for batch in batches(rows, 3)] == [[0, 2, 3], [5], [1, 4]]
 
 
-def test_a_prompt_asked_twice_is_drawn_once(tmp_path):
+def test_a_repeated_prompt_is_generated_once(tmp_path):
     rows = manifest(tmp_path, task("a cat", "a cat", count=2), 0)
     assert len(rows) == 4 and len(missing(rows)) == 2
     write_image(rows[0].path, np.zeros((4, 4, 3), np.uint8))
@@ -139,7 +139,7 @@ def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
     assert read_manifest(tmp_path / "base.csv") == [ManifestRow(tmp_path / "a.png", "a cat", "erase", {}, 3)]
 
 
-def test_a_manifest_moves_with_its_pictures(tmp_path):
+def test_a_manifest_moves_with_its_images(tmp_path):
     rows = manifest(tmp_path / "one" / "store", task("a cat"), 0)
     for row in rows:
         write_image(row.path, np.full((2, 2, 3), 7, np.uint8))
@@ -157,7 +157,7 @@ def test_prompts_may_be_long(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"1\n"
 
 
-def test_what_csv_cannot_read_is_damage(tmp_path, monkeypatch):
+def test_unreadable_csv_is_reported_as_damage(tmp_path, monkeypatch):
     write_manifest(tmp_path / "base.csv", [ManifestRow(tmp_path / "a.png", "a cat " * 10, "erase", {}, 3)])
     before = csv.field_size_limit(20)
     try:

@@ -25,7 +25,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     assert read(tmp_path / "metrics.json") == METRICS, "whole or not at all"
 
 
-def test_what_is_no_finite_number_is_no_metric():
+def test_non_finite_values_are_not_metrics():
     assert records({"a/b": None, "a/c": True, "a/d": float("nan"), "a/e": "text", "a/f": 1}) == {"a/f": Metric(1)}
 
 
@@ -44,7 +44,7 @@ def test_the_base_models_metric_as_its_own():
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
-def test_a_missing_or_damaged_file_is_answered_with_the_stage_that_writes_it(tmp_path, content):
+def test_a_missing_or_damaged_file_names_the_stage_that_writes_it(tmp_path, content):
     path = tmp_path / "metrics.json"
     if content is not None:
         path.write_text(content)

@@ -19,7 +19,7 @@ NOW = time.time()
 
 @pytest.fixture
 def store(tmp_path):
-    """Two models' folders of three pictures each, 0, 10 and 20 days old; a run refers to the first of each."""
+    """Folders of two models with three images each, 0, 10 and 20 days old; a run refers to the first of each."""
     for model in ("sd14", "sdxl"):
         folder = tmp_path / "store" / "images" / f"digest-of-{model}"
         describe(folder, {"model": model, "erasure": "cat, erased by uce, seed 0", "sampler": "DDIM"})
@@ -53,7 +53,7 @@ EVERYTHING = {f"{model}/{days}" for model in ("sd14", "sdxl") for days in (0, 10
 REFERRED_TO = {"sd14/0", "sdxl/0"}
 
 
-def test_it_says_whose_pictures_there_are(command, store):
+def test_it_lists_images_by_model_and_erasure(command, store):
     said = command()
     line = next(line for line in said.splitlines() if "sd14" in line)
     assert "cat, erased by uce, seed 0" in line and "DDIM" in line and "digest-of-sd14" in line and " 3 " in line
@@ -93,7 +93,7 @@ def test_it_deletes_nothing_if_a_manifest_cannot_be_read(command, store, text):
     assert left(store) == EVERYTHING
 
 
-def test_it_goes_down_to_a_size_from_the_oldest(command, store):
+def test_it_deletes_the_oldest_images_down_to_a_size(command, store):
     total, one = sum(p.size for p in stored_images(store)), stored_images(store)[0].size
     command("--prune", "--down-to", f"{total - 2 * one}", "--delete")
     assert left(store) == EVERYTHING - {"sd14/20", "sdxl/20"}
@@ -115,7 +115,7 @@ def test_it_waits_for_runs_that_are_at_work(command, store):
     assert left(store) == REFERRED_TO, "a lock file that nobody holds stops nothing"
 
 
-def test_runs_of_every_folder_that_drew_into_the_store_keep_their_pictures(unlearn, tmp_path, monkeypatch):
+def test_runs_of_every_folder_that_drew_into_the_store_keep_their_images(unlearn, tmp_path, monkeypatch):
     small = ["dataset=prompt", "dataset.others=[dog]", "stages=[fit,generate]"]
     one = unlearn("-m", *small, f"paths.runs={tmp_path}/one") and tmp_path / "one"
     alone, gone = unlearn(*small, "seed=1", run="alone"), unlearn(*small, "seed=2", run="gone")
@@ -143,7 +143,7 @@ def test_it_deletes_nothing_if_a_record_of_runs_is_damaged(command, store, tmp_p
     assert left(store) == EVERYTHING
 
 
-def test_it_asks_for_folders_that_are_not_there(command, store, tmp_path):
+def test_missing_folders_are_reported(command, store, tmp_path):
     with pytest.raises(SystemExit, match="--runs"):
         command("--prune", "--runs", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match="--store"):

@@ -225,7 +225,7 @@ def test_a_logger_that_cannot_be_built_is_left_out(tmp_path, caplog):
     assert loggers.build(None) == loggers.build({}) == []
 
 
-def test_a_broken_logger_warns_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_broken_logger_warns_once_and_the_run_resumes(tmp_path, caplog):
     import torch
     from pytorch_lightning import LightningModule, Trainer
 

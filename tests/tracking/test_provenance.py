@@ -1,4 +1,4 @@
-"""A run's record of the code, the machine and the data that made it, with and without a git checkout."""
+"""The provenance record of a run: code, machine and data, with and without a git checkout."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def test_versions_and_hardware_are_those_of_this_process():
     assert json.loads(json.dumps(now)) == now
 
 
-def test_a_sitting_is_added_if_more_than_the_time_has_changed():
+def test_a_session_is_added_if_more_than_the_time_changed():
     first = {"begun": "1", "commit": "a", "python": "3.11"}
     known = provenance.joined({}, first, {"seed": 0, "data": "d"})
     assert known == {"seed": 0, "data": "d", "processes": [first]}

@@ -1,4 +1,4 @@
-"""The key of a fit: equal for what leads to the same result, another for everything else."""
+"""The key of a fit: equal if the settings lead to the same result, different otherwise."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from unlearning.training.checkpoints import key_of
         ({"cat"}, {"dog"}),
     ],
 )
-def test_what_decides_a_result_is_in_the_key(one, other):
+def test_settings_that_decide_a_result_are_in_the_key(one, other):
     assert key_of(one) != key_of(other)
 
 
-def test_what_decides_nothing_is_not():
+def test_settings_that_decide_no_result_are_not_in_the_key():
     assert (
         key_of(Sampler(steps=2, batch_size=4))
         == key_of(Sampler(steps=2))

@@ -1,4 +1,4 @@
-"""What moves in training: the denoiser's own weights, or an adapter beside them; what does not move is shared."""
+"""Students: the denoiser's own weights, or an adapter. Teacher and student share the weights that are not trained."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_a_may_be_drawn_as_the_weights_of_a_new_layer(model):
 
 
 @pytest.mark.parametrize("student", [Weights("no_such_layer"), LoRA("no_such_layer")])
-def test_a_pattern_that_matches_nothing_is_answered(model, student):
+def test_a_pattern_without_a_match_gives_an_error(model, student):
     with pytest.raises(UserError, match="no_such_layer"), student.of(model):
         pass
 

@@ -29,7 +29,7 @@ def captions(
     template: Template = "a photo of the {}",
     images_per_prompt: Count = 1,
 ) -> UnlearningTask:
-    """Erases one or several concepts. The evaluation prompts captions of other things, each with its own seed.
+    """Erases one or several concepts. The evaluation prompts are captions of other images, each with its own seed.
 
     Args:
         concept, anchor: As in free text (see `unlearning.data.prompt.concepts`).

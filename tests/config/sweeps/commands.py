@@ -1,4 +1,4 @@
-"""A sweep with two images a run, in a process of its own if needed, and what its runs measured."""
+"""A sweep with two images for each run, optionally in a separate process, and its metrics."""
 
 import json
 from pathlib import Path

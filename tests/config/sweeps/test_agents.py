@@ -1,4 +1,4 @@
-"""Sweeps of W&B's agents, made of overrides that Hydra understands."""
+"""Sweeps of W&B agents use overrides that Hydra can parse."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def test_every_parameter_is_an_override_that_composes():
             compose("config", ["method.etaa=1"])
 
 
-def test_what_it_maximises_is_measured():
+def test_the_maximised_metric_is_measured():
     assert Accuracy.higher_is_better[SWEEP["metric"]["name"]] == (SWEEP["metric"]["goal"] == "maximize")
 
 

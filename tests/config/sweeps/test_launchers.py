@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, which end with the one that launched them."""
+"""Jobs run in separate processes, which end together with the launching process."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Nothing is done twice: by the same command, after a kill, by two sweeps at once."""
+"""A sweep repeats no work: when the command runs again, after a kill, and beside another sweep."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_a_sweep_started_again_does_only_what_is_missing(sweep, tmp_path, monkey
     assert loads() == 0 and len(executed) == 1
 
 
-def test_other_evaluators_stages_or_files_are_not_taken_for_done(unlearn, tmp_path, monkeypatch, sd1):
+def test_other_evaluators_stages_or_files_are_not_treated_as_finished(unlearn, tmp_path, monkeypatch, sd1):
     executed = []
     execute = Run.execute
     monkeypatch.setattr(Run, "execute", lambda self, stages: (executed.append(1), execute(self, stages))[1])
@@ -62,7 +62,7 @@ def test_other_evaluators_stages_or_files_are_not_taken_for_done(unlearn, tmp_pa
     ("room", "owner", "name", "k"),
     [("unlearning.sampling.sampler", "Sampler", "draw", 3), ("unlearning.run", "Run", "report", 2)],
 )
-def test_a_sweep_that_was_killed_ends_as_one_that_was_not(unlearn, tmp_path, room, owner, name, k):
+def test_a_killed_and_restarted_sweep_gives_the_same_result(unlearn, tmp_path, room, owner, name, k):
     def command(place: str) -> list[str]:
         return [*FEW, "method=none,uce", "evaluator=clip_score", "sampler.batch_size=1",
                 f"paths.runs={tmp_path}/{place}/runs", f"paths.store={tmp_path}/{place}/store"]  # fmt: skip

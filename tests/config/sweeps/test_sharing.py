@@ -1,4 +1,4 @@
-"""The jobs of a process share what is slow to load."""
+"""The jobs of a process share models and data that are slow to load."""
 
 import weakref
 
@@ -7,7 +7,7 @@ from unlearning.config import instances
 from unlearning.methods.uce import UCE
 
 
-def test_jobs_share_the_model_and_leave_what_single_runs_leave(sweep, unlearn, tmp_path, loads):
+def test_jobs_share_the_model_and_write_the_same_files_as_single_runs(sweep, unlearn, tmp_path, loads):
     train = ["method.iterations=2", "method.steps=2", "method.batch_size=1", "method.trajectory=exact"]
     sweep("method=esd_x", "seed=0,1", *train, "stages=[fit]")
     sweep("method=uce", "seed=0,1", "stages=[fit]")
@@ -37,7 +37,7 @@ def test_memory_never_holds_two_models(monkeypatch):
     assert instances.reuse("model", {"path": "two"}, lambda: "anew") == "anew"
 
 
-def test_a_job_that_fails_leaves_nothing_to_share(sweep, error_of, monkeypatch, loads):
+def test_a_failed_job_shares_nothing(sweep, error_of, monkeypatch, loads):
     at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
     error_of("method=uce", "seed=0,1", "stages=[fit]")
     assert loads() == 2

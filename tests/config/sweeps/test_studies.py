@@ -1,4 +1,4 @@
-"""Sweeps that learn: objectives, search spaces, and studies that are stored and continued."""
+"""Optuna studies: objectives, search spaces, storing and resuming."""
 
 import math
 
@@ -16,7 +16,7 @@ from unlearning.methods.uce import UCE
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-def test_an_objective_is_what_was_measured():
+def test_an_objective_is_the_measured_metric():
     measured = {"efficacy/acc_e": 5.0, "retention/acc_s": 90.0, "efficacy/acc_e/protocol": "argmax", "cost/x": math.nan}
     assert objective(None, measured) is None and objective("efficacy/acc_e", measured) == 5.0
     assert objective(["retention/acc_s", "efficacy/acc_e"], measured) == [90.0, 5.0]
@@ -85,7 +85,7 @@ def study(sweep, stored):
     return call
 
 
-def test_a_study_that_was_interrupted_goes_on_to_its_number_of_trials(study, stored, tmp_path, monkeypatch):
+def test_a_study_that_was_interrupted_resumes_to_its_number_of_trials(study, stored, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, UCE, "fit", 3, ctrl_c)
         with pytest.raises(SystemExit, match="Interrupted"):
@@ -111,7 +111,7 @@ def test_a_job_that_fails_fails_its_trial(study, stored, monkeypatch):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The batches of jobs that are launched; a job does nothing, and its result is its `seed`."""
+    """The launched batches of jobs; each job only returns its `seed`."""
     launched = []
 
     def launch(self, job_overrides, initial_job_idx):
@@ -135,7 +135,7 @@ def test_a_study_launches_as_many_trials_at_once_as_it_has_jobs(sweep, stored, b
     assert all(job["concept"] == "cat" for jobs in batches for job in jobs)
 
 
-def test_a_search_for_something_else_is_another_study(sweep, stored, batches):
+def test_another_search_space_is_another_study(sweep, stored, batches):
     def counts(*overrides: str, lamb: str = "interval(0.1,1)", objective: str = "efficacy/acc_e") -> list[int]:
         search = ["method=uce", f"method.lamb={lamb}", f"objective={objective}"]
         sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=1", *search, *overrides)
