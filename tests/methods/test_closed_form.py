@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearning.methods.closed_form import closed_form, common, pairs, shared, states
+from unlearning.methods.closed_form import closed_form, common, common_places, pairs, states
 from unlearning.models.stable_diffusion import StableDiffusion
 
 
@@ -94,7 +94,7 @@ def test_common_prefix_and_suffix_of_two_texts(old, new, shared):
 
 
 def test_two_prompts_share_their_beginnings_and_their_ends(model):
-    c, c_star = shared(model, ["cat"], ["forest"])
+    c, c_star = common_places(model, ["cat"], ["forest"])
     cat, forest = model.encode_prompts(["cat", "forest"]).embeds
     assert torch.equal(c, cat[[0, *range(3, 29)]]), "both end with the letter t"
     assert torch.equal(c_star, forest[[0, *range(6, 32)]])

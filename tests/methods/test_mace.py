@@ -11,7 +11,7 @@ from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.generated import Generated
 from unlearning.erasures.module_edit import Adapter
 from unlearning.errors import UserError
-from unlearning.methods.closed_form import shared
+from unlearning.methods.closed_form import common_places
 from unlearning.methods.mace import MACE
 from unlearning.models.attention import attended, cross_attention_maps
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -64,7 +64,7 @@ def test_the_words_around_the_concept_act_like_those_around_its_anchor(model, ma
     task = UnlearningTask(erase=TASK.erase[:1])
     cat, forest = model.encode_prompts(["a cat in it", "a forest in it"]).embeds.double()
     places, anchors = [0, 1, *range(4, 29)], [0, 1, *range(7, 32)]  # start, "a"; the last "t", "in it", padding
-    e, e_star = shared(model, ["a cat in it"], ["a forest in it"])
+    e, e_star = common_places(model, ["a cat in it"], ["a forest in it"])
     assert torch.equal(e.double(), cat[places]) and torch.equal(e_star.double(), forest[anchors])
     refined = method.refined(model, task).weights
     for name, W in maps(model).items():
@@ -95,7 +95,7 @@ def test_the_refinement_is_the_minimiser_and_may_weigh_what_is_preserved_by_itse
     settings = {"templates": ["a {} in it"], "lamb": 0.3, "preserve_scale": 0.5}
     old, new = (f"a {word} in it" for word in ("cat", "forest"))
     task = replace(TASK, erase=TASK.erase[:1])
-    e, e_star = (states.double() for states in shared(model, [old], [new]))
+    e, e_star = (states.double() for states in common_places(model, [old], [new]))
     c_j = model.encode_prompts(["", "a photo of the dog", "a photo of the sea"]).embeds.flatten(0, 1).double()
     for refine_scale, s_p in ((None, 0.5), (0.25, 0.25)):
         refined = make(**settings, refine_scale=refine_scale).refined(model, task).weights

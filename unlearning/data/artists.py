@@ -11,7 +11,7 @@ from unlearning.concepts import ERASE, RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
 from unlearning.data.objects import known
 from unlearning.data.prompt import concepts, kept
-from unlearning.data.prompt_list import Row, read
+from unlearning.data.prompt_list import Entry, read
 from unlearning.errors import UserError
 
 COLUMNS = ("artist", "prompt")
@@ -59,7 +59,7 @@ def artists(
     if path is not None:
         named: dict[str, None] = {}
 
-        def parse(row: Row) -> Prompt:
+        def parse(row: Entry) -> Prompt:
             artist = row.text("artist")
             named[artist] = None
             size = {"height": row.side("height"), "width": row.side("width")}

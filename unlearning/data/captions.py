@@ -12,7 +12,7 @@ import numpy as np
 from unlearning.concepts import RETAIN, Prompt, UnlearningTask
 from unlearning.config.values import Count, Seed, Template
 from unlearning.data.prompt import concepts
-from unlearning.data.prompt_list import Row, read, required
+from unlearning.data.prompt_list import Entry, read, required
 from unlearning.errors import UserError
 
 COLUMNS = ("prompt",)
@@ -60,5 +60,5 @@ def captions(
     )
 
 
-def _prompt(row: Row) -> Prompt:
+def _prompt(row: Entry) -> Prompt:
     return Prompt(row.text(), RETAIN, seed=row.seed, guidance_scale=row.number("guidance"))

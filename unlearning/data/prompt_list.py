@@ -38,8 +38,8 @@ csv.field_size_limit(2**31 - 1)  # by default, a cell of 131,072 characters is a
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a list.
+class Entry:
+    """An entry of a list.
 
     Args:
         cells: What the columns hold, by the keys of COLUMNS; None where a row is too short.
@@ -86,7 +86,7 @@ class Row:
         return whole
 
 
-def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt]) -> tuple[list[Prompt], list[str]]:
+def read(path: str | Path, columns: Sequence[str], parse: Callable[[Entry], Prompt]) -> tuple[list[Prompt], list[str]]:
     """Reads the prompts of a CSV.
 
     Commas, semicolons, tabs or bars separate its columns. It is UTF-8 or UTF-16, otherwise it is read as Windows-1252;
@@ -119,7 +119,7 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Row], Prompt
         end = rows.line_num
         for cells in filter(None, rows):
             end = rows.line_num
-            row = Row({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
+            row = Entry({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
             try:
                 _check_end(cells, header)
                 prompts.append(parse(row))
@@ -227,13 +227,13 @@ def prompt_list(
     erase = concepts(concept, anchor=anchor)
     names = [one.name for one in erase]
 
-    def belongs_to(row: Row) -> str:
+    def belongs_to(row: Entry) -> str:
         name = names[0] if len(names) == 1 else (row.cells.get("concept") or "").strip()
         if name and name not in names:
             raise ValueError(f"concept is {name!r}, not one of {', '.join(names)}")
         return name
 
-    def prompt(row: Row) -> Prompt:
+    def prompt(row: Entry) -> Prompt:
         height, width = (row.side(column) if sizes else None for column in ("height", "width"))
         return Prompt(
             row.text(), ERASE, seed=row.seed, guidance_scale=row.number("guidance"), concept=belongs_to(row),

@@ -65,8 +65,8 @@ def pairs(
     return torch.cat(c), torch.cat(c_star)
 
 
-def shared(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The states c of the prompts and c* of their anchors at the places that the two share, (N, D) each.
+def common_places(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The states c of the prompts and c* of their anchors at the places that the two have in common, (N, D) each.
 
     These are their common first tokens, their common last tokens, and the positions of the end of text and of padding
     that both have.

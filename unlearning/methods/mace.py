@@ -46,7 +46,7 @@ from unlearning.data.generated import Generated
 from unlearning.erasures.module_edit import Adapter
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import TrainedMethod
-from unlearning.methods.closed_form import closed_form, edited, projections, shared, states
+from unlearning.methods.closed_form import closed_form, common_places, edited, projections, states
 from unlearning.models.attention import attended, concept_mask, cross_attention, cross_attention_maps
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.training.forget_retain import ForgetRetain, encoded
@@ -132,7 +132,7 @@ class MACE(TrainedMethod):
         maps = projections(model)
         old = [prompt for concept in task.erase for prompt in self.prompts(concept.name)]
         new = [prompt for concept in task.erase for prompt in self.prompts(concept.anchor or GENERIC[self.kind])]
-        (e, e_star), c_j = shared(model, old, new), self._preserved(model, task)
+        (e, e_star), c_j = common_places(model, old, new), self._preserved(model, task)
         scale = torch.tensor([1.0] * len(e) + [self.refine_scale] * len(c_j), device=e.device)
         return edited(maps, closed_form(torch.cat([e, c_j]), torch.cat([e_star, c_j]), scale, self.lamb))
 
