@@ -153,8 +153,8 @@ def main() -> int:
             results["rows"][name] = {"failed": why(error)}
         finally:
             gc.collect()
-        ordered = {row: results["rows"][row] for row in names() if row in results["rows"]}
-        write_atomically(RESULTS, json.dumps(results | {"rows": ordered}, indent=1) + "\n")
+        results["rows"] = {row: results["rows"][row] for row in names() if row in results["rows"]}
+        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
         print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
     start, end = "<!-- table -->", "<!-- /table -->"
     before, rest = README.read_text().split(start)
