@@ -345,4 +345,6 @@ ROWS = (  # the most important first
     ),
     Row("CCE, 16 images in a call: one by one", "step", 40, partial(cce, batch=16, accumulate=1, one_by_one=True)),
     *(points(f"ESD-x, {name}, fp32", 60, partial(esd, name=name)) for name in LARGE[:2]),
+    *(same_batch(f"bf16, batch {n}, compiled", 60, batch=n, compiled=True) for n in (1, 8)),
+    *(same_batch(f"fp32, batch {n}", 30, batch=n, dtype=FULL) for n in (1, 32)),
 )  # fmt: skip
