@@ -45,10 +45,11 @@ from unlearning.store import metrics as metrics_json
 from unlearning.store.files import write_atomically
 from unlearning.store.images import read_figures
 from unlearning.store.locks import alone_in
+from unlearning.store.loops import kept_in
 from unlearning.store.manifest import ManifestRow, missing
 from unlearning.store.metrics import Metric
 from unlearning.store.pruning import describe, note, sign, signed
-from unlearning.store.ranks import first_rank, of_first_rank, wait_for_all_ranks
+from unlearning.store.ranks import first_rank, of_first_rank, rank, wait_for_all_ranks
 from unlearning.tracking import cost, loggers, provenance
 from unlearning.training.checkpoints import key_of
 from unlearning.training.trainers import launch
@@ -145,7 +146,8 @@ class Run:
         if of_first_rank(kept.is_there):
             return
         pl.seed_everything(self.seed, workers=True, verbose=False)
-        with applied(self._before, self.model), cost.measured(kept.cost, "fit", self.model):
+        searches = kept_in(kept.checkpoints / f"fit-{rank()}")
+        with searches, applied(self._before, self.model), cost.measured(kept.cost, "fit", self.model):
             erasure = self.method.fit(self.model, self.task)
         if first_rank():
             whole = composed(*self._before, erasure)

@@ -34,8 +34,10 @@ from unlearning.erasures.base import Erasure
 from unlearning.evaluators.nudenet import NudeNet
 from unlearning.methods.esd import ESD
 from unlearning.methods.scrubber import Scrubber
+from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
-from unlearning.store import locks
+from unlearning.scrubbing import words as word_search
+from unlearning.store import locks, loops
 from unlearning.store.locks import alone_in
 from unlearning.store.manifest import read_manifest
 
@@ -97,6 +99,24 @@ def test_an_interrupted_fit_ends_as_one_that_was_not(unlearn, error_of, tmp_path
         assert "Interrupted" in error_of(*command)
     assert step_of(last_checkpoint(tmp_path / "run")) == 2
     again = unlearn(*command)
+    [one], [other] = (list((run / "erasure").glob("*.safetensors")) for run in (whole, again))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_interrupted_search_of_a_closed_form_resumes(unlearn, error_of, tmp_path, monkeypatch, evaluations):
+    """Four prompts are compared on 16 samples each, which are two batches."""
+    monkeypatch.setattr(word_search, "FINAL_SAMPLES", 16)
+    monkeypatch.setattr(loops, "EVERY", 0)
+    command = [*SCRUB[1:4], *SCRUB[5:-1], "method=words_solve", "method.words=[cat,dog,key]", "stages=[fit]"]
+    whole, _ = unlearn(*command, run="apart/whole"), evaluations()
+    with monkeypatch.context() as patch:
+        at_call(patch, StableDiffusion, "to_x0", 2, ctrl_c)
+        assert "Interrupted" in error_of(*command)
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    before = evaluations()
+    again = unlearn(*command)
+    assert evaluations() == before - 32, "the first batch is not computed again"
+    assert not (again / "checkpoints").exists()
     [one], [other] = (list((run / "erasure").glob("*.safetensors")) for run in (whole, again))
     assert one.read_bytes() == other.read_bytes()
 

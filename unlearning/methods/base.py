@@ -24,6 +24,7 @@ from unlearning.erasures.base import Erasure
 from unlearning.errors import UserError
 from unlearning.models.base import Model, ModelT
 from unlearning.models.diffusion import DiffusionModel
+from unlearning.store.loops import kept_in
 from unlearning.training import checkpoints
 from unlearning.training.batches import Batches, Prompts, seed_of
 from unlearning.training.regulariser import Constraint, Regulariser, hold
@@ -152,7 +153,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                 )
             checkpoints.keep_under(trainer, self._key(trainer, own))
             share_batches(trainer)
-            trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
+            with kept_in(None):  # checkpoints take its place
+                trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:
             # Not left to the garbage collector: a Trainer refers to itself, and Adam's states are twice the weights.
             trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []

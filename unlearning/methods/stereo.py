@@ -28,7 +28,6 @@ Deviations:
 - The authors' anchors are sentences about each concept, written by a language model. Ours are templates.
 - Prompts take turns and anchors are random; the authors shuffle lists in which each occurs equally often.
 - Each of several concepts has its own words: the n_i are those of one concept.
-- When an interrupted fit is resumed, the word is learned from the beginning; the trainings resume from checkpoints.
 """
 
 # B batch, N images, C H W latent shape, D width of a text encoder.

@@ -37,6 +37,11 @@ class KeptErasure:
         return self.run / FOLDER
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of what an interrupted fit resumes from."""
+        return self.run / "checkpoints"
+
+    @property
     def cost(self) -> Path:
         """The file of the run's costs."""
         return self.run / "cost.json"
@@ -53,7 +58,7 @@ class KeptErasure:
         """Whether the erasure exists. Removes a damaged erasure, and one that was fitted under another key."""
         begun = self.run / KEY
         if not begun.exists() or begun.read_bytes() != self.key.encode():
-            for old in (self.folder, self.run / "checkpoints", self.run / FIGURES):
+            for old in (self.folder, self.checkpoints, self.run / FIGURES):
                 if old.exists():
                     shutil.rmtree(old)  # not ignore_errors: a file that stays would be taken for the new erasure
             cost.forget(self.cost, "fit")
@@ -100,7 +105,7 @@ class KeptErasure:
             unfinished.rename(self.folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def loaded(folder: Path, model: Model) -> Erasure:

@@ -6,7 +6,8 @@
             ...
 
 The state and the random number generators are written to one file for each loop. Therefore the code in the block has
-to begin its loops in the same order each time, and a loop may change nothing but its state.
+to begin its loops in the same order each time, and a loop may change nothing but its state. Code with checkpoints of
+its own, such as a training, runs in `kept_in(None)`.
 """
 
 import io
@@ -34,15 +35,19 @@ _paths: ContextVar[Iterator[Path] | None] = ContextVar("paths", default=None)
 
 
 @contextmanager
-def kept_in(folder: Path) -> Iterator[None]:
-    """Keeps the state of the loops that begin in the block. The folder is deleted where the block ends as it should."""
-    token = _paths.set(folder / f"{i}.pt" for i in itertools.count())
+def kept_in(folder: Path | None) -> Iterator[None]:
+    """Keeps the state of the loops that begin in the block. When the block ends without an error, deletes the folder.
+
+    Args:
+        folder: Holds a file for each loop; None to keep nothing, even within another `kept_in`.
+    """
+    token = _paths.set((folder / f"{i}.pt" for i in itertools.count()) if folder else None)
     try:
         yield
     finally:
         _paths.reset(token)
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def resumed(steps: Sequence[T], name: str, state: SimpleNamespace) -> Iterator[T]:
