@@ -81,8 +81,8 @@ def erase(
         anchor, synonyms: See unlearning.data.prompt.concepts.
         retain: Concepts that the method may use to retain the rest.
         template: How a name becomes a prompt, for methods that have no template of their own.
-        seed: Of the training.
-        settings: Of the method: iterations=200, optimizer={"lr": 1e-4}, student=LoRA("attn2").
+        seed: The seed of the training.
+        settings: Settings of the method: iterations=200, optimizer={"lr": 1e-4}, student=LoRA("attn2").
 
     Returns:
         The pipeline, with the erasure in its weights: `save_pretrained` then writes a plain folder of diffusers. Or the

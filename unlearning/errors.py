@@ -12,7 +12,7 @@ def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6)
     """Those of the `known` words that `word` may be a typo of, the nearest first.
 
     Args:
-        word: What was given, in any case.
+        word: The word that was given, in upper or lower case.
         most: The number of suggestions at most.
         cutoff: The least similarity of a suggestion, from 0 to 1 (equal).
     """

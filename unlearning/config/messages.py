@@ -38,7 +38,7 @@ def error_message(error: BaseException, conf: Path, argv: Sequence[str]) -> str:
     """The message for an error that the user can fix. Raises any other error again: it is a fault of the program.
 
     Args:
-        error: What ended the run.
+        error: The error that ended the run.
         conf: The folder of the configuration.
         argv: The command line.
     """

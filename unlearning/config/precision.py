@@ -31,7 +31,7 @@ def fast_autocast(dtype: str, device: str) -> str | None:
     """ "bfloat16" if a model computes faster in it than in float32, otherwise None.
 
     Args:
-        dtype: Of the weights; those in half precision need no autocast.
+        dtype: The weights' dtype; those in half precision need no autocast.
         device: As for `StableDiffusion.load`; of several GPUs the first one decides.
     """
     if dtype != "float32":

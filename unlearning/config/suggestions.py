@@ -30,7 +30,7 @@ def explain(error: Exception, conf: Path, argv: Sequence[str] = ()) -> str:
     """An error message for the terminal, of one or two sentences.
 
     Args:
-        error: What Hydra or OmegaConf raised.
+        error: The error that Hydra or OmegaConf raised.
         conf: The folder of the configuration: one folder a group, one file a choice.
         argv: The command line.
     """

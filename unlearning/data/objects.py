@@ -60,7 +60,7 @@ class TrainingImages(Sequence):
 
     Args:
         names: Objects that take turns; each image shows one of them.
-        others: What stands beside it in a scene.
+        others: The other objects of a scene.
         styles: An image has one of these styles, at random.
         count: Number of images.
         seed: Two sets with different seeds have no image in common.

@@ -42,8 +42,8 @@ class Entry:
     """An entry of a list.
 
     Args:
-        cells: What the columns hold, by the keys of COLUMNS; None where a row is too short.
-        names: What the file calls these columns.
+        cells: The cells by column, named by the keys of COLUMNS; None where a row is too short.
+        names: The names of these columns in the file.
     """
 
     cells: Mapping[str, str | None]

@@ -46,7 +46,7 @@ def read(path: Path, model: Model, scale: float | None = None, difference: bool 
 
     Args:
         path: The file, or the folder of a saved erasure.
-        model: What it is applied to; names and shapes are compared with its own.
+        model: The model to which it is applied; names and shapes are compared with its own.
         scale: Factor of a LoRA's update, beside what the file says; None is UNGUIDE for UnGuide's, which says nothing,
             and 1 for all others.
         difference: Whether a state dict holds what is to be added to the model's weights.

@@ -47,7 +47,8 @@ class Decomposer(SideModule):
 
     Args:
         target: v*, (n, O).
-        dual: What the coefficients of the projection are products with, (n, O); for one concept v* / ||v*||^2.
+        dual: The projection's coefficients are products with these vectors, (n, O); for one concept
+            v* / ||v*||^2.
         first: The places before it keep their values.
         shift: (p, b, s) of the shift factor; None for g = 1.
     """
@@ -86,7 +87,7 @@ class AdaVD(Method):
 
     Args:
         shift: Whether there is a shift factor.
-        p, b, s: Of the shift factor.
+        p, b, s: Parameters of the shift factor.
         orthogonal: Whether the values of several concepts are projected onto their span; false as in the released code.
     """
 

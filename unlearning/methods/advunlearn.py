@@ -12,12 +12,12 @@ need not be those of any word. The first `warmup_steps` steps are for p alone.
 
 Defaults are those of the command in the authors' README, which trains both terms at once with gamma = 0.3 and begins
 each search with random tokens; where it is silent, those of their script, whose own attack_init=latest begins with what
-the last search found. Their fast AT goes by the sign of the gradient, `sign=true`, with as many steps in the README.
+the last search found. Their fast AT uses the sign of the gradient, `sign=true`, with as many steps in the README.
 All weights of the encoder's layers and its final norm move, the token embeddings do not.
 
 Where the script (commit 9d23124) computes something else than it says:
 
-- It never clears delta's gradient, so that each step of a search goes by the sum of all since its first:
+- It never clears delta's gradient, so that each step of a search uses the sum of all gradients since its first step:
   accumulate=true.
 - The encoder gets delta from before the last step of a search: its 30 steps are inner_steps=29.
 - It counts words where word pieces are meant: behind delta, a prompt of n words keeps its first n pieces, and loses the
@@ -102,7 +102,7 @@ class AdvUnlearn(ESD):
     Args:
         tokens: k.
         inner_steps, inner_lr: Steps of Adam for delta before each step of the encoder, and their learning rate.
-        sign: Whether they go by the sign of the gradient.
+        sign: Whether they use the sign of the gradient only.
         accumulate: Whether a step's gradient is added to that of the step before, as it was used there.
         attack_init: Where each search begins: "random" tokens, or the "latest" delta.
         warmup_steps: Steps of the encoder before the first search.

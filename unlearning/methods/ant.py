@@ -48,7 +48,7 @@ class ANT(ESD):
         early: The first steps, as a share of all.
         early_from: Whether "noise" or the "image" is where they are counted from.
         alpha_1, alpha_2: Weight of the first steps, and of the null prompt.
-        mask_share: Of every tensor, what a mask keeps; 1 for no mask.
+        mask_share: The share of each tensor that a mask keeps; 1 for no mask.
         mask_keep: Which gradients a mask keeps: the "largest" or the "smallest".
         mask_seeds, mask_batches: Masks of each word, and batches that each of them is made of.
         template: How the name of a concept becomes a prompt in training; the bare name, as in the authors' script.

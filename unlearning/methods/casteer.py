@@ -108,11 +108,11 @@ class CASteer(Method):
     """Turns the outputs of cross-attention away from the concept.
 
     Args:
-        kind: What the concept is, which decides the prompts: "object", "style" or "people".
+        kind: The kind of the concept, which decides the prompts: "object", "style" or "people".
         beta: The strength.
-        subjects: Of the prompts, in place of the released code's.
+        subjects: Subjects of the prompts, in place of the released code's.
         count: How many subjects are taken, at most.
-        steps, guidance_scale: Of the images that are drawn.
+        steps, guidance_scale: How the images are generated.
         batch_size: Images in one batch; it changes nothing.
     """
 

@@ -85,7 +85,7 @@ class ConceptAblation(TrainedMethod):
         generated: Draws the anchor's images, once.
         kind: "object" or "style".
         target: "model" or "noise".
-        teacher: Whose prediction for the anchor the model-based target is: "student" or "frozen".
+        teacher: The model whose prediction for the anchor is the model-based target: "student" or "frozen".
         count: N, the number of images, over the anchor prompts of all concepts.
         templates: Anchor prompts with {} in the anchor's place; None for 200 of this file.
         prior_weight: lamb, the weight of prior preservation.

@@ -53,9 +53,10 @@ class EraseAnything(ESD):
     """ESD and attention losses for rectified flows.
 
     Args:
-        generated: Draws the concept's images, once.
+        generated: Generates the concept's images, if the store lacks them.
         count: Images, over all concepts.
-        teacher: Whose predictions the targets are: "frozen", without the LoRA, or "student", with it as released.
+        teacher: The model whose predictions are the targets: "frozen", without the LoRA, or "student", with it, as in
+            the released code.
         beta: Weight of attention to the concept's tokens.
         gamma_1, gamma_2: Weights of the flow's own objective and of the reversed InfoNCE.
         unrelated: K, unrelated words at a step.

@@ -39,7 +39,7 @@ class EraseDiff(Relabelling):
 
     Args:
         lamb: Weight of forgetting; None for the adaptive one.
-        eta: Of the adaptive lamb.
+        eta: The step size of the adaptive lamb.
         inner_steps: K.
         relabelling: Relabelling's arguments.
     """

@@ -54,8 +54,9 @@ class ESD(TrainedMethod):
     Args:
         eta: Strength of the negative guidance.
         trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".
-        steps, guidance_scale, schedule: Of the trajectories.
-        trajectory_model: Whose trajectories: "student", the model being trained, or "teacher", the frozen one.
+        steps, guidance_scale, schedule: Settings of the trajectories.
+        trajectory_model: The model of the trajectories: "student", the model being trained, or "teacher", the frozen
+            one.
         template: How the name of a concept becomes a prompt in training; None for the task's template.
         training: TrainedMethod's arguments.
     """

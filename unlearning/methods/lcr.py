@@ -34,7 +34,7 @@ class LCR(Method):
 
     Args:
         selection: Chooses E and S.
-        replacement: What replaces the codes.
+        replacement: Chooses the codes that replace the concept's.
         detector: Finds the boxes to replace codes in (localized); None for wherever a code of E occurs (global).
         within: Counts only the codes of a forget image inside this detector's boxes; None for all codes.
         batch_size: Images that are encoded at once.

@@ -70,7 +70,7 @@ class MACE(TrainedMethod):
     """Closed form, a LoRA for each concept, and their fusion.
 
     Args:
-        generated: Draws the images of the concepts, once.
+        generated: Generates the images of the concepts, if the store lacks them.
         kind: "object" or "style".
         count: Images of each concept.
         templates: The prompts of a concept, with {} in its place; None for thirty of this file.
@@ -78,7 +78,7 @@ class MACE(TrainedMethod):
         preserve_scale: s_p, in both closed forms.
         refine_scale: s_p in the first of them; None for `preserve_scale`.
         focal: Whether t is drawn as above; otherwise uniformly.
-        mask_threshold: Of the attention maps scaled to [0, 1].
+        mask_threshold: Threshold of the attention maps, which are scaled to [0, 1].
         max_grad_norm: The norm to which gradients are clipped.
         training: TrainedMethod's arguments; the student is a LoRA, and is trained for each concept.
     """

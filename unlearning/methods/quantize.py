@@ -30,7 +30,7 @@ class Quantization(Method[DiffusionModel]):
     """Rounds the weights.
 
     Args:
-        bits: Of each weight.
+        bits: Bits of each weight.
         group: Weights that share a scale; None for all that enter an output.
         text_encoders: Whether the text encoders are rounded too.
     """

@@ -58,8 +58,8 @@ class Eraser(SideModule):
     """W_up GELU(W_down o + b_down) + b_up, which starts as zero.
 
     Args:
-        width: Of o.
-        rank: Of the bottleneck.
+        width: The width of o.
+        rank: The width of the bottleneck.
     """
 
     names: ClassVar[tuple[str, ...]] = ("down.weight", "down.bias", "up.weight", "up.bias")
@@ -113,7 +113,7 @@ class BesideCrossAttention(Student):
     """The student: an eraser beside every cross-attention layer; the teacher is the model without them.
 
     Args:
-        rank: Of the erasers.
+        rank: The width of the erasers' bottleneck.
     """
 
     def __init__(self, rank: Count):
@@ -140,7 +140,7 @@ class AdversarialVectors:
     Args:
         c: A conditioning (C rows) of the concepts' prompts.
         count: K, the vectors of a concept; 0 for none.
-        lr, weight_decay: Of the vectors' optimizer, Adam.
+        lr, weight_decay: Settings of the vectors' optimizer, Adam.
     """
 
     def __init__(self, c: Conditioning, count: int, lr: float, weight_decay: float):
@@ -197,9 +197,9 @@ class Receler(TrainedMethod):
         eta: Strength of the negative guidance.
         beta, mask_threshold: Weight of the concept-localised regularisation, and the threshold of its mask.
         vectors, inner_steps: K, and how many steps they take before each step of the erasers; vectors=0 for none.
-        vectors_lr, vectors_weight_decay: Of their optimizer, Adam.
+        vectors_lr, vectors_weight_decay: Settings of their optimizer, Adam.
         trajectory: Where (x_t, t) come from (sampling/trajectories.py): "exact", the paper's, or "reuse".
-        steps, guidance_scale, schedule: Of the trajectories.
+        steps, guidance_scale, schedule: Settings of the trajectories.
         training: TrainedMethod's arguments, the student being BesideCrossAttention.
     """
 

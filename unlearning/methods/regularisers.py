@@ -43,7 +43,7 @@ class L1SP(Regulariser):
     """A penalty on the mean distance of the weights from their start.
 
     Args:
-        weight: Of the penalty.
+        weight: The weight of the penalty.
     """
 
     power: int = 1
@@ -128,7 +128,7 @@ class SelFT(Regulariser):
     """Moves only the most important entries.
 
     Args:
-        share: Of the trained entries, those that move.
+        share: The share of the trained entries that may change.
         batches: On how many batches the gradient is summed.
     """
 

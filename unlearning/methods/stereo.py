@@ -117,7 +117,7 @@ class AtOnce(ESD):
 
     Args:
         anchor_scale: s; eta is ESD's.
-        parallel: What P multiplies the parallel part by.
+        parallel: The factor by which P multiplies the parallel part.
         anchors: Anchor prompts with {} in the place of the concept's name; None for Concept Ablation's 200 of objects.
         esd: ESD's arguments.
     """

@@ -63,13 +63,13 @@ class TRCE(TrainedMethod):
     Args:
         eta: The weight of what is preserved in closed form.
         lamb: The weight of the distance to W.
-        templates: What names of concepts and anchors are put into; None for the 15 of this file.
+        templates: Templates for the names of concepts and anchors; None for the 15 of this file.
         g: Guidance of f_s and f_u.
         margin: m.
         early: The first steps, as a share of all.
         preserve_scale, preserve_batch: rho, and the points z' in a step.
         trajectory: Where z and z' come from (sampling/trajectories.py): "exact" or "reuse".
-        steps, guidance_scale: Of the trajectories.
+        steps, guidance_scale: Settings of the trajectories.
         training: TrainedMethod's arguments.
     """
 

@@ -40,7 +40,7 @@ class UCE(Method):
 
     Args:
         positions: The states of a prompt that are edited: "to_end" or "last" (see above).
-        templates: What names of concepts and anchors are put into; "objects" or "art" for the authors' six.
+        templates: Templates for the names of concepts and anchors; "objects" or "art" for the authors' six.
         erase_scale: s_e.
         preserve_scale: s_p; None for max(0.1, 1 / preserved prompts).
         preserve_null: Whether the null prompt is preserved.

@@ -178,7 +178,7 @@ def concept_mask(maps: Mapping[str, Tensor], words: Sequence[range], threshold: 
     Args:
         maps: Attention probabilities of each layer, (B, N, P, L), of square images.
         words: The positions of the concept's word pieces in each row.
-        threshold: Of the map scaled to [0, 1].
+        threshold: Threshold of the map, which is scaled to [0, 1].
     """
     sides = {name: math.isqrt(m.shape[2]) for name, m in maps.items()}
     S = min(sides.values(), key=lambda side: abs(math.log(side / MASK_SIDE)))

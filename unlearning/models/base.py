@@ -22,12 +22,12 @@ class Model(ABC):
     """A model, of any family.
 
     Attributes:
-        name: What it was loaded from.
+        name: The repository or folder that it was loaded from.
         fingerprint: A digest of the weights found there.
         parts: Its networks by diffusers' names: "unet", "text_encoder", ... A weight's full name begins with its part.
         component: The name of the part that generates; its calls are counted.
-        dtype: Of the weights.
-        autocast: What the networks compute in, if it is another dtype.
+        dtype: The weights' dtype.
+        autocast: The dtype of the networks' computations, if it is another dtype.
         applied: Digests of the erasures that are applied now, the outermost first.
     """
 

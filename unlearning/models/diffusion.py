@@ -74,7 +74,7 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
 
         Args:
             text: Prompts, or the token embeddings to take in place of theirs.
-            edits: What is done to the result; by default the model's own `text_edits`.
+            edits: Edits of the result; by default the model's own `text_edits`.
         """
         if not len(text):
             return self.encode([""], edits)[:0]

@@ -33,7 +33,7 @@ def check(path: str, pipeline_class: type[DiffusionPipeline], options: Mapping[s
     """Raises UserError for what can be seen to fail before anything is loaded.
 
     Args:
-        options: Of the loading; a part that they set to None is not loaded.
+        options: Options of the loading; a part that they set to None is not loaded.
     """
     if not path.strip():
         raise UserError("model.path is empty: give a folder that diffusers saved, or a repository's name on the hub.")

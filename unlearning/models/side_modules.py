@@ -21,7 +21,7 @@ class SideModule(nn.Module, ABC):
     """A module that can be restored beside a layer from its weights.
 
     Attributes:
-        names: What its weights are called.
+        names: The names of its weights.
         timed: Whether it also reads the timesteps of the rows, () or (B,).
     """
 

@@ -62,9 +62,9 @@ class StableDiffusion(DiffusionModel):
         Args:
             path: A folder that diffusers saved, or a repository's name on the Hugging Face hub. Weights of a variant
                 ("fp16") are read if there are no others.
-            dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, if it is another dtype; "auto" is bfloat16 where the hardware is
-                fast in it. The weights keep theirs.
+            dtype: The weights' dtype: float32, bfloat16 or float16.
+            autocast: The dtype of the networks' computations, if it is another one; "auto" is bfloat16 on hardware that
+                is fast in it. The weights keep their dtype.
             device: "auto" takes the accelerator where there is one; of several, each process of a distributed run its
                 own.
             attention_slicing: Less memory, a little slower.

@@ -52,9 +52,9 @@ class VQGAN(Model):
 
         Args:
             path: The folder or the file.
-            dtype: Of the weights: float32, bfloat16 or float16.
-            autocast: What the networks compute in, if it is another dtype; "auto" is bfloat16 where the hardware is
-                fast in it. Half precision changes codes.
+            dtype: The weights' dtype: float32, bfloat16 or float16.
+            autocast: The dtype of the networks' computations, if it is another one; "auto" is bfloat16 on hardware that
+                is fast in it. Half precision changes codes.
             device: "auto" is the accelerator if there is one.
 
         Raises:

@@ -64,7 +64,7 @@ class Cell:
         rank: 1 for the best of the competing rows, 2 for the second best, 0 for no emphasis.
         marks: Marks of the footnotes that belong to the cell.
         aside: Text after the cell, without emphasis.
-        values: What CSV shows instead, one column each; by default the text.
+        values: Cells of the CSV in place of this one, a column each; by default the text.
     """
 
     text: str

@@ -23,7 +23,7 @@ class Number:
         model: The model that it was measured on, by its name in conf/model; "" if the file does not say.
         protocol: What our protocol has to contain for the two to be comparable, in parts: "score >= 0.6; counting
             boxes". "" if the file does not say.
-        over: Of an average, the concepts that the file has the metric for; None if it is of a single concept.
+        over: The concepts of an average, those for which the file has the metric; None for a single concept.
     """
 
     value: float

@@ -36,7 +36,7 @@ class ConditioningRows:
     Attributes:
         null: One row: the null prompt.
         forget, retain: The student's rows for forget and for retain images.
-        words: What describes the forget images: words of the search, or the task's own names.
+        words: Words that describe the forget images: those of the search, or the task's own names.
         others: Other words.
     """
 

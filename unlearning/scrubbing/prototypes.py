@@ -74,7 +74,7 @@ class PrototypeSearch:
             the purest cluster is kept if its share is at least 2/3. 0 keeps every cluster.
         confirmed: Whether `confirm` removes prototypes.
         quantile: See `tau`.
-        seed: Of the clustering.
+        seed: The seed of the clustering.
 
     Raises:
         UserError: For a setting out of range.

@@ -54,10 +54,10 @@ def resumed(steps: Sequence[T], name: str, state: SimpleNamespace) -> Iterator[T
     """The steps of a loop, with a progress bar. Outside of `kept_in` all of them, else those that are left.
 
     Args:
-        steps: What the loop runs over.
-        name: Of the progress bar.
-        state: All that the loop changes: tensors, modules, optimizers, and lists or numbers. Parameters, modules and
-            optimizers are restored in place; anything else is replaced, so the loop has to take it from here.
+        steps: The sequence that the loop runs over.
+        name: The name of the progress bar.
+        state: Everything that the loop changes: tensors, modules, optimizers, lists and numbers. Parameters, modules
+            and optimizers are restored in place; anything else is replaced, so the loop has to read it from here.
     """
     paths = _paths.get()
     path = next(paths) if paths else None
