@@ -82,7 +82,7 @@ class ConceptAblation(TrainedMethod):
     """Trains the concept's prompts towards an anchor.
 
     Args:
-        generated: Draws the anchor's images, once.
+        generated: Generates the anchor's images, if the store lacks them.
         kind: "object" or "style".
         target: "model" or "noise".
         teacher: The model whose prediction for the anchor is the model-based target: "student" or "frozen".

@@ -80,7 +80,7 @@ class FewShot(TrainedMethod):
     """Gradient ascent of the text encoder on a few images.
 
     Args:
-        generated: Draws the images, once.
+        generated: Generates the images, if the store lacks them.
         count: N, images, over all concepts.
         kind: "object" or "style".
         templates: How a name becomes a prompt, at random; None for those of this file.

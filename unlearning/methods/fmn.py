@@ -43,7 +43,7 @@ class FMN(TrainedMethod):
     """Minimises attention to the concept's tokens.
 
     Args:
-        generated: Draws the images, once.
+        generated: Generates the images, if the store lacks them.
         count: Number of images of all concepts together.
         template: How a name becomes a prompt; for a style "a photo in the style of {}".
         pooler: Whether the end of the text is among the tokens.

@@ -28,7 +28,7 @@ class Relabelling(TrainedMethod):
     """Trains images of the concept towards the prediction for another prompt.
 
     Args:
-        generated: Draws the images, once.
+        generated: Generates the images, if the store lacks them.
         count: N, the number of images of the concepts to erase, and of those to retain.
         training: TrainedMethod's arguments; batch_size is the number of images of each kind in a step.
     """
