@@ -4,7 +4,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 .PHONY: demo test types everything gpu install
 
 demo: install
-	.venv/bin/unlearn concept=cat method=esd_x sampler.steps=20
+	.venv/bin/unlearn concept=cat method=uce sampler.steps=20
 
 test: install
 	.venv/bin/python -m pytest

@@ -342,7 +342,7 @@ def demo(bench: Bench) -> list[dict]:
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     few = ["dataset.images_per_prompt=1"] if bench.quick else []
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    run(bench, folder, "concept=cat", "method=esd_x", "sampler.steps=20", *few)
+    run(bench, folder, "concept=cat", "method=uce", "sampler.steps=20", *few)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     stages = {name: spent["seconds"] for name, spent in json.loads((folder / "run" / "cost.json").read_text()).items()}
     stages["imports, loading, evaluation, report"] = seconds - sum(stages.values())
