@@ -1,13 +1,16 @@
 """ESD's theorems (Gandikota et al., 2023, eq. 6)."""
 
 import gc
+import re
 import weakref
 from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from diffusers import UNet2DConditionModel
 
+from tests.composed import config
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.errors import UserError
 from unlearning.methods.esd import ESD
@@ -43,6 +46,21 @@ def esd(
 
 
 TASK = UnlearningTask(erase=(Concept("cat"),))
+
+
+@pytest.mark.parametrize(
+    ("choice", "tensors"),
+    [
+        (["method=esd_x"], 80),
+        (["method=esd_u"], 598),
+        (["method=esd_u", r"method.student.parameters='^unet\.(?!.*attn2)(?!.*norm)'"], 388),
+    ],
+)
+def test_as_many_tensors_of_stable_diffusion_are_trained_as_by_the_authors_scripts(tmp_path, choice, tensors):
+    with torch.device("meta"):  # a UNet without memory
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+    parameters = config(tmp_path, *choice).method.student.parameters
+    assert sum(bool(re.search(parameters, f"unet.{name}")) for name, _ in unet.named_parameters()) == tensors
 
 
 def test_the_target_is_guidance_away_from_the_concept(model):

@@ -16,7 +16,7 @@ Definitions that differ between sources, and change the numbers:
   default g = 2 is eta = 1.
 - It draws x_t from the frozen model: trajectory_model="teacher". The paper and the script of 2023 draw it from the
   model being trained.
-- It prompts with the bare name: template="{}". The default is the task's template.
+- It prompts with the bare name, as that of 2023 does: template="{}". The default is the task's template.
 - Its esd-u trains all linear maps and convolutions outside of cross-attention, 388 tensors of Stable Diffusion 1.4:
   student.parameters='^unet\\.(?!.*attn2)(?!.*norm)'. The script of 2023 trains all that is outside of cross-attention,
   the time embedding and the output, norms included, 598 tensors: the default. Its esd-x trains the default's 80.

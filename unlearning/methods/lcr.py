@@ -10,7 +10,8 @@ https://github.com/gheb02/Latent-Unlearning-in-Image-to-Image-VQ-GAN
 
 Deviations, without a switch:
 - A code is the argmax of the encoder's output, not a sample.
-- The right and lower edges of a box are rounded up to whole cells, not down.
+- The right and lower edges of a box are rounded up to whole cells, not down. `within` counts the same cells; the study
+  counts those whose upper left pixel lies in a box.
 """
 
 from collections.abc import Callable

@@ -18,8 +18,8 @@ Deviations with a switch; conf/method/scrubber_seed.yaml has the write-up's choi
 - normalised: L_f is relative to the teacher's own error (see `_share`), and L_b a mean over the area of 1 - M.
 - scheduler: the learning rate decays to 0.
 Deviations without a switch:
-- M is interpolated, not repeated, from the grid of features to the latent.
-- Prototypes are brought back to unit length after k-means.
+- The similarities are interpolated from the grid of features to the latent; the write-up's code repeats M.
+- k-means clusters features of unit length, not raw ones.
 - The latent of an image is the mode of the encoder's distribution, not a sample.
 """
 

@@ -10,8 +10,10 @@ threshold is D(""), the null prompt's own difference.
 
 The authors' commands: R, the repeats of D(p), is 30 for objects and 10 for I2P; the default is 10. Training drops the
 first timestep, and draws t from a little above that of x_t (schedule="paper", the default). Their sampling of images
-does the same; here sampler.schedule=diffusers is the default. The published adapters were trained with Adam at 3e-5;
-since October 2025, the training script has another optimizer.
+does the same; here sampler.schedule=diffusers is the default. For I2P they draw t once for all repeats of an image, and
+compare with a D("") of that image's noise; here each repeat has its own t, and noise and D("") are the same for all
+images, as for their objects. The published adapters were trained with Adam at 3e-5; since October 2025, the training
+script has another optimizer.
 
 Beyond the paper: threshold="calibrated" takes the number that best separates the concept from the null prompt and from
 the concepts to retain of the task, with TEMPLATES that no evaluation uses.
