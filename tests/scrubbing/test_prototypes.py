@@ -128,6 +128,24 @@ def test_a_mask_is_the_sigmoid_of_the_similarity_at_the_latents_size(images):
     assert prototypes.mask(S, (16, 24)).shape == (2, 1, 16, 24)
 
 
+def test_a_mask_that_is_not_interpolated_repeats_each_place_of_the_grid(images):
+    forget, retain, _ = images
+    prototypes = PrototypeSearch(K=12, tau=0.4, alpha=7.0, interpolated=False)(Identity(), forget, retain)
+    S = torch.rand(2, SIDE, SIDE)
+    repeated = torch.sigmoid(7 * (S - 0.4)).repeat_interleave(2, 1).repeat_interleave(3, 2)
+    torch.testing.assert_close(prototypes.mask(S, (2 * SIDE, 3 * SIDE))[:, 0], repeated)
+
+
+@pytest.mark.parametrize(("spherical", "second"), [(True, (0.0, 1.0)), (False, (0.5**0.5, 0.5**0.5))])
+def test_raw_vectors_are_clustered_by_their_lengths_too(spherical, second):
+    """Vectors along a, of lengths 1 and 10, and along b, of length 1: the short ones are near each other."""
+    image = torch.tensor([[1.0, 0.0], [10.0, 0.0], [0.0, 1.0]]).repeat(12, 1).T.reshape(1, 2, 6, 6)
+    search = PrototypeSearch(K=2, tau=0.6, centred=False, purity=0.0, spherical=spherical)
+    directions = search(Identity(), image, image[:0]).directions
+    expected = torch.tensor([(1.0, 0.0), second])
+    torch.testing.assert_close(directions[directions[:, 0].argsort(descending=True)], expected, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [

@@ -17,9 +17,9 @@ Deviations with a switch; conf/method/scrubber_seed.yaml has the write-up's choi
 - detect=once computes the masks once, at timesteps in the prototypes' band, and not at every training timestep.
 - normalised: L_f is relative to the teacher's own error (see `_share`), and L_b a mean over the area of 1 - M.
 - scheduler: the learning rate decays to 0.
-Deviations without a switch:
-- The similarities are interpolated from the grid of features to the latent; the write-up's code repeats M.
-- k-means clusters features of unit length, not raw ones.
+- prototypes.interpolated interpolates the similarities from the grid of features to the latent, and does not repeat M.
+- prototypes.spherical clusters features of unit length, not raw ones.
+Deviation without a switch:
 - The latent of an image is the mode of the encoder's distribution, not a sample.
 """
 

@@ -35,6 +35,7 @@ class Prototypes:
         centre: (D,), subtracted from every feature vector, because features have a large common mean.
         tau, alpha: M = sigmoid(alpha (S - tau)).
         layer: The denoiser's layer whose outputs are the features; None for the layer at mid depth.
+        interpolated: Whether S is interpolated from the grid of features to the latent; else M is repeated.
     """
 
     directions: Tensor
@@ -43,6 +44,7 @@ class Prototypes:
     tau: float
     alpha: float
     layer: str | None = None
+    interpolated: bool = True
 
     def similarities(self, teacher: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """<f_u, p_k>, (B, K, h, w); S(u) is the maximum over k  (eqs. 5 and 6)."""
@@ -51,8 +53,10 @@ class Prototypes:
 
     def mask(self, S: Tensor, size: Sequence[int]) -> Tensor:
         """M = sigmoid(alpha (S - tau)), (B, 1, H, W), from S (B, h, w)  (eq. 7)."""
-        S = F.interpolate(S[:, None], list(size), mode="bilinear", align_corners=False)
-        return torch.sigmoid(self.alpha * (S - self.tau))
+        if self.interpolated:
+            S = F.interpolate(S[:, None], list(size), mode="bilinear", align_corners=False)
+            return torch.sigmoid(self.alpha * (S - self.tau))
+        return F.interpolate(torch.sigmoid(self.alpha * (S[:, None] - self.tau)), list(size), mode="nearest")
 
 
 class PrototypeSearch:
@@ -73,6 +77,8 @@ class PrototypeSearch:
             retain vectors. Near means nearer than the median member of the cluster. If no cluster reaches the minimum,
             the purest cluster is kept if its share is at least 2/3. 0 keeps every cluster.
         confirmed: Whether `confirm` removes prototypes.
+        interpolated: See `Prototypes`.
+        spherical: Whether k-means clusters feature vectors of unit length; else raw ones.
         quantile: See `tau`.
         seed: The seed of the clustering.
 
@@ -92,6 +98,8 @@ class PrototypeSearch:
         centred: bool = True,
         purity: Share = 0.95,
         confirmed: bool = True,
+        interpolated: bool = True,
+        spherical: bool = True,
         quantile: Share = 0.9,
         seed: Seed = 42,
     ):
@@ -101,7 +109,7 @@ class PrototypeSearch:
             raise UserError(f"method.prototypes.band must be two timesteps, the lower first, not {[*band]}.")
         self.K, self.tau, self.alpha, self.layer, self.band, self.draws = K, tau, alpha, layer, tuple(band), draws
         self.vectors, self.centred, self.purity, self.confirmed = vectors, centred, purity, confirmed
-        self.quantile, self.seed = quantile, seed
+        self.interpolated, self.spherical, self.quantile, self.seed = interpolated, spherical, quantile, seed
 
     def __call__(self, teacher: DiffusionModel, forget: Tensor, retain: Tensor) -> Prototypes:
         """The prototypes of forget and retain latents, (N, C, H, W).
@@ -119,13 +127,15 @@ class PrototypeSearch:
         f = self._vectors(teacher, forget)
         r = self._vectors(teacher, retain) if len(retain) else f[:0]
         centre = r.mean(0) if self.centred else torch.zeros_like(f[0])
-        f, r = (_directions(vectors, centre) for vectors in (f, r))
         if len(f) < self.K:
             raise UserError(f"{self.K} clusters cannot be made of {len(f)} feature vectors. Lower method.prototypes.K.")
-        clusters = self._clusters(f)
+        raw = f - centre
+        f, r = (_directions(vectors, centre) for vectors in (f, r))
+        clusters = self._clusters(f if self.spherical else raw)
         directions, background = self._split(clusters, f, r) if self.purity else (clusters, clusters[:0])
         tau, device = self._tau(directions, r), teacher.device
-        return Prototypes(directions.to(device), background.to(device), centre.to(device), tau, self.alpha, self.layer)
+        own = (part.to(device) for part in (directions, background, centre))
+        return Prototypes(*own, tau, self.alpha, self.layer, self.interpolated)
 
     @torch.no_grad()
     def confirm(
@@ -203,7 +213,7 @@ class PrototypeSearch:
         return torch.cat(parts)
 
     def _clusters(self, f: Tensor) -> Tensor:
-        """Cluster centres (K, D) of unit vectors f (V, D), by spherical k-means  (eq. 4)."""
+        """Cluster centres (K, D), of unit length, of vectors f (V, D), by k-means  (eq. 4)."""
         means = MiniBatchKMeans(self.K, batch_size=8192, random_state=self.seed, n_init="auto")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about empty clusters, which are removed below
