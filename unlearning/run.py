@@ -146,12 +146,13 @@ class Run:
         if of_first_rank(kept.is_there):
             return
         pl.seed_everything(self.seed, workers=True, verbose=False)
-        searches = kept_in(kept.checkpoints / f"fit-{rank()}")
-        with searches, applied(self._before, self.model), cost.measured(kept.cost, "fit", self.model):
-            erasure = self.method.fit(self.model, self.task)
-        if first_rank():
-            whole = composed(*self._before, erasure)
-            kept.save(whole, title=self.title, base=self.model, figures=self.method.figures)
+        with kept_in(kept.checkpoints / f"fit-{rank()}"):
+            with applied(self._before, self.model), cost.measured(kept.cost, "fit", self.model):
+                erasure = self.method.fit(self.model, self.task)
+            wait_for_all_ranks()  # the first process deletes what the others write
+            if first_rank():
+                whole = composed(*self._before, erasure)
+                kept.save(whole, title=self.title, base=self.model, figures=self.method.figures)
         wait_for_all_ranks()
 
     def attack(self) -> None:

@@ -151,8 +151,8 @@ class TrainedMethod(Method[DiffusionModel], pl.LightningModule):
                     f"trainer.precision={trainer.precision} would round the small steps of training away: "
                     f"trainer.precision={trainer.precision.replace('true', 'mixed')}."
                 )
-            checkpoints.keep_under(trainer, self._key(trainer, own))
             share_batches(trainer)
+            checkpoints.keep_under(trainer, self._key(trainer, own))
             with kept_in(None):  # checkpoints take its place
                 trainer.fit(self, datamodule=self.data(), ckpt_path=checkpoints.last(trainer))
         finally:

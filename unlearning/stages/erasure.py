@@ -95,6 +95,7 @@ class KeptErasure:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(twin / FOLDER, unfinished)
         unfinished.rename(self.folder)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def save(self, erasure: Erasure, *, title: str, base: Model, figures: Mapping[str, Image.Image]) -> None:
         """Writes the erasure atomically, and the figures of its fit. Then deletes the checkpoints."""

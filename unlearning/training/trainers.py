@@ -53,8 +53,8 @@ def share_batches(trainer: pl.Trainer) -> None:
     if batches % processes:
         raise UserError(
             f"{processes} processes share the batches of a step, and trainer.accumulate_grad_batches={batches} is no "
-            f"multiple of {processes}. With {processes}, a step learns from {processes} × method.batch_size, as on one "
-            "device with the same setting."
+            f"multiple of {processes}. With trainer=ddp trainer.accumulate_grad_batches={processes}, a step learns "
+            f"from {processes} × method.batch_size, as on one device with the same setting."
         )
     trainer.accumulate_grad_batches = batches // processes
 
