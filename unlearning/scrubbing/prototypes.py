@@ -134,8 +134,8 @@ class PrototypeSearch:
         clusters = self._clusters(f if self.spherical else raw)
         directions, background = self._split(clusters, f, r) if self.purity else (clusters, clusters[:0])
         tau, device = self._tau(directions, r), teacher.device
-        own = (part.to(device) for part in (directions, background, centre))
-        return Prototypes(*own, tau, self.alpha, self.layer, self.interpolated)
+        directions, background, centre = (part.to(device) for part in (directions, background, centre))
+        return Prototypes(directions, background, centre, tau, self.alpha, self.layer, self.interpolated)
 
     @torch.no_grad()
     def confirm(
