@@ -75,8 +75,8 @@ class Attack(ABC, Generic[ModelT, ObservedT]):
 
 def _other_sizes(model: DiffusionModel, rows: Sequence[ManifestRow]) -> list[str]:
     """The sizes of rows whose images are not of the model's own size: "512×768"."""
-    asked = dict.fromkeys((row.width, row.height) for row in rows)
-    others = [(w, h) for w, h in asked if model.at_size(h, w).latent_shape != model.latent_shape]
+    sizes = dict.fromkeys((row.width, row.height) for row in rows)
+    others = [(w, h) for w, h in sizes if model.at_size(h, w).latent_shape != model.latent_shape]
     return [f"{w or 'own'}×{h or 'own'}" for w, h in others]
 
 

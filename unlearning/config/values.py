@@ -27,10 +27,10 @@ def _with_fields(*fields: str) -> Callable[[str], str]:
     def check(template: str) -> str:
         wanted = " and ".join(f"{{{field}}}" for field in fields)
         try:
-            found = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+            present = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         except ValueError:  # a brace without its other half
-            found = ["{"]
-        if set(found) != set(fields):
+            present = ["{"]
+        if set(present) != set(fields):
             raise ValueError(f"text with {wanted} in it, and no other braces")
         return template
 

@@ -59,11 +59,11 @@ def artists(
     if path is not None:
         named: dict[str, None] = {}
 
-        def parse(row: Entry) -> Prompt:
-            artist = row.text("artist")
+        def parse(entry: Entry) -> Prompt:
+            artist = entry.text("artist")
             named[artist] = None
-            size = {"height": row.side("height"), "width": row.side("width")}
-            return prompt(row.text(), artist, row.seed, guidance_scale=row.number("guidance"), **size)
+            size = {"height": entry.side("height"), "width": entry.side("width")}
+            return prompt(entry.text(), artist, entry.seed, guidance_scale=entry.number("guidance"), **size)
 
         prompts, skipped = read(path, COLUMNS, parse)
         for artist in erased:

@@ -60,5 +60,5 @@ def captions(
     )
 
 
-def _prompt(row: Entry) -> Prompt:
-    return Prompt(row.text(), RETAIN, seed=row.seed, guidance_scale=row.number("guidance"))
+def _prompt(entry: Entry) -> Prompt:
+    return Prompt(entry.text(), RETAIN, seed=entry.seed, guidance_scale=entry.number("guidance"))

@@ -119,10 +119,10 @@ def read(path: str | Path, columns: Sequence[str], parse: Callable[[Entry], Prom
         end = rows.line_num
         for cells in filter(None, rows):
             end = rows.line_num
-            row = Entry({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
+            entry = Entry({c: cells[i] if i < len(cells) else None for c, i in place.items()}, names)
             try:
                 _check_end(cells, header)
-                prompts.append(parse(row))
+                prompts.append(parse(entry))
             except ValueError as error:
                 skipped.append(f"{path}, line {end}: {error}")
     except csv.Error as error:  # a quote that is not closed would swallow the rows after it
@@ -227,16 +227,16 @@ def prompt_list(
     erase = concepts(concept, anchor=anchor)
     names = [one.name for one in erase]
 
-    def belongs_to(row: Entry) -> str:
-        name = names[0] if len(names) == 1 else (row.cells.get("concept") or "").strip()
+    def belongs_to(entry: Entry) -> str:
+        name = names[0] if len(names) == 1 else (entry.cells.get("concept") or "").strip()
         if name and name not in names:
             raise ValueError(f"concept is {name!r}, not one of {', '.join(names)}")
         return name
 
-    def prompt(row: Entry) -> Prompt:
-        height, width = (row.side(column) if sizes else None for column in ("height", "width"))
+    def prompt(entry: Entry) -> Prompt:
+        height, width = (entry.side(column) if sizes else None for column in ("height", "width"))
         return Prompt(
-            row.text(), ERASE, seed=row.seed, guidance_scale=row.number("guidance"), concept=belongs_to(row),
+            entry.text(), ERASE, seed=entry.seed, guidance_scale=entry.number("guidance"), concept=belongs_to(entry),
             height=height, width=width,
         )  # fmt: skip
 

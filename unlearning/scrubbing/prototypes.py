@@ -2,8 +2,8 @@
 
 Spherical k-means clusters the feature vectors of the forget images. Clusters that the retain images share are
 background and are removed. The centres of the other clusters are the prototypes: an image shows the concept where its
-features are similar to a prototype. When words for the concept are known, `confirm` removes each prototype at whose
-places these words do not change the teacher's prediction.
+features are similar to a prototype. When words for the concept are known, `confirm` removes a prototype if these
+words do not change the teacher's prediction at its places.
 """
 
 # B batch, N images, D feature width, h w feature grid, H W latent height and width, V vectors, K prototypes.
@@ -141,13 +141,13 @@ class PrototypeSearch:
     def confirm(
         self, prototypes: Prototypes, teacher: DiffusionModel, forget: Tensor, retain: Tensor, c: Conditioning
     ) -> Prototypes:
-        """Keeps the prototypes at whose places prompts that name the concept, c, change the teacher's prediction.
+        """Keeps the prototypes of places where prompts c, which name the concept, change the teacher's prediction.
 
         Attention mixes the features of all places of an image: the paper beside a banana can look as specific to
         bananas as the banana itself. But the prompt does not change the prediction there (DiffEdit: Couairon et al.,
         2022, https://arxiv.org/abs/2210.11427, step 1). A prototype is kept if the prediction at its nearest places
-        changes more than the mean over the images. If no prototype remains, the result is the purest of all clusters
-        at whose places c changes the prediction.
+        changes more than the mean over the images. If no prototype remains, the result is the purest of the
+        clusters of places where c changes the prediction.
         """
         if not self.confirmed:
             return prototypes
