@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from torch import nn
 from transformers import CLIPPreTrainedModel, PreTrainedTokenizerBase
 
 from unlearning.errors import UserError
@@ -121,6 +123,18 @@ def load_complete(kind: Any, path: str | Path, **options: Any) -> Any:
             + f" of {kind.__name__}. Copy or download the model again."
         )
     return network
+
+
+def holds_all(folder: Path, network: nn.Module) -> bool:
+    """Whether the one file of weights in a folder has every weight of a network, under the name that it has there.
+
+    False says nothing: weights in several files, or renamed while they are loaded, may be complete too.
+    """
+    files = list(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return False
+    with safe_open(files[0], framework="pt") as weights:
+        return network.state_dict().keys() <= set(weights.keys())
 
 
 def fingerprint(folder: Path) -> str:
