@@ -9,7 +9,7 @@ import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -63,12 +63,14 @@ def _svg(drawing: str) -> tuple[str, str]:
     return layers[False], layers[True]
 
 
+@lru_cache(maxsize=4096)  # the runs of a sweep draw the same images; 16 kB each
 def _rasterise(markup: str, transform: str) -> np.ndarray:
+    """A layer (H, W, 4) uint8 in a pose."""
     from resvg_py import svg_to_bytes
 
     svg = f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><g transform="{transform}">{markup}</g></svg>'
     png = svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def draw(placed: Sequence[tuple[str, str, Pose]], style: str, rng: Generator) ->
     color, line = np.zeros((SIZE, SIZE, 4), np.float32), np.zeros((SIZE, SIZE), np.float32)
     masks: list[np.ndarray] = []
     for _, drawing, pose in placed:
-        fills, strokes = (_rasterise(markup, pose.transform()) for markup in _svg(drawing))
+        layers = (_rasterise(markup, pose.transform()) for markup in _svg(drawing))
+        fills, strokes = (layer.astype(np.float32) / 255 for layer in layers)
         covered = np.maximum(fills[..., 3], strokes[..., 3])
         masks = [m & (covered < 0.5) for m in masks] + [covered >= 0.5]
         line = line * (1 - covered) + strokes[..., 3]
