@@ -45,7 +45,7 @@ from transformers import (
 from unlearning.models.dit import DiT
 from unlearning.models.flux import Flux
 from unlearning.models.pixart import PixArt
-from unlearning.models.sana import Sana
+from unlearning.models.sana import INSTRUCTION, Sana
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.models.stable_diffusion_3 import StableDiffusion3
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
@@ -172,6 +172,7 @@ def pixart(kind: type[DiffusionPipeline] = PixArtSigmaPipeline, sample_size: int
 def sana() -> SanaPipeline:
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *ascii_lowercase]
     tokens = GemmaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], add_bos_token=True)
+    tokens.add_tokens(INSTRUCTION)  # a token for each of its lines, not for each of its thousand letters
     text = Gemma2Config(
         vocab_size=len(tokens), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
