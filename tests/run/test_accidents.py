@@ -82,7 +82,7 @@ def weights_of(run: Path) -> bytes:
 
 
 SCRUB = [
-    "dataset=folder", "dataset.size=16", "method.conditioning=null", "method.prototypes.K=2",
+    "dataset=folder", "dataset.size=16", "method.prototypes.K=2",
     "method.prototypes.purity=0", "method.prototypes.draws=1", "method.prototypes.layer=null",
 ]  # fmt: skip
 REUSE = ["dataset=prompt", "method.trajectory=reuse", "method.steps=4", "method.batch_size=1"]  # four points at a time
@@ -101,7 +101,7 @@ def photographs(tmp_path) -> list[str]:
 @pytest.mark.parametrize(
     ("owner", "calls", "command"),
     [
-        (Scrubber, 4, [*SCRUB, "method=scrubber", "method.batch_size=2"]),
+        (Scrubber, 4, [*SCRUB, "method=scrubber", "method.conditioning=null", "method.batch_size=2"]),
         (ESD, 8, [*REUSE, "method=unguide", "+trainer.accumulate_grad_batches=2"]),
     ],
 )
