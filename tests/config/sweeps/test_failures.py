@@ -34,17 +34,19 @@ def test_a_study_whose_trials_would_overwrite_each_other_is_refused(error_of):
     assert "`evaluator.nudenet.threshold=0.3` and `ev" in error_of("hydra/sweeper=study", *search)
 
 
-def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path):
-    sweep("seed=0,0", f"paths.runs={tmp_path}/runs,{tmp_path}/others", "stages=[]")
+def test_jobs_with_folders_of_their_own_are_not_refused(sweep, tmp_path, batches):
+    sweep("seed=0,0", f"paths.runs={tmp_path}/runs,{tmp_path}/others")
+    assert [len(jobs) for jobs in batches] == [4]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_job_is_recorded_and_the_others_run(sweep, error_of, tmp_path, monkeypatch):
+    command = ["method=uce", "seed=0,1", "stages=[fit,generate,evaluate]"]
     with monkeypatch.context() as patch:
         at_call(patch, UCE, "fit", 1, lambda: 1 / 0)
-        message = error_of("method=uce", "seed=0,1")
+        message = error_of(*command)
     assert set(metrics(tmp_path / "runs")) == {"uce/seed1"}
     [record] = (tmp_path / "runs").rglob("failed.json")
     first, line = message.strip().splitlines()
@@ -53,7 +55,7 @@ def test_a_failed_job_is_recorded_and_the_others_run(sweep, error_of, tmp_path, 
     failed = json.loads(record.read_text())
     assert "uce/seed0" in failed["folder"] and "method=uce" in failed["job"] and "1 / 0" in failed["traceback"]
 
-    sweep("method=uce", "seed=0,1")
+    sweep(*command)
     assert len(metrics(tmp_path / "runs")) == 2 and not record.exists(), "the same command mends it"
 
 

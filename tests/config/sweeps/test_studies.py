@@ -4,8 +4,6 @@ import math
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 
 from tests.config.sweeps.commands import metrics
 from tests.run.small import at_call, ctrl_c
@@ -77,6 +75,7 @@ def study(sweep, stored):
 
     def call(trials: int) -> list:
         search = ["hydra/sweeper=study", "method=uce", "method.lamb=interval(0.1,1)", "evaluator=clip_score"]
+        search += ["stages=[fit,generate,evaluate]"]
         search += ["objective=[efficacy/clip_score_e,fidelity/clip_score]"]
         sweep(*search, "hydra.sweeper.direction=[minimize,maximize]", f"hydra.sweeper.n_trials={trials}")
         [trials_of_it] = stored().values()
@@ -108,21 +107,6 @@ def test_a_study_that_was_interrupted_resumes_to_its_number_of_trials(study, sto
     assert [len(trial.values or ()) for trial in trials] == [0, 2, 0, 2]
     assert len(study(trials=3)) == 4, "and does not run again"
     assert len(metrics(tmp_path / "runs")) == 1 and len(list(tmp_path.rglob("metrics.json"))) == 2
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """The launched batches of jobs; each job only returns its `seed`."""
-    launched = []
-
-    def launch(self, job_overrides, initial_job_idx):
-        jobs = [dict(override.split("=", 1) for override in job) for job in job_overrides]
-        launched.append(jobs)
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=float(job.get("seed", 0))) for job in jobs]
-
-    launchers = Plugins.instance().class_name_to_class
-    monkeypatch.setattr(launchers["hydra._internal.core_plugins.basic_launcher.BasicLauncher"], "launch", launch)
-    return launched
 
 
 def test_a_study_launches_as_many_trials_at_once_as_it_has_jobs(sweep, stored, batches):
