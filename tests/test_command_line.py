@@ -3,10 +3,10 @@
 import errno
 import logging
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -23,13 +23,13 @@ from tests.run.small import files
 from unlearning import run
 from unlearning.attacks.base import Attack, prompts_of
 from unlearning.config.precision import _has_accelerator
+from unlearning.erasures.base import Erasure
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.methods.base import Method
 from unlearning.models.stable_diffusion_xl import StableDiffusionXL
 from unlearning.sampling.attack_result import AttackedPrompt, AttackResult
 from unlearning.store import locks
 
-QUICK = "import hydra, numpy, PIL"
 WATCHED = """
 import atexit, sys
 heavy = ["torch", "torchvision", "diffusers", "transformers", "pytorch_lightning", "wandb", "nudenet", "scipy"]
@@ -40,9 +40,11 @@ main()
 
 
 def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
-    start = time.perf_counter()
+    """A process, and the seconds that it took of a processor."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd)
-    return done, time.perf_counter() - start
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
 
 # --- quick answers ----------------------------------------------------------------------------------------------------
@@ -54,7 +56,6 @@ def python(*arguments: str, cwd) -> tuple[subprocess.CompletedProcess, float]:
         ("--help", "method: ", 0),
         ("concpet=cat", "Did you mean concept?", 1),
         ("method=esdx", "Did you mean esd_x?", 1),
-        ("method.etaa=2", "Did you mean eta?", 1),
     ],
 )
 def test_help_and_typos_need_no_heavy_import(tmp_path, argument, answer, code):
@@ -63,23 +64,15 @@ def test_help_and_typos_need_no_heavy_import(tmp_path, argument, answer, code):
     assert done.returncode == code and answer in message, message
     assert "Traceback" not in message
     assert done.stdout.splitlines()[-1] == "IMPORTED", "nothing heavy is imported for an answer"
-    # Two seconds on an idle machine; on a busy one, so many times what its imports take.
-    if seconds > 2:
-        again = [python("-c", WATCHED, argument, cwd=tmp_path)[1] for _ in range(2)]
-        assert min(seconds, *again) <= max(2, 6 * min(python("-c", QUICK, cwd=tmp_path)[1] for _ in range(2)))
+    assert seconds <= 2
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
-def test_a_mistyped_concept_is_answered_before_torch_is_imported(tmp_path):
+def test_a_mistake_is_one_message_and_exit_code_1_before_torch_is_imported(tmp_path):
     done, _ = python("-c", WATCHED, "concept=kat", cwd=tmp_path)
-    assert done.returncode == 1 and "Did you mean cat" in done.stderr
-    assert "torch" not in done.stdout.split() or _has_accelerator(), "whose precision only torch knows"
-
-
-def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
-    done, _ = python("-m", "unlearning", "concept=kat", cwd=tmp_path)
     assert done.returncode == 1
     assert "'kat'. Did you mean cat" in done.stderr.rstrip().splitlines()[-1]
+    assert "torch" not in done.stdout.split() or _has_accelerator(), "whose precision only torch knows"
     assert not any(noise in done.stderr + done.stdout for noise in ("Traceback", "Error executing", "overrides:"))
     assert not list(tmp_path.rglob("erasure")) and not (tmp_path / "outputs" / "store").exists()
 
@@ -90,7 +83,6 @@ def test_a_mistake_is_one_message_and_exit_code_1(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (["concept=kat"], "Did you mean cat"),
         (["dataset=cifar10_objects", "concept=apple"], "CIFAR-10 class named 'apple'"),
         (["dataset=emoji_styles", "concept=neonn"], "Did you mean neon?"),
         (["dataset=folder", "concept=mug"], "dataset=folder needs forget="),
@@ -118,30 +110,21 @@ def test_free_text_is_erased_with_any_model(unlearn):
     assert (run / "report.html").exists()
 
 
-def test_progress_bars_can_be_turned_off(unlearn, capfd):
-    unlearn("method=uce", "trainer.enable_progress_bar=false")
-    shown = capfd.readouterr()
-    assert "it/s" not in shown.out + shown.err and "Loading" not in shown.out + shown.err
+def test_progress_bars_can_be_turned_off_and_libraries_say_nothing(unlearn, capfd):
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.INFO)  # as their import leaves them
+    unlearn("dataset=prompt", "method=uce", "trainer.enable_progress_bar=false", "stages=[fit,generate]")
+    shown = "".join(capfd.readouterr())
+    assert "erased by uce: generate" in shown
+    assert not any(word in shown for word in ("it/s", "Loading", "GPU available", "litlogger"))
+    assert not any(line.split() == ["base", "erased"] for line in shown.splitlines()), "a table without numbers"
 
 
 def test_every_progress_bar_names_the_model_that_generates(unlearn, capfd):
-    unlearn("method=uce", "dataset=prompt", "attack=[paraphrase]", "trainer.enable_progress_bar=true")
+    few = ["dataset=prompt", "attack=[paraphrase]", "stages=[fit,attack,generate]"]
+    unlearn("method=uce", *few, "trainer.enable_progress_bar=true")
     shown = capfd.readouterr().err
     assert all(f"images of {name}:" in shown for name in ("base", "erased", "attacked-paraphrase"))
-
-
-def test_without_numbers_no_table_is_printed(unlearn, capfd):
-    unlearn("dataset=prompt", "stages=[fit]")
-    assert "base" not in capfd.readouterr().out
-
-
-def test_lightning_prints_no_advertisements(unlearn, capfd):
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.INFO)  # as their import leaves them
-    unlearn("dataset=prompt", "stages=[fit,generate]")
-    message = "".join(capfd.readouterr())
-    assert "erased by none: generate" in message
-    assert "GPU available" not in message and "litlogger" not in message
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -173,7 +156,7 @@ def test_pickled_weights_in_a_folder_are_refused_unopened(error_of, tmp_path, sd
     assert not (tmp_path / "witness").exists()
 
 
-@pytest.mark.parametrize("path", ["/not/there", "./not/there", "not-there", "a/b/c"])
+@pytest.mark.parametrize("path", ["/not/there", "not-there", "a/b/c"])
 def test_a_model_that_is_not_there_is_named(error_of, tmp_path, path):
     message = error_of(f"model.path={path}")
     assert f"There is no model folder at {path}." in message and "model.path" in message
@@ -190,10 +173,9 @@ def test_a_folder_that_is_no_pipeline_is_named(error_of, tmp_path):
     assert f"{tmp_path}/folder holds no model_index.json" in error_of(f"model.path={tmp_path}/folder")
 
 
-@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_truncated_weights_are_reported(error_of, tmp_path, sd1, part):
+def test_truncated_weights_are_reported(error_of, tmp_path, sd1):
     folder = shutil.copytree(sd1, tmp_path / "model")
-    weights = folder / f"{part}.safetensors"
+    weights = folder / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"No model could be loaded from '{folder}'" in error_of(f"model.path={folder}")
 
@@ -239,9 +221,8 @@ class OnlySDXL(Method):
 def test_a_method_of_another_family_is_refused_before_a_weight_is_loaded(error_of, tmp_path, monkeypatch):
     loads = []
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: loads.append(a))
-    message = error_of("method._target_=tests.test_command_line.OnlySDXL")
+    message = error_of("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
     assert all(name in message for name in ("OnlySDXL", "StableDiffusionXL", "StableDiffusion."))
-    assert "OnlySDXL" in error_of("method._target_=tests.test_command_line.OnlySDXL", "model.path=/not/there")
     assert not loads and not (tmp_path / "run" / "erasure").exists()
 
 
@@ -298,10 +279,7 @@ def test_a_value_out_of_range_is_named(error_of, echo):
     assert "`attack.echo.times`" in message and "1" in message
 
 
-@pytest.mark.parametrize(("file", "content"), [("0", None), ("shared", b"half")])
-def test_a_stored_attack_without_its_tensors_is_made_again(
-    unlearn, error_of, echo, tmp_path, monkeypatch, file, content
-):
+def test_a_stored_attack_without_its_tensors_is_made_again(unlearn, error_of, echo, tmp_path, monkeypatch):
     made = []
 
     def find(self, model, task, rows, observed):
@@ -311,13 +289,15 @@ def test_a_stored_attack_without_its_tensors_is_made_again(
 
     monkeypatch.setattr(Echo, "find", find)
     unlearn(*echo, "stages=[fit,attack]")
-    [kept] = (tmp_path / "store" / "attacks").glob(f"*/{file}.safetensors")
-    kept.unlink()
-    if content is not None:
-        kept.write_bytes(content)
-    assert "run the attack stage first" in error_of(*echo, "stages=[generate]")
-    run = unlearn(*echo, "stages=[fit,attack,generate]")
-    assert len(made) == 2 and kept.stat().st_size > 8 and (run / "images" / "attacked-echo.csv").exists()
+    for file, content in (("0", None), ("shared", b"half")):
+        [kept] = (tmp_path / "store" / "attacks").glob(f"*/{file}.safetensors")
+        kept.unlink()
+        if content is not None:
+            kept.write_bytes(content)
+        assert "run the attack stage first" in error_of(*echo, "stages=[generate]")
+        run = unlearn(*echo, "stages=[fit,attack,generate]", run=f"without-{file}")
+        assert kept.stat().st_size > 8 and (run / "images" / "attacked-echo.csv").exists()
+    assert len(made) == 3
 
 
 def test_an_attack_of_another_family_is_refused(error_of, echo, monkeypatch):
@@ -325,10 +305,10 @@ def test_an_attack_of_another_family_is_refused(error_of, echo, monkeypatch):
     assert "Echo works on a StableDiffusionXL" in error_of(*echo)
 
 
-@pytest.mark.parametrize("after", ["{}", "[{}]", "[{0},{0}]"])
-def test_a_run_resumes_from_earlier_erasures(unlearn, after):
-    first = unlearn("dataset=prompt", "method=uce", "stages=[fit]", run="first")
-    unlearn("dataset=prompt", "method=negative_prompt", f"after={after.format(first / 'erasure')}", "stages=[fit]")
+def test_a_run_resumes_from_earlier_erasures(unlearn):
+    first = unlearn("dataset=prompt", "method=uce", "stages=[fit]", run="first") / "erasure"
+    run = unlearn("dataset=prompt", "method=negative_prompt", f"after=[{first},{first}]", "stages=[fit]")
+    assert [type(part).__name__ for part in Erasure.load(run / "erasure").parts] == ["WeightPatch", "GuidanceEdit"]
 
 
 def test_an_earlier_erasure_that_is_not_there_is_named(error_of, tmp_path):
@@ -339,14 +319,12 @@ def test_an_earlier_erasure_that_is_not_there_is_named(error_of, tmp_path):
 
 
 def test_a_sweep_has_a_folder_for_every_run(unlearn, tmp_path):
-    unlearn("-m", f"paths.runs={tmp_path}/runs", "method=none,uce", "concept=a cat,a dog", "seed=0,1", "dataset=prompt",
+    unlearn("-m", f"paths.runs={tmp_path}/runs", "method=none,uce", "concept=a cat,a dog", "dataset=prompt",
             "stages=[fit]")  # fmt: skip
     runs = sorted(str(p.parent.relative_to(tmp_path / "runs")) for p in tmp_path.glob("runs/**/erasure"))
-    assert len(runs) == 2 * 2 * 2
     assert [r.rpartition("-")[0] for r in runs] == [
-        f"emoji_unet/prompt/{concept}/{method}/seed{seed}"
-        for concept in ("a-cat", "a-dog") for method in ("none", "uce") for seed in (0, 1)
-    ]  # fmt: skip
+        f"emoji_unet/prompt/{concept}/{method}/seed0" for concept in ("a-cat", "a-dog") for method in ("none", "uce")
+    ]
 
 
 def test_a_sweep_resumes_where_something_was_skipped_and_a_single_run_says_so(unlearn, error_of, tmp_path, capsys):
@@ -354,13 +332,13 @@ def test_a_sweep_resumes_where_something_was_skipped_and_a_single_run_says_so(un
     listed = ["dataset=prompt_list", f"dataset.path={tmp_path}/list.csv", "evaluator=clip_score"]
     assert "images or rows that were skipped: 1" in error_of(*listed)
     capsys.readouterr()
-    unlearn("-m", *listed, f"paths.runs={tmp_path}/runs", "objective=efficacy/clip_score_e", "seed=0,1")
-    assert capsys.readouterr().out.count("images or rows that were skipped: 1") == 2
-    assert len(list(tmp_path.rglob("failed.json"))) == 0 and len(list(tmp_path.glob("runs/**/.finished"))) == 2
+    unlearn("-m", *listed, f"paths.runs={tmp_path}/runs", "objective=efficacy/clip_score_e")
+    assert capsys.readouterr().out.count("images or rows that were skipped: 1") == 1
+    assert len(list(tmp_path.rglob("failed.json"))) == 0 and len(list(tmp_path.glob("runs/**/.finished"))) == 1
 
 
 @pytest.mark.parametrize("meanwhile", [True, False], ids=["which does it", "which is killed"])
-def test_a_job_of_a_sweep_waits_for_another_run(unlearn, error_of, tmp_path, monkeypatch, meanwhile):
+def test_a_job_of_a_sweep_waits_for_another_run(unlearn, tmp_path, monkeypatch, meanwhile):
     command = ["-m", f"paths.runs={tmp_path}/runs", "dataset=prompt", "stages=[fit]"]
     unlearn(*command)
     [mark] = tmp_path.rglob(".finished")
@@ -380,9 +358,6 @@ def test_a_job_of_a_sweep_waits_for_another_run(unlearn, error_of, tmp_path, mon
     other.enter_context(locks.alone_in(mark.parent))
     unlearn(*command)
     assert logged[0].startswith("Another run is at work in") and ("erased by none: fit" in "".join(logged)) != meanwhile
-    with locks.alone_in(mark.parent):
-        mark.unlink()
-        assert "Another run is at work" in error_of("dataset=prompt", "stages=[fit]", f"hydra.run.dir={mark.parent}")
 
 
 def test_the_recorded_settings_are_those_of_the_results(unlearn):

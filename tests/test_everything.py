@@ -47,14 +47,14 @@ def test_every_method_that_erases_objects_is_there_on_three_of_them_and_two_seed
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             chosen = [o for o in parser.parse_overrides(overrides) if not o.is_hydra_override()]
             fixed = [o.input_line for o in chosen if not o.is_sweep_override() and o.key_or_group != "hydra/launcher"]
-            params = compose("config", fixed, return_hydra_config=True).hydra.sweeper.params
+            config = compose("config", [*fixed, "concept=key", "seed=1"], return_hydra_config=True)
+            model, params = get_object(config.model._target_).__self__, config.hydra.sweeper.params
             swept = [*parser.parse_overrides([f"{key}={value}" for key, value in params.items()]), *chosen]
             values = {o.get_key_element(): list(o.sweep_string_iterator()) for o in swept if o.is_sweep_override()}
             assert values["concept"] == ["cat", "ship", "key"] and values["seed"] == ["0", "1"]
             for method in values["method"]:
-                config = compose("config", [*fixed, f"method={method}", "concept=key", "seed=1"])
-                model = get_object(config.model._target_).__self__
-                assert issubclass(model, get_object(config.method._target_).works_on), f"{method} on {model.__name__}"
+                kind = get_object(compose(f"method/{method}").method._target_)
+                assert issubclass(model, kind.works_on), f"{method} on {model.__name__}"
             methods += values["method"]
     there = {path.stem for path in (CONF / "method").glob("*.yaml")}
     elsewhere = {"lcr_nudity", "weights", "oracle", "eraseanything"}  # people, a file, another model; a flow

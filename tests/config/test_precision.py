@@ -1,6 +1,8 @@
 """bfloat16 where the hardware is fast in it, float32 elsewhere."""
 
+import copy
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -25,9 +27,14 @@ def machine(monkeypatch):
     return have
 
 
-def composed(*overrides):
+@cache
+def _composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def composed(*overrides):
+    return copy.deepcopy(_composed(*overrides))
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, None)])
@@ -42,11 +49,10 @@ def test_auto_is_the_default_and_selects_the_fast_precision_of_the_processor(mac
     assert precision.chosen_autocast("float16", "float32", "cpu") == "float16"
 
 
-@pytest.mark.parametrize(("fast", "used"), [(True, "bfloat16"), (False, None)])
-def test_a_run_records_what_was_used(machine, unlearn, fast, used):
-    machine(fast)
+def test_a_run_records_what_was_used(machine, unlearn):
+    machine(True)
     run = unlearn("dataset=prompt", "model.autocast=auto", "model.device=cpu", "stages=[fit]")
-    assert OmegaConf.load(run / ".hydra" / "resolved.yaml").model.autocast == used
+    assert OmegaConf.load(run / ".hydra" / "resolved.yaml").model.autocast == "bfloat16"
 
 
 def test_a_model_is_loaded_with_auto(machine, sd1, vqgan):

@@ -44,11 +44,9 @@ def message(error_of, tmp_path, monkeypatch):
     ("yaml", "setting"),
     [
         ('dataset: {template: "a \\ud800 {}"}', "dataset.template"),
-        ('title: "\\udfff"', "title"),
         ('concept: "\\ud800"', "concept"),
         ('dataset: {others: [dog, "\\udcff"]}', "dataset.others.1"),
         ('dataset: {anchor: {"\\udcff": sea}}', "dataset.anchor"),
-        ('method: {template: "\\udcff {}"}', "method.template"),
     ],
 )
 def test_half_a_surrogate_pair_is_refused_first(message, monkeypatch, yaml, setting):
@@ -68,13 +66,9 @@ def test_half_a_surrogate_pair_is_refused_first(message, monkeypatch, yaml, sett
         ("methd: {eta: 2}", "methd", "method"),
         ("method: {etaa: 2}", "method etaa", "eta"),
         ("method: {student: {parametres: x}}", "method.student parametres", "parameters"),
-        ("dataset: {templat: the}", "dataset templat", "template"),
-        ("sampler: {stepps: 2}", "sampler stepps", "steps"),
         ("paths: {stor: here}", "paths stor", "store"),
-        ("judge: {clp: here}", "judge clp", "clip"),
         ("evaluator: {fidd: {count: 3}}", "evaluator fidd", "fid"),
         ("evaluator: {fid: {count: 3}}", "evaluator fid", None),
-        ("trainer: {max_epoch: 3}", "trainer max_epoch", "max_epochs"),
         ('sampler: {guidance_scale: "${seeed}"}', "sampler.guidance_scale seeed", "seed"),
         ("defaults: [override /methd: uce]", "methd", "method"),
         ("defaults: [override /sampler: dimm]", "sampler dimm", "ddim"),
@@ -147,13 +141,8 @@ def test_a_name_that_another_setting_refers_to_is_the_users_own(unlearn, tmp_pat
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("sampler.steps=many", "'many'"),
-        ("sampler.steps=2.5", "2.5"),
         ("sampler.schedule=ppaer", "'ppaer'"),
         ("method.optimizer.lr=abc", "'abc'"),
-        ("model.compile=maybe", "'maybe'"),
-        ("model.dtype=flaot16", "'flaot16'"),
-        ("method.batch_size=[1]", "[1]"),
         ("dataset.template=[kitten]", "['kitten']"),
     ],
 )
@@ -164,6 +153,7 @@ def test_a_value_of_another_type_is_an_error_before_anything_is_fitted(message, 
 
 def test_the_error_lists_the_possible_values(message):
     answer = message("seed: 0", "model.dtype=flaot16")
+    assert answer.startswith("`model.dtype` ") and "'flaot16'" in answer
     assert all(dtype in answer for dtype in ("float32", "bfloat16", "float16"))
     with pytest.raises(UserError, match="ppaer"):
         Sampler(schedule="ppaer")

@@ -70,9 +70,7 @@ def test_images_that_cannot_be_used_are_refused_and_nothing_is_left(error_of, tm
     nothing_is_half_written(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "setting", ["method.prototypes.K=81", "method.prototypes.K=0", "method.prototypes.band=[700,300]"]
-)
+@pytest.mark.parametrize("setting", ["method.prototypes.K=81", "method.prototypes.band=[700,300]"])
 def test_settings_that_do_not_fit_the_images_are_refused_and_nothing_is_left(error_of, tmp_path, folders, setting):
     assert setting.partition("=")[0] in error_of(*typed(folders), setting)
     nothing_is_half_written(tmp_path)
@@ -98,13 +96,13 @@ def test_a_run_resumes_without_a_broken_image_and_names_it(unlearn, folders):
     assert not list(run.rglob("*partial*"))
 
 
-def test_one_of_ten_thousand_images_is_broken(tmp_path):
-    for i in range(10_000):
-        (tmp_path / f"{i:05}.bmp").hardlink_to(tmp_path / "00000.bmp") if i else noise(0).save(tmp_path / "00000.bmp")
-    (tmp_path / "04321.bmp").unlink()
-    (tmp_path / "04321.bmp").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"^1 of 10000 images .*04321\.bmp"):
-        assert len(folder("cat", str(tmp_path), size=8).forget_images) == 8000
+def test_one_of_a_thousand_images_is_broken(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"{i:03}.bmp").hardlink_to(tmp_path / "000.bmp") if i else noise(0).save(tmp_path / "000.bmp")
+    (tmp_path / "432.bmp").unlink()
+    (tmp_path / "432.bmp").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"^1 of 1000 images .*432\.bmp"):
+        assert len(folder("cat", str(tmp_path), size=8).forget_images) == 800
 
 
 def test_a_file_of_another_format_is_not_opened_whatever_it_is_called(folders):
@@ -159,10 +157,9 @@ def test_a_real_image_that_cannot_be_read_is_named(spoiled, how):
         references.check(image.parent)
 
 
-@pytest.mark.parametrize("metric", ["fid", "kid"])
-def test_the_error_comes_before_any_image_is_generated(error_of, spoiled, tmp_path, metric):
+def test_the_error_comes_before_any_image_is_generated(error_of, spoiled, tmp_path):
     image = spoiled("truncated")
-    message = error_of("dataset=prompt", f"evaluator={metric}", f"evaluator.{metric}.real={image.parent}")
+    message = error_of("dataset=prompt", "evaluator=fid", f"evaluator.fid.real={image.parent}")
     assert str(image) in message and not (tmp_path / "store").exists()
 
 

@@ -26,7 +26,7 @@ MACE = {
 }
 
 
-def fingerprints(split, seed=0, count=40):
+def fingerprints(split, seed=0, count=10):
     return [sha256(openmoji.sample(split, seed, i).image).hexdigest() for i in range(count)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unlearning.sampling.sampler import Sampler
 
-STEPS, PICTURES = 2, 13  # of a picture; of cat: itself, its synonyms, the nine others
+STEPS = 2  # of a picture
 FIT = 3  # denoiser evaluations of an iteration of ESD, left where its trajectory begins: student, and teacher twice
 EXACT = ["method.trajectory=exact", "method.batch_size=1", "method.steps=1"]
 TRAIN = ["method=esd_x", *EXACT, "trainer.callbacks.0.every_n_train_steps=2"]

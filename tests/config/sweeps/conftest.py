@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 
 from tests.config.sweeps.commands import FEW
 
@@ -48,3 +50,18 @@ def loads(monkeypatch):
         return new
 
     return count
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The launched batches of jobs; each job only returns its `seed`."""
+    launched = []
+
+    def launch(self, job_overrides, initial_job_idx):
+        jobs = [dict(override.split("=", 1) for override in job) for job in job_overrides]
+        launched.append(jobs)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=float(job.get("seed", 0))) for job in jobs]
+
+    launchers = Plugins.instance().class_name_to_class
+    monkeypatch.setattr(launchers["hydra._internal.core_plugins.basic_launcher.BasicLauncher"], "launch", launch)
+    return launched

@@ -10,7 +10,7 @@ from unlearning.methods.uce import UCE
 def test_jobs_share_the_model_and_write_the_same_files_as_single_runs(sweep, unlearn, tmp_path, loads):
     train = ["method.iterations=2", "method.steps=2", "method.batch_size=1", "method.trajectory=exact"]
     sweep("method=esd_x", "seed=0,1", *train, "stages=[fit]")
-    sweep("method=uce", "seed=0,1", "stages=[fit]")
+    sweep("method=uce", "seed=1", "stages=[fit]")
     assert loads() == 1
     for method, settings in {"esd_x": train, "uce": []}.items():
         instances.clear()

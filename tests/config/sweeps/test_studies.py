@@ -4,8 +4,6 @@ import math
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 
 from tests.config.sweeps.commands import metrics
 from tests.run.small import at_call, ctrl_c
@@ -75,8 +73,9 @@ def stored(tmp_path):
 def study(sweep, stored):
     """study() -> the trials of the stored study, after the command that searches for UCE's lamb has ended."""
 
-    def call(trials: int = 4) -> list:
+    def call(trials: int) -> list:
         search = ["hydra/sweeper=study", "method=uce", "method.lamb=interval(0.1,1)", "evaluator=clip_score"]
+        search += ["stages=[fit,generate,evaluate]"]
         search += ["objective=[efficacy/clip_score_e,fidelity/clip_score]"]
         sweep(*search, "hydra.sweeper.direction=[minimize,maximize]", f"hydra.sweeper.n_trials={trials}")
         [trials_of_it] = stored().values()
@@ -86,42 +85,28 @@ def study(sweep, stored):
 
 
 def test_a_study_that_was_interrupted_resumes_to_its_number_of_trials(study, stored, tmp_path, monkeypatch):
+    """Of four trials the first fails, and the third is interrupted."""
+
+    def states() -> list[str]:
+        [trials] = stored().values()
+        return [trial.state.name for trial in trials]
+
     with monkeypatch.context() as patch:
-        at_call(patch, UCE, "fit", 3, ctrl_c)
+        at_call(patch, UCE, "fit", 1, lambda: 1 / 0)
+        with pytest.raises(SystemExit, match=r"1 job failed(.|\n)*division by zero"):
+            study(trials=1)
+    assert states() == ["FAIL"]
+    with monkeypatch.context() as patch:
+        at_call(patch, UCE, "fit", 2, ctrl_c)
         with pytest.raises(SystemExit, match="Interrupted"):
-            study()
-    [interrupted] = stored().values()
-    assert [trial.state.name for trial in interrupted] == ["COMPLETE", "COMPLETE", "RUNNING"]
-    trials = study()
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "RUNNING", "COMPLETE", "COMPLETE"]
-    assert trials[3].params == interrupted[2].params, "the interrupted trial runs first"
-    assert all(len(trial.values) == 2 for trial in trials if trial.state.name == "COMPLETE")
-    assert len(study()) == 5, "and does not run again"
-    assert len(metrics(tmp_path / "runs")) == 1 and len(list(tmp_path.rglob("metrics.json"))) == 4
-
-
-def test_a_job_that_fails_fails_its_trial(study, stored, monkeypatch):
-    at_call(monkeypatch, UCE, "fit", 1, lambda: 1 / 0)
-    with pytest.raises(SystemExit) as caught:
-        study(trials=2)
-    assert "1 job failed" in caught.value.code and "division by zero" in caught.value.code
-    [trials] = stored().values()
-    assert [(trial.state.name, trial.values is None) for trial in trials] == [("FAIL", True), ("COMPLETE", False)]
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """The launched batches of jobs; each job only returns its `seed`."""
-    launched = []
-
-    def launch(self, job_overrides, initial_job_idx):
-        jobs = [dict(override.split("=", 1) for override in job) for job in job_overrides]
-        launched.append(jobs)
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=float(job.get("seed", 0))) for job in jobs]
-
-    launchers = Plugins.instance().class_name_to_class
-    monkeypatch.setattr(launchers["hydra._internal.core_plugins.basic_launcher.BasicLauncher"], "launch", launch)
-    return launched
+            study(trials=3)
+    assert states() == ["FAIL", "COMPLETE", "RUNNING"]
+    trials = study(trials=3)
+    assert states() == ["FAIL", "COMPLETE", "RUNNING", "COMPLETE"]
+    assert trials[3].params == trials[2].params, "the interrupted trial runs first"
+    assert [len(trial.values or ()) for trial in trials] == [0, 2, 0, 2]
+    assert len(study(trials=3)) == 4, "and does not run again"
+    assert len(metrics(tmp_path / "runs")) == 1 and len(list(tmp_path.rglob("metrics.json"))) == 2
 
 
 def test_a_study_launches_as_many_trials_at_once_as_it_has_jobs(sweep, stored, batches):
@@ -141,11 +126,11 @@ def test_another_search_space_is_another_study(sweep, stored, batches):
         sweep("hydra/sweeper=study", "hydra.sweeper.n_trials=1", *search, *overrides)
         return sorted(map(len, stored().values()))
 
-    assert [counts(), counts("logger=csv", "model.gradient_checkpointing=true")] == [[1], [1]]
-    assert counts(objective="retention/acc_s") == [1, 1]
-    assert counts(lamb="interval(0.1,2)") == [1, 1, 1]
-    assert counts("seed=1") == [1, 1, 1, 1]
-    assert counts("hydra.sweeper.n_trials=2") == [1, 1, 1, 2]
+    assert counts() == [1]
+    assert counts("logger=csv", "model.gradient_checkpointing=true", "hydra.sweeper.n_trials=2") == [2]
+    assert counts(objective="retention/acc_s") == [1, 2]
+    assert counts(lamb="interval(0.1,2)") == [1, 1, 2]
+    assert counts("seed=1") == [1, 1, 1, 2]
 
 
 def test_settings_of_a_file_are_searched_too_and_the_command_line_replaces_them(sweep, stored, batches):
