@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch import nn
@@ -236,8 +236,19 @@ def test_features_of_an_image_that_is_not_square_are_those_of_their_place(model,
         assert max(abs(i - j) for i, j in zip(found, place, strict=True)) <= spread
 
 
-def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(sd1):
-    model, ran = StableDiffusion.load(str(sd1), device="cpu"), []
+@pytest.fixture
+def shallow(tmp_path) -> str:
+    """The folder of a pipeline whose UNet has attention in the middle only, so that it is soon compiled."""
+    torch.manual_seed(0)
+    pipeline = tiny.sd1()
+    levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **levels})
+    pipeline.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(shallow):
+    model, ran = StableDiffusion.load(shallow, device="cpu"), []
 
     def backend(graph, inputs):
         return lambda *arguments: ran.append(1) or graph(*arguments)
@@ -254,8 +265,8 @@ def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(sd1):
     assert ran, "and is compiled for all the rest"
 
 
-def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(sd1):
-    model = StableDiffusion.load(str(sd1), device="cpu", compile=True)
+def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(shallow):
+    model = StableDiffusion.load(shallow, device="cpu", compile=True)
     model.denoiser.compile(backend="eager")
     layers = {n: m for n, m in model.named_modules().items() if n.startswith("unet.") and n.endswith("to_q")}
     side = SideModules({name: LowRank(layer, rank=2) for name, layer in layers.items()})
