@@ -236,50 +236,55 @@ def test_features_of_an_image_that_is_not_square_are_those_of_their_place(model,
         assert max(abs(i - j) for i, j in zip(found, place, strict=True)) <= spread
 
 
-@pytest.fixture
-def shallow(tmp_path) -> str:
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory) -> str:
     """The folder of a pipeline whose UNet has attention in the middle only, so that it is soon compiled."""
     torch.manual_seed(0)
-    pipeline = tiny.sd1()
+    pipeline, folder = tiny.sd1(), tmp_path_factory.mktemp("shallow")
     levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **levels})
-    pipeline.save_pretrained(tmp_path)
-    return str(tmp_path)
+    pipeline.save_pretrained(folder)
+    return str(folder)
 
 
-def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(shallow):
-    model, ran = StableDiffusion.load(shallow, device="cpu"), []
-
-    def backend(graph, inputs):
-        return lambda *arguments: ran.append(1) or graph(*arguments)
-
-    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+@pytest.fixture(scope="module")
+def compiled(shallow):
+    """(a model whose denoiser was compiled by a first prediction, a list that grows with each run of its graph)."""
+    model, ran = StableDiffusion.load(shallow, device="cpu", compile=True), []
+    model.denoiser.compile(backend=lambda graph, _: lambda *arguments: ran.append(1) or graph(*arguments))
     with torch.no_grad():
-        expected = model.features(x, t, c)
-        model.denoiser.compile(backend=backend)
-        model.predict(x, t, c)
-        assert ran
-        torch.testing.assert_close(model.features(x, t, c), expected)
-        ran.clear()
-        model.predict(x, t, c)
+        model.predict(model.noise([0, 0]), torch.tensor(500), model.encode_prompts(["a cat"] * 2))
+    assert ran
+    return model, ran
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(shallow, compiled):
+    model, ran = compiled
+    c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
+    ran.clear()
+    torch.testing.assert_close(model.features(x, t, c), StableDiffusion.load(shallow, device="cpu").features(x, t, c))
+    assert not ran
+    model.predict(x, t, c)
     assert ran, "and is compiled for all the rest"
 
 
-def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(shallow):
-    model = StableDiffusion.load(shallow, device="cpu", compile=True)
-    model.denoiser.compile(backend="eager")
-    layers = {n: m for n, m in model.named_modules().items() if n.startswith("unet.") and n.endswith("to_q")}
-    side = SideModules({name: LowRank(layer, rank=2) for name, layer in layers.items()})
-    for p in (p for module in side.modules.values() for p in module.parameters()):
+@torch.no_grad()
+def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(compiled):
+    model, ran = compiled
+    layer = "unet.mid_block.resnets.0.time_emb_proj"
+    side = SideModules({layer: LowRank(model.layer(layer), rank=2)})
+    for p in side.modules[layer].parameters():
         nn.init.normal_(p)
     c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
-    with torch.no_grad():
-        before = model.predict(x, t, c)
-        with side.attached_to(model, "side"):
-            whole = model.predict(x, t, c)
-            mixed = model.predict(x, t, c.with_gains({"side": torch.tensor([0.0, 1.0])}))
-            assert torch.equal(model.without("side").predict(x, t, c), before)
-        assert torch.equal(model.predict(x, t, c), before)
+    before = model.predict(x, t, c)
+    with side.attached_to(model, "side"):
+        whole = model.predict(x, t, c)
+        ran.clear()
+        mixed = model.predict(x, t, c.with_gains({"side": torch.tensor([0.0, 1.0])}))
+        assert ran, "they are compiled too"
+        assert torch.equal(model.without("side").predict(x, t, c), before)
+    assert torch.equal(model.predict(x, t, c), before)
     torch.testing.assert_close(mixed, torch.stack([before[0], whole[1]]))
     assert not torch.allclose(before, whole)
 
