@@ -54,7 +54,7 @@ def attention(any_pipeline) -> str:
     return "attn1" if any_pipeline[0] == "dit" else r"attn2|\.add_"
 
 
-def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
+def test_every_yaml_of_a_family_loads_a_folder_and_its_sampler_walks_as_the_pipeline_does(any_pipeline, tmp_path):
     family, folder = any_pipeline
     for name in YAML[family]:
         cfg = config(
@@ -63,6 +63,7 @@ def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
         loaded = instantiate(cfg.model)
         assert loaded.dtype == torch.bfloat16
         assert Sampler(steps=2)(loaded, ["a cat"], [0]).isfinite().all()
+        assert instantiate(cfg.sampler).scheduler is type(loaded.pipeline.scheduler) is loaded.solver
 
 
 def test_images_are_those_of_diffusers_own_pipeline(any_pipeline, model):
@@ -97,13 +98,6 @@ def test_a_size_beyond_the_model_is_refused_before_anything_is_drawn(sd3):
     model = StableDiffusion3.load(str(sd3), device="cpu")
     with pytest.raises(UserError, match="pixels a side"):
         Sampler().check(model, [ManifestRow(Path("x"), "a cat", "erase", {}, 3, height=4096)])
-
-
-def test_the_yamls_sampler_walks_as_the_pipeline_does(any_pipeline, model, tmp_path):
-    family, folder = any_pipeline
-    for name in YAML[family]:
-        cfg = config(tmp_path, f"model={name}", f"model.path={folder}")
-        assert instantiate(cfg.sampler).scheduler is type(model.pipeline.scheduler) is model.solver
 
 
 def test_a_batch_is_its_images_one_by_one(model):
