@@ -1,13 +1,13 @@
 """Every file of conf/ composes and fits the signature of the class that it configures."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
-from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,15 +23,19 @@ CHOICES = [str(p) for p in FILES if p.parts[0] != "specialization"]
 GIVEN = ["paths.output_dir=/nowhere", "title=a test"]
 NEEDS = {"dataset/folder": ["forget=/a/folder"]}
 TAKES_ANYTHING = {"unlearning.tracking.loggers.wandb"}  # what wandb.init accepts
+USUAL = "emoji_unet"  # the main config's model
 
 
 def names(group: str) -> set[str]:
     return {p.name for p in FILES if str(p.parent) == group and not p.name.startswith("_")}
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=[*GIVEN, *overrides])
+SPECIALIZED = {
+    (model, method)
+    for model in names("model")
+    for method in names("method")
+    if f"{model}_{method}" in names("specialization")
+}
 
 
 def group_and_name(choice: str) -> tuple[str, str]:
@@ -41,15 +45,33 @@ def group_and_name(choice: str) -> tuple[str, str]:
     return "/".join(parts[:depth]), "/".join(parts[depth:])
 
 
-def choose(choice: str) -> DictConfig:
-    """The config of a user who chooses the file `choice`."""
-    group, name = group_and_name(choice)
-    needs = NEEDS.get(choice, [])
-    try:
-        return composed(f"{group}={name}", *needs)
-    except ConfigCompositionException as error:  # a group of groups that the main config does not choose from
-        assert "No match in the defaults list" in str(error), str(error)
-        return composed(f"+{group}={name}", *needs)
+def runs() -> list[tuple[str, ...]]:
+    """The choices of as many runs as the largest group has files: each run has one file of every group that is left.
+
+    A model, which chooses from other groups itself, comes with a method that has settings for it, or with the usual
+    method, whose regularisers it is checked with.
+    """
+    groups: dict[str, list[str]] = {}
+    for choice in CHOICES:
+        groups.setdefault(group_and_name(choice)[0], []).append(choice)
+    pairs = [(f"model/{model}", f"method/{method}") for model, method in sorted(SPECIALIZED) if model != USUAL]
+    alone = [(choice,) for choice in groups.pop("experiment") if choice.count("/") > 1]  # the others: see below
+    models = zip_longest(groups.pop("model"), groups.pop("regulariser"))
+    return [*pairs, *alone, *(tuple(filter(None, run)) for run in (*models, *zip_longest(*groups.values())))]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*GIVEN, *overrides])
+
+
+def choose(*choices: str) -> DictConfig:
+    """The config of a user who chooses these files."""
+    chosen, main = [], OmegaConf.load(CONF / "config.yaml")
+    ours = {group for default in main.defaults if default != "_self_" for group in default}
+    for group, name in map(group_and_name, choices):
+        chosen.append(f"{group}={name}" if group in ours or group.startswith("hydra") else f"+{group}={name}")
+    return composed(*chosen, *(need for choice in choices for need in NEEDS.get(choice, [])))
 
 
 def targets(node: object, path: str = "") -> Iterator[tuple[str, str]]:
@@ -74,27 +96,24 @@ def test_the_main_config_is_valid():
     check(composed())
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_composes_and_fits_what_it_configures(choice):
-    config = choose(choice)
+@pytest.mark.parametrize("choices", runs(), ids=" ".join)
+def test_every_choice_composes_and_fits_what_it_configures(choices):
+    config = choose(*choices)
     check(config)
-    group, _ = group_and_name(choice)
-    written = OmegaConf.load(CONF / f"{choice}.yaml")
-    if "_target_" in written and "# @package" not in (CONF / f"{choice}.yaml").read_text():
-        node = OmegaConf.select(config, group.replace("/", "."))
-        assert OmegaConf.to_container(node)["_target_"] == written["_target_"], "the choice was made"
+    for choice in choices:
+        group, _ = group_and_name(choice)
+        written = OmegaConf.load(CONF / f"{choice}.yaml")
+        if "_target_" in written and "# @package" not in (CONF / f"{choice}.yaml").read_text():
+            node = OmegaConf.select(config, group.replace("/", "."))
+            assert OmegaConf.to_container(node)["_target_"] == written["_target_"], "the choice was made"
+    chosen = {"model": USUAL, **dict(map(group_and_name, choices))}
+    if (chosen["model"], chosen.get("method")) in SPECIALIZED:
+        model, method = get_object(config.model._target_).__self__, get_object(config.method._target_)
+        assert issubclass(model, method.works_on)
 
 
-SPECIALIZED = {f"{model}_{method}": (model, method) for model in names("model") for method in names("method")}
-
-
-@pytest.mark.parametrize("name", sorted(names("specialization")))
-def test_every_specialization_is_of_a_model_and_a_method_that_works_on_it(name):
-    assert name in SPECIALIZED, "no run would ever choose it"
-    model, method = SPECIALIZED[name]
-    config = composed(f"method={method}", f"model={model}")
-    assert issubclass(get_object(config.model._target_).__self__, get_object(config.method._target_).works_on)
-    check(config)
+def test_every_specialization_is_of_a_model_and_a_method():
+    assert names("specialization") == {f"{model}_{method}" for model, method in SPECIALIZED}
 
 
 @pytest.mark.parametrize("experiment", sorted(names("experiment")))
@@ -107,15 +126,17 @@ def test_every_run_of_an_experiment_composes(experiment):
         config = compose("config", overrides=[*GIVEN, f"experiment={experiment}"], return_hydra_config=True)
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which resolves glob(*)
     params = OmegaConf.to_container(config.hydra.sweeper, resolve=False).get("params") or {}
+    swept = {}
     for key, values in params.items():
         [override] = parser.parse_overrides([f"{key}={values}"])
         if isinstance(interval := override.value(), IntervalSweep):
-            values = [interval.start, interval.end]
+            swept[key] = [interval.start, interval.end]
         else:
-            swept = [*override.sweep_string_iterator()] if override.is_sweep_override() else [str(values)]
-            values = swept[:1] if "glob(" in str(values) else swept  # what a glob finds is composed as a choice
-        for value in values:
-            check(composed(f"experiment={experiment}", f"{key}={value}"))
+            swept[key] = [*override.sweep_string_iterator()] if override.is_sweep_override() else [str(values)]
+        if "glob(" in str(values):
+            swept[key] = swept[key][:1]  # what a glob finds is composed as a choice
+    for i in range(max(map(len, swept.values()), default=1)):  # each value in one run
+        check(composed(f"experiment={experiment}", *(f"{key}={v[min(i, len(v) - 1)]}" for key, v in swept.items())))
 
 
 def test_every_choice_begins_with_a_line_that_says_what_it_is():

@@ -28,7 +28,7 @@ def test_it_is_small_and_holds_no_pickle():
 
 
 def test_it_draws_what_is_asked_for(cfg):
-    prompts = [f"a photo of the {name}" for name in CIFAR10]
+    cfg.sampler.steps, prompts = 10, [f"a photo of the {name}" for name in CIFAR10]
     images = instantiate(cfg.sampler)(instantiate(cfg.model), prompts, range(len(prompts)))
     judge = EmojiJudge(WEIGHTS / "judge" / "classifier")
     names, probabilities = judge((255 * images).round().byte().permute(0, 2, 3, 1), "object")

@@ -24,7 +24,7 @@ FOLDER = WEIGHTS / "emoji_vqgan"
 @pytest.fixture(scope="module")
 def scenes():
     """(object images cut out of scenes, the same from the reconstructions, their classes, codes)."""
-    inputs = emoji_scenes("cat", images=40, pictures=1).inputs
+    inputs = emoji_scenes("cat", images=20, pictures=1).inputs
     pictures = np.stack([i.read() for i in inputs])
     model = VQGAN.load(str(FOLDER), device="cpu")
     codes = model.encode(as_tensor(pictures))
@@ -53,18 +53,18 @@ def test_the_judge_recognises_the_reconstructed_objects(scenes):
 
 
 def test_codes_do_not_depend_on_the_batch_and_equal_diffusers():
-    pictures = as_tensor(np.stack([i.read() for i in emoji_scenes("cat", images=48, pictures=1).inputs]))
+    pictures = as_tensor(np.stack([i.read() for i in emoji_scenes("cat", images=8, pictures=1).inputs]))
     vq = VQModel.from_pretrained(FOLDER).eval()
     with torch.no_grad():
         alone = [vq.quantize(vq.encode(2 * p.contiguous() - 1).latents)[2][2] for p in pictures.split(1)]
     model = VQGAN.load(str(FOLDER), device="cpu")
-    for size in (16, 1):
+    for size in (16, 5):
         codes = torch.cat([model.encode(some) for some in pictures.split(size)])
         assert torch.equal(codes.flatten(), torch.cat(alone))
 
 
 def test_its_codebook_is_in_use(scenes):
-    assert len(scenes[-1].unique()) > 0.7 * 2048, "of 80 scenes; experiments/openmoji/measure_vqgan.py has a thousand"
+    assert len(scenes[-1].unique()) > 0.6 * 2048, "of 40 scenes; experiments/openmoji/measure_vqgan.py has a thousand"
 
 
 def test_replacement_erases_the_concept_and_keeps_other_objects(tmp_path):

@@ -86,6 +86,6 @@ def test_neighbours_draws_from_the_distribution_in_its_docstring():
     expected = p[SAFE] * (joint / joint.sum(1, keepdim=True))[:, 0]
     expected /= expected.sum()
     fill = Neighbours(sweeps=0).rule(data, CODEBOOK)
-    drawn = torch.stack([fill(codes, mask, torch.Generator().manual_seed(s))[0, 1] for s in range(4000)])
+    drawn = torch.stack([fill(codes, mask, torch.Generator().manual_seed(s))[0, 1] for s in range(1000)])
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 from torch import nn
@@ -54,7 +54,7 @@ def attention(any_pipeline) -> str:
     return "attn1" if any_pipeline[0] == "dit" else r"attn2|\.add_"
 
 
-def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
+def test_every_yaml_of_a_family_loads_a_folder_and_its_sampler_walks_as_the_pipeline_does(any_pipeline, tmp_path):
     family, folder = any_pipeline
     for name in YAML[family]:
         cfg = config(
@@ -63,6 +63,7 @@ def test_every_yaml_of_a_family_loads_a_folder(any_pipeline, tmp_path):
         loaded = instantiate(cfg.model)
         assert loaded.dtype == torch.bfloat16
         assert Sampler(steps=2)(loaded, ["a cat"], [0]).isfinite().all()
+        assert instantiate(cfg.sampler).scheduler is type(loaded.pipeline.scheduler) is loaded.solver
 
 
 def test_images_are_those_of_diffusers_own_pipeline(any_pipeline, model):
@@ -97,13 +98,6 @@ def test_a_size_beyond_the_model_is_refused_before_anything_is_drawn(sd3):
     model = StableDiffusion3.load(str(sd3), device="cpu")
     with pytest.raises(UserError, match="pixels a side"):
         Sampler().check(model, [ManifestRow(Path("x"), "a cat", "erase", {}, 3, height=4096)])
-
-
-def test_the_yamls_sampler_walks_as_the_pipeline_does(any_pipeline, model, tmp_path):
-    family, folder = any_pipeline
-    for name in YAML[family]:
-        cfg = config(tmp_path, f"model={name}", f"model.path={folder}")
-        assert instantiate(cfg.sampler).scheduler is type(model.pipeline.scheduler) is model.solver
 
 
 def test_a_batch_is_its_images_one_by_one(model):
@@ -236,39 +230,55 @@ def test_features_of_an_image_that_is_not_square_are_those_of_their_place(model,
         assert max(abs(i - j) for i, j in zip(found, place, strict=True)) <= spread
 
 
-def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(sd1):
-    model, ran = StableDiffusion.load(str(sd1), device="cpu"), []
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory) -> str:
+    """The folder of a pipeline whose UNet has attention in the middle only, so that it is soon compiled."""
+    torch.manual_seed(0)
+    pipeline, folder = tiny.sd1(), tmp_path_factory.mktemp("shallow")
+    levels = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **levels})
+    pipeline.save_pretrained(folder)
+    return str(folder)
 
-    def backend(graph, inputs):
-        return lambda *arguments: ran.append(1) or graph(*arguments)
 
-    c, x, t = model.encode_prompts(["a cat"]), model.noise([0]), torch.tensor(500)
+@pytest.fixture(scope="module")
+def compiled(shallow):
+    """(a model whose denoiser was compiled by a first prediction, a list that grows with each run of its graph)."""
+    model, ran = StableDiffusion.load(shallow, device="cpu", compile=True), []
+    model.denoiser.compile(backend=lambda graph, _: lambda *arguments: ran.append(1) or graph(*arguments))
     with torch.no_grad():
-        expected = model.features(x, t, c)
-        model.denoiser.compile(backend=backend)
-        model.predict(x, t, c)
-        assert ran
-        torch.testing.assert_close(model.features(x, t, c), expected)
-        ran.clear()
-        model.predict(x, t, c)
+        model.predict(model.noise([0, 0]), torch.tensor(500), model.encode_prompts(["a cat"] * 2))
+    assert ran
+    return model, ran
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_layer_though_the_denoiser_be_compiled(shallow, compiled):
+    model, ran = compiled
+    c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
+    ran.clear()
+    torch.testing.assert_close(model.features(x, t, c), StableDiffusion.load(shallow, device="cpu").features(x, t, c))
+    assert not ran
+    model.predict(x, t, c)
     assert ran, "and is compiled for all the rest"
 
 
-def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(sd1):
-    model = StableDiffusion.load(str(sd1), device="cpu", compile=True)
-    model.denoiser.compile(backend="eager")
-    layers = {n: m for n, m in model.named_modules().items() if n.startswith("unet.") and n.endswith("to_q")}
-    side = SideModules({name: LowRank(layer, rank=2) for name, layer in layers.items()})
-    for p in (p for module in side.modules.values() for p in module.parameters()):
+@torch.no_grad()
+def test_rows_get_their_own_share_of_side_modules_even_if_the_denoiser_was_compiled_before(compiled):
+    model, ran = compiled
+    layer = "unet.mid_block.resnets.0.time_emb_proj"
+    side = SideModules({layer: LowRank(model.layer(layer), rank=2)})
+    for p in side.modules[layer].parameters():
         nn.init.normal_(p)
     c, x, t = model.encode_prompts(["a cat"] * 2), model.noise([0, 0]), torch.tensor(500)
-    with torch.no_grad():
-        before = model.predict(x, t, c)
-        with side.attached_to(model, "side"):
-            whole = model.predict(x, t, c)
-            mixed = model.predict(x, t, c.with_gains({"side": torch.tensor([0.0, 1.0])}))
-            assert torch.equal(model.without("side").predict(x, t, c), before)
-        assert torch.equal(model.predict(x, t, c), before)
+    before = model.predict(x, t, c)
+    with side.attached_to(model, "side"):
+        whole = model.predict(x, t, c)
+        ran.clear()
+        mixed = model.predict(x, t, c.with_gains({"side": torch.tensor([0.0, 1.0])}))
+        assert ran, "they are compiled too"
+        assert torch.equal(model.without("side").predict(x, t, c), before)
+    assert torch.equal(model.predict(x, t, c), before)
     torch.testing.assert_close(mixed, torch.stack([before[0], whole[1]]))
     assert not torch.allclose(before, whole)
 
