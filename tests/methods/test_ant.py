@@ -114,7 +114,7 @@ def test_those_move_that_every_words_and_seeds_mask_keeps_and_all_others_stay_bi
 
 def test_training_reverses_guidance_in_the_later_steps(model):
     settings = {"mask_share": 1.0, "alpha_1": 0.0, "alpha_2": 0.0, "trajectory": "reuse", "batch_size": 6}
-    method = ant(iterations=12, lr=2e-2, **settings)
+    method = ant(iterations=20, **settings)
     patch = method.fit(model, TASK)
     c, x, t = model.encode_prompts(["cat"] * 16), torch.randn(16, *model.latent_shape), torch.randint(700, (16,))
     method.student, method.teacher = model, model.snapshot(patch.weights)

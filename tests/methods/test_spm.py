@@ -269,7 +269,7 @@ def test_training_brings_the_concept_to_its_target_and_anchoring_holds_the_rest(
     def errors(lamb):
         pl.seed_everything(0, verbose=False)
         settings = {"trajectory": "reuse", "steps": 10, "batch_size": 4, "anchor_count": 4}
-        with spm(iterations=10, lr=4e-2, lamb=lamb, **settings).fit(model, CAT).applied_to(model):
+        with spm(iterations=20, lr=2e-2, lamb=lamb, **settings).fit(model, CAT).applied_to(model):
             concept = (model.predict(x, t, c) - target).pow(2).mean() / (before - target).pow(2).mean()
             return concept, (model.predict(x, t, a) - kept).pow(2).mean()
 

@@ -16,7 +16,8 @@ from unlearning.scrubbing.prototypes import Prototypes, PrototypeSearch
 EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
 
 
-def test_it_is_read_as_it_was_written_for_every_family(any_model, tmp_path):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sdxl", "sd3", "sana", "dit"], indirect=True)
+def test_it_is_read_as_it_was_written(any_model, tmp_path):
     rows = conditioning_rows(
         "null", any_model, None, *torch.randn(2, 1, *any_model.latent_shape), torch.ones(1, 1, 2, 2)
     )
@@ -40,27 +41,24 @@ COMMAND = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def interrupted(error_of, monkeypatch):
-    """A fit was interrupted in its second phase."""
-    with monkeypatch.context() as patch:
-        at_call(patch, Scrubber, "loss", 1, ctrl_c)
-        assert "Interrupted" in error_of(*COMMAND)
-
-
-def test_an_interrupted_fit_does_not_search_again(unlearn, interrupted, tmp_path, monkeypatch):
-    assert list((tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")) and not partial(tmp_path)
-    with monkeypatch.context() as patch:
-        at_call(patch, PrototypeSearch, "__call__", 1, lambda: 1 / 0)
-        run = unlearn(*COMMAND)
-    assert (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
-    assert not (run / "checkpoints").exists()
-
-
-def test_a_damaged_file_is_set_aside_and_computed_again(unlearn, interrupted, tmp_path, monkeypatch, capsys):
-    [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def test_an_interrupted_fit_does_not_search_again_unless_its_file_is_damaged(
+    unlearn, error_of, tmp_path, monkeypatch, capsys
+):
     searches, search = [], PrototypeSearch.__call__
     monkeypatch.setattr(PrototypeSearch, "__call__", lambda *a, **k: searches.append(1) or search(*a, **k))
-    assert (unlearn(*COMMAND) / "erasure").exists()
-    assert searches == [1] and f"{file} is damaged" in capsys.readouterr().out
+
+    def interrupted() -> Path:
+        with monkeypatch.context() as patch:
+            at_call(patch, Scrubber, "loss", 1, ctrl_c)
+            assert "Interrupted" in error_of(*COMMAND)
+        [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
+        return file
+
+    file = interrupted()
+    assert len(searches) == 1 and not partial(tmp_path)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    interrupted()
+    assert len(searches) == 2 and f"{file} is damaged" in capsys.readouterr().out
+    run = unlearn(*COMMAND)
+    assert len(searches) == 2 and (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
+    assert not (run / "checkpoints").exists()
