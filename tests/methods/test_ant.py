@@ -120,7 +120,7 @@ def test_training_reverses_guidance_in_the_later_steps(model):
     method.student, method.teacher = model, model.snapshot(patch.weights)
     before = method.steering(x, t, c, -1.0)
     with patch.applied_to(model):
-        assert method.steering(x, t, c, -1.0) < 0.5 * before
+        assert method.steering(x, t, c, -1.0) < 0.7 * before
 
 
 def test_masks_with_nothing_in_common_and_settings_without_a_later_step_are_answered(model):

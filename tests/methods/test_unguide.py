@@ -69,7 +69,7 @@ def test_every_concept_has_its_own_anchor(model):
 def test_training_brings_the_concepts_prediction_to_the_anchors(model):
     torch.manual_seed(0)
     settings = {"trajectory": "reuse", "steps": 10, "batch_size": 8, "schedule": "diffusers"}
-    adapter = unguide(eta=0.0, iterations=40, lr=1e-2, rank=8, **settings).fit(model, TASK)
+    adapter = unguide(eta=0.0, iterations=40, lr=5e-3, rank=8, **settings).fit(model, TASK)
     c, anchor = model.encode_prompts([CAT] * 16), model.encode_prompts([FOREST] * 16)
     x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
     target, before = model.predict(x, t, anchor), model.predict(x, t, c)
