@@ -101,7 +101,7 @@ def test_the_search_brings_the_concept_back(model):
     """On a trained encoder, the search finds tokens with a prediction nearer to that of the concept."""
     torch.manual_seed(3)
     with Weights(PATTERN).of(model) as pair:
-        method = before_training(model, inner_steps=40, inner_lr=0.05, attack_init="latest")
+        method = before_training(model, inner_steps=20, inner_lr=0.1, attack_init="latest")
         method.teacher = pair.teacher
         with torch.no_grad():
             for p in pair.parameters.values():
@@ -179,12 +179,9 @@ def test_training_brings_the_concepts_prediction_to_the_target(model):
 
     target = 2 * eps("") - eps("cat")
     before = F.mse_loss(eps("cat"), target)
-    settings = {"iterations": 60, "warmup_steps": 40, "inner_steps": 1, "trajectory": "reuse", "batch_size": 4}
-    with (
-        advunlearn(lr=1e-2, gamma=0.0, **settings)
-        .fit(model, UnlearningTask(TASK.erase[:1], TASK.retain))
-        .applied_to(model)
-    ):
+    settings = {"iterations": 25, "warmup_steps": 20, "inner_steps": 1, "trajectory": "reuse", "batch_size": 4}
+    erasure = advunlearn(lr=2e-2, gamma=0.0, **settings).fit(model, UnlearningTask(TASK.erase[:1]))
+    with erasure.applied_to(model):
         assert F.mse_loss(eps("cat"), target) < 0.7 * before
 
 
@@ -231,7 +228,7 @@ def test_all_clip_encoders_are_attacked_and_trained(family, tmp_path):
     assert AdversarialTokens(model, ["cat"], 1).delta.keys() == {"text_encoder", "text_encoder_2"}
 
 
-@pytest.mark.parametrize("family", ["flux", "pixart", "dit"])
+@pytest.mark.parametrize("family", ["flux", "dit"])
 def test_a_model_whose_text_is_not_read_by_clip_is_refused(family, tmp_path):
     model = loaded(family, tiny.save(family, tmp_path))
     with pytest.raises(UserError):

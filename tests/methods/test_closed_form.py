@@ -14,7 +14,7 @@ def problem():
     return [value.double() for value in values]  # W, c, c*, scale
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     """Its tokenizer makes one word piece of each letter, behind a start-of-text token; there are 32 positions."""
     return StableDiffusion.load(str(sd1), device="cpu")
@@ -100,9 +100,8 @@ def test_two_prompts_share_their_beginnings_and_their_ends(model):
     assert torch.equal(c_star, forest[[0, *range(6, 32)]])
 
 
+@pytest.mark.parametrize("any_pipeline", ["sd1", "pixart", "sana"], indirect=True)
 def test_masked_padding_is_excluded(any_model):
-    if not list(any_model.text_projections()):
-        pytest.skip("reads no text")
     c = any_model.encode_prompts(["cat"])
     attended = int(c.extra["mask"].sum()) if "mask" in c.extra else c.embeds.shape[1]
     assert len(states(any_model, ["cat"], "all")[0]) == attended

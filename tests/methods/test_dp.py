@@ -12,7 +12,7 @@ TASK = UnlearningTask(erase=(Concept("cat"),), retain=(Concept("dog"), Concept("
 LAST = {"positions": "last", "energy": 1.0}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
@@ -75,7 +75,8 @@ def test_with_nothing_to_preserve_the_concept_is_mapped_to_zero(model):
         torch.testing.assert_close(c @ maps(model).T, 0 * c @ maps(model).T, atol=1e-5, rtol=0)
 
 
-def test_every_family_that_reads_text_is_edited(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3", "dit"], indirect=True)
+def test_models_that_read_text_are_edited_and_others_refused(any_model):
     if not list(any_model.text_projections()):
         with pytest.raises(UserError, match="reads no text"):
             DP().fit(any_model, TASK)

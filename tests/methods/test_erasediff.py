@@ -118,7 +118,7 @@ def test_the_inner_steps_descend_and_are_undone(model, make):
                 seen.append((undone, lowest, float(self.forgetting(x_0, prompts))))
             return lowest
 
-    method = make(inner_steps=8, iterations=2, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    method = make(inner_steps=5, iterations=2, optimizer=partial(torch.optim.Adam, lr=1e-2))
     method.__class__ = Watched
     method.fit(model, TASK)
     assert len(seen) == 2 and all(undone and lowest < now for undone, lowest, now in seen)
@@ -126,7 +126,7 @@ def test_the_inner_steps_descend_and_are_undone(model, make):
 
 def test_training_brings_the_concepts_prediction_to_the_anchors(model, make):
     adam = partial(torch.optim.Adam, lr=1e-2)
-    settings = {"iterations": 25, "optimizer": adam, "parameters": r"^unet\.", "lamb": 10.0, "inner_steps": 0}
+    settings = {"iterations": 15, "optimizer": adam, "parameters": r"^unet\.", "lamb": 10.0, "inner_steps": 0}
     patch = fitted(make, model, **settings)
     c, anchor = (model.encode_prompts([TASK.prompt(name)] * 16) for name in ("cat", "forest"))
     x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))

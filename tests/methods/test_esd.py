@@ -110,7 +110,7 @@ def test_the_authors_esd_u_is_a_regular_expression(model):
 
 def test_training_brings_the_concepts_prediction_to_the_target(model):
     torch.manual_seed(0)
-    patch = esd(iterations=60, lr=3e-3, trajectory="reuse", steps=10, batch_size=10).fit(model, TASK)
+    patch = esd(iterations=25, lr=1e-2, trajectory="reuse", steps=10, batch_size=8).fit(model, TASK)
     c, null = model.encode_prompts(["a photo of the cat"] * 16), model.encode_prompts([""] * 16)
     x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
     target = model.predict(x, t, null) - (model.predict(x, t, c) - model.predict(x, t, null))

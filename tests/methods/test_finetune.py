@@ -19,7 +19,7 @@ TASK = UnlearningTask((Concept("cat"),), forget_images=IMAGES[:3], retain_images
                       retain_captions=lambda: ["a dog", "a ship", "the sky"])  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
@@ -60,7 +60,7 @@ def test_relearning_brings_the_images_nearer(model):
 
     before = error()
     with (
-        training(iterations=40, lr=5e-3, optimizer=torch.optim.Adam, parameters=r"^unet\.")
+        training(iterations=20, lr=1e-2, optimizer=torch.optim.Adam, parameters=r"^unet\.")
         .fit(model, TASK)
         .applied_to(model)
     ):

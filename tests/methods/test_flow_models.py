@@ -18,9 +18,10 @@ TASK = UnlearningTask(erase=(Concept("cat"),))
 TEXT = {f"add_{name}_proj" for name in "qkv"} | {"to_add_out"}
 
 
-@pytest.fixture(params=["sd3", "flux"])
-def model(request, tmp_path):
-    return tiny.FAMILIES[request.param].load(str(tiny.save(request.param, tmp_path)), device="cpu")
+@pytest.fixture(params=["sd3", "flux"], scope="module")
+def model(request, tmp_path_factory):
+    folder = tiny.save(request.param, tmp_path_factory.mktemp("models"))
+    return tiny.FAMILIES[request.param].load(str(folder), device="cpu")
 
 
 def esd(student, **settings) -> ESD:
@@ -51,7 +52,7 @@ def test_the_target_of_the_flow_is_frozen_and_training_approaches_it(model, stud
     x, t = torch.randn(1, *model.latent_shape), torch.tensor([500.0])
     target = classifier_free(model, x, t, c, null, -1.0)
     before = (model.predict(x, t, c) - target).pow(2).mean()
-    method, targets = esd(student, iterations=20), []
+    method, targets = esd(student, iterations=12), []
 
     class Watched(ESD):
         def erasing(self, *point):
@@ -62,4 +63,4 @@ def test_the_target_of_the_flow_is_frozen_and_training_approaches_it(model, stud
     method.__class__ = Watched
     with method.fit(model, TASK).applied_to(model):
         assert (model.predict(x, t, c) - target).pow(2).mean() < before
-    assert len(targets) == 20 and all(torch.equal(seen, target) for seen in targets)
+    assert len(targets) == 12 and all(torch.equal(seen, target) for seen in targets)

@@ -59,11 +59,11 @@ def test_the_norm_is_of_the_chosen_tokens_in_all_layers_and_of_nothing_else():
     torch.testing.assert_close(attention_norm({"a": [a], "b": [b]}, places), squares.sqrt())
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_training_takes_attention_away_from_the_concepts_tokens(family, make, tmp_path):
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
     cat, others = attention(model, "a photo of cat", "cat")
-    with make(iterations=15).fit(model, TASK).applied_to(model):
+    with make(iterations=8, lr=2e-2).fit(model, TASK).applied_to(model):
         now, others_now = attention(model, "a photo of cat", "cat")
     assert now < 0.8 * cat and now / cat < others_now / others
 

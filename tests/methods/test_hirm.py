@@ -36,7 +36,7 @@ def hirm(*, lr=1e-3, epochs=10, **more) -> HiRM:
 def models(tmp_path_factory):
     """Tiny models by family, loaded once."""
     folder = tmp_path_factory.mktemp("models")
-    kinds = {family: tiny.FAMILIES[family] for family in ("sd1", "sdxl", "sd3", "flux", "pixart", "sana", "dit")}
+    kinds = {family: tiny.FAMILIES[family] for family in ("sd1", "sdxl", "flux", "pixart", "dit")}
     return {f: kind.load(str(tiny.save(f, folder)), device="cpu") for f, kind in kinds.items()}
 
 
@@ -50,8 +50,10 @@ def distances(model, targets):
         return {part: float((h - targets[part]).norm()) for part, h in states(model, ["cat"]).items()}
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
-@pytest.mark.parametrize("towards", [RANDOM, SUPER, {"direction": "global", "c": 5000.0}])
+@pytest.mark.parametrize(
+    ("family", "towards"),
+    [("sd1", RANDOM), ("sd1", SUPER), ("sd1", {"direction": "global", "c": 5000.0}), ("sdxl", RANDOM), ("flux", SUPER)],
+)
 def test_the_concepts_high_level_state_comes_closer_to_the_target_and_nothing_but_the_first_layer_moves(
     models, family, towards
 ):
@@ -74,7 +76,7 @@ def test_the_concepts_high_level_state_comes_closer_to_the_target_and_nothing_bu
 def test_the_concept_is_encoded_as_its_super_category(model):
     target = states(model, ["animal"])
     before = distances(model, target)["text_encoder"]
-    with hirm(**SUPER, epochs=150, lr=3e-3).fit(model, TASK).applied_to(model):
+    with hirm(**SUPER, epochs=50, lr=1e-2).fit(model, TASK).applied_to(model):
         assert distances(model, target)["text_encoder"] < 0.3 * before
 
 
@@ -112,7 +114,7 @@ def test_an_epoch_has_one_step_for_every_concept(model):
     assert seen == [["cat"], ["dog"]] * 2
 
 
-@pytest.mark.parametrize("family", ["pixart", "sana", "dit"])
+@pytest.mark.parametrize("family", ["pixart", "dit"])
 def test_a_model_without_a_clip_text_encoder_is_refused(models, family):
     with pytest.raises(UserError, match="CLIP"):
         hirm(**RANDOM).fit(models[family], TASK)

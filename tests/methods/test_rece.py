@@ -12,7 +12,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 CAT = UnlearningTask(erase=(Concept("cat", anchor="forest"), Concept("ship")), retain=(Concept("dog"),))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
@@ -73,7 +73,8 @@ def test_after_each_repetition_less_of_the_concept_can_be_brought_back(model):
     assert left[0] < left[1] < left[2]
 
 
-def test_every_family_that_reads_text_is_edited(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3", "dit"], indirect=True)
+def test_models_that_read_text_are_edited_and_others_refused(any_model):
     if not list(any_model.text_projections()):
         with pytest.raises(UserError, match="reads no text"):
             RECE().fit(any_model, CAT)

@@ -72,9 +72,8 @@ def test_an_eraser_adds_to_the_output_of_its_layer_what_it_makes_of_it(model):
         torch.testing.assert_close(layer(x, text), o + inner @ up.T + up_bias)
 
 
-@pytest.mark.parametrize("family", ["sd3", "pixart"])
-def test_a_denoiser_without_a_unet_is_refused(family, tmp_path):
-    model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
+def test_a_denoiser_without_a_unet_is_refused(tmp_path):
+    model = tiny.FAMILIES["pixart"].load(str(tiny.save("pixart", tmp_path)), device="cpu")
     with pytest.raises(UserError, match="UNet"):
         receler().fit(model, TASK)
 
@@ -130,7 +129,7 @@ def test_before_the_first_step_the_loss_is_guidance_away_from_the_concept(model,
 def test_training_brings_the_concepts_prediction_to_the_target(model):
     torch.manual_seed(0)
     settings = {"trajectory": "reuse", "schedule": "diffusers", "steps": 10, "batch_size": 8, "vectors": 0}
-    erasure = receler(iterations=80, lr=1e-2, beta=0.0, **settings).fit(model, TASK)
+    erasure = receler(iterations=25, lr=3e-2, beta=0.0, **settings).fit(model, TASK)
     c, null = model.encode_prompts(["cat"] * 16), model.encode_prompts([""] * 16)
     x, t = torch.randn(16, *model.latent_shape), torch.randint(1000, (16,))
     target = 2 * model.predict(x, t, null) - model.predict(x, t, c)
@@ -162,10 +161,10 @@ def test_a_text_without_room_for_the_vectors_gives_an_error(model):
 def test_steps_of_the_vectors_bring_the_prediction_closer_to_the_concepts_and_leave_the_erasers(model):
     x_t, t, c = model.noise([5]), torch.tensor([400]), model.encode_prompts(["cat"])
     words, eps_c = model.word_pieces(c.prompts), model.predict(x_t, t, c)
-    adversary = AdversarialVectors(c, count=8, lr=0.1, weight_decay=0.0)
+    adversary = AdversarialVectors(c, count=8, lr=0.2, weight_decay=0.0)
     with BesideCrossAttention(rank=4).of(model) as pair:
         distances = []
-        for _ in range(30):
+        for _ in range(15):
             eps = pair.student.predict(x_t, t, adversary.overwritten(c, words))
             distances.append((eps - eps_c).pow(2).mean())
             adversary.step(distances[-1])

@@ -1,5 +1,6 @@
 """Regularisers around trained methods: their guarantees, on ESD-x, Concept Ablation and the scrubber."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,11 +26,8 @@ from unlearning.training.student import LoRA, Weights
 
 RETAIN = ("dog", "ship", "car")
 RNG = np.random.default_rng(0)
-IMAGES = [RNG.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(12)]
-TASK = UnlearningTask(
-    erase=(Concept("cat", anchor="forest"),), retain=tuple(map(Concept, RETAIN)),
-    forget_images=IMAGES[:6], retain_images=IMAGES[6:],
-)  # fmt: skip
+IMAGES = [RNG.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(6)]
+TASK = UnlearningTask((Concept("cat", anchor="forest"),), retain=tuple(map(Concept, RETAIN)), forget_images=IMAGES)
 METHODS = ("esd", "ablation", "scrubber")
 
 
@@ -57,7 +55,7 @@ def make(tmp_path):
         if name == "ablation":
             drawn = Generated(str(tmp_path), Sampler(steps=2))
             return ConceptAblation(generated=drawn, count=4, templates=["a {}"], **training)
-        search = PrototypeSearch(K=4, tau=0.0, vectors=100, purity=0.0, confirmed=False)
+        search = PrototypeSearch(K=4, tau=0.0, vectors=100, purity=0.0, confirmed=False, centred=False)
         return Scrubber(prototypes=search, conditioning="null", blinding="gaussian", **training)
 
     return of
@@ -75,15 +73,15 @@ def shift(model, patch):
     return sum(step.abs().sum() for step in steps) / sum(step.numel() for step in steps)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", [L1SP, L2SP])
-def test_a_penalty_keeps_weights_near_their_start(model, make, name, kind):
+@pytest.mark.parametrize("name", ["esd", "scrubber"])
+def test_a_penalty_keeps_weights_near_their_start(model, make, name):
     shifts = []
-    for regulariser in (None, kind({L1SP: 0.1, L2SP: 1e6}[kind])):
+    for regulariser in (None, L1SP(0.1), L2SP(1e6)):
         pl.seed_everything(3, verbose=False)
-        method = make(name, iterations=8, optimizer=partial(torch.optim.SGD, lr=1e-3), regulariser=regulariser)
+        method = make(name, iterations=5, optimizer=partial(torch.optim.SGD, lr=1e-3), regulariser=regulariser)
         shifts.append(shift(model, method.fit(model, TASK)))
-    assert 0 < shifts[1] < shifts[0]
+    free, *bound = shifts
+    assert all(0 < short < free for short in bound)
 
 
 def test_the_penalties_are_means_over_all_entries():
@@ -108,7 +106,7 @@ def test_non_finite_importance_is_an_error(broken):
         largest({"a": torch.ones(3), "b": torch.tensor([1.0, broken])}, 0.5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["esd", "scrubber"])
 def test_projected_updates_change_no_output_for_retained_concepts(model, make, name):
     """Under Adam, with weight decay: theta C = theta_0 C, while other states are mapped elsewhere."""
     patch = make(name, regulariser=GradientProjection()).fit(model, TASK)
@@ -163,25 +161,20 @@ def test_selft_moves_the_entries_of_the_largest_product_of_weight_and_gradient(m
     assert all(torch.equal(steps[n] != 0, masks[n]) for n in g)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_merging_combines_the_updates_of_single_concepts(model, make, name):
-    both = UnlearningTask(
-        erase=(Concept("cat", anchor="forest"), Concept("ox", anchor="sea")), retain=TASK.retain,
-        forget_images=TASK.forget_images, retain_images=TASK.retain_images,
-    )  # fmt: skip
-    alone = []
-    for concept in both.erase:
+@pytest.mark.parametrize(("name", "ways"), [("esd", ("sum", "mean", "ties")), ("scrubber", ("ties",))])
+def test_merging_combines_the_updates_of_single_concepts(model, make, name, ways):
+    both = replace(TASK, erase=(Concept("cat", anchor="forest"), Concept("ox", anchor="sea")))
+
+    def steps(task, regulariser=None):
         pl.seed_everything(3, verbose=False)
-        method = make(name)
-        alone.append(moved(model, method.fit(model, UnlearningTask(erase=(concept,), retain=both.retain,
-                     forget_images=both.forget_images, retain_images=both.retain_images))))  # fmt: skip
-    tau = {n: torch.stack([steps[n] for steps in alone]) for n in alone[0]}
-    expected = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "ties": lambda t: ties(t, 0.3)}
-    for how, combine in expected.items():
-        pl.seed_everything(3, verbose=False)
-        merged = moved(model, make(name, regulariser=Merge(how, scale=0.5, share=0.3)).fit(model, both))
-        for n, value in merged.items():
-            torch.testing.assert_close(value, 0.5 * combine(tau[n]), atol=1e-6, rtol=1e-4)
+        return moved(model, make(name, iterations=2, regulariser=regulariser).fit(model, task))
+
+    alone = [steps(replace(TASK, erase=(concept,))) for concept in both.erase]
+    tau = {n: torch.stack([own[n] for own in alone]) for n in alone[0]}
+    combined = {"sum": lambda t: t.sum(0), "mean": lambda t: t.mean(0), "ties": lambda t: ties(t, 0.3)}
+    for how in ways:
+        for n, value in steps(both, Merge(how, scale=0.5, share=0.3)).items():
+            torch.testing.assert_close(value, 0.5 * combined[how](tau[n]), atol=1e-6, rtol=1e-4)
 
 
 def test_ties_trims_elects_and_averages_those_that_agree():

@@ -35,7 +35,7 @@ class Trained:
         return WeightPatch(self.moved)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
@@ -83,7 +83,8 @@ def test_an_unsupported_scrubber_is_refused_before_training(model, scrubber, set
         ScrubSolve(scrubber=scrubber).fit(model, None)
 
 
-def test_every_family_that_reads_text_is_solved_for(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3", "dit"], indirect=True)
+def test_models_that_read_text_are_solved_for_and_others_refused(any_model):
     if not any_model.text_encoders:
         with pytest.raises(UserError, match="reads no text"):
             ScrubSolve(scrubber=Trained()).fit(any_model, None)

@@ -12,7 +12,7 @@ TASK = UnlearningTask(erase=(Concept("cat", anchor="forest"), Concept("ship")), 
 PLAIN = {"threshold": 1e-6, "augmented": 0}  # all directions but those of the retained states themselves
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
@@ -160,9 +160,9 @@ def test_without_anything_to_retain_the_null_prompt_is_retained_which_needs_lamb
     assert SPEED(**settings | {"threshold": 0.1}, lamb=0.5).fit(model, nothing).weights
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_every_family_that_reads_text_is_edited(any_model, positions):
-    speed = SPEED(positions=positions, threshold=1.0, lamb=0.5)
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3", "dit"], indirect=True)
+def test_models_that_read_text_are_edited_and_others_refused(any_model):
+    speed = SPEED(positions="all", threshold=1.0, lamb=0.5)
     if not list(any_model.text_projections()):
         with pytest.raises(UserError, match="reads no text"):
             speed.fit(any_model, TASK)

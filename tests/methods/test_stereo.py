@@ -165,9 +165,8 @@ def test_a_second_fit_gives_the_same_result(model):
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_other_families_learn_a_word_for_each_of_their_encoders(family, tmp_path):
-    model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
+def test_another_family_learns_a_word_for_each_of_its_encoders(tmp_path):
+    model = tiny.FAMILIES["sd3"].load(str(tiny.save("sd3", tmp_path)), device="cpu")
     method = stereo(
         search=esd(student=Weights("attn")), erase=esd(AtOnce, student=Weights("attn"), iterations=1), rounds=1
     )

@@ -12,7 +12,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing.blinding import Blinding, inpainted, replacement, shuffled
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 

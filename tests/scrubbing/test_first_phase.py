@@ -3,20 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import unlearning
 from tests.run.small import at_call, ctrl_c, partial
 from unlearning.methods.scrubber import Scrubber
 from unlearning.scrubbing.conditioning import conditioning_rows
 from unlearning.scrubbing.first_phase import FirstPhase
 from unlearning.scrubbing.prototypes import Prototypes, PrototypeSearch
 
-EMBEDDED = Path(unlearning.__file__).parent / "weights" / "emoji_unet"
 
-
-def test_it_is_read_as_it_was_written_for_every_family(any_model, tmp_path):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sdxl", "sd3", "sana", "dit"], indirect=True)
+def test_it_is_read_as_it_was_written(any_model, tmp_path):
     rows = conditioning_rows(
         "null", any_model, None, *torch.randn(2, 1, *any_model.latent_shape), torch.ones(1, 1, 2, 2)
     )
@@ -35,32 +35,39 @@ def test_it_is_read_as_it_was_written_for_every_family(any_model, tmp_path):
 
 
 COMMAND = [
-    "method=scrubber", "concept=cat", f"model.path={EMBEDDED}", "method.conditioning=null", "dataset.pictures=6",
-    "method.prototypes.K=4", "method.prototypes.purity=0", "method.iterations=1", "method.batch_size=2", "stages=[fit]",
+    "method=scrubber", "method.conditioning=null", "method.prototypes.K=4", "method.prototypes.purity=0",
+    "method.iterations=1", "method.batch_size=2", "dataset=folder", "dataset.size=16", "stages=[fit]",
 ]  # fmt: skip
 
 
 @pytest.fixture
-def interrupted(error_of, monkeypatch):
-    """A fit was interrupted in its second phase."""
-    with monkeypatch.context() as patch:
-        at_call(patch, Scrubber, "loss", 1, ctrl_c)
-        assert "Interrupted" in error_of(*COMMAND)
+def command(tmp_path):
+    """A short fit on random images."""
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)):
+        folder = tmp_path / ("cats", "others")[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return [*COMMAND, f"forget={tmp_path}/cats", f"retain={tmp_path}/others"]
 
 
-def test_an_interrupted_fit_does_not_search_again(unlearn, interrupted, tmp_path, monkeypatch):
-    assert list((tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")) and not partial(tmp_path)
-    with monkeypatch.context() as patch:
-        at_call(patch, PrototypeSearch, "__call__", 1, lambda: 1 / 0)
-        run = unlearn(*COMMAND)
-    assert (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
-    assert not (run / "checkpoints").exists()
-
-
-def test_a_damaged_file_is_set_aside_and_computed_again(unlearn, interrupted, tmp_path, monkeypatch, capsys):
-    [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def test_an_interrupted_fit_does_not_search_again_unless_its_file_is_damaged(
+    unlearn, error_of, command, tmp_path, monkeypatch, capsys
+):
     searches, search = [], PrototypeSearch.__call__
     monkeypatch.setattr(PrototypeSearch, "__call__", lambda *a, **k: searches.append(1) or search(*a, **k))
-    assert (unlearn(*COMMAND) / "erasure").exists()
-    assert searches == [1] and f"{file} is damaged" in capsys.readouterr().out
+
+    def interrupted() -> Path:
+        with monkeypatch.context() as patch:
+            at_call(patch, Scrubber, "loss", 1, ctrl_c)
+            assert "Interrupted" in error_of(*command)
+        [file] = (tmp_path / "run" / "checkpoints").glob("*/first_phase.pt")
+        return file
+
+    file = interrupted()
+    assert len(searches) == 1 and not partial(tmp_path)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    interrupted()
+    assert len(searches) == 2 and f"{file} is damaged" in capsys.readouterr().out
+    run = unlearn(*command)
+    assert len(searches) == 2 and (run / "erasure").exists() and len(list((run / "figures").iterdir())) == 5
+    assert not (run / "checkpoints").exists()
