@@ -8,6 +8,7 @@ from tempfile import mkdtemp
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,9 +36,10 @@ def methods(family: type[DiffusionModel]) -> list[str]:
     """The names of the methods that work on a family."""
 
     def works(name: str) -> bool:
-        return issubclass(family, get_class(_config(f"method={name}").method._target_).works_on)
+        return issubclass(family, get_class(compose(overrides=[f"+method={name}"]).method._target_).works_on)
 
-    return [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS and works(name)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS and works(name)]
 
 
 def method(name: str, model: DiffusionModel) -> Counted:

@@ -90,7 +90,8 @@ def test_lists_take_turns():
     assert in_turn(["ab", "", "cde"]) == ["a", "c", "b", "d", "e"]
 
 
-def test_every_family_that_reads_text_is_attacked(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sd3", "dit"], indirect=True)
+def test_families_that_read_text_are_attacked(any_model):
     task, rows = rows_of("a cat", images=3)
     if isinstance(any_model, DiT):
         with pytest.raises(UserError, match="classes"):
