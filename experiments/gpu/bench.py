@@ -75,7 +75,7 @@ class Size:
     workers: int = 12  # of clean-fid
 
 
-TINY = Size(turns=2, steps=1, trajectory=2, iterations=1, pictures=1, images=4, pngs=3, workers=0)
+TINY = Size(turns=2, steps=1, trajectory=1, iterations=1, pictures=1, images=4, pngs=3, workers=0)
 
 
 class Bench:

@@ -202,13 +202,16 @@ def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_attacks_generates_and_measures(unlearn):
+def test_a_run_of_several_attacks_generates_and_measures(unlearn):
     short = [f"attack.cce.{name}=2" for name in ("iterations", "batch_size", "count")]
-    run = unlearn("attack=[cce]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
+    short += [f"attack.ring_a_bell.{name}=4" for name in ("iterations", "population", "tokens")]
+    run = unlearn("attack=[cce,ring_a_bell]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
     [row] = read_manifest(run / "images" / "attacked-cce.csv")
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
+    [found] = read_manifest(run / "images" / "attacked-ring_a_bell.csv")
+    assert found.role == ATTACK and found.comeback and found.prompt
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {"robustness/asr_cce", "robustness/asr_before_cce"} <= metrics.keys()
+    assert {"robustness/asr_cce", "robustness/asr_before_cce", "robustness/asr_ring_a_bell"} <= metrics.keys()
     record = json.loads((run / "attacks" / "cce.json").read_text())
     assert record["access"] == "white" and record["targets"] == 1 and record["cost"]["seconds"] >= 0
     assert [found["prompt"] for found in record["rows"]] == ["a photo of the x"]

@@ -1,6 +1,5 @@
 """Ring-A-Bell (Tsai et al., 2024): tokens whose states are near those of a prompt plus the concept direction."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from tests.attacks.shots import found_by
 from unlearning.attacks.ring_a_bell import RingABell
-from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
@@ -16,7 +15,7 @@ from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.attack_result import AttackResult, restored
 from unlearning.sampling.tokens import FreeTokens
-from unlearning.store.manifest import manifest, read_manifest
+from unlearning.store.manifest import manifest
 
 PROMPTS = (Prompt("a q", ERASE, concept="q"), Prompt("q on a sofa", ERASE, concept="q"))
 TASK = UnlearningTask(erase=(Concept("q"),), prompts=PROMPTS, images_per_prompt=2)
@@ -146,12 +145,3 @@ def test_families_that_read_text_are_attacked(any_model):
 def test_more_tokens_than_the_text_encoder_reads_are_refused(model):
     with pytest.raises(UserError, match="too long"):
         attacked(model, tokens=31)
-
-
-def test_a_run_attacks_generates_and_measures(unlearn):
-    short = [f"attack.ring_a_bell.{name}=4" for name in ("iterations", "population", "tokens")]
-    chosen = ("attack=[ring_a_bell]", "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
-    run = unlearn(*chosen, *short)
-    [row] = read_manifest(run / "images" / "attacked-ring_a_bell.csv")
-    assert row.role == ATTACK and row.comeback and row.prompt
-    assert "robustness/asr_ring_a_bell" in json.loads((run / "metrics.json").read_text())
