@@ -107,7 +107,7 @@ def test_a_model_denoises_the_images_better_with_the_learned_word(model):
     with WeightPatch(weights).applied_to(model), torch.no_grad():
         found = attacked(model, iterations=60, batch_size=8)
         learned = {"text_encoder": embeds(found)[0, 1 + len("aphotoofthe")]}
-        assert error(learned) < error(first_piece(model, "a")) - 1e-3
+        assert error(learned) < error(first_piece(model, "a")) - 5e-4
 
 
 @pytest.mark.parametrize("settings", [{}, {"transfer": True}, {"prompts": ("a {}", "the {}"), "flip": False}])
