@@ -19,7 +19,7 @@ from unlearning.models.families import as_model
 from unlearning.sampling.sampler import Sampler
 from unlearning.training.student import LoRA
 
-ESD = {"method": "esd_x", "iterations": 2, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
+ESD = {"method": "esd_x", "iterations": 1, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
 
 
 def generated(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:

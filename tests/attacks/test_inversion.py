@@ -26,7 +26,7 @@ def last(path):
 
 
 @torch.no_grad()
-def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: int = 4, **settings) -> float:
+def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: int = 6, **settings) -> float:
     """The largest error of latents after inversion and sampling."""
     torch.manual_seed(0)
     c, x_0 = model.encode_prompts(["a q", "z"]), torch.randn(2, *model.latent_shape)
@@ -38,12 +38,12 @@ def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: 
 def test_inversion_and_back_returns_the_latents(family, tmp_path):
     """A prediction of noise, and a flow."""
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
-    assert there_and_back(model, 10) < 1e-3 < there_and_back(model, 0)
+    assert there_and_back(model, 20) < 0.01 * there_and_back(model, 0)
 
 
 def test_a_descent_finds_the_same_noise_slowly(model):
-    plain = there_and_back(model, 0)
-    descended = there_and_back(model, 10, "descent", learning_rate=0.1)
+    plain = there_and_back(model, 0, steps=4)
+    descended = there_and_back(model, 10, "descent", steps=4, learning_rate=0.05)
     assert descended < plain / 2
 
 

@@ -32,7 +32,7 @@ class Says:
 
 
 def attack(witness, **settings) -> UnlearnDiffAtk:
-    short = {"times": 3, "iterations": 2, "tokens": 2}
+    short = {"times": 3, "iterations": 1, "tokens": 2}
     adam = partial(torch.optim.Adam, lr=0.01, weight_decay=0.1)
     return UnlearnDiffAtk(images=SAMPLER, witness=witness, optimizer=adam, **(short | settings))
 
