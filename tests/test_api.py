@@ -19,7 +19,7 @@ from unlearning.models.families import as_model
 from unlearning.sampling.sampler import Sampler
 from unlearning.training.student import LoRA
 
-ESD = {"method": "esd_x", "iterations": 2, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
+ESD = {"method": "esd_x", "iterations": 1, "steps": 2, "optimizer": {"lr": 0.01}, "student": {"parameters": "attn"}}
 
 
 def generated(pipe: DiffusionPipeline, family: str = "sd1") -> torch.Tensor:
@@ -52,8 +52,22 @@ def pipe():
     return pipeline("sd1")
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_pipeline_of_any_family_is_erased_in_place(family):
+@pytest.fixture(scope="module")
+def shared():
+    pipe = pipeline("sd1")
+    return pipe, weights(pipe)
+
+
+@pytest.fixture
+def untouched(shared):
+    """A pipeline that the test leaves as it is."""
+    pipe, before = shared
+    yield pipe
+    assert same(weights(pipe), before)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "dit"])
+def test_a_pipeline_is_erased_in_place(family):
     pipe = pipeline(family)
     scheduler, parts, before, first = pipe.scheduler, networks(pipe), weights(pipe), generated(pipe, family)
     assert erase(pipe, "cat", **ESD) is pipe
@@ -131,11 +145,9 @@ def test_a_whole_task_may_be_erased_and_the_defaults_are_those_of_the_yaml(pipe)
         ({"method": "uce", "anchor": {"caat": "sky"}}, "cat"),
     ],
 )
-def test_a_mistake_gets_a_suggestion(pipe, settings, suggestion):
-    before = weights(pipe)
+def test_a_mistake_gets_a_suggestion(untouched, settings, suggestion):
     with pytest.raises(UserError, match=suggestion.replace("(", r"\(")):
-        erase(pipe, "cat", **settings)
-    assert same(weights(pipe), before)
+        erase(untouched, "cat", **settings)
 
 
 TASK = UnlearningTask((Concept("cat"),))
@@ -145,7 +157,6 @@ TASK = UnlearningTask((Concept("cat"),))
     ("concept", "settings", "named"),
     [
         ("cat", {"template": "a photo of it"}, "`template`"),
-        ("cat", {"template": "a photo of the {x}"}, "`template`"),
         ("cat", {"template": "a photo of the {"}, "`template`"),
         ("cat", {"template": None}, "`template`"),
         ("cat", {"seed": -1}, "`seed`"),
@@ -163,17 +174,15 @@ TASK = UnlearningTask((Concept("cat"),))
         (replace(TASK, template="a photo"), {}, r"`task\.template`"),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_before_anything_is_made(pipe, concept, settings, named):
-    before = weights(pipe)
+def test_a_value_that_does_not_fit_is_named_before_anything_is_made(untouched, concept, settings, named):
     with pytest.raises(UserError, match=named):
-        erase(pipe, concept, **{"method": "uce", **settings})
-    assert same(weights(pipe), before)
+        erase(untouched, concept, **{"method": "uce", **settings})
 
 
 @pytest.mark.parametrize("settings", [{"method": "negative_prompt"}, {"method": "spm", "iterations": 10**9}])
-def test_an_erasure_without_weights_is_refused_before_training(pipe, settings):
+def test_an_erasure_without_weights_is_refused_before_training(untouched, settings):
     with pytest.raises(UserError, match="return_erasure=True"):
-        erase(pipe, "cat", **settings)
+        erase(untouched, "cat", **settings)
 
 
 def test_a_guidance_erasure_acts_in_the_model_and_blocks_plain_pipeline_calls(pipe):
@@ -209,6 +218,9 @@ def test_generators_and_precisions_stay_as_they_are():
 
 
 def test_a_pipeline_is_of_the_family_that_has_its_class():
+    for family, kind in tiny.FAMILIES.items():
+        with as_model(tiny.pipeline(family)) as model:
+            assert type(model) is kind
     with as_model(tiny.pixart(PixArtAlphaPipeline)) as model:
         assert isinstance(model, tiny.FAMILIES["pixart"])
     other = DDPMPipeline(UNet2DModel(8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,

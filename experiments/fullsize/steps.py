@@ -20,6 +20,7 @@ from unlearning.__main__ import CONF
 from unlearning.concepts import ERASE, UnlearningTask
 from unlearning.config import instances
 from unlearning.config.suggestions import choices
+from unlearning.methods.base import Method
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.sampler import Sampler
@@ -34,10 +35,14 @@ ENDLESS = ("words_solve",)  # it tries words in thousands of calls of the denois
 def methods(family: type[DiffusionModel]) -> list[str]:
     """The names of the methods that work on a family."""
 
-    def works(name: str) -> bool:
-        return issubclass(family, get_class(_config(f"method={name}").method._target_).works_on)
+    named = [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS]
+    return [name for name in named if issubclass(family, target(name).works_on)]
 
-    return [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS and works(name)]
+
+def target(name: str) -> type[Method]:
+    """The class of a method; a variant's is that of the method on which its file builds."""
+    file = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    return get_class(file["_target_"]) if "_target_" in file else target(file["defaults"][0].partition("@")[0])
 
 
 def method(name: str, model: DiffusionModel) -> Counted:

@@ -105,9 +105,9 @@ def test_a_model_denoises_the_images_better_with_the_learned_word(model):
         return F.mse_loss(model.predict(z_t, t, c.expand(64)), model.to_prediction(z_0, z_t, t)).item()
 
     with WeightPatch(weights).applied_to(model), torch.no_grad():
-        found = attacked(model, iterations=150, batch_size=8)
+        found = attacked(model, iterations=60, batch_size=8)
         learned = {"text_encoder": embeds(found)[0, 1 + len("aphotoofthe")]}
-        assert error(learned) < error(first_piece(model, "a")) - 1e-3
+        assert error(learned) < error(first_piece(model, "a")) - 5e-4
 
 
 @pytest.mark.parametrize("settings", [{}, {"transfer": True}, {"prompts": ("a {}", "the {}"), "flip": False}])
@@ -120,7 +120,8 @@ def test_the_model_stays_bit_identical(model, settings):
     assert not any(p.requires_grad or p.grad is not None for p in after.values())
 
 
-def test_every_family_that_reads_text_is_attacked(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sdxl", "sd3", "dit"], indirect=True)
+def test_families_that_read_text_are_attacked(any_model):
     if not any_model.text_encoders:
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
@@ -174,11 +175,11 @@ class Watched(Guidance):
 
 def test_a_walk_falls_within_a_window_from_the_step_that_belongs_to_its_timestep(model):
     model.guidance = guidance = Watched()
-    attacked(model, walk=5, window=90, steps=50, iterations=8)
-    assert len(guidance.walks) == 8
+    attacked(model, walk=3, window=90, steps=50, iterations=4)
+    assert len(guidance.walks) == 4
     for walk in guidance.walks:
         times, steps = zip(*walk, strict=True)
-        assert len(walk) == 5 and all(a > b for a, b in pairwise(times)) and times[0] - times[-1] < 90
+        assert len(walk) == 3 and all(a > b for a, b in pairwise(times)) and times[0] - times[-1] < 90
         assert all(b == a + 1 for a, b in pairwise(steps)) and abs(steps[0] - (1000 - times[0]) / 20) <= 1
     assert len({walk[0] for walk in guidance.walks}) > 1
 
@@ -201,13 +202,16 @@ def test_a_transferred_word_does_not_depend_on_the_erased_model(model):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_attacks_generates_and_measures(unlearn):
+def test_a_run_of_several_attacks_generates_and_measures(unlearn):
     short = [f"attack.cce.{name}=2" for name in ("iterations", "batch_size", "count")]
-    run = unlearn("attack=[cce]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
+    short += [f"attack.ring_a_bell.{name}=4" for name in ("iterations", "population", "tokens")]
+    run = unlearn("attack=[cce,ring_a_bell]", *short, "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
     [row] = read_manifest(run / "images" / "attacked-cce.csv")
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
+    [found] = read_manifest(run / "images" / "attacked-ring_a_bell.csv")
+    assert found.role == ATTACK and found.comeback and found.prompt
     metrics = json.loads((run / "metrics.json").read_text())
-    assert {"robustness/asr_cce", "robustness/asr_before_cce"} <= metrics.keys()
+    assert {"robustness/asr_cce", "robustness/asr_before_cce", "robustness/asr_ring_a_bell"} <= metrics.keys()
     record = json.loads((run / "attacks" / "cce.json").read_text())
     assert record["access"] == "white" and record["targets"] == 1 and record["cost"]["seconds"] >= 0
     assert [found["prompt"] for found in record["rows"]] == ["a photo of the x"]

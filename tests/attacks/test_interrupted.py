@@ -19,7 +19,7 @@ from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.sampler import Sampler
 from unlearning.store import loops
 
-SAMPLER = Sampler(steps=2, batch_size=1)
+SAMPLER = Sampler(steps=1, batch_size=1)
 ADAM = partial(torch.optim.Adam, lr=0.01)
 
 
@@ -35,14 +35,14 @@ def attacks(store):
     few = {"images": images, "count": 2, "optimizer": ADAM}
     return {
         "cce": CCE(**few, prompts=("a {}",), initial="q", iterations=4, batch_size=2, accumulate=1),
-        "classifier_guidance": ClassifierGuidance(**few, epochs=4, batch_size=8, scales=(1.0,)),
+        "classifier_guidance": ClassifierGuidance(**few, epochs=2, batch_size=8, scales=(1.0,)),
         "inversion": Inversion(images=SAMPLER, steps=2),
         "mma": MMA(tokens=3, count=1, iterations=4, candidates=12, top=8, transfer=False),
-        "p4d": P4D(images=SAMPLER, optimizer=ADAM, tokens=2, iterations=4, samples=4, check=2),
+        "p4d": P4D(images=SAMPLER, optimizer=ADAM, tokens=2, iterations=2, samples=4, check=1),
         "recall": Recall(images=SAMPLER, iterations=1),
         "ring_a_bell": RingABell(tokens=3, population=8, iterations=4),
         "unlearndiffatk": UnlearnDiffAtk(
-            images=SAMPLER, witness=never, optimizer=ADAM, tokens=2, times=4, iterations=1
+            images=SAMPLER, witness=never, optimizer=ADAM, tokens=2, times=2, iterations=1
         ),
     }
 

@@ -13,7 +13,7 @@ from unlearning.sampling.guidance import begin
 from unlearning.sampling.inverse import noise_of
 from unlearning.sampling.sampler import Sampler, denoise
 
-SAMPLER = Sampler(steps=4, guidance_scale=2.0, batch_size=2)
+SAMPLER = Sampler(steps=2, guidance_scale=2.0, batch_size=2)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def last(path):
 
 
 @torch.no_grad()
-def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: int = 10, **settings) -> float:
+def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: int = 6, **settings) -> float:
     """The largest error of latents after inversion and sampling."""
     torch.manual_seed(0)
     c, x_0 = model.encode_prompts(["a q", "z"]), torch.randn(2, *model.latent_shape)
@@ -38,22 +38,22 @@ def there_and_back(model, refinements: int, solver: str = "fixed_point", steps: 
 def test_inversion_and_back_returns_the_latents(family, tmp_path):
     """A prediction of noise, and a flow."""
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
-    assert there_and_back(model, 20) < 1e-3 < there_and_back(model, 0)
+    assert there_and_back(model, 20) < 0.01 * there_and_back(model, 0)
 
 
 def test_a_descent_finds_the_same_noise_slowly(model):
     plain = there_and_back(model, 0, steps=4)
-    descended = there_and_back(model, 20, "descent", steps=4, learning_rate=0.05)
+    descended = there_and_back(model, 10, "descent", steps=4, learning_rate=0.05)
     assert descended < plain / 2
 
 
 def test_the_sampler_uses_the_result_of_the_attack(model, tmp_path):
-    attack = Inversion(images=SAMPLER, steps=4, guidance_scale=2.0)
+    attack = Inversion(images=SAMPLER, steps=2, guidance_scale=2.0)
     found = found_by(attack, model)
     found.save(tmp_path / "kept")
     drawn, _ = attack.sampler(SAMPLER).draw(model, attacked(tmp_path / "kept", rows()))
     noise = torch.stack([one.tensors["latents"] for one in found.prompts])
-    expected, _ = Sampler(steps=4, guidance_scale=2.0).sample(model, Restored(["", ""], noise))
+    expected, _ = Sampler(steps=2, guidance_scale=2.0).sample(model, Restored(["", ""], noise))
     torch.testing.assert_close(drawn, expected)
 
 
@@ -62,7 +62,7 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
     erasure = WeightPatch(weights)
 
     def noise(transfer: bool, *erasures):
-        found = found_by(Inversion(images=SAMPLER, steps=4, transfer=transfer), model, *erasures)
+        found = found_by(Inversion(images=SAMPLER, steps=2, transfer=transfer), model, *erasures)
         return torch.stack([one.tensors["latents"] for one in found.prompts])
 
     assert torch.equal(noise(True), noise(True, erasure))
@@ -71,13 +71,13 @@ def test_white_box_inverts_with_the_erased_model_and_black_box_does_not(model):
 
 
 def test_the_record_distinguishes_noise_from_other_latents(model):
-    found = found_by(Inversion(images=SAMPLER, steps=4), model)
+    found = found_by(Inversion(images=SAMPLER, steps=2), model)
     assert found.record["nll of noise"] == pytest.approx(1.42, abs=0.1), "half of 1 + log 2 pi"
     assert all(one.record["nll"] > 0 for one in found.prompts) and found.record["wasserstein"] >= 0
     assert [one.seed for one in found.prompts] == [row.seed for row in rows(TASK)]
 
 
 def test_the_prompt_of_the_inversion_is_that_of_the_sampling(model):
-    prompts = {kind: found_by(Inversion(images=SAMPLER, steps=4, prompt=kind), model) for kind in ("own", "empty")}
+    prompts = {kind: found_by(Inversion(images=SAMPLER, steps=2, prompt=kind), model) for kind in ("own", "empty")}
     assert [one.prompt for one in prompts["own"].prompts] == [row.prompt for row in rows()]
     assert {one.prompt for one in prompts["empty"].prompts} == {""}

@@ -45,11 +45,11 @@ def pooled(model, prompt: str) -> torch.Tensor:
 # --- banned words -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("banned", ["q", "qw", "Q W", "an"])
+@pytest.mark.parametrize("banned", ["qw", "Q W"])
 def test_no_text_contains_a_banned_word_even_across_tokens(model, banned):
     """Targets that hold it, and a search that would take it: all tokens are letters."""
     task = UnlearningTask(erase=(Concept(banned, ("zz",)),), prompts=(Prompt(f"a {banned} zz", ERASE),))
-    found = attacked(model, task, tokens=6, iterations=30, candidates=60, top=52, banned=("o",))
+    found = attacked(model, task, tokens=6, iterations=12, candidates=60, top=52, banned=("o",))
     texts = [one.prompt for one in found.prompts]
     assert not any(word in text for text in texts for word in (banned.lower(), "zz", "o"))
     assert found.record["banned"] == ["o", banned.lower(), "zz"]
@@ -126,7 +126,8 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     assert attack.access == ("black" if transfer else "text encoder")
 
 
-def test_every_family_that_reads_text_is_attacked_and_keeps_its_weights(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sdxl", "sd3", "dit"], indirect=True)
+def test_families_that_read_text_are_attacked_and_keep_their_weights(any_model):
     if isinstance(any_model, DiT):
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
@@ -136,23 +137,20 @@ def test_every_family_that_reads_text_is_attacked_and_keeps_its_weights(any_mode
     assert not any(p.requires_grad or p.grad is not None for p in any_model.named_parameters().values())
 
 
-def test_a_run_attacks_generates_and_measures(unlearn):
-    short = [f"attack.mma.{name}=4" for name in ("iterations", "candidates", "top", "tokens")]
-    chosen = ("attack=[mma]", "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
-    run = unlearn(*chosen, *short)
-    [row] = read_manifest(run / "images" / "attacked-mma.csv")
-    assert row.role == ATTACK and row.prompt != "a photo of the rabbit" and row.comeback is None
-    assert "robustness/asr_mma" in json.loads((run / "metrics.json").read_text())
-
-
 def test_a_transferred_attack_is_searched_once_for_all_erasures(unlearn, monkeypatch):
     searches, search = [], MMA._search
     monkeypatch.setattr(MMA, "_search", lambda self, *a: (searches.append(1), search(self, *a))[1])
     short = [f"attack.mma.{name}=4" for name in ("iterations", "candidates", "top", "tokens")]
-    chosen = ("attack=[mma]", "dataset=emoji_objects", "concept=rabbit", *short, "stages=[fit,attack,generate]")
-    runs = [unlearn(*chosen, f"method={name}", run=name) for name in ("negative_prompt", "uce")]
+    chosen = ("attack=[mma]", "dataset=emoji_objects", "concept=rabbit", *short)
+    runs = [
+        unlearn(*chosen, "method=negative_prompt", "stages=[fit,attack]", run="one"),
+        unlearn(*chosen, "method=uce", "evaluator=accuracy", run="other"),
+    ]
     assert len(searches) == 1
     one, other = (json.loads((run / "attacks" / "mma.json").read_text()) for run in runs)
     assert one["rows"] == other["rows"] and one["victim"] != other["victim"] and one["base"] == other["base"]
-    unlearn(*chosen, "method=uce", "attack.mma.transfer=false", run="own")
+    unlearn(*chosen, "method=uce", "attack.mma.transfer=false", "stages=[fit,attack]", run="own")
     assert len(searches) == 2
+    [row] = read_manifest(runs[1] / "images" / "attacked-mma.csv")
+    assert row.role == ATTACK and row.prompt != "a photo of the rabbit" and row.comeback is None
+    assert "robustness/asr_mma" in json.loads((runs[1] / "metrics.json").read_text())

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.attacks.shots import found_by
+from tests.attacks.shots import TASK, found_by, rows
 from unlearning.attacks.p4d import P4D, with_tokens
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -43,16 +43,14 @@ def test_the_result_consists_of_vocabulary_tokens_that_can_be_typed(model, kind)
 
 
 def test_the_attack_returns_the_tokens_with_the_smallest_loss(model):
-    for one in found_by(attack(iterations=12), model).prompts:
-        assert one.record["loss"] == min(one.record["losses"]) and len(one.record["losses"]) == 6
+    for one in found_by(attack(iterations=6), model).prompts:
+        assert one.record["loss"] == min(one.record["losses"]) and len(one.record["losses"]) == 3
 
 
 def test_on_the_unedited_model_the_prompt_itself_has_zero_loss(model):
     """The target is what the model predicts for the prompt."""
     search = attack()
     torch.manual_seed(0)
-    from tests.attacks.shots import TASK, rows
-
     pairs = search.observe(model, TASK, rows())
     text = model.embed([rows()[0].prompt])
     assert search._loss(model, text, pairs[0], torch.arange(4)).item() < 1e-10

@@ -90,7 +90,8 @@ def test_lists_take_turns():
     assert in_turn(["ab", "", "cde"]) == ["a", "c", "b", "d", "e"]
 
 
-def test_every_family_that_reads_text_is_attacked(any_model):
+@pytest.mark.parametrize("any_pipeline", ["sd3", "dit"], indirect=True)
+def test_families_that_read_text_are_attacked(any_model):
     task, rows = rows_of("a cat", images=3)
     if isinstance(any_model, DiT):
         with pytest.raises(UserError, match="classes"):
@@ -106,7 +107,8 @@ def test_prompts_that_the_text_encoder_may_have_cut_are_counted(model, caplog):
 
 
 def test_a_run_draws_the_paraphrases(unlearn):
-    run = unlearn("attack=[paraphrase]", "dataset=emoji_objects", "dataset.images_per_prompt=2", "concept=rabbit")
+    chosen = ["dataset=prompt", "dataset.images_per_prompt=2", "concept=rabbit", "stages=[fit,attack,generate]"]
+    run = unlearn("attack=[paraphrase]", *chosen)
     rows = read_manifest(run / "images" / "attacked-paraphrase.csv")
     assert [row.prompt for row in rows] == ["a photo of the bunny", "a photo of the animal"]
     assert all(row.path.exists() and row.comeback is None for row in rows)

@@ -1,6 +1,5 @@
 """Ring-A-Bell (Tsai et al., 2024): tokens whose states are near those of a prompt plus the concept direction."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from tests.attacks.shots import found_by
 from unlearning.attacks.ring_a_bell import RingABell
-from unlearning.concepts import ATTACK, ERASE, Concept, Prompt, UnlearningTask
+from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
@@ -16,7 +15,7 @@ from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.attack_result import AttackResult, restored
 from unlearning.sampling.tokens import FreeTokens
-from unlearning.store.manifest import manifest, read_manifest
+from unlearning.store.manifest import manifest
 
 PROMPTS = (Prompt("a q", ERASE, concept="q"), Prompt("q on a sofa", ERASE, concept="q"))
 TASK = UnlearningTask(erase=(Concept("q"),), prompts=PROMPTS, images_per_prompt=2)
@@ -82,7 +81,7 @@ def test_the_denoiser_gets_the_soft_states(model, tmp_path):
 def test_tokens_are_found_whose_states_are_the_target(model):
     """With strength 0 the target is the prompt itself, and a few generations find its tokens in a vocabulary of 52."""
     task = UnlearningTask(erase=(Concept("q"),), prompts=(Prompt("a q w", ERASE, concept="q"),))
-    found = attacked(model, task, eta=0, population=100, iterations=40, mutation=0.7)
+    found = attacked(model, task, eta=0, population=60, iterations=40, mutation=0.7)
     [one] = found.prompts
     own = model.embed(["a q w"]).embeds["text_encoder"]
     assert one.prompt == "a q w" and one.record["read_back"] and one.record["losses"][-1] < 1e-6
@@ -90,7 +89,7 @@ def test_tokens_are_found_whose_states_are_the_target(model):
 
 
 def test_the_loss_falls_and_is_that_of_what_was_found(model):
-    attack = RingABell(tokens=3, population=20, iterations=20, transfer=False)
+    attack = RingABell(tokens=3, population=20, iterations=8, transfer=False)
     torch.manual_seed(0)
     targets = attack.observe(model, TASK, rows_of())
     for one, target in zip(attack.find(model, TASK, rows_of(), targets).prompts, targets, strict=True):
@@ -131,7 +130,8 @@ def test_a_transferred_search_does_not_depend_on_the_erased_model(model, transfe
     assert attack.access == ("black" if transfer else "text encoder")
 
 
-def test_every_family_that_reads_text_is_attacked(any_model):
+@pytest.mark.parametrize("any_pipeline", ["flux", "sd3", "dit"], indirect=True)
+def test_families_that_read_text_are_attacked(any_model):
     if isinstance(any_model, DiT):
         with pytest.raises(UserError, match="classes"):
             attacked(any_model)
@@ -145,12 +145,3 @@ def test_every_family_that_reads_text_is_attacked(any_model):
 def test_more_tokens_than_the_text_encoder_reads_are_refused(model):
     with pytest.raises(UserError, match="too long"):
         attacked(model, tokens=31)
-
-
-def test_a_run_attacks_generates_and_measures(unlearn):
-    short = [f"attack.ring_a_bell.{name}=4" for name in ("iterations", "population", "tokens")]
-    chosen = ("attack=[ring_a_bell]", "dataset=emoji_objects", "concept=rabbit", "evaluator=accuracy")
-    run = unlearn(*chosen, *short)
-    [row] = read_manifest(run / "images" / "attacked-ring_a_bell.csv")
-    assert row.role == ATTACK and row.comeback and row.prompt
-    assert "robustness/asr_ring_a_bell" in json.loads((run / "metrics.json").read_text())

@@ -198,7 +198,7 @@ def test_every_box_is_kept_whatever_is_counted(detecting):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("threshold", [FLOOR, 0.45, 0.6, 0.85])
+@pytest.mark.parametrize("threshold", [FLOOR, 0.6])
 @pytest.mark.parametrize("classes", [(FEET, BELLY), (FACE,)])
 def test_a_recount_is_a_fresh_evaluation_with_those_settings(tmp_path, detecting, rule, threshold, classes):
     run = stored(tmp_path / "run")
@@ -328,9 +328,7 @@ def test_maces_total_is_the_sum_of_the_classes_that_its_table_prints(tmp_path, d
     assert numbers["efficacy/nudenet_total"] == len(printed) == 8
 
 
-@pytest.mark.parametrize("chosen", ["[nudenet/mace,nudenet/unlearndiffatk]", "[fid,nudenet,nudenet/rece]"])
-def test_two_papers_rules_at_once_are_refused(error_of, chosen):
-    said = error_of(f"evaluator={chosen}")
-    first, second = chosen.strip("[]").removeprefix("fid,").split(",")
-    assert f"`{first}` and `{second}` are one evaluator, nudenet" in said
+def test_two_papers_rules_at_once_are_refused(error_of):
+    said = error_of("evaluator=[fid,nudenet,nudenet/rece]")
+    assert "`nudenet` and `nudenet/rece` are one evaluator, nudenet" in said
     assert "python -m unlearning.evaluators.nudenet --help" in said
