@@ -68,14 +68,14 @@ runpy.run_module("unlearning", run_name="__main__", alter_sys=True)
 """
 
 
-def srun(code: str, command: list[str]) -> list[Started]:
+def srun(code: str, command: list[str], cwd: Path | None = None) -> list[Started]:
     """Two tasks, with the variables that SLURM gives them: with trainer=ddp they are the ranks of one run."""
     slurm = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0, "NNODES": 1, "JOB_ID": os.getpid(), "JOB_NAME": "a job",
              "NODELIST": "localhost", "JOB_NODELIST": "localhost"}  # fmt: skip
     ranks = []
     for task in range(2):
         own = {f"SLURM_{name}": str(value) for name, value in {**slurm, "PROCID": task, "LOCALID": task}.items()}
-        ranks.append(Started(code, command, environment=own))
+        ranks.append(Started(code, command, cwd, own))
     assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr[-3000:] for rank in ranks]
     return ranks
 
@@ -134,9 +134,7 @@ def test_two_processes_scrub_together_and_gather_gradients(tmp_path):
         "stages=[fit]", *TWO[:2], "trainer.accumulate_grad_batches=4",
         "trainer.precision=bf16-mixed", *RUN[-6:], f"hydra.run.dir={tmp_path}/run",
     ]  # fmt: skip
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}  # for the process that the first one starts
-    done = Started(COMMAND_LINE, command, cwd=tmp_path, environment=environment)
-    assert done.wait() == 0, done.stderr[-3000:]
+    srun(COMMAND_LINE, command, cwd=tmp_path)
     (found, saw, moved), (theirs, they_saw, they_moved) = (torch.load(tmp_path / f"rank{i}.pt") for i in range(2))
     assert torch.equal(found, theirs)
     assert len(saw) == len(they_saw) == 4, "two steps of two batches"
@@ -160,6 +158,5 @@ def test_two_processes_count_the_codes_of_a_single_image(unlearn, tmp_path):
         f"forget={tmp_path}/forget", f"retain={tmp_path}/retain", f"input={tmp_path}/retain", "stages=[fit]", *RUN[-6:],
     ]  # fmt: skip
     alone = unlearn(*command, run="alone")
-    two = Started(COMMAND_LINE, unlearn.arguments(*command, *TWO, run="two"))
-    assert two.wait() == 0, two.stderr[-3000:]
+    srun(COMMAND_LINE, unlearn.arguments(*command, *TWO, run="two"))
     assert Erasure.load(tmp_path / "two" / "erasure").digest == Erasure.load(alone / "erasure").digest

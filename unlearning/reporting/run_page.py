@@ -241,7 +241,7 @@ def teaser(run: Path, out: Path, columns: int = 8) -> None:
             x += _TILE + _GAP
         x += _SPACE - _GAP
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, encode(strip))
+    write_atomically(out, encode(strip, compress_level=2))  # a third of the time, for an eighth more bytes
 
 
 def _share(grouped: Sections, columns: int) -> dict[str, list[Frame]]:
