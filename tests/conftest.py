@@ -4,17 +4,21 @@ import gc
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
+import omegaconf.base
 import pytest
 import yaml
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore: tests send it
 
-# The parent class of OmegaConf's loader: libyaml, where there is one, reads configs ten times as fast.
+# The parent class of OmegaConf's loader: libyaml, where there is one, reads configs ten times as fast. And each
+# interpolation is parsed once.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+omegaconf.base.parse = cache(omegaconf.base.parse)
 
 os.fsync = lambda _: None  # tests need not survive a power failure
 
@@ -84,7 +88,9 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     """
     from unlearning.config import instances
 
-    instances.clear()  # what an earlier test has loaded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda: None)  # a tenth of a second
+        instances.clear()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it
     # Hydra composes the config a first time to read hydra.mode from it, which only the command line sets here.
@@ -134,7 +140,8 @@ def error_of(unlearn):
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one at the end."""
     longest = (
-        "test_contract", "test_stages", "test_accidents", "test_command_line", "models/test_stable_diffusion", "test_conf",
-        "test_gpu_script", "test_launchers", "test_failures", "test_embedded_world", "test_scrubber", "test_api", "sweeps/",
+        "test_contract", "test_stages", "test_accidents", "test_command_line", "models/test_stable_diffusion",
+        "test_conf", "test_gpu_script", "test_launchers", "test_failures", "test_embedded_world", "test_scrubber",
+        "test_api", "sweeps/", "test_distributed",
     )  # fmt: skip
     items.sort(key=lambda item: next((i for i, name in enumerate(longest) if name in item.nodeid), len(longest)))

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.config.sweeps.commands import in_a_process
+from tests.processes import Started
 from unlearning.config import sweeps
 
 
@@ -71,41 +72,51 @@ def within(seconds: float, condition: Callable[[], object]) -> bool:
     return bool(condition())
 
 
-@pytest.fixture
-def launched(unlearn, tmp_path):
-    """(the process of a sweep whose two workers have begun jobs that never end, after one that failed; their folders).
+def at_work(folder: Path) -> list[Path]:
+    """The folders of the runs that are at work below a folder."""
+    return [path.parent for path in folder.rglob(".lock") if held(path.parent)]
 
-    A fourth job is queued.
-    """
+
+def work_for_ever(folder: str, job: int) -> None:
+    """A job that begins like one of a sweep and never ends."""
+    sweeps.Failures().on_job_start(OmegaConf.create({"trainer": {"devices": -1}}))
+    own = Path(folder, str(job))
+    own.mkdir()
+    with (own / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        time.sleep(600)
+
+
+THREE_JOBS = """
+import sys
+from joblib import Parallel, delayed
+from tests.config.sweeps.test_launchers import work_for_ever
+
+Parallel(n_jobs=2)(delayed(work_for_ever)(sys.argv[1], job) for job in range(3))
+"""
+
+
+def test_workers_end_with_the_process_that_launched_them(tmp_path):
+    parent = Started(THREE_JOBS, [tmp_path])
+    assert within(120, lambda: len(at_work(tmp_path)) == 2)
+    parent.send_signal(signal.SIGKILL)  # which leaves it no time to end them
+    assert parent.wait(20) == -signal.SIGKILL
+    assert within(20, lambda: not at_work(tmp_path)), "nobody is at work any more"
+    assert len(list(tmp_path.rglob(".lock"))) == 2, "nor has begun what was queued"
+
+
+def test_a_killed_worker_ends_the_sweep_with_advice_and_the_failures(unlearn, tmp_path):
+    """Two workers have begun jobs that never end, after one that failed. A fourth job is queued."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     endless = ["-m", "concept=kat,cat,dog,key", "sampler.steps=500", "dataset.images_per_prompt=100"]
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"paths.runs={tmp_path}/runs"]
-
-    def at_work() -> list[Path]:
-        return [path.parent for path in (tmp_path / "runs").rglob(".lock") if held(path.parent)]
-
     parent = in_a_process(unlearn.arguments(*endless, *joblib))
-    begun = within(120, lambda: len(at_work()) == 2)
-    yield parent, at_work
-    parent.kill()
-    assert begun
-
-
-def test_workers_end_with_the_process_that_launched_them(launched, tmp_path):
-    parent, at_work = launched
-    parent.send_signal(signal.SIGKILL)  # which leaves it no time to end them
-    assert parent.wait(20) == -signal.SIGKILL
-    assert within(20, lambda: not at_work()), "nobody is at work any more"
-    assert len(list((tmp_path / "runs").rglob(".lock"))) == 2, "nor has begun what was queued"
-
-
-def test_a_killed_worker_ends_the_sweep_with_advice_and_the_failures(launched, tmp_path):
-    parent, at_work = launched
+    assert within(120, lambda: len(at_work(tmp_path / "runs")) == 2)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     workers = [pid for pid in children if "popen_loky" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    assert parent.wait(30) == 1 and within(20, lambda: not at_work())
+    assert parent.wait(30) == 1 and within(20, lambda: not at_work(tmp_path / "runs"))
     message = parent.stderr
     assert "hydra.launcher.n_jobs=1" in message and "The same command goes on from here." in message
     assert "1 job failed" in message and "'kat'. Did you mean cat" in message and "Traceback" not in message
