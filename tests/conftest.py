@@ -53,12 +53,6 @@ def any_model(any_pipeline, tiny):
     return tiny.FAMILIES[family].load(str(folder), device="cpu")
 
 
-@pytest.fixture(scope="session", params=[f for f in FAMILIES if f not in ("pixart", "dit")])
-def adaptable_pipeline(request, tiny, tmp_path_factory):
-    """(family, folder) for the families that support adapters in diffusers."""
-    return request.param, tiny.save(request.param, tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture(scope="session")
 def sd1(tiny, tmp_path_factory):
     """The folder of a tiny random Stable Diffusion 1.x."""
@@ -89,7 +83,7 @@ def unlearn(sd1, vqgan, tmp_path, monkeypatch):
     from unlearning.config import instances
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "collect", lambda: None)  # a tenth of a second
+        patch.setattr(gc, "collect", lambda: None)  # it takes a tenth of a second; here it may wait
         instances.clear()  # what an earlier test has loaded
     handler = signal.getsignal(signal.SIGINT)  # Lightning ignores the signal once it was sent
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # restored afterwards: `main` sets it

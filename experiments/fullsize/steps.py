@@ -34,7 +34,6 @@ ENDLESS = ("words_solve",)  # it tries words in thousands of calls of the denois
 @cache
 def methods(family: type[DiffusionModel]) -> list[str]:
     """The names of the methods that work on a family."""
-
     named = [name for name in choices(CONF, "method") if name not in NOTHING + ENDLESS]
     return [name for name in named if issubclass(family, target(name).works_on)]
 

@@ -187,9 +187,6 @@ class Bench:
         return peak_resident() or float("nan")
 
     def release(self) -> None:
-        """Frees what a row held; the tiny models' memory is not compared."""
-        if self.tiny:
-            return
         gc.collect()
         torch.cuda.empty_cache()
         torch.compiler.reset()

@@ -111,9 +111,9 @@ def test_a_threshold_is_calibrated_on_prompts_that_no_evaluation_uses(model, mon
 # --- the adapter in other hands ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adaptable_pipeline", ["sd1", "sd3"], indirect=True)
-def test_plain_diffusers_loads_the_export(adaptable_pipeline, tmp_path):
-    family, folder = adaptable_pipeline
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3"], indirect=True)
+def test_plain_diffusers_loads_the_export(any_pipeline, tmp_path):
+    family, folder = any_pipeline
     model = tiny.FAMILIES[family].load(str(folder), device="cpu")
     trained = unguide(iterations=2, lr=0.3, schedule="diffusers").fit(model, TASK)
     trained.save(tmp_path, base=model)

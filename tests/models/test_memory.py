@@ -52,10 +52,10 @@ def test_gradients_are_the_same_though_layers_be_worked_out_again(any_pipeline):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adaptable_pipeline", ["sd1", "sd3"], indirect=True)
-def test_an_embedding_is_inverted_under_a_teacher_whose_layers_are_not_worked_out_again(adaptable_pipeline):
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sd3"], indirect=True)
+def test_an_embedding_is_inverted_under_a_teacher_whose_layers_are_not_worked_out_again(any_pipeline):
     """Its weights, or its want of an adapter, are its own on the way there alone."""
-    family, folder = adaptable_pipeline
+    family, folder = any_pipeline
     for student in (Weights("."), LoRA("to_k|to_v")):
         found = []
         for again in (False, True):

@@ -33,5 +33,8 @@ def test_the_maximised_metric_is_measured():
 
 
 def test_the_agent_calls_the_command_line():
-    """With the settings as `name=value`, which W&B calls arguments without hyphens."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    arguments = create_sweep_command_args({"args": {"method.eta": {"value": 2.0}, "concept": {"value": "cat"}}})
+    assert arguments["args_no_hyphens"] == ["method.eta=2.0", "concept=cat"]
     assert SWEEP["command"] == ["${env}", "${program}", "${args_no_hyphens}"] and SWEEP["program"] == "unlearn"

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,18 @@ from tests.processes import Started
 from unlearning.config import sweeps
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_launcher_runs_jobs_in_processes_of_their_own(unlearn, tmp_path, launcher):
     """One of two jobs fails, and the process that launched them reports it."""
     plugin = f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher"
     pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install 'concept-unlearning[sweeps,ray]'")
     jobs = ["concept=cat,kat", "method=uce", "stages=[fit]", f"paths.runs={tmp_path}/runs"]
-    with pytest.raises(SystemExit) as caught:
-        unlearn("-m", f"hydra/launcher={launcher}", *jobs)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            unlearn("-m", f"hydra/launcher={launcher}", *jobs)
+    finally:
+        if launcher == "ray":
+            import_module("ray").shutdown()  # its processes, and its handlers of signals
     message = str(caught.value)
     assert "1 job failed" in message and "'kat'. Did you mean cat" in message and "Traceback" not in message
     assert [p.parent.parent.parent.name for p in tmp_path.rglob("erasure")] == ["cat"]
