@@ -29,6 +29,8 @@ def test_a_launcher_runs_jobs_in_processes_of_their_own(unlearn, tmp_path, launc
     finally:
         if launcher == "ray":
             import_module("ray").shutdown()  # its processes, and its handlers of signals
+        if launcher == "joblib":
+            import_module("joblib.externals.loky").get_reusable_executor().shutdown(kill_workers=True)
     message = str(caught.value)
     assert "1 job failed" in message and "'kat'. Did you mean cat" in message and "Traceback" not in message
     assert [p.parent.parent.parent.name for p in tmp_path.rglob("erasure")] == ["cat"]
