@@ -125,16 +125,15 @@ def load_complete(kind: Any, path: str | Path, **options: Any) -> Any:
     return network
 
 
-def holds_all(folder: Path, network: nn.Module) -> bool:
-    """Whether the one file of weights in a folder has every weight of a network, under the name that it has there.
-
-    False says nothing: weights in several files, or renamed while they are loaded, may be complete too.
-    """
+def check_complete(network: nn.Module, folder: Path) -> None:
+    """Raises UserError if the folder that a network was loaded from lacks one of its weights."""
     files = list(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        return False
-    with safe_open(files[0], framework="pt") as weights:
-        return network.state_dict().keys() <= set(weights.keys())
+    if len(files) == 1:
+        with safe_open(files[0], framework="pt") as weights:
+            if network.state_dict().keys() <= set(weights.keys()):
+                return
+    # Weights in several files, or renamed while they are loaded, may be complete too. "meta" takes no memory.
+    load_complete(type(network), folder, device_map="meta", use_safetensors=True, variant=variant(folder))
 
 
 def fingerprint(folder: Path) -> str:

@@ -22,7 +22,7 @@ from unlearning.models.base import Autocast, DType, chosen_device
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.embeddings import lookup_tables
-from unlearning.models.folders import check, fingerprint, holds_all, limit_lengths, load_complete, variant
+from unlearning.models.folders import check, check_complete, fingerprint, limit_lengths, variant
 
 AT_ONCE = 2**20  # pixels that the autoencoder is shown: of one of 1024 by 1024 it makes gigabytes
 
@@ -90,9 +90,8 @@ class StableDiffusion(DiffusionModel):
                 **cls.load_options,
             )
             for name, part in pipeline.components.items():
-                own = Path(folder) / name
-                if isinstance(part, nn.Module) and not holds_all(own, part):  # on "meta": only for the report
-                    load_complete(type(part), own, device_map="meta", use_safetensors=True, variant=variant(own))
+                if isinstance(part, nn.Module):
+                    check_complete(part, Path(folder) / name)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"No model could be loaded from {path!r}: {error}\nGive a folder with model.path=/where/it/is, or "
