@@ -3,8 +3,8 @@
 Rectified flow (Esser et al., 2024: the prediction is eps - x_0, timesteps are logit-normal) on the latents of
 emoji_unet's autoencoder. One caption in ten is dropped for guidance; weights are averaged. The conditioning is SD3's:
 the second-to-last states of two CLIP encoders (train_clip.py), concatenated over channels, then the states of a T5
-(train_t5.py), and both pooled embeddings. The three are frozen. If it is started again, it continues from its last
-checkpoint.
+(train_t5.py), and both pooled embeddings. The three are frozen. Each image has one caption, whose states are computed
+once. If it is started again, it continues from its last checkpoint.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from torch.utils.data import IterableDataset
 from train_t5 import WIDTH, word_tokenizer
 from train_unet import VAE, encoded
 from training import loader, scheduled, trainer
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from tqdm import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from unlearning.data.captioning import Content, caption
+from unlearning.data.captioning import caption
 
 # B batch, L tokens of each tokenizer; latents are (4, 16, 16).
 
@@ -63,24 +64,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, is_caus
 
 
 class Batches(IterableDataset):
-    """Endless batches of random latents with random captions, as ids of both tokenizers."""
+    """Endless batches of random latents, each with the text inputs of its caption."""
 
-    def __init__(self, latents: Tensor, contents: list[Content], tokenizers: tuple, batch: int, dropped: float = 0.1):
-        self.latents, self.contents, self.tokenizers = latents, contents, tokenizers
-        self.batch, self.dropped = batch, dropped
+    def __init__(self, latents: Tensor, texts: dict[str, Tensor], batch: int, dropped: float = 0.1):
+        self.latents, self.texts, self.batch, self.dropped = latents, texts, batch, dropped
 
     def __iter__(self):
         rng = np.random.default_rng(torch.initial_seed() % 2**63)
         while True:
-            rows = rng.integers(len(self.contents), size=self.batch)
-            captions = ["" if rng.random() < self.dropped else caption(self.contents[i], rng) for i in rows]
-            yield (
-                self.latents[rows],
-                *(
-                    t(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-                    for t in self.tokenizers
-                ),
-            )
+            rows = rng.integers(len(self.latents), size=self.batch)
+            captions = np.where(rng.random(self.batch) < self.dropped, len(self.latents), rows)
+            yield self.latents[rows], {name: states[captions] for name, states in self.texts.items()}
 
 
 class TextToImage(pl.LightningModule):
@@ -95,21 +89,26 @@ class TextToImage(pl.LightningModule):
         self.t5 = T5EncoderModel.from_pretrained(t5, dtype=torch.float32).requires_grad_(False)
 
     @torch.no_grad()
-    def conditioning(self, pieces: Tensor, words: Tensor) -> dict[str, Tensor]:
+    def conditioning(self, captions: list[str], pieces: CLIPTokenizer, words: T5Tokenizer) -> dict[str, Tensor]:
         """The transformer's text inputs, as StableDiffusion3Pipeline.encode_prompt computes them."""
-        outputs = [encoder.eval()(pieces, output_hidden_states=True) for encoder in self.clips]
+        first, last = (
+            tokens(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.device)
+            for tokens in (pieces, words)
+        )
+        outputs = [encoder.eval()(first, output_hidden_states=True) for encoder in self.clips]
         embeds = torch.cat([o.hidden_states[-2] for o in outputs], -1)
-        embeds = torch.cat([embeds, self.t5.eval()(words)[0].to(embeds)], 1)
+        embeds = torch.cat([embeds, self.t5.eval()(last)[0].to(embeds)], 1)
         return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat([o.text_embeds for o in outputs], -1)}
 
     def training_step(self, batch, batch_idx):
-        x_0, *ids = batch
+        x_0, texts = batch
         x_0, eps = x_0.float(), torch.randn_like(x_0, dtype=torch.float32)
         B = len(x_0)  # one timestep from each B-th of the distribution: a steadier loss
         share = (torch.arange(B, device=x_0.device) + torch.rand(B, device=x_0.device)) / B
         sigma = torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
         x_t = torch.lerp(x_0, eps, sigma.reshape(-1, 1, 1, 1))
-        flow = self.transformer(x_t, timestep=1000 * sigma, **self.conditioning(*ids)).sample.float()
+        texts = {name: states.float() for name, states in texts.items()}
+        flow = self.transformer(x_t, timestep=1000 * sigma, **texts).sample.float()
         loss = F.mse_loss(flow, eps - x_0)
         self.log("mse", loss, prog_bar=True)
         return loss
@@ -117,6 +116,15 @@ class TextToImage(pl.LightningModule):
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.transformer.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         return scheduled(optimizer, self, warmup=500, decay=0.4)
+
+
+def encoded_texts(module: TextToImage, captions: list[str], *tokenizers) -> dict[str, Tensor]:
+    """The text inputs of all captions, in half precision: computed once, they save a fifth of the training's time."""
+    parts = []
+    for i in tqdm(range(0, len(captions), 256), "reading captions"):
+        texts = module.conditioning(captions[i : i + 256], *tokenizers)
+        parts.append({name: states.half().cpu() for name, states in texts.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def main(steps: int, batch: int, images: int, lr: float, init: Path | None, compile: bool) -> None:
@@ -132,7 +140,11 @@ def main(steps: int, batch: int, images: int, lr: float, init: Path | None, comp
         F.scaled_dot_product_attention = attention
     if compile:
         module.transformer.compile()
-    data = Batches(latents, contents, (tokens, words), batch)
+    if torch.cuda.is_available():
+        module.cuda()
+    rng = np.random.default_rng(0)
+    captions = [*(caption(content, rng) for content in contents), ""]
+    data = Batches(latents, encoded_texts(module, captions, tokens, words), batch)
     run = trainer("sd3", steps)
     run.callbacks.append(EMAWeightAveraging(decay=0.999))
     run.fit(module, loader(data), ckpt_path="last")

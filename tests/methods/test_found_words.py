@@ -12,6 +12,7 @@ from unlearning.data.objects import emoji_objects
 from unlearning.erasures.base import Erasure
 from unlearning.methods import found_words
 from unlearning.methods.base import Method
+from unlearning.methods.closed_form import pairs
 from unlearning.methods.found_words import FoundWords
 from unlearning.methods.uce import UCE
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -40,11 +41,31 @@ def method(monkeypatch):
     )
 
 
-def test_the_wrapped_method_gets_the_found_words(model, method):
+def test_the_wrapped_method_gets_prompts_with_and_without_the_found_words(model, method):
     eraser = Recorder()
-    method(eraser, retained=2).fit(model, emoji_objects("cat", pictures=6))
-    assert [(c.name, c.synonyms, c.anchor) for c in eraser.task.erase] == [("bunny", (), ""), ("rabbit", (), "")]
-    assert [c.name for c in eraser.task.retain] == [TEMPLATES[0].format("pizza"), TEMPLATES[1].format("robot")]
+    method(eraser, retained=2, contexts=2, retained_contexts=1).fit(model, emoji_objects("cat", pictures=6))
+    erased = {c.name: c.anchor for c in eraser.task.erase}
+    assert len(erased) == 2 * (len(TEMPLATES) + 2)
+    for word in ("bunny", "rabbit"):
+        assert erased[word] == "" and erased[f"a photo of the {word}"] == "a photo of the"
+        assert erased[f"pizza {word}"] == "pizza" and erased[f"robot {word}"] == "robot"
+    retained = [c.name for c in eraser.task.retain]
+    assert retained[:2] == [TEMPLATES[0].format("pizza"), TEMPLATES[1].format("robot")]
+    assert retained[2:] == ["robot pizza", "pizza robot"]
+
+
+def test_words_are_erased_after_other_words_too(model, method):
+    """A prompt with a found word becomes the prompt without it."""
+    task = emoji_objects("rabbit", pictures=6)
+    name, W = next(iter(model.text_projections()))
+    c, without = pairs(model, ["a big pizza rabbit"], ["a big pizza"], "to_end")
+    target = without @ W.weight.T
+
+    def left(**settings) -> float:
+        with method(UCE(preserve_scale=0.1), **settings).fit(model, task).applied_to(model):
+            return float((c @ dict(model.text_projections())[name].weight.T - target).square().sum())
+
+    assert left(contexts=3) < 0.5 * left(contexts=0, retained_contexts=0)
 
 
 def test_no_label_is_used(model, method):
@@ -56,8 +77,7 @@ def test_no_label_is_used(model, method):
 
 def test_words_are_erased_and_all_other_words_keep_what_the_denoiser_reads(model, method):
     """W' c equals W c_0 for the found words, and W c for the retained words."""
-    erase = UCE(templates=TEMPLATES, preserve_scale=0.1)
-    erasure = method(erase).fit(model, emoji_objects("rabbit", pictures=6))
+    erasure = method(UCE(preserve_scale=0.1)).fit(model, emoji_objects("rabbit", pictures=6))
     prompts = ["a photo of the rabbit", "a bunny", "pizza", "a clock", ""]
     c = model.encode_prompts(prompts).embeds.double()
     name, W = next(iter(model.text_projections()))

@@ -4,13 +4,16 @@ The scrubber (methods/scrubber.py) finds words for a folder of images without la
 denoises the images best. Its second phase trains the denoiser, which also changes the images of all other prompts. But
 once the words are known, any method that erases words can be used. With UCE, it is the minimiser, in closed form, of
 
-    sum_{w erased} || W' c_w - W c_0 ||^2  +  s_p sum_{w other} || W' c_w - W c_w ||^2  +  lamb || W' - W ||_F^2,
+    sum_{p erased} || W' c_p - W c_p' ||^2  +  s_p sum_{q retained} || W' c_q - W c_q ||^2  +  lamb || W' - W ||_F^2,
 
-over the text states c_w of the words that describe the images and of the rest of the vocabulary, with c_0 those of the
-null prompt: one system erases the former and retains the latter.
+over the text states of prompts p with a found word, p' the same prompts without it, and q prompts with other words.
 
-The other words of the last round of the search are in neither sum, because synonyms may be among them. If candidates
-are given, or chosen by a CLIP, all words that were not candidates are retained.
+A word's states depend on the words before it, and a style always follows the name of what it shows. So the prompts are
+the words in five templates, and the words after other words: `contexts` of them for each found word, and
+`retained_contexts` for each retained word.
+
+The other words of the last round of the search are not retained, because synonyms may be among them. If candidates are
+given, or chosen by a CLIP, all words that were not candidates are retained.
 """
 
 import logging
@@ -26,7 +29,7 @@ from unlearning.methods.base import Method
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.scrubbing.images import forget_and_retain
 from unlearning.scrubbing.prototypes import PrototypeSearch
-from unlearning.scrubbing.words import in_turn, words_of
+from unlearning.scrubbing.words import TEMPLATES, in_turn, spread, words_of
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +39,14 @@ class FoundWords(Method):
 
     Args:
         prototypes: The search for prototypes, by which the images with the largest area of the concept are chosen.
-        erase: The eraser. Its task has the words in place of the concepts, and prompts with other words in place of
-            what may be retained.
+        erase: The eraser. Its concepts are the prompts with the found words, with the prompts without them as anchors;
+            its retained concepts are the prompts with other words.
         words: Candidates; None for those that `clip` chooses.
         clip: A CLIP that chooses a hundred candidates: its name on the Hugging Face Hub, or its folder. None for all
             words of the tokenizer as candidates.
         retained: Other words that are retained, at most, each in one template.
+        contexts: Other words that each found word also follows.
+        retained_contexts: Other words that each retained word also follows.
     """
 
     def __init__(
@@ -52,14 +57,26 @@ class FoundWords(Method):
         words: list[str] | None = None,
         clip: str | None = None,
         retained: Natural = 2000,
+        contexts: Natural = 20,
+        retained_contexts: Natural = 3,
     ):
         self.search, self.erase, self.words, self.clip, self.retained = prototypes, erase, words, clip, retained
+        self.contexts, self.retained_contexts = contexts, retained_contexts
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         words, others = self.search_words(model, task)
         log.info("The teacher denoises the forget images best with the words: %s", ", ".join(words))
-        retain = tuple(map(Concept, in_turn(others, self.retained)))
-        return self.erase.fit(model, replace(task, erase=tuple(map(Concept, words)), retain=retain))
+        kept, n = spread(others, self.retained), self.retained_contexts
+        erase = [
+            *(Concept(t.format(word), anchor=t.format("").strip()) for word in words for t in TEMPLATES),
+            *(Concept(f"{other} {word}", anchor=other) for word in words for other in spread(others, self.contexts)),
+        ]
+        retain = [
+            *in_turn(others, self.retained),
+            *(f"{kept[(i - k) % len(kept)]} {word}" for i, word in enumerate(kept) for k in range(1, n + 1)),
+        ]
+        task = replace(task, erase=tuple(erase), retain=tuple(map(Concept, retain)))
+        return self.erase.fit(model, task)
 
     @torch.no_grad()
     def search_words(self, model: DiffusionModel, task: UnlearningTask) -> tuple[Sequence[str], Sequence[str]]:
