@@ -53,7 +53,7 @@ def main() -> None:
         if options.ranks:
             print(concept, ranks(concept), flush=True)
             continue
-        for name, overrides in (("without", []), ("with", [f"method.clip={CLIP}"])):
+        for name, overrides in (("without", ["method.clip=null"]), ("with", [f"method.clip={CLIP}"])):
             print(concept, name, search(concept, *overrides), flush=True)
 
 

@@ -93,7 +93,7 @@ def failures() -> str:
     Failures.latest.unlink()
     lines = [f"{os.path.relpath(job['folder'])}: {job['error']}" for job in failed]
     count = "1 job" if len(failed) == 1 else f"{len(failed)} jobs"
-    return "\n".join([f"\n{count} failed; the others are done. The same command runs what is missing.", *lines])
+    return "\n".join([f"\n{count} failed. The same command runs what is missing.", *lines])
 
 
 def sweep_overrides(config: DictConfig) -> dict[str, Override]:

@@ -50,7 +50,7 @@ def test_a_failed_job_is_recorded_and_the_others_run(sweep, error_of, tmp_path, 
     assert set(metrics(tmp_path / "runs")) == {"uce/seed1"}
     [record] = (tmp_path / "runs").rglob("failed.json")
     first, line = message.strip().splitlines()
-    assert first.startswith("1 job failed; the others are done.")
+    assert first.startswith("1 job failed.")
     assert line == f"{os.path.relpath(record.parent)}: ZeroDivisionError: division by zero"
     failed = json.loads(record.read_text())
     assert "uce/seed0" in failed["folder"] and "method=uce" in failed["job"] and "1 / 0" in failed["traceback"]
