@@ -20,10 +20,10 @@ from rendered import ROOT, loads_as_float32, names_no_folder, rendered, trained
 from text import SCENES, tokenizer
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+from tqdm import tqdm
 from train_t5 import WIDTH, word_tokenizer
 from train_unet import VAE, encoded
 from training import loader, scheduled, trainer
-from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from unlearning.data.captioning import caption
