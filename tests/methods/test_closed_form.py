@@ -107,6 +107,16 @@ def test_masked_padding_is_excluded(any_model):
     assert len(states(any_model, ["cat"], "all")[0]) == attended
 
 
+def test_states_of_t5_are_aligned_at_their_own_beginning(sd3, tiny):
+    model = tiny.FAMILIES["sd3"].load(str(sd3), device="cpu")
+    prompts = ["forest cat", "forest"]
+    own, other = model.text_states(model.encode_prompts(prompts))["text_encoder_3"]
+    c, c_star = pairs(model, prompts[:1], prompts[1:], "to_end")
+    assert c.shape == c_star.shape
+    torch.testing.assert_close(c[-len(own) :], own)
+    torch.testing.assert_close(c_star[-len(other) :], other)
+
+
 def test_many_prompts_are_encoded_in_batches(model):
     many = [f"{a}{b}" for a in "abcdefgh" for b in "abcdefghij"]
     assert len(many) > 64

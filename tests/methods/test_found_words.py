@@ -43,7 +43,7 @@ def method(monkeypatch):
 
 def test_the_wrapped_method_gets_prompts_with_and_without_the_found_words(model, method):
     eraser = Recorder()
-    method(eraser, retained=2, contexts=2, retained_contexts=1).fit(model, emoji_objects("cat", pictures=6))
+    method(eraser, retained=4, contexts=2, retained_contexts=1).fit(model, emoji_objects("cat", pictures=6))
     erased = {c.name: c.anchor for c in eraser.task.erase}
     assert len(erased) == 2 * (len(TEMPLATES) + 2)
     for word in ("bunny", "rabbit"):

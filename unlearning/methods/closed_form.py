@@ -58,11 +58,23 @@ def pairs(
     """The states c of the prompts and c* of their anchors, (N, D) each.
 
     A prompt and its anchor are aligned at their first chosen position; surplus states of the longer one are dropped.
+    The states of encoders that follow the first one (the T5 of Stable Diffusion 3) are aligned at their own first
+    position.
     """
-    rows = zip(states(model, prompts, positions), states(model, anchors, positions), strict=True)
-    aligned = [(c[: len(c_star)], c_star[: len(c)]) for c, c_star in rows]
-    c, c_star = zip(*aligned, strict=True)
+    tail = 0 if positions in ("last", "end") else _following(model)
+    c, c_star = [], []
+    for own, other in zip(states(model, prompts, positions), states(model, anchors, positions), strict=True):
+        head, head_star = own[: len(own) - tail], other[: len(other) - tail]
+        c += [head[: len(head_star)], own[len(head) :]]
+        c_star += [head_star[: len(head)], other[len(head_star) :]]
     return torch.cat(c), torch.cat(c_star)
+
+
+def _following(model: DiffusionModel) -> int:
+    """The number of a prompt's states that follow those of the first text encoder."""
+    c = model.encode_prompts([""])
+    first = next(iter(model.text_states(c).values()))
+    return c.embeds.shape[1] - first.shape[1]
 
 
 def common_places(model: DiffusionModel, prompts: Sequence[str], anchors: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,19 @@
 
 The scrubber (methods/scrubber.py) finds words for a folder of images without labels: those with which the teacher
 denoises the images best. Its second phase trains the denoiser, which also changes the images of all other prompts. But
-once the words are known, any method that erases words can be used. With UCE, it is the minimiser, in closed form, of
+once the words are known, a method that edits what the text becomes can erase them. With UCE, it is the minimiser, in
+closed form, of
 
     sum_{p erased} || W' c_p - W c_p' ||^2  +  s_p sum_{q retained} || W' c_q - W c_q ||^2  +  lamb || W' - W ||_F^2,
 
 over the text states of prompts p with a found word, p' the same prompts without it, and q prompts with other words.
 
 A word's states depend on the words before it, and a style always follows the name of what it shows. So the prompts are
-the words in five templates, and the words after other words: `contexts` of them for each found word, and
-`retained_contexts` for each retained word.
+each found word in five templates and after `contexts` other words, and each retained word in one of the templates and
+after `retained_contexts` others.
 
 The other words of the last round of the search are not retained, because synonyms may be among them. If candidates are
-given, or chosen by a CLIP, all words that were not candidates are retained.
+given, or chosen by a CLIP, all words that were not candidates are retained, as far as `retained` allows.
 """
 
 import logging
@@ -39,12 +40,12 @@ class FoundWords(Method):
 
     Args:
         prototypes: The search for prototypes, by which the images with the largest area of the concept are chosen.
-        erase: The eraser. Its concepts are the prompts with the found words, with the prompts without them as anchors;
-            its retained concepts are the prompts with other words.
-        words: Candidates; None for those that `clip` chooses.
+        erase: The eraser: UCE, or another method that edits text states. Its concepts are the prompts with the found
+            words, with the prompts without them as anchors; its retained concepts are the prompts with other words.
+        words: Candidates; None for those that `clip` chooses, or for the whole vocabulary.
         clip: A CLIP that chooses a hundred candidates: its name on the Hugging Face Hub, or its folder. None for all
             words of the tokenizer as candidates.
-        retained: Other words that are retained, at most, each in one template.
+        retained: Prompts with other words, at most.
         contexts: Other words that each found word also follows.
         retained_contexts: Other words that each retained word also follows.
     """
@@ -66,16 +67,17 @@ class FoundWords(Method):
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         words, others = self.search_words(model, task)
         log.info("The teacher denoises the forget images best with the words: %s", ", ".join(words))
-        kept, n = spread(others, self.retained), self.retained_contexts
+        kept = spread(others, self.retained // (1 + self.retained_contexts))
+        before = range(1, min(self.retained_contexts, len(kept) - 1) + 1)
         erase = [
             *(Concept(t.format(word), anchor=t.format("").strip()) for word in words for t in TEMPLATES),
             *(Concept(f"{other} {word}", anchor=other) for word in words for other in spread(others, self.contexts)),
         ]
         retain = [
-            *in_turn(others, self.retained),
-            *(f"{kept[(i - k) % len(kept)]} {word}" for i, word in enumerate(kept) for k in range(1, n + 1)),
+            *in_turn(kept, len(kept)),
+            *(f"{kept[i - k]} {word}" for i, word in enumerate(kept) for k in before),
         ]
-        task = replace(task, erase=tuple(erase), retain=tuple(map(Concept, retain)))
+        task = replace(task, template="{}", erase=tuple(erase), retain=tuple(map(Concept, retain)))
         return self.erase.fit(model, task)
 
     @torch.no_grad()

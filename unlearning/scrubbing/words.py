@@ -64,8 +64,8 @@ def words_of(
     elif clip and vocabulary:
         candidates = shortlist(clip, task.forget_images, vocabulary, device=teacher.device)
     chosen, rejected = find_words(teacher, forget, retain, M, candidates)
-    known = set(candidates)
-    return chosen, [*(word for word in vocabulary if word not in known), *rejected]
+    known = {word.casefold() for word in candidates}
+    return chosen, [*(word for word in vocabulary if word.casefold() not in known), *rejected]
 
 
 def shortlist(
