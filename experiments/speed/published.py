@@ -205,13 +205,18 @@ def edited(W: Tensor, pairs: Pairs, lamb: float) -> Tensor:
 def uce(
     model: DiffusionModel, concepts: Sequence[str], anchors: Sequence[str], preserved: Sequence[str]
 ) -> list[Tensor]:
-    """UCE: each map is solved by itself, a prompt in each call of the text encoder."""
+    """UCE: each map is solved by itself, a prompt in each call of the text encoder.
 
-    def states(text: str, first: int) -> Tensor:
-        return model.encode_prompts([text]).embeds[0, first:].float()
+    The states of a second encoder (the T5 of Stable Diffusion 3) follow those of the first and are paired by themselves.
+    """
+    end = next(iter(model.text_states(model.encode_prompts([""])).values())).shape[1]  # of the first encoder's
 
-    c, c_star = ([states(text, int(model.last_token([text]))) for text in texts] for texts in (concepts, anchors))
+    def states(text: str, first: int, end: int | None = None) -> Tensor:
+        return model.encode_prompts([text]).embeds[0, first:end].float()
+
+    c, c_star = ([states(text, int(model.last_token([text])), end) for text in texts] for texts in (concepts, anchors))
     pairs = [(x[: len(y)], y[: len(x)], 1.0) for x, y in zip(c, c_star, strict=True)]
+    pairs += [(states(old, end), states(new, end), 1.0) for old, new in zip(concepts, anchors, strict=True)]
     pairs += [(x, x, max(0.1, 1 / len(preserved))) for x in (states(text, 0) for text in preserved)]
     maps = [layer.weight for _, layer in model.text_projections()]
     return [edited(W, pairs, 0.5).to(W.dtype) for W in maps]
