@@ -207,7 +207,7 @@ def uce(
 ) -> list[Tensor]:
     """UCE: each map is solved by itself, a prompt in each call of the text encoder.
 
-    The states of a second encoder (the T5 of Stable Diffusion 3) follow those of the first and are paired by themselves.
+    The states of a second encoder (the T5 of Stable Diffusion 3) follow those of the first, and are paired apart.
     """
     end = next(iter(model.text_states(model.encode_prompts([""])).values())).shape[1]  # of the first encoder's
 
