@@ -107,11 +107,12 @@ def test_masked_padding_is_excluded(any_model):
     assert len(states(any_model, ["cat"], "all")[0]) == attended
 
 
-def test_states_of_t5_are_aligned_at_their_own_beginning(sd3, tiny):
+@pytest.mark.parametrize("aligned", [lambda *texts: pairs(*texts, "to_end"), common_places])
+def test_states_of_t5_are_aligned_at_their_own_beginning(sd3, tiny, aligned):
     model = tiny.FAMILIES["sd3"].load(str(sd3), device="cpu")
     prompts = ["forest cat", "forest"]
     own, other = model.text_states(model.encode_prompts(prompts))["text_encoder_3"]
-    c, c_star = pairs(model, prompts[:1], prompts[1:], "to_end")
+    c, c_star = aligned(model, prompts[:1], prompts[1:])
     assert c.shape == c_star.shape
     torch.testing.assert_close(c[-len(own) :], own)
     torch.testing.assert_close(c_star[-len(other) :], other)

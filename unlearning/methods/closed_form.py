@@ -81,8 +81,9 @@ def common_places(model: DiffusionModel, prompts: Sequence[str], anchors: Sequen
     """The states c of the prompts and c* of their anchors at the places that the two have in common, (N, D) each.
 
     These are their common first tokens, their common last tokens, and the positions of the end of text and of padding
-    that both have.
+    that both have. The states of encoders that follow the first one are aligned as in `pairs`.
     """
+    following = _following(model)
     ids = zip(model.token_ids(prompts), model.token_ids(anchors), strict=True)
     starts = [own.start for own in model.word_pieces(prompts)]
     rows = zip(states(model, prompts, "all"), states(model, anchors, "all"), strict=True)
@@ -90,10 +91,12 @@ def common_places(model: DiffusionModel, prompts: Sequence[str], anchors: Sequen
     for (old, new), start, (c, c_star) in zip(ids, starts, rows, strict=True):
         before, after = common(old, new)
         end, end_star = start + len(old) - after, start + len(new) - after
-        tail = min(len(c) - end, len(c_star) - end_star)
+        first, first_star = len(c) - following, len(c_star) - following  # states of the first encoder
+        tail = min(first - end, first_star - end_star)
         head = slice(start + before)
         parts.append((c[head], c_star[head]))
         parts.append((c[end : end + tail], c_star[end_star : end_star + tail]))
+        parts.append((c[first:], c_star[first_star:]))
     c, c_star = zip(*parts, strict=True)
     return torch.cat(c), torch.cat(c_star)
 
