@@ -65,7 +65,7 @@ def test_the_words_around_the_concept_act_like_those_around_its_anchor(model, ma
     cat, forest = model.encode_prompts(["a cat in it", "a forest in it"]).embeds.double()
     places, anchors = [0, 1, *range(4, 29)], [0, 1, *range(7, 32)]  # start, "a"; the last "t", "in it", padding
     e, e_star = common_places(model, ["a cat in it"], ["a forest in it"])
-    assert torch.equal(e.double(), cat[places]) and torch.equal(e_star.double(), forest[anchors])
+    torch.testing.assert_close((e.double(), e_star.double()), (cat[places], forest[anchors]), atol=1e-5, rtol=0)
     refined = method.refined(model, task).weights
     for name, W in maps(model).items():
         before = (cat[places] - forest[anchors]) @ W.T

@@ -23,6 +23,11 @@ def model(sd1):
     return StableDiffusion.load(str(sd1), device="cpu")
 
 
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal within rounding, which depends on the number of rows in a call of the denoiser."""
+    return torch.allclose(a, b, atol=2e-5, rtol=0)
+
+
 def predictions(model, guidance, how=denoise, steps=6, scale=7.5, prompts=PROMPTS, seeds=SEEDS) -> list[torch.Tensor]:
     """What the guidance predicts at each step of a trajectory of classifier-free guidance."""
     c = model.encode_prompts(prompts)
@@ -47,9 +52,9 @@ def test_a_mask_of_zeros_is_classifier_free_guidance(model):
     nothing = replace(STRONG, warmup_steps=0, threshold=-torch.inf)
     plain = Sampler(steps=4)(model, PROMPTS, SEEDS)
     with GuidanceEdit(nothing).applied_to(model):
-        assert torch.equal(Sampler(steps=4)(model, PROMPTS, SEEDS), plain)
+        assert close(Sampler(steps=4)(model, PROMPTS, SEEDS), plain)
     with GuidanceEdit(STRONG).applied_to(model):
-        assert not torch.equal(Sampler(steps=4)(model, PROMPTS, SEEDS), plain)
+        assert not close(Sampler(steps=4)(model, PROMPTS, SEEDS), plain)
 
 
 def test_the_recursion_is_the_papers(model):
@@ -75,10 +80,10 @@ def test_the_recursion_is_the_papers(model):
 def test_the_warm_up_is_classifier_free_guidance_in_which_the_momentum_grows(model):
     plain = predictions(model, ClassifierFree())
     warm = predictions(model, replace(STRONG, warmup_steps=3))
-    assert all(torch.equal(a, b) for a, b in zip(warm[:3], plain[:3], strict=True))
+    assert all(close(a, b) for a, b in zip(warm[:3], plain[:3], strict=True))
     fresh = predictions(model, replace(STRONG, warmup_steps=3, momentum_scale=0.0))
-    assert not torch.equal(warm[3], plain[3])
-    assert not torch.equal(warm[3], fresh[3]), "by the momentum of the steps before"
+    assert not close(warm[3], plain[3])
+    assert not close(warm[3], fresh[3]), "by the momentum of the steps before"
 
 
 @pytest.mark.parametrize("steps", [4, 12])
@@ -86,7 +91,7 @@ def test_the_warm_up_counts_sampling_steps_also_where_predictions_are_skipped(mo
     """skim takes predictions at steps 0, 5 and 10: a warm-up of 6 steps ends before the one at 10."""
     guidance = replace(STRONG, warmup_steps=6)
     guided, plain = (predictions(model, g, skim, steps) for g in (guidance, ClassifierFree()))
-    assert [torch.equal(a, b) for a, b in zip(guided, plain, strict=True)] == [True, True, False][: -(-steps // 5)]
+    assert [close(a, b) for a, b in zip(guided, plain, strict=True)] == [True, True, False][: -(-steps // 5)]
 
 
 def test_rows_do_not_change_each_other_whatever_their_guidance_scale(model):

@@ -30,7 +30,8 @@ def test_an_inverted_embedding_denoises_the_concept_better_than_the_null_prompt(
         finally:
             model.encode_prompts = encode
 
-    assert gain(null) == 0 < np.mean([gain(e) for e in found])
+    assert abs(gain(null)) < 1e-6, "the two are in one batch"
+    assert np.mean([gain(e) for e in found]) > 1e-4
 
 
 @pytest.mark.parametrize(("kind", "count"), [("null", 1), ("caption", 1 + 3 * len(TEMPLATES))])
