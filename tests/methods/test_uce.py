@@ -6,6 +6,7 @@ import torch
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.objects import emoji_objects
 from unlearning.errors import UserError
+from unlearning.methods.closed_form import pooled
 from unlearning.methods.uce import TEMPLATES, UCE
 from unlearning.models.stable_diffusion import StableDiffusion
 
@@ -98,3 +99,17 @@ def test_every_family_that_reads_text_is_edited(any_model):
     weights = uce.fit(any_model, CAT).weights
     assert weights and all(torch.isfinite(w).all() for w in weights.values())
     assert all(not torch.equal(w, before[name]) for name, w in weights.items())
+
+
+@pytest.mark.parametrize("any_pipeline", ["sd1", "sdxl", "sd3", "flux"], indirect=True)
+def test_the_pooled_embedding_acts_like_the_anchors_too(any_model):
+    maps = dict(any_model.pooled_projections())
+    plain, patch = (UCE(**EXACT, pooled=on).fit(any_model, CAT).weights for on in (False, True))
+    assert set(patch) - set(plain) == {f"{name}.weight" for name in maps}
+    assert bool(maps) == ("pooled" in any_model.encode_prompts([""]).extra)
+    for name, m in maps.items():
+        W, (cat, forest) = patch[f"{name}.weight"], pooled(any_model, ["cat", "forest"])
+        D = len(cat)
+        torch.testing.assert_close(W[:, :D] @ cat, m.weight[:, :D] @ forest, atol=1e-2, rtol=0)
+        assert not torch.allclose(m.weight[:, :D] @ cat, m.weight[:, :D] @ forest, atol=2e-2)
+        assert torch.equal(W[:, D:], m.weight[:, D:]), "the size and crop of SDXL"

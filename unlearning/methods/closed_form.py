@@ -47,9 +47,24 @@ def projections(model: DiffusionModel) -> dict[str, nn.Linear]:
     return maps
 
 
+def pooled_projections(model: DiffusionModel) -> dict[str, nn.Linear]:
+    """The maps of the pooled embedding, by full name; none in a model without. Raises UserError for a quantised one."""
+    maps = dict(model.pooled_projections())
+    model.require_values(f"{name}.weight" for name in maps)
+    return maps
+
+
 def edited(maps: Mapping[str, nn.Linear], E: Tensor) -> WeightPatch:
-    """W E for every map W (O, D); E is (D, D), float64."""
-    return WeightPatch({f"{name}.weight": (m.weight.double() @ E).to(m.weight.dtype) for name, m in maps.items()})
+    """W E for every map W (O, D); E is (D, D), float64. Inputs of a map after the first D stay as they are."""
+    D, weights = len(E), {f"{name}.weight": m.weight for name, m in maps.items()}
+    return WeightPatch({n: torch.cat([(W[:, :D].double() @ E).to(W.dtype), W[:, D:]], 1) for n, W in weights.items()})
+
+
+@torch.no_grad()
+def pooled(model: DiffusionModel, prompts: Sequence[str]) -> Tensor:
+    """The pooled embedding of each prompt, (N, D)."""
+    batches = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)] or [prompts]
+    return torch.cat([model.encode_prompts(batch).extra["pooled"] for batch in batches])
 
 
 def pairs(

@@ -45,8 +45,6 @@ from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.embeddings import Embedded, Text
 from unlearning.training.student import LoRA
 
-POOLED = ("text_embeds", "pooled")  # of Conditioning.extra: what else is text
-
 
 @dataclass(frozen=True)
 class FacilitatedTransport(Gate):
@@ -137,7 +135,7 @@ class SPM(ESD):
 
 def anchors(c_e: Conditioning) -> Conditioning:
     """For each row of c_e a random conditioning that is not about it."""
-    extra = {name: _around(v) if name in POOLED else v for name, v in c_e.extra.items()}
+    extra = {name: _around(v) if name == "pooled" else v for name, v in c_e.extra.items()}
     return replace(c_e, embeds=_around(c_e.embeds), extra=extra, prompts=("",) * len(c_e))
 
 

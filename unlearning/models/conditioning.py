@@ -14,7 +14,7 @@ class Conditioning:
 
     Args:
         embeds: The text encoder's states, (B, L, D).
-        extra: A family's other tensors, (B, ...): SDXL's pooled text and micro-conditioning.
+        extra: A family's other tensors, (B, ...): the "pooled" embedding of SDXL, SD3 and Flux, SDXL's size and crop.
         prompts: The texts of the B rows; "" for a row that comes from no text.
         gains: By the name of a set of side modules, how much of it each row gets, (B,); 1 where it is not named.
         steps: For how many sampling steps each row holds, (B,); None for all of them.

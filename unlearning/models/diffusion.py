@@ -169,6 +169,10 @@ class DiffusionModel(DiffusionAlgebra, SideModuleHost):
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         """The linear maps, by full name, through which the prompt enters the denoiser."""
 
+    def pooled_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        """The linear maps, by full name, whose first inputs are the prompt's pooled embedding, if there are any."""
+        return iter(())
+
     def predict(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """The denoiser's raw output (eps, v or flow), (B, C, H, W) float32; t is () or (B,) on the schedule's scale."""
         arguments, keywords = self._denoiser_inputs(x_t.to(self.dtype), t, c)

@@ -18,3 +18,7 @@ class JointAttention(StableDiffusion):
 
     def text_projections(self) -> Iterator[tuple[str, nn.Linear]]:
         yield "transformer.context_embedder", self.denoiser.context_embedder
+
+    def pooled_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        name = "time_text_embed.text_embedder.linear_1"
+        yield f"transformer.{name}", self.denoiser.get_submodule(name)

@@ -1,11 +1,12 @@
 """SDXL: two text encoders, a pooled embedding, and micro-conditioning on the image's size and crop."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -36,11 +37,15 @@ class StableDiffusionXL(StableDiffusion):
         # The size that it generates. Images to learn from are cropped and resized to it beforehand.
         size = [side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:]]
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=embeds.device)
-        return Conditioning(embeds, {"text_embeds": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
+        return Conditioning(embeds, {"pooled": pooled, "time_ids": time_ids.expand(len(embeds), -1)})
 
     def text_states(self, c: Conditioning) -> dict[str, Tensor]:
         first = self.text_encoders["text_encoder"].config.hidden_size
         return {"text_encoder": c.embeds[..., :first], "text_encoder_2": c.embeds[..., first:]}
 
+    def pooled_projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        yield "unet.add_embedding.linear_1", self.denoiser.add_embedding.linear_1  # the size and crop follow the text
+
     def _denoiser_inputs(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[tuple, dict]:
-        return (x_t, t, c.embeds), {"added_cond_kwargs": dict(c.extra)}
+        text = {"text_embeds": c.extra["pooled"], "time_ids": c.extra["time_ids"]}
+        return (x_t, t, c.embeds), {"added_cond_kwargs": text}

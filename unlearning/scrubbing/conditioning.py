@@ -25,7 +25,6 @@ from unlearning.sampling.inversion import invert
 from unlearning.scrubbing.words import PER_CALL, in_all_templates, spread, words_of
 
 ConditioningKind = Literal["null", "words", "inverted", "caption"]
-POOLED = ("pooled", "text_embeds")  # the families' names for the pooled text in Conditioning.extra
 RETAIN_WORDS = 64  # words in the prompts of the retain images
 
 
@@ -114,7 +113,7 @@ def inverted(
     start, dtype = null.expand(rows), null.embeds.dtype
     embeds = nn.Parameter(start.embeds.float())  # half precision rounds small steps away
     embeds.data += 0.01 * torch.randn_like(embeds)
-    extra = {k: nn.Parameter(v.float()) for k, v in start.extra.items() if k in POOLED}
+    extra = {k: nn.Parameter(v.float()) for k, v in start.extra.items() if k == "pooled"}
 
     def current() -> Conditioning:
         return Conditioning(embeds.to(dtype), {**start.extra, **{k: v.to(dtype) for k, v in extra.items()}})
