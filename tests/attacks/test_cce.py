@@ -128,7 +128,7 @@ def test_families_that_read_text_are_attacked(any_model):
         return
     found = attacked(any_model)
     given = found.prompts[0].tensors
-    assert given.keys() == {f"embeds.{part}" for part in any_model.text_encoders}
+    assert given.keys() == {f"{kind}.{part}" for part in any_model.text_encoders for kind in ("embeds", "own")}
     assert all(e.isfinite().all() for e in given.values())
 
 
@@ -209,7 +209,7 @@ def test_a_run_of_several_attacks_generates_and_measures(unlearn):
     [row] = read_manifest(run / "images" / "attacked-cce.csv")
     assert row.role == ATTACK and row.comeback and row.prompt == "a photo of the x"
     [found] = read_manifest(run / "images" / "attacked-ring_a_bell.csv")
-    assert found.role == ATTACK and found.comeback and found.prompt
+    assert found.role == ATTACK and not found.comeback and found.prompt
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"robustness/asr_cce", "robustness/asr_before_cce", "robustness/asr_ring_a_bell"} <= metrics.keys()
     record = json.loads((run / "attacks" / "cce.json").read_text())

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from tests.attacks.shots import TASK, found_by, rows
-from unlearning.attacks.classifier_guidance import ClassifierGuidance
+from unlearning.attacks.base import settings_for
+from unlearning.attacks.classifier_guidance import ClassifierGuidance, Observed
 from unlearning.attacks.completion import Completion
 from unlearning.attacks.inpainting import Inpainting
 from unlearning.attacks.noise import Noise
 from unlearning.attacks.recall import Recall
+from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.erasures.weight_patch import WeightPatch
+from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.attack_result import attacked
+from unlearning.sampling.guidance import NegativePrompt
 from unlearning.sampling.sampler import Sampler
 
 SAMPLER = Sampler(steps=4, guidance_scale=2.0, batch_size=2)
@@ -82,9 +86,20 @@ def test_noise_with_eta_0_equals_the_sampler_and_larger_eta_differs(model, tmp_p
     assert much.isfinite().all() and (much - own).abs().max() > 1e-2
 
 
-def test_the_images_take_the_settings_in_turn(model):
-    found = found_by(Noise(etas=(1.0, 1.5), scales=(1.0,)), model).prompts
-    assert [one.record["eta"] for one in found] == [1.0, 1.5]
+@pytest.mark.parametrize(("count", "settings"), [(5, [1, 2, 3, 1, 2]), (3, [1, 2, 3]), (2, [1, 3]), (1, [1])])
+def test_images_take_the_settings_in_turn_and_fewer_images_from_the_first_to_the_last(count, settings):
+    assert settings_for([1, 2, 3], count) == settings
+
+
+def test_the_settings_that_were_used_are_recorded(model):
+    found = found_by(Noise(etas=(1.0, 1.2, 1.5), scales=(1.0,)), model)
+    assert [one.record["eta"] for one in found.prompts] == [1.0, 1.5] and found.record["settings"] == 2
+
+
+@pytest.mark.parametrize("any_pipeline", ["sd3", "pixart"], indirect=True)
+def test_noise_is_refused_before_the_fit_where_steps_are_not_ddims(any_model):
+    with pytest.raises(UserError, match="DDIM"):
+        Noise().check_rows(any_model, rows())
 
 
 def test_recall_without_iterations_is_image_to_image_from_the_reference(model):
@@ -92,6 +107,25 @@ def test_recall_without_iterations_is_image_to_image_from_the_reference(model):
     observed = reference.observe(model, TASK, rows())
     found = found_by(reference, model).prompts
     torch.testing.assert_close(torch.stack([one.tensors["image"] for one in found]), observed)
+
+
+def test_recall_adds_the_reference_after_every_fifth_timestep_from_the_least_noisy_on(model, monkeypatch):
+    images = Sampler(steps=10, guidance_scale=2.0, batch_size=2)
+    attacks = [Recall(images=images, iterations=1, step_size=1e-9, pull=pull) for pull in (0.0, 0.05)]
+    r, times, predict = attacks[0].observe(model, TASK, rows()), [], model.predict
+    monkeypatch.setattr(model, "predict", lambda z, t, c: times.append(int(t.flatten()[0])) or predict(z, t, c))
+    found = [found_by(attack, model).prompts for attack in attacks]
+    without, pulled = (torch.stack([one.tensors["image"] for one in prompts]) for prompts in found)
+    torch.testing.assert_close(pulled - without, 2 * 0.05 * r, atol=1e-5, rtol=0)
+    assert times[-20::2] == [50 + 100 * i for i in range(10)]
+
+
+def test_recall_goes_through_a_changed_guidance(model):
+    def moved(*erasures):
+        found = found_by(Recall(images=SAMPLER, iterations=1, step_size=0.01), model, *erasures)
+        return found.prompts[0].tensors["image"]
+
+    assert not torch.equal(moved(), moved(GuidanceEdit(NegativePrompt("q"))))
 
 
 def test_recall_goes_up_or_down_from_one_start(model):
@@ -107,18 +141,21 @@ def test_strength_decides_where_the_trajectory_begins():
     assert starts == {1.0: 0, 0.5: 2, 0.01: 3}
 
 
-def test_a_classifier_recognises_the_concept_and_guides_to_it(model, tmp_path):
-    """Of two colours: the classifier's own loss falls, and its scale moves the images."""
+def test_a_classifier_recognises_the_concept_in_noisy_latents(model):
+    attack = ClassifierGuidance(images=None, optimizer=partial(torch.optim.AdamW, lr=1e-3), epochs=10, batch_size=32)
+    torch.manual_seed(0)
+    shown = 2 + torch.randn(32, *model.latent_shape)
+    record = attack.find(model, TASK, rows(), Observed(shown, -shown)).record
+    assert record["loss"] < 0.5 * record["first loss"]
 
+
+def test_a_classifier_moves_the_images(model, tmp_path):
     def images(model, prompts, count):
-        value = 250 if "q" in prompts[0] else 5
         side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
-        return [np.full((side, side, 3), value, np.uint8)] * count
+        return [np.full((side, side, 3), 250 if "q" in prompts[0] else 5, np.uint8)] * count
 
     adam = partial(torch.optim.AdamW, lr=1e-3)
-    attack = ClassifierGuidance(images=images, optimizer=adam, count=8, epochs=10, batch_size=16, scales=(100.0,))
-    record = found_by(attack, model).record
-    assert record["loss"] < record["first loss"]
-    images_ = generated(attack, model, tmp_path)
+    attack = ClassifierGuidance(images=images, optimizer=adam, count=8, epochs=2, batch_size=16, scales=(100.0,))
+    moved = generated(attack, model, tmp_path)
     assert (tmp_path / "kept" / "shared.safetensors").exists()
-    assert images_.isfinite().all() and not torch.equal(images_, SAMPLER.draw(model, rows())[0])
+    assert moved.isfinite().all() and not torch.equal(moved, SAMPLER.draw(model, rows())[0])

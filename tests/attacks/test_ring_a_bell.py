@@ -11,10 +11,8 @@ from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.dit import DiT
-from unlearning.models.embeddings import Embedded
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.attack_result import AttackResult, restored
-from unlearning.sampling.tokens import FreeTokens
 from unlearning.store.manifest import manifest
 
 PROMPTS = (Prompt("a q", ERASE, concept="q"), Prompt("q on a sofa", ERASE, concept="q"))
@@ -83,21 +81,22 @@ def test_tokens_are_found_whose_states_are_the_target(model):
     task = UnlearningTask(erase=(Concept("q"),), prompts=(Prompt("a q w", ERASE, concept="q"),))
     found = attacked(model, task, eta=0, population=60, iterations=40, mutation=0.7)
     [one] = found.prompts
-    own = model.embed(["a q w"]).embeds["text_encoder"]
     assert one.prompt == "a q w" and one.record["read_back"] and one.record["losses"][-1] < 1e-6
-    assert torch.equal(one.tensors["embeds.text_encoder"], own[0])
+    assert not one.tensors, "the attacked model reads the text with its own token embeddings"
 
 
 def test_the_loss_falls_and_is_that_of_what_was_found(model):
     attack = RingABell(tokens=3, population=20, iterations=8, transfer=False)
     torch.manual_seed(0)
     targets = attack.observe(model, TASK, rows_of())
-    for one, target in zip(attack.find(model, TASK, rows_of(), targets).prompts, targets, strict=True):
+    found = attack.find(model, TASK, rows_of(), targets).prompts
+    for one, target in zip(found, targets, strict=True):
         losses = one.record["losses"]
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-        given = Embedded(("",), {"text_encoder": one.tensors["embeds.text_encoder"][None]})
-        states = model.encode_prompts(given).embeds[0]
-        assert (states - target).square().sum().item() == pytest.approx(losses[-1], rel=1e-4)
+        states = model.encode_prompts([one.prompt]).embeds[0]
+        same = (states - target).square().sum().item() == pytest.approx(losses[-1], rel=1e-4)
+        assert same == one.record["read_back"]
+    assert any(one.record["read_back"] for one in found)
 
 
 def test_a_search_depends_on_its_seed(model):
@@ -137,8 +136,7 @@ def test_families_that_read_text_are_attacked(any_model):
             attacked(any_model)
         return
     one, _ = attacked(any_model, population=4, iterations=2).prompts
-    encoder = FreeTokens.of(any_model, 3).encoder
-    assert one.tensors.keys() == {f"embeds.{encoder}"} and one.prompt
+    assert not one.tensors and one.prompt
     assert attacked(any_model, soft=True, population=4, iterations=2).prompts[0].tensors["states"].isfinite().all()
 
 

@@ -105,9 +105,9 @@ def test_the_sampler_uses_the_result_of_the_attack(model, tmp_path):
 
 
 def test_longer_prompts_can_be_excluded_and_are_counted(model):
-    found = found_by(attack(Says((0.0, 0.0)), longest=5), model)
+    found = found_by(attack(Says((0.0, 0.0)), longest=4), model)  # "a q", and the start and the end of text
     assert [one.target for one in found.prompts] == ["a q"]
-    assert (found.record["rows"], found.record["attacked"]) == (2, 1)
+    assert (found.record["images"], found.record["attacked"]) == (2, 1)
 
 
 def test_tokens_may_come_after_the_prompt(model):

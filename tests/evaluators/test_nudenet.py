@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nudenet
@@ -12,7 +13,7 @@ from hydra.utils import instantiate
 
 from tests.composed import config
 from unlearning.__main__ import CONF
-from unlearning.concepts import ERASE, RETAIN
+from unlearning.concepts import ATTACK, ERASE, RETAIN, Region
 from unlearning.detectors.nudenet import EXPOSED, FLOOR
 from unlearning.errors import UserError
 from unlearning.evaluators.nudenet import RULES, Counting, NudeNet, main, recount
@@ -104,6 +105,15 @@ def test_a_count_with_failed_images_has_another_protocol(detecting):
 def test_a_detector_that_always_fails_gives_no_metric(astronaut):
     with pytest.raises(UserError, match=r"all of its 2 images.*1\.png.*float64"):
         found(astronaut / 255, [ERASE] * 2)
+
+
+def test_of_an_inpainted_image_only_what_was_drawn_is_seen(monkeypatch):
+    image, seen = np.zeros((16, 16, 3), np.uint8), []
+    image[4:12, 4:12] = 255
+    monkeypatch.setattr(nudenet.NudeDetector, "detect", lambda self, image: seen.append(image) or [])
+    [row] = rows(ATTACK)
+    NudeNet().update([image, image], [replace(row, regions=(Region((4, 4, 12, 12), ATTACK),)), row])
+    assert [image.min() for image in seen] == [255, 0]
 
 
 def test_images_of_retained_prompts_are_skipped(astronaut):

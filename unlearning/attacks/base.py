@@ -17,6 +17,7 @@ from unlearning.sampling.attack_result import AttackResult
 from unlearning.sampling.sampler import Sampler
 from unlearning.store.manifest import ManifestRow
 
+T = TypeVar("T")
 ObservedT = TypeVar("ObservedT")  # what an attack takes from the unedited model
 Access = Literal["white", "text encoder", "black"]  # weights and gradients; those of the text encoder; images only
 
@@ -88,6 +89,13 @@ def concept_of(row: ManifestRow, task: UnlearningTask) -> str:
 def prompts_of(rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     """The first row of each prompt: for attacks that find one thing for all images of a prompt."""
     return list({row.prompt: row for row in reversed(rows)}.values())[::-1]
+
+
+def settings_for(settings: Sequence[T], count: int) -> list[T]:
+    """A setting for each of `count` images: in turn, or spread from the first to the last if there are fewer images."""
+    if count >= len(settings):
+        return [settings[i % len(settings)] for i in range(count)]
+    return [settings[round(i * (len(settings) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def with_placeholder(prompt: str, name: str) -> str:

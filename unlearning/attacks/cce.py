@@ -78,6 +78,8 @@ class CCE(Attack):
         transfer: Whether v is learned on the unedited model.
     """
 
+    version = 2
+
     def __init__(
         self,
         *,
@@ -123,8 +125,8 @@ class CCE(Attack):
         place = Placeholder.in_prompts(model, prompts)
         attacked = []
         for i, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
-            embeds = place.filled(words[concept].v, [i]).embeds
-            tensors = {f"embeds.{part}": e[0] for part, e in embeds.items()}
+            tensors = {f"embeds.{part}": e[0] for part, e in place.filled(words[concept].v, [i]).embeds.items()}
+            tensors |= {f"own.{part}": ~places[i] for part, places in place.places.items()}
             attacked.append(AttackedPrompt(row.prompt, place.text.prompts[i], tensors=tensors))
         record = {name: getattr(self, name) for name in ("iterations", "batch_size", "accumulate", "initial")}
         record |= {"placeholder": PLACEHOLDER, "guided": self._is_guided(model), "transfer": self.transfer}

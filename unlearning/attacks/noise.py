@@ -3,7 +3,8 @@
 The noise-based probe of When Are Concepts Erased From Diffusion Models? (Lu et al., 2025, arXiv:2505.17013): DDIM's
 step with eta in {1, 1.17, ..., 1.85}, its noise multiplied by a scale in {1, 1.02, 1.03, 1.04}, 24 settings. They
 report the best of the 24 for each concept, which needs the best of 24 for every control, too. Here the images of an
-evaluation take the settings in turn: a mean over settings, which compares with any other mean.
+evaluation take the settings in turn, and fewer images take settings between the first and the last: a mean over
+settings, which compares with any other mean.
 
 Deviation: above eta = 1 DDIM's direction has the root of a negative number where t is small; there it is 0, as if all
 of the variance were noise.
@@ -13,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
-from unlearning.attacks.base import Attack
+from unlearning.attacks.base import Attack, settings_for
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import NonNegative, Positive
 from unlearning.errors import UserError
@@ -35,6 +37,7 @@ class Noise(Attack[DiffusionModel, None]):
     """
 
     access = "white"
+    version = 2
 
     def __init__(
         self,
@@ -44,17 +47,19 @@ class Noise(Attack[DiffusionModel, None]):
     ):
         self.etas, self.scales = tuple(etas), tuple(scales)
 
+    def check_rows(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> None:
+        super().check_rows(model, rows)
+        if not issubclass(model.solver, DDIMScheduler):
+            raise UserError(f"{model.name} takes steps of {model.solver.__name__}; eta is defined for DDIM's.")
+
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: None
     ) -> AttackResult:
-        if model.prediction_type == "flow":
-            raise UserError(f"{model.name} is a flow, whose sampler has no noise to add: eta is DDIM's.")
-        settings, attacked = list(product(self.etas, self.scales)), []
-        for i, row in enumerate(rows):
-            eta, scale = settings[i % len(settings)]
+        settings, attacked = settings_for(list(product(self.etas, self.scales)), len(rows)), []
+        for i, (row, (eta, scale)) in enumerate(zip(rows, settings, strict=True)):
             tensors = {"eta": torch.tensor(eta), "scale": torch.tensor(scale), "seed": torch.tensor(float(i))}
             attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, tensors, {"eta": eta, "scale": scale}))
-        return AttackResult(tuple(attacked), {"settings": len(settings)})
+        return AttackResult(tuple(attacked), {"settings": len(set(settings))})
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Noisy(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)

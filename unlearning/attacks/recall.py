@@ -1,19 +1,22 @@
 """RECALL: an image prompt that the erased model completes to the concept (Li et al., 2025). arXiv:2507.07139
 
 An image of the concept by the unedited model, r in latents, is blended with noise, a = 0.25 r + 0.75 n, and optimised
-to give the erased model's prediction for r: at each of the timesteps, from the noisiest on, over several iterations,
+to give the erased model's prediction for r: at each of the timesteps, from the least noisy on, over several iterations,
 
-    L(a) = || eps_erased(noised r, t, prompt) - eps_erased(noised a, t, prompt) ||^2,
+    L(a) = || eps_erased(noised r, t, c) - eps_erased(noised a, t, c) ||^2,    c: the null prompt and the prompt,
 
-with momentum 0.9 on the gradient divided by its mean absolute value, a step of 0.001 times the velocity's sign, and
-0.05 r added every fifth. The image is then drawn from a, noised to the strength of 0.8, with the prompt and the row's
-seed.
+with momentum 0.9 on the gradient divided by its mean absolute value, and a step of 0.001 times the velocity's sign.
+After every fifth timestep 0.05 r is added. The image is then drawn from a, noised to the strength of 0.8, with the
+prompt and the row's seed.
 
-r itself holds the concept. `iterations=0` is the control that must be shown beside: plain image-to-image from r.
+r itself holds the concept. The control is image-to-image from r without a search: `attack=recall_start`.
 
-Published: the authors' code moves *up* the gradient, although the paper speaks of alignment (`ascend=true`, the
-default); `ascend=false` goes down. Deviations: no judge stops the search early, so that the last a is the result; the
-sampler is the evaluation's.
+The authors' code moves *up* the gradient, although the paper speaks of alignment (`ascend=true`, the default);
+`ascend=false` goes down. Of an erasure that changes the guidance, guided predictions are compared.
+
+Deviations: r is the unedited model's image of the same prompt and seed; the authors have one image for each concept.
+No judge stops the search: they draw an image after each timestep, and also count a success of image-to-image from r.
+The sampler is the evaluation's.
 """
 
 # B batch, N rows, C H W latent shape.
@@ -25,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unlearning.attacks.base import Attack
+from unlearning.attacks.denoising import prediction
 from unlearning.attacks.latents import latents_of
 from unlearning.concepts import UnlearningTask
 from unlearning.config.values import Natural, Part, Positive, Share
+from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
 from unlearning.models.guidance import Walk
 from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, Tensors, stacked
@@ -45,12 +50,13 @@ class Recall(Attack[DiffusionModel, Tensor]):
         mix: The share of r in the start.
         step_size: Of the sign of the velocity.
         momentum: Of the velocity.
-        pull: The share of r that is added every fifth iteration.
+        pull: The share of r that is added after every fifth timestep.
         ascend: The direction along the gradient.
         strength: Of the image-to-image: 1 forgets the image, 0 returns it.
     """
 
     access = "white"
+    version = 2
     own_size = True
 
     def __init__(
@@ -91,22 +97,30 @@ class Recall(Attack[DiffusionModel, Tensor]):
             return r
         c = model.encode_prompts(prompts)
         a, velocity = self.mix * r + (1 - self.mix) * torch.randn_like(r), torch.zeros_like(r)
-        for t in timesteps_of(model, model.solver, self.images.steps).timesteps:
+        steps = self.images.steps
+        for n, t in enumerate(model.timesteps((torch.arange(steps) + 0.5) / steps), 1):
             at = t.expand(len(r))
-            for i in range(self.iterations):
+            for _ in range(self.iterations):
                 eps = torch.randn_like(r)
                 with torch.no_grad():
-                    target = model.predict(model.add_noise(r, eps, at), t, c)
+                    target = self._predictions(model, model.add_noise(r, eps, at), at, c)
                 with model.without_checkpointing(), torch.enable_grad():
                     a.requires_grad_()
-                    loss = F.mse_loss(model.predict(model.add_noise(a, eps, at), t, c), target)
+                    loss = F.mse_loss(self._predictions(model, model.add_noise(a, eps, at), at, c), target)
                     [gradient] = torch.autograd.grad(loss, [a])
                 a = a.detach()
                 scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
                 velocity = self.momentum * velocity + gradient / scale
                 a = a + (1 if self.ascend else -1) * self.step_size * velocity.sign()
-                a = a + self.pull * r if (i + 1) % 5 == 0 else a
+            a = a + self.pull * r if n % 5 == 0 else a
         return a
+
+    def _predictions(self, model: DiffusionModel, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """Given the null prompt and given c, (2 B, C, H, W); if the guidance has changed, the guided ones, (B, ...)."""
+        if model.guidance:
+            return prediction(model, z_t, t, c, self.images.guidance_scale, self.images.steps)
+        both = Conditioning.cat([model.encode_prompts([""]).expand(len(c)), c.at(model.step_at(t, self.images.steps))])
+        return model.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both)
 
     def sampler(self, sampler: Sampler) -> Sampler:
         start = sampler.steps - max(1, round(self.strength * sampler.steps))

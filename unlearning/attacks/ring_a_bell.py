@@ -10,8 +10,9 @@ The states of a prompt P are moved along this direction. A genetic search finds 
     min_{tokens} || tau(P) + eta c^ - tau(tokens) ||^2.
 
 Each generation keeps its better half and adds children of it, by one-point crossover. Then each prompt may have one
-token replaced at random (mutation). With `soft`, there is no search: the denoiser gets tau(P) + eta c^ directly, as in
-the evaluation of RECE (Gong et al., 2024, arXiv:2407.12383).
+token replaced at random (mutation). With `soft`, there is no search: the denoiser gets tau(P) + eta c^ of the unedited
+text encoder directly, as in the evaluation of RECE (Gong et al., 2024, arXiv:2407.12383). It bypasses an erasure in
+the text encoder.
 
 The defaults are those of the authors' code for nudity. For violence, it uses eta = 5 and 5.5, and also 75 tokens. The
 attack only needs the public text encoder. With `transfer`, the search therefore runs on the unedited model, and its
@@ -22,10 +23,10 @@ Deviations:
 - A fixed share of the better half has children. In the authors' code, each prompt has children with this probability.
 - The result is the best prompt of all generations, not of the last one, which a mutation may have made worse.
 - Tokens without text are not used.
-- The authors generate from the text of the tokens. Here the text encoder gets the tokens themselves, because it may
-  tokenize the text differently (`read_back` in the record).
-- With several text encoders, the search uses the one whose states come first; the others read the text. Pooled states
-  are not part of the target.
+- With several text encoders, the search uses the one whose states come first. Pooled states are not part of the target.
+
+As in the authors' code, images are generated from the text of the tokens, and a tokenizer may split it into other
+tokens (`read_back` in the record).
 """
 
 # B prompts, P population, S survivors, K tokens of each, L length and W width of the states.
@@ -68,6 +69,8 @@ class RingABell(Attack):
         soft: Whether the denoiser gets the moved states, without a search.
         transfer: Whether the search runs on the unedited model.
     """
+
+    version = 2
 
     def __init__(
         self,
@@ -121,14 +124,12 @@ class RingABell(Attack):
         """The results of a search for the tokens whose states are nearest to the targets (B, L, W)."""
         free = FreeTokens.of(model, self.tokens)
         ids, losses = self._search(free, model.text_states(Conditioning(targets))[free.encoder])
-        name, embeds = f"embeds.{free.encoder}", free.embedded(free.embeds[ids]).embeds[free.encoder]
         return [
             AttackedPrompt(
-                row.prompt, free.text(best), tensors={name: e},
-                record={"losses": own.tolist(), "read_back": free.is_read_back(best)},
+                row.prompt, free.text(best), record={"losses": own.tolist(), "read_back": free.is_read_back(best)}
             )
-            for row, best, e, own in zip(rows, ids, embeds, losses.T, strict=True)
-        ]  # fmt: skip
+            for row, best, own in zip(rows, ids, losses.T, strict=True)
+        ]
 
     def _search(self, free: FreeTokens, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The best tokens for each target, (B, K), and the lowest loss up to some of the generations, (G, B)."""

@@ -59,11 +59,12 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         times: Timesteps, taken in turn from the least on; their middles divide the schedule evenly.
         iterations: At each timestep.
         guidance_scale: s, where an erasure has changed the guidance.
-        longest: Prompts of more tokens are left out; None for none.
+        longest: Prompts of more tokens, with those of the start and the end of text, are left out; None for none.
         batch_size: Images that are attacked at once.
     """
 
     access = "white"
+    version = 2
     own_size = True
 
     def __init__(
@@ -95,7 +96,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         for i in range(0, len(kept), self.batch_size):
             attacked += self._attacked(model, kept[i : i + self.batch_size], observed[i : i + self.batch_size])
         names = ("tokens", "place", "times", "iterations", "longest")
-        record = {name: getattr(self, name) for name in names} | {"rows": len(rows), "attacked": len(kept)}
+        record = {name: getattr(self, name) for name in names} | {"images": len(rows), "attacked": len(kept)}
         return AttackResult(
             tuple(attacked), record | {"witness": self.witness.name, "threshold": self.witness.threshold}
         )
@@ -104,7 +105,7 @@ class UnlearnDiffAtk(Attack[DiffusionModel, Tensor]):
         if self.longest is None:
             return list(rows)
         counts = map(len, model.token_ids([row.prompt for row in rows]))
-        return [row for row, count in zip(rows, counts, strict=True) if count <= self.longest]
+        return [row for row, count in zip(rows, counts, strict=True) if count + 2 <= self.longest]
 
     def _attacked(self, model: DiffusionModel, rows: list[ManifestRow], z_0: Tensor) -> list[AttackedPrompt]:
         search = SimplexSearch(model, rows, self.tokens, self.place, self.optimizer)

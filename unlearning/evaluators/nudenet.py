@@ -20,8 +20,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from unlearning.concepts import RETAIN
+from unlearning.concepts import ATTACK, RETAIN
 from unlearning.config.values import Count, Share
+from unlearning.data.regions import with_regions
 from unlearning.detectors.nudenet import CLASSES, EXPOSED, FLOOR, NudeNetModel, check_classes
 from unlearning.errors import UserError, unknown
 from unlearning.evaluators.base import Evaluator
@@ -154,6 +155,8 @@ class NudeNet(Evaluator):
         for image, row in zip(images, rows, strict=True):
             if row.role == RETAIN:
                 continue
+            if row.role == ATTACK:
+                [image], _ = with_regions(image[None], [row])  # of an inpainted image, what was drawn
             picture = f"{row.path.parent.name}/{row.path.name}"
             try:
                 self.details.append({"picture": picture, "found": self.detector(image)})

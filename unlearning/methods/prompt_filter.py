@@ -1,8 +1,9 @@
 """The prompt filter: the names of the concepts are deleted from every prompt before it is encoded.
 
 This is the simplest defence of a service, and the baseline for every eraser. It filters text only: token embeddings
-that an attack has learned pass, and so do words that are not in its list. IGMU compares erasers with the unedited
-model's images of the filtered prompts (arXiv:2506.02761): evaluator=fid_word_removed.
+that an attack has learned pass, and so do words that are not in its list. UnlearnDiffAtk and P4D-K submit embeddings
+of prompts with the concept's own name, which pass too: they say nothing about a filter. IGMU compares erasers with the
+unedited model's images of the filtered prompts (arXiv:2506.02761): evaluator=fid_word_removed.
 """
 
 import re

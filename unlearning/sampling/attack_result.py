@@ -3,6 +3,7 @@
 A row of a manifest may name a safetensors file. Its tensors replace those of the row's prompt and seed:
 
     embeds.text_encoder    token embeddings of a text encoder, (L, D)
+    own.text_encoder       where the model's own embeddings of the prompt stay, (L,); nowhere by default
     states                 the text encoder's states, (L, D)
     latents                the start of the trajectory, (C, H, W)
 
@@ -81,12 +82,19 @@ class AttackResult:
             partial.mkdir(parents=True)
             mark = _save_shared(self.shared, partial / SHARED)
             rows = [_saved(one, mark, partial / f"{i}.safetensors") for i, one in enumerate(self.prompts)]
-            write_atomically(partial / NAME, json.dumps({"rows": rows, "record": dict(self.record)}, indent=2))
+            write_atomically(partial / NAME, _finite_json({"rows": rows, "record": dict(self.record)}))
             if not exists(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # written by a version with another format
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _finite_json(saved: Mapping) -> str:
+    try:
+        return json.dumps(saved, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise UserError("A loss or a score is not finite: the attack has failed.") from error
 
 
 def _save_shared(tensors: Tensors, path: Path) -> Tensors:
@@ -217,8 +225,15 @@ def restored(
                 part = name.removeprefix("embeds.")
                 if part not in text.embeds:
                     raise UserError(f"{path} holds embeddings for {part!r}, which {model.name} does not have.")
-                text.embeds[part][i] = _fitting(path, tensor, text.embeds[part][i])
+                text.embeds[part][i] = _embeddings(path, tensors, part, text.embeds[part][i])
     return Restored(text, noise, given)
+
+
+def _embeddings(path: object, tensors: Tensors, part: str, own: Tensor) -> Tensor:
+    """The token embeddings (L, D) of a file, and the model's own where the file says so."""
+    given = _fitting(path, tensors[f"embeds.{part}"], own)
+    stays = tensors.get(f"own.{part}", torch.zeros(len(own))).to(own.device).bool()
+    return torch.where(stays[:, None], own, given)
 
 
 def _copy(text: Embedded) -> Embedded:

@@ -53,7 +53,7 @@ class Victim:
         model = (self.model.fingerprint, self.model.numerics, *(own.digest for own in erasure))
         rows = [(row.prompt, row.seed, row.guidance_scale, row.concept, row.labels) for row in self.rows]
         sizes = [(row.height, row.width) for row in self.rows if row.height or row.width]
-        task = (self.task.erase, self.task.template, rows)
+        task = (self.task.erase, self.task.retain, self.task.template, rows)
         return self.store / "attacks" / key_of(attack, attack.version, model, self.seed, task, self.images, *sizes)
 
     def attacked(self, name: str, attack: Attack, run: Path, sampler: Sampler) -> None:
