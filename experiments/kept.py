@@ -4,7 +4,8 @@
     python -m experiments.kept experiments/erasers/key.csv outputs/runs    # keeps the runs of this folder first
 
 The columns of the file say what is kept: settings (method, seed), then metrics (robustness/asr_cce). A run with one
-of these metrics has a line, in place of an earlier one with the same settings. In the table, seeds are averaged. It
+of these metrics has a line. Its numbers replace earlier ones of the same settings; those that it lacks stay. In the
+table, seeds are averaged. It
 stands between <!-- NAME --> and <!-- /NAME -->, where NAME.csv is the file.
 """
 
@@ -47,9 +48,17 @@ def lines_of(runs: Sequence[FinishedRun], settings: Sequence[str], metrics: Sequ
         values = {name: run.value(name) for name in metrics}
         line = {name: "" if value is None else f"{value:.6g}" for name, value in values.items()}
         key = tuple(str(run[name]) for name in settings)
-        if any(line.values()) and lines.setdefault(key, line) != line:
+        known = lines.get(key, {})
+        if any(value and known.get(name, "") not in ("", value) for name, value in line.items()):
             raise UserError(f"{run.folder}: another run of {', '.join(key)} has other numbers. Name one folder only.")
+        if any(line.values()):
+            lines[key] = joined(known, line)
     return lines
+
+
+def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, str]:
+    """The later numbers, and the earlier ones where there is no later one."""
+    return {name: value or earlier.get(name, "") for name, value in later.items()}
 
 
 def write(file: Path, settings: Sequence[str], metrics: Sequence[str], lines: Lines) -> None:
@@ -100,7 +109,8 @@ def main() -> None:
     if SEED not in settings or not all(mark in text for mark in (f"<!-- {name} -->", f"<!-- /{name} -->")):
         raise UserError(f"{options.file} needs a column {SEED!r}, and {readme} the marks of the table {name!r}.")
     if options.folder:
-        lines |= lines_of(read_runs(options.folder), settings, metrics)
+        found = lines_of(read_runs(options.folder), settings, metrics)
+        lines |= {key: joined(lines.get(key, {}), line) for key, line in found.items()}
     write(options.file, settings, metrics, lines)
     before, rest = text.split(f"<!-- {name} -->")
     after = rest.split(f"<!-- /{name} -->")[1]

@@ -52,3 +52,12 @@ def test_two_runs_that_disagree_are_refused(keep, finished_in, tmp_path):
         finished_in(tmp_path / "runs", place, {"efficacy/acc_e": value}, method="uce")
     with pytest.raises(UserError, match="uce, 0 has other numbers"):
         keep(tmp_path / "runs")
+
+
+def test_numbers_that_a_run_lacks_stay(keep, finished_in, tmp_path):
+    """A run that measured one attack again, or two runs with an attack each."""
+    finished_in(tmp_path / "runs", "a", {"efficacy/acc_e": 80.0}, method="none")
+    for place, metrics in (("b", {"efficacy/acc_e": 1.0}), ("c", {"cost/seconds": 2.0})):
+        finished_in(tmp_path / "runs", place, metrics, method="spm")
+    file, _ = keep(tmp_path / "runs")
+    assert file == f"{HEAD}none,0,80,0\nnone,1,90,0\nspm,0,1,2\nuce,0,5,\n"
