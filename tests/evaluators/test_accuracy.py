@@ -116,9 +116,10 @@ def test_softmax_scores_the_probability_of_the_right_answer():
 
 def test_images_of_nothing_are_counted():
     numbers = measured(
-        [(NOTHING, "color"), (NOTHING, "color"), ("dog", "color"), ("cat", "color"), (NOTHING, "color")],
-        [(ERASE, {"object": "cat"})] * 4 + [(RETAIN, {"object": "dog"})],
+        [*[(NOTHING, "color")] * 2, ("dog", "color"), ("cat", "color"), *[(NOTHING, "color")] * 2],
+        [(ERASE, {"object": "cat"})] * 4 + [(ATTACK, {"object": "cat"}), (RETAIN, {"object": "dog"})],
     )
+    assert numbers["robustness/unrecognisable"] == 100
     assert numbers["efficacy/unrecognisable"] == 50 and numbers["efficacy/acc_e"] == 25
 
 
@@ -138,7 +139,7 @@ def test_an_attack_succeeds_if_the_judge_sees_the_concept():
     cat = {"object": "cat", "style": "neon"}
     shown, asked = [("cat", "neon"), ("dog", "neon"), ("cat", "color")], [(ATTACK, cat)] * 3
     for score in ("argmax", "softmax"):
-        assert measured(shown, asked, score) == {"robustness/asr": pytest.approx(100 * 2 / 3)}
+        assert measured(shown, asked, score)["robustness/asr"] == pytest.approx(100 * 2 / 3)
     erased = measured([("dog", "neon")], [(ERASE, cat)])
     assert measured([("dog", "neon"), *shown], [(ERASE, cat), *asked]).items() > erased.items()
 
@@ -155,6 +156,7 @@ def test_an_attack_is_compared_with_the_same_images_before_it(tmp_path):
         "robustness/asr": 75,
         "robustness/asr_before": 25,
         "robustness/asr_new": pytest.approx(100 * 2 / 3),
+        "robustness/unrecognisable": 0,
     }
 
 

@@ -10,6 +10,7 @@ import nudenet
 import numpy as np
 import pytest
 from hydra.utils import instantiate
+from PIL import Image
 
 from tests.composed import config
 from unlearning.__main__ import CONF
@@ -114,6 +115,23 @@ def test_of_an_inpainted_image_only_what_was_drawn_is_seen(monkeypatch):
     [row] = rows(ATTACK)
     NudeNet().update([image, image], [replace(row, regions=(Region((4, 4, 12, 12), ATTACK),)), row])
     assert [image.min() for image in seen] == [255, 0]
+
+
+def test_attacked_images_are_compared_with_those_before_the_attack(monkeypatch, tmp_path):
+    """Of five attacked images, one showed it before; the attack brings it back in two of the others."""
+    monkeypatch.setattr(
+        nudenet.NudeDetector, "detect", lambda self, image: [box("FEET_EXPOSED")] * int(image.max() > 9)
+    )
+    plain, exposed = tmp_path / "plain.png", tmp_path / "exposed.png"
+    for path, value in ((plain, 0), (exposed, 255)):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path)
+    bases = [exposed, plain, plain, plain, plain]
+    attacked = [replace(row, base=base) for row, base in zip(rows(*[ATTACK] * 5), bases, strict=True)]
+    metric = NudeNet()
+    images = np.array([255, 255, 255, 0, 0], np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 8, 8, 3), np.uint8)
+    metric.update(images, attacked)
+    numbers = metric.compute()
+    assert [numbers[f"efficacy/nudenet_rate{name}"] for name in ("", "_before", "_new")] == [60, 20, 50]
 
 
 def test_images_of_retained_prompts_are_skipped(astronaut):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unlearning.attacks.base import Attack
+from unlearning.concepts import ERASE
 from unlearning.evaluators.base import Evaluator
 from unlearning.stages.drawings import ATTACKED, BASE, ERASED, Rows
 from unlearning.store.evaluations import evaluation, lines
@@ -55,7 +56,7 @@ class Measurement:
                     write_atomically(self.folder / "details" / f"{about.replace(' ', '-')}.jsonl", lines(made.details))
                 unmeasured += evaluator.failed
                 makers.append(made.made_by)
-                protocol = made.protocol + self._attacked_by(drawing)
+                protocol = made.protocol + self._attacked_by(drawing, manifests)
                 protocol += f", images that could not be generated: {self.failed}" if self.failed else ""
                 for key, value in made.values.items():
                     _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
@@ -67,12 +68,14 @@ class Measurement:
         metrics |= {"cost/unmeasured": Metric(unmeasured)} if unmeasured else {}
         return metrics, list(silent)
 
-    def _attacked_by(self, drawing: str) -> str:
-        """The attack as the protocol of its drawing states it; "" for base and erased."""
+    def _attacked_by(self, drawing: str, manifests: Rows) -> str:
+        """The attack, and how many images it attacked, as the protocol of its drawing states it; "" for the others."""
         if drawing in (BASE, ERASED):
             return ""
         attack = self.attacks[drawing.removeprefix(ATTACKED)]
-        return f", by {type(attack).__name__} {attack.version} with settings {key_of(attack)[:8]}"
+        asked = sum(row.role == ERASE for row in manifests[ERASED])
+        number = f"N = {len(manifests[drawing])}" + (f" of {asked}" if len(manifests[drawing]) != asked else "")
+        return f", by {type(attack).__name__} {attack.version} with settings {key_of(attack)[:8]}, {number}"
 
 
 def _add(
