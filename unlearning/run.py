@@ -206,7 +206,8 @@ class Run:
         metrics_json.write(self.folder / "metrics.json", metrics)
         figures = {caption: [figure] for caption, figure in read_figures(self.folder).items()}
         pairs = list(zip(manifests[BASE], manifests[ERASED], strict=True))
-        loggers.log(self.logger, metrics_json.flat(metrics), figures, self.settings, pairs)
+        attacked = {name: manifests[ATTACKED + name] for name in self.attacks}
+        loggers.log(self.logger, metrics_json.flat(metrics), figures, self.settings, pairs, attacked)
 
     def report(self) -> None:
         """Writes report.html, and teaser.png with its images in one strip."""

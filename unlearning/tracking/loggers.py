@@ -205,6 +205,7 @@ def log(
     images: Mapping[str, Sequence[np.ndarray | Image.Image]] | None = None,
     config: Mapping[str, Any] | None = None,
     pairs: Sequence[tuple[ManifestRow, ManifestRow]] = (),
+    attacked: Mapping[str, Sequence[ManifestRow]] | None = None,
 ) -> None:
     """Logs the results of a run: its config, its metrics with their protocols, and its images.
 
@@ -213,6 +214,7 @@ def log(
         images: Images (H, W, 3) uint8 by caption.
         config: The settings.
         pairs: Manifest rows before and after the erasure. The first pair of each prompt is shown side by side.
+        attacked: Manifest rows of each attack, by its name. Its images are shown, and all rates of success in a table.
 
     Raises:
         TypeError: If an image is not uint8. W&B would log it as a black image, without an error.
@@ -226,6 +228,8 @@ def log(
     sides = _sides(pairs)
     if sides:
         images = {"base": [row[-2] for row in sides], "erased": [row[-1] for row in sides], **(images or {})}
+    images = dict(images or {}) | {f"attacked/{name}": _opened(rows) for name, rows in (attacked or {}).items()}
+    rates = [[name, *rate] for name in attacked or {} for rate in _rates(numbers, name)]
     for logger in loggers:
         if config:
             logger.log_hyperparams(dict(config))
@@ -234,10 +238,31 @@ def log(
         logger.log_table("metrics", ["metric", "value"], [list(row) for row in numbers.items()])
         if sides:
             logger.log_table("pictures", ["prompt", "role", "seed", "base", "erased"], sides)
-        for key, pictures in (images or {}).items():
+        if rates:
+            logger.log_table("attacks", ["attack", "metric", "value"], rates)
+        for key, pictures in images.items():
             if len(pictures):
                 logger.log_image(key, list(pictures))
         logger.save()
+
+
+def _opened(rows: Sequence[ManifestRow]) -> list[Image.Image]:
+    """The images of the first rows, as far as they exist."""
+    images = []
+    for row in rows[:MAX_PAIRS]:
+        with suppress(UserError), opened(row.path) as image:
+            images.append(image.convert("RGB"))
+    return images
+
+
+def _rates(numbers: Mapping[str, float], attack: str) -> list[list[Any]]:
+    """[metric, value] of each number about an attack: asr, asr_before, asr_new, ..."""
+    prefix, suffix = "robustness/", f"_{attack}"
+    return [
+        [key.removeprefix(prefix).removesuffix(suffix), value]
+        for key, value in numbers.items()
+        if key.startswith(prefix) and key.endswith(suffix)
+    ]
 
 
 def _sides(pairs: Sequence[tuple[ManifestRow, ManifestRow]]) -> list[list[Any]]:
