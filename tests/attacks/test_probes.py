@@ -159,3 +159,17 @@ def test_a_classifier_moves_the_images(model, tmp_path):
     moved = generated(attack, model, tmp_path)
     assert (tmp_path / "kept" / "shared.safetensors").exists()
     assert moved.isfinite().all() and not torch.equal(moved, SAMPLER.draw(model, rows())[0])
+
+
+def test_classifier_guidance_with_noise_takes_noisy_steps(model, tmp_path):
+    """With a negligible scale it is the noise probe."""
+
+    def images(model, prompts, count):
+        side = model.decode(torch.zeros(1, *model.latent_shape)).shape[-1]
+        return [np.full((side, side, 3), 250 if "q" in prompts[0] else 5, np.uint8)] * count
+
+    adam = partial(torch.optim.AdamW, lr=1e-3)
+    settings = {"images": images, "optimizer": adam, "count": 2, "epochs": 1, "batch_size": 16, "scales": (1e-6,)}
+    both = generated(ClassifierGuidance(**settings, etas=(1.5,)), model, tmp_path / "both")
+    noise = generated(Noise(etas=(1.5,), scales=(1.0,)), model, tmp_path / "noise")
+    torch.testing.assert_close(both, noise, atol=1e-3, rtol=0)

@@ -9,7 +9,7 @@ As published: a perceptron of 1024 and 512 units (SiLU, dropout 0.3) on the flat
 sqrt(1 - abar_t); weighted binary cross-entropy; AdamW at 1e-4 with decay 1e-3, gradients clipped to a norm of 1; seven
 noisy views of each latent, t drawn as the third root of a uniform variable; 70 epochs; s from 25 to 193 in steps of 7,
 of which the best is reported. Here the images of an evaluation take the scales in turn, or scales between the first
-and the last, as those of attacks/noise.py.
+and the last, as those of attacks/noise.py. With `etas`, it is the paper's combined probe: each step adds noise, too.
 
 Deviations: what is not the concept are images of the task's retained concepts, or of the null prompt if it has none.
 All latents are for training; the authors hold a tenth out, to choose the epoch.
@@ -18,6 +18,7 @@ All latents are for training; the authors hold a tenth out, to choose the epoch.
 # B batch, N latents, C H W latent shape.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearning.attacks.base import Attack, settings_for
+from unlearning.attacks.noise import NoisyStep, check_ddim, noisy
 from unlearning.concepts import UnlearningTask
-from unlearning.config.values import Count, Positive
+from unlearning.config.values import Count, NonNegative, Positive
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
 from unlearning.models.diffusion import DiffusionModel
@@ -59,6 +61,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         epochs: Of the classifier's training.
         batch_size: Noisy latents in a step.
         scales: s.
+        etas: DDIM's eta, with each of the scales; 0 adds no noise.
     """
 
     access = "white"
@@ -74,7 +77,9 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         epochs: Count = 70,
         batch_size: Count = 64,
         scales: tuple[Positive, ...] = SCALES,
+        etas: tuple[NonNegative, ...] = (0.0,),
     ):
+        self.etas = tuple(etas)
         self.images, self.optimizer, self.count = images, optimizer, count
         self.epochs, self.batch_size, self.scales = epochs, batch_size, tuple(scales)
 
@@ -82,6 +87,8 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         super().check_rows(model, rows)
         if model.prediction_type == "flow":
             raise UserError(f"{model.name} is a flow; classifier guidance is defined for predictions of noise.")
+        if any(self.etas):
+            check_ddim(model)
 
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> Observed:
         concepts = [task.prompt(concept.name) for concept in task.erase]
@@ -93,12 +100,12 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
     ) -> AttackResult:
         weights, losses = self._trained(model, observed)
-        scales = settings_for(self.scales, len(rows))
-        attacked = [
-            AttackedPrompt(row.prompt, row.prompt, row.seed, {"scale": torch.tensor(s)}, {"scale": s})
-            for row, s in zip(rows, scales, strict=True)
-        ]
-        record = {"scales": len(set(scales)), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
+        settings = settings_for(list(product(self.scales, self.etas)), len(rows))
+        attacked = []
+        for i, (row, (s, eta)) in enumerate(zip(rows, settings, strict=True)):
+            tensors = {"guidance": torch.tensor(s), **(noisy(eta, 1.0, i) if any(self.etas) else {})}
+            attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, tensors, {"scale": s, "eta": eta}))
+        record = {"settings": len(set(settings)), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
         return AttackResult(tuple(attacked), record, shared=weights)
 
     def sampler(self, sampler: Sampler) -> Sampler:
@@ -153,7 +160,8 @@ class Guided(Sampler):
     def trajectory(
         self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        network, scale = restored(given[0], x), per_row(stacked(given, "scale", x))
+        network, scale = restored(given[0], x), per_row(stacked(given, "guidance", x))
+        noisily = NoisyStep(model, given, x) if "eta" in given[0] else None
 
         def step(noise, prediction: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
             at = t.expand(len(x_t))
@@ -164,7 +172,8 @@ class Guided(Sampler):
             sigma = (1 / (1 + model.snr(at))).sqrt()
             eps = model.to_eps(prediction, x_t, at) - scale * sigma * gradient
             x_0 = (x_t - sigma * eps) / (1 - sigma**2).sqrt()
-            return noise.step(model.to_prediction(x_0, x_t, at), t, x_t).prev_sample
+            guided = model.to_prediction(x_0, x_t, at)
+            return noisily(noise, guided, t, x_t) if noisily else noise.step(guided, t, x_t).prev_sample
 
         return denoise(model, x, walk, steps=self.steps, step=step)
 

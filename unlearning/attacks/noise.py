@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
 from unlearning.attacks.base import Attack, settings_for
@@ -49,20 +49,31 @@ class Noise(Attack[DiffusionModel, None]):
 
     def check_rows(self, model: DiffusionModel, rows: Sequence[ManifestRow]) -> None:
         super().check_rows(model, rows)
-        if not issubclass(model.solver, DDIMScheduler):
-            raise UserError(f"{model.name} takes steps of {model.solver.__name__}; eta is defined for DDIM's.")
+        check_ddim(model)
 
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: None
     ) -> AttackResult:
-        settings, attacked = settings_for(list(product(self.etas, self.scales)), len(rows)), []
-        for i, (row, (eta, scale)) in enumerate(zip(rows, settings, strict=True)):
-            tensors = {"eta": torch.tensor(eta), "scale": torch.tensor(scale), "seed": torch.tensor(float(i))}
-            attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, tensors, {"eta": eta, "scale": scale}))
+        settings = settings_for(list(product(self.etas, self.scales)), len(rows))
+        attacked = [
+            AttackedPrompt(row.prompt, row.prompt, row.seed, noisy(eta, scale, i), {"eta": eta, "scale": scale})
+            for i, (row, (eta, scale)) in enumerate(zip(rows, settings, strict=True))
+        ]
         return AttackResult(tuple(attacked), {"settings": len(set(settings))})
 
     def sampler(self, sampler: Sampler) -> Sampler:
         return Noisy(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+
+
+def check_ddim(model: DiffusionModel) -> None:
+    """Raises UserError for a model whose solver takes other steps."""
+    if not issubclass(model.solver, DDIMScheduler):
+        raise UserError(f"{model.name} takes steps of {model.solver.__name__}; eta is defined for DDIM's.")
+
+
+def noisy(eta: float, scale: float, seed: int) -> dict[str, Tensor]:
+    """The tensors of a row that NoisyStep takes."""
+    return {name: torch.tensor(float(value)) for name, value in (("eta", eta), ("scale", scale), ("seed", seed))}
 
 
 class Noisy(Sampler):
@@ -75,17 +86,23 @@ class Noisy(Sampler):
     def trajectory(
         self, model: DiffusionModel, x: Tensor, walk: Walk, given: Sequence[Tensors]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        eta, scale = (per_row(stacked(given, name, x)) for name in ("eta", "scale"))
-        draws = [torch.Generator().manual_seed(int(tensors["seed"])) for tensors in given]
+        return denoise(model, x, walk, steps=self.steps, step=NoisyStep(model, given, x))
 
-        def step(noise, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
-            before = t - noise.config.num_train_timesteps // noise.num_inference_steps
-            final = noise.final_alpha_cumprod
-            alpha, s = noise.alphas_cumprod[t], noise.alphas_cumprod[before] if before >= 0 else final
-            at = t.expand(len(x))
-            x_0, eps = model.to_x0(prediction, x, at), model.to_eps(prediction, x, at)
-            sigma = eta * ((1 - s) / (1 - alpha) * (1 - alpha / s)).sqrt()
-            fresh = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws]).to(x)
-            return s.sqrt() * x_0 + (1 - s - sigma**2).clamp(min=0).sqrt() * eps + scale * sigma * fresh
 
-        return denoise(model, x, walk, steps=self.steps, step=step)
+class NoisyStep:
+    """DDIM's step with each row's own eta, scale of the noise, and seed."""
+
+    def __init__(self, model: DiffusionModel, given: Sequence[Tensors], like: Tensor):
+        self.model = model
+        self.eta, self.scale = (per_row(stacked(given, name, like)) for name in ("eta", "scale"))
+        self.draws = [torch.Generator().manual_seed(int(tensors["seed"])) for tensors in given]
+
+    def __call__(self, noise: SchedulerMixin, prediction: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        before = t - noise.config.num_train_timesteps // noise.num_inference_steps
+        final = noise.final_alpha_cumprod
+        alpha, s = noise.alphas_cumprod[t], noise.alphas_cumprod[before] if before >= 0 else final
+        at = t.expand(len(x))
+        x_0, eps = self.model.to_x0(prediction, x, at), self.model.to_eps(prediction, x, at)
+        sigma = self.eta * ((1 - s) / (1 - alpha) * (1 - alpha / s)).sqrt()
+        fresh = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in self.draws]).to(x)
+        return s.sqrt() * x_0 + (1 - s - sigma**2).clamp(min=0).sqrt() * eps + self.scale * sigma * fresh
