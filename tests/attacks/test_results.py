@@ -1,6 +1,8 @@
 """Results of attacks: what is saved, and what the attacked model makes of it."""
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ import torch
 from tests.attacks.shots import TASK, found_by, rows
 from unlearning.attacks.cce import CCE
 from unlearning.attacks.p4d import P4D
+from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.generated import Generated
 from unlearning.erasures.weight_patch import WeightPatch
 from unlearning.errors import UserError
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.attack_result import AttackedPrompt, AttackResult, attacked, restored
 from unlearning.sampling.sampler import Sampler
+from unlearning.stages.attacks import Victim
 
 SAMPLER = Sampler(steps=1, batch_size=2)
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -68,3 +72,13 @@ def test_a_learned_word_stands_among_the_attacked_models_own_words(transfer, mod
         )
     torch.testing.assert_close(shift, expected, atol=1e-5, rtol=0)
     assert TASK.erase[0].name not in own[0].prompt.split()
+
+
+def test_a_kept_result_belongs_to_a_task_with_what_it_retains(model, tmp_path):
+    """Classifier guidance learns from images of retained concepts."""
+    attack = P4D(images=SAMPLER, optimizer=ADAM)
+
+    def folder(task: UnlearningTask) -> Path:
+        return Victim(model, WeightPatch({}), task, rows(), [], 0, tmp_path).folder(attack)
+
+    assert folder(TASK) == folder(replace(TASK)) != folder(replace(TASK, retain=(Concept("w"),)))
