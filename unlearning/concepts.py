@@ -38,6 +38,11 @@ class Concept:
         """The name and the synonyms."""
         return (self.name, *self.synonyms)
 
+    @property
+    def style(self) -> str:
+        """The name without "style" at its end, for templates that say it: "in the style of {}"."""
+        return self.name.removesuffix(" style")
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -174,8 +174,9 @@ def test_the_target_prompt_is_the_anchor_prompt_with_the_word_replaced(ablation)
         assert anchor == template.replace("{}", "forest") and target == template.replace("{}", "cat")
 
 
-def test_a_style_is_appended(ablation):
-    anchors, targets = prompts_of(ablation(kind="style"), Concept("Van Gogh", anchor="painting"))
+@pytest.mark.parametrize("name", ["Van Gogh", "Van Gogh style"])
+def test_a_style_is_appended(ablation, name):
+    anchors, targets = prompts_of(ablation(kind="style"), Concept(name, anchor="painting"))
     assert len(set(anchors)) == 200 and all(anchor.startswith("painting of ") for anchor in anchors)
     assert targets == [f"{anchor}, in the style of Van Gogh" for anchor in anchors]
 

@@ -77,6 +77,13 @@ def test_pooler_includes_the_end_of_the_text(model, make, pooler):
     assert bool(method.places[0, last + 1]) == pooler and method.places.sum() == clip.sum() + pooler
 
 
+def test_the_end_of_the_text_is_found_behind_words_after_the_name(model):
+    clip, end = (
+        concept_places(model, ["a cat image"], ["cat"], end=end)[0].nonzero().flatten() for end in (False, True)
+    )
+    assert clip.tolist() == [2, 3, 4] and end.tolist() == [2, 3, 4, 10], "a token for each letter"
+
+
 def test_a_model_that_attends_to_no_text_is_refused_before_an_image_is_drawn(make, tmp_path):
     model = tiny.FAMILIES["pixart"].load(str(tiny.save("pixart", tmp_path)), device="cpu")
     with pytest.raises(UserError, match="attention"):

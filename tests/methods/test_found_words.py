@@ -14,6 +14,7 @@ from unlearning.methods import found_words
 from unlearning.methods.base import Method
 from unlearning.methods.closed_form import pairs
 from unlearning.methods.found_words import FoundWords
+from unlearning.methods.safree import SAFREE
 from unlearning.methods.uce import UCE
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.scrubbing.prototypes import PrototypeSearch
@@ -89,3 +90,8 @@ def test_words_are_erased_and_all_other_words_keep_what_the_denoiser_reads(model
     left = (after - before[-1]).square().sum((1, 2))
     assert (left[:2] < 0.2 * whole[:2]).all() and (moved[2:4] < 0.05 * whole[2:4]).all()
     assert torch.isfinite(after).all()
+
+
+@pytest.mark.parametrize("eraser", [UCE(), SAFREE()])
+def test_its_erasure_is_one_of_the_wrapped_method(method, eraser):
+    assert method(eraser).writable == eraser.writable

@@ -46,7 +46,11 @@ from unlearning.models.side_modules import SideModule
 from unlearning.sampling.guidance import begin
 from unlearning.sampling.sampler import denoise
 
-TEMPLATES = {"object": "{} with {}", "style": "{}, {} style", "people": "{}, {}"}
+TEMPLATES = {
+    "object": "{subject} with {concept}",
+    "style": "{subject}, {concept} style",
+    "people": "{subject}, {concept}",
+}
 CLASSES = (
     "tench", "goldfish", "great white shark", "tiger shark", "hammerhead", "electric ray", "stingray", "cock", "hen",
     "ostrich", "brambling", "goldfinch", "house finch", "junco", "indigo bunting", "robin", "bulbul", "jay", "magpie",
@@ -111,6 +115,8 @@ class CASteer(Method):
         kind: The kind of the concept, which decides the prompts: "object", "style" or "people".
         beta: The strength.
         subjects: Subjects of the prompts, in place of the released code's.
+        templates: How a prompt is made of a {subject} and the {concept}, and how one of the {subject} alone; None for
+            the released code's.
         count: How many subjects are taken, at most.
         steps, guidance_scale: How the images are generated.
         batch_size: Images in one batch; it changes nothing.
@@ -124,6 +130,7 @@ class CASteer(Method):
         kind: Literal["object", "style", "people"] = "object",
         beta: Positive = 2.0,
         subjects: Sequence[str] | None = None,
+        templates: tuple[str, str] | None = None,
         count: Count = 104,
         steps: Steps = 50,
         guidance_scale: Finite = 7.5,
@@ -131,15 +138,18 @@ class CASteer(Method):
     ):
         own = [" ".join(parts).strip() for parts in product(PEOPLE, DOING)] if kind == "people" else CLASSES
         self.kind, self.beta, self.subjects = kind, beta, list(subjects or own)[:count]
+        self.templates = templates or (TEMPLATES[kind], "{subject}")
         self.steps, self.guidance_scale, self.batch_size = steps, guidance_scale, batch_size
 
     @torch.no_grad()
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        timesteps, without = self.mean_outputs(model, self.subjects)
+        with_concept, plain = self.templates
+        timesteps, without = self.mean_outputs(model, [plain.format(subject=subject) for subject in self.subjects])
         edits = []
         for concept in task.erase:
-            prompts = [TEMPLATES[self.kind].format(subject, concept.name) for subject in self.subjects]
-            _, within = self.mean_outputs(model, prompts)
+            name = concept.style if self.kind == "style" else concept.name
+            prompts = dict.fromkeys(with_concept.format(subject=subject, concept=name) for subject in self.subjects)
+            _, within = self.mean_outputs(model, list(prompts))
             weights = {f"{name}.direction": normalize(mean - without[name], dim=1) for name, mean in within.items()}
             weights |= {f"{name}.timesteps": timesteps.clone() for name in within}
             edits.append(SteeringEdit(weights, options={"beta": self.beta}))

@@ -135,7 +135,7 @@ class ConceptAblation(TrainedMethod):
 
     def _pair(self, template: str, concept: Concept) -> tuple[str, str]:
         anchor = template.format(concept.anchor or GENERIC[self.kind])
-        styled = f"{anchor}, in the style of {concept.name}"
+        styled = f"{anchor}, in the style of {concept.style}"
         return anchor, styled if self.kind == "style" else template.format(concept.name)
 
     def data(self) -> ForgetRetain:

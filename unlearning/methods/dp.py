@@ -13,8 +13,10 @@ of several concepts, Q projects onto all these directions, and both identities h
 DP-style, because it follows descriptions of the paper and no code of the authors. They leave open which states are
 taken, which are ours: a concept's from its last word piece to the end of the sequence, as UCE's, and of what is
 preserved (the null prompt, the retained concepts) the same. So many states span the width of the text; the paper
-truncates the decomposition of S, and we do where its squared singular values add up to `energy` of their sum, 0.9 as
-chosen on emoji_unet (rabbit, clock). The identities are then those of the truncated S. A task's anchor is not used.
+truncates the decomposition of S, and we do where its squared singular values add up to `energy` of their sum. The many
+states of one concept also span many directions outside of S, most of them noise: Q holds the fewest that have
+`erased_energy` of U_2 x. The identities are then those of what is held; with both at 1 they are exact. A task's anchor
+is not used.
 """
 
 # D text width, N states.
@@ -40,13 +42,20 @@ class DP(Method):
     Args:
         positions: The states of a prompt: at its last word piece, or from there "to_end".
         energy: The share of the sum of squared singular values of S that its basis holds; 1 for all of S.
+        erased_energy: The same of U_2 x, for Q.
         preserve_null: Whether the null prompt is preserved.
     """
 
     def __init__(
-        self, *, positions: Literal["to_end", "last"] = "to_end", energy: Part = 0.9, preserve_null: bool = True
+        self,
+        *,
+        positions: Literal["to_end", "last"] = "to_end",
+        energy: Part = 0.9,
+        erased_energy: Part = 1.0,
+        preserve_null: bool = True,
     ):
-        self.positions, self.energy, self.preserve_null = positions, energy, preserve_null
+        self.positions, self.energy, self.erased_energy = positions, energy, erased_energy
+        self.preserve_null = preserve_null
 
     @torch.no_grad()
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
@@ -60,7 +69,7 @@ class DP(Method):
                 "What is preserved spans every state of the erased concepts, which leaves DP nothing to erase: a "
                 "smaller method.energy, method.positions=last, or fewer concepts to retain."
             )
-        return edited(maps, torch.eye(c.shape[1]).to(c) - projector(outside, 1.0))
+        return edited(maps, torch.eye(c.shape[1]).to(c) - projector(outside, self.erased_energy))
 
 
 def projector(S: Tensor, energy: float) -> Tensor:

@@ -46,12 +46,7 @@ LOOKS = ("a", "the", "a small", "a large", "a nice", "a clean", "the cool")
 MEDIA, TONES = ("painting", "picture", "rendition"), ("", " cropped", " dark", " bright", " small")
 TEMPLATES: dict[str, tuple[str, ...]] = {  # {} is the concept's place
     "object": tuple(frame.format(look) for frame, look in product(FRAMES, LOOKS)),
-    "style": tuple(
-        f"a{look} {medium} in the style of {{}}"
-        for medium, look in product(
-            ("painting", "picture", "rendition"), ("", " cropped", " dark", " bright", " small")
-        )
-    ),
+    "style": tuple(f"a{look} {medium} in the style of {{}}" for medium, look in product(MEDIA, TONES)),
 }
 
 

@@ -76,7 +76,7 @@ class FMN(TrainedMethod):
         """Latents (N, C, H, W) and prompts' numbers (N,) of the concepts' images; nothing to retain."""
         names = [concept.name for concept in self.task.erase]
         self.prompts = [self.template.format(name) for name in names]
-        self.places = concept_places(self.teacher, self.prompts, names, after=int(self.pooler))
+        self.places = concept_places(self.teacher, self.prompts, names, end=self.pooler)
         x_0, prompts = drawn(self.teacher, self.generated, self.prompts, self.count)
         return (x_0, prompts), (x_0[:0],)
 

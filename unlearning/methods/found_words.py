@@ -63,6 +63,7 @@ class FoundWords(Method):
     ):
         self.search, self.erase, self.words, self.clip, self.retained = prototypes, erase, words, clip, retained
         self.contexts, self.retained_contexts = contexts, retained_contexts
+        self.writable = erase.writable
 
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
         words, others = self.search_words(model, task)

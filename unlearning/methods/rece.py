@@ -38,7 +38,7 @@ class RECE(UCE):
         repetitions: How often states c' are found and erased; 0 is UCE.
         lamb_c: The weight of the norm of c'.
         again_preserve_scale, again_lamb: s_p and lamb of the repetitions.
-        uce: UCE's arguments, for its own edit.
+        uce: UCE's arguments, for its own edit. The map of the pooled embedding gets only this one.
     """
 
     def __init__(

@@ -70,13 +70,13 @@ def text_attention(model: DiffusionModel) -> dict[str, nn.Module]:
     return joint or dict(cross_attention(model))
 
 
-def concept_places(model: DiffusionModel, prompts: Sequence[str], words: Sequence[str], after: int = 0) -> Tensor:
+def concept_places(model: DiffusionModel, prompts: Sequence[str], words: Sequence[str], end: bool = False) -> Tensor:
     """The positions of the word pieces of each prompt's word or words in the text states, (B, L) bool.
 
     Args:
         prompts: B texts.
         words: What each of them names; of several occurrences the last one counts.
-        after: How many states behind these pieces are taken too: the first is the end of the text if nothing follows.
+        end: Whether the end of the text is taken too.
 
     Raises:
         UserError: If a prompt does not contain its words.
@@ -92,7 +92,9 @@ def concept_places(model: DiffusionModel, prompts: Sequence[str], words: Sequenc
             if not some or not starts:
                 raise UserError(f"{prompts[row]!r} does not contain the word pieces of {words[row]!r}.")
             first = at.start + starts[-1]
-            places[row, own[row, first : first + len(some) + after, 0]] = True
+            places[row, own[row, first : first + len(some), 0]] = True
+            if end and at.stop < own.shape[1]:  # a text may leave no place for it
+                places[row, own[row, at.stop, 0]] = True
     return places
 
 
