@@ -16,9 +16,9 @@ keeps the r that it moves most: those with || W Y_0 r || above the mean. Directe
 times, N(0, 1) p with p the right singular vector of W's least singular value, and keeps the most moved of these, too.
 
 The defaults are the released code's: a concept's state is that of its last word piece, and only value maps are edited.
-For celebrities it takes `retain_scale=0.05 filtered=false`, and in its script, though not in its README,
-`threshold=0.0001`. For nudity it takes `positions=all retain_scale=0.7 lamb=0.5` and no concepts to retain. The states
-of the null prompt are then retained in their place: K lies among them, and lamb = 0 has no solution.
+For celebrities it takes `retain_scale=0.05 filtered=false` (`method=speed_celebrities`), and in its script, though not
+in its README, `threshold=0.0001`. For nudity it takes `positions=all retain_scale=0.7 lamb=0.5` and no concepts to
+retain. The states of the null prompt are then retained in their place: K lies among them, and lamb = 0 has no solution.
 
 Deviations: the task says what is retained, where the authors have lists (1734 artists). K-means begins at places that
 are evenly spaced, where the code draws them. The augmented states are compared with the mean of all of them, where the
