@@ -1,5 +1,6 @@
 """The scrubber's algebra for every kind of prediction, its losses, and its fit from images to an erasure."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -215,18 +216,35 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(error_of):
     assert "conditioning" in message and "caption" in message
 
 
-def test_the_figures_are_in_the_report_and_on_the_dashboard(unlearn, monkeypatch, tmp_path):
-    """The caption of the prototypes says how many of them the figure leaves out."""
-    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(place, str(tmp_path / "wandb"))
+@pytest.fixture
+def photographs(tmp_path) -> list[str]:
+    """A dataset of two folders of four images of noise."""
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)):
         folder = tmp_path / ("cats", "others")[i % 2]
         folder.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{i}.png")
+    return ["dataset=folder", f"forget={tmp_path}/cats", f"retain={tmp_path}/others", "dataset.size=16"]
+
+
+@pytest.mark.parametrize("settings", [["method=scrubber", "method.iterations=2"], ["method=words_solve"]])
+def test_a_folder_of_photographs_goes_through_all_stages(unlearn, photographs, settings):
+    """The search chooses among words given by hand; no image has a label."""
     run = unlearn(
-        "dataset=folder", f"forget={tmp_path}/cats", f"retain={tmp_path}/others", "dataset.size=16", "method=scrubber",
-        "method.conditioning=null", "method.iterations=1", "method.prototypes.K=40", "method.prototypes.purity=0",
-        "logger=wandb",
+        *photographs, *settings, "method.words=[cat,dog,key]", "method.prototypes.K=2", "method.prototypes.purity=0",
+        "method.prototypes.layer=null", "evaluator=lpips",
+    )  # fmt: skip
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["efficacy/lpips_e"] > 0 and (run / "erasure" / "weights.safetensors").exists()
+    assert (run / "report.html").exists() and (run / "teaser.png").exists()
+
+
+def test_the_figures_are_in_the_report_and_on_the_dashboard(unlearn, monkeypatch, tmp_path, photographs):
+    """The caption of the prototypes says how many of them the figure leaves out."""
+    for place in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(place, str(tmp_path / "wandb"))
+    run = unlearn(
+        *photographs, "method=scrubber", "method.conditioning=null", "method.iterations=1", "method.prototypes.K=40",
+        "method.prototypes.purity=0", "logger=wandb",
     )  # fmt: skip
     saved = sorted((run / "figures").glob("*.png"))
     assert len(saved) == 5 and np.mean([p.stat().st_size for p in saved]) > 2000
