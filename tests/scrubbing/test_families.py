@@ -1,14 +1,10 @@
 """The student's conditioning, for every family of models."""
 
-from functools import partial
-
 import pytest
 import torch
 
-from unlearning.errors import UserError
-from unlearning.scrubbing import conditioning
 from unlearning.scrubbing import words as word_search
-from unlearning.scrubbing.conditioning import conditioning_rows, inverted
+from unlearning.scrubbing.conditioning import conditioning_rows
 from unlearning.scrubbing.words import TEMPLATES, log_error_ratio
 
 WORDS = ["cat", "dog", "tiger"]
@@ -25,19 +21,6 @@ def images(model):
     torch.manual_seed(0)
     forget, retain = torch.randn(2, 4, *model.latent_shape)
     return forget, retain, torch.rand(4, 1, *model.latent_shape[1:])
-
-
-def test_embeddings_are_inverted_in_every_family_that_reads_text(model, images, monkeypatch):
-    monkeypatch.setattr(conditioning, "inverted", partial(inverted, steps=2))
-    null = model.encode_prompts([""])
-    if not null.embeds.is_floating_point():
-        with pytest.raises(UserError, match="conditioning=words"):
-            conditioning_rows("inverted", model, None, *images)
-        return
-    rows = conditioning_rows("inverted", model, None, *images)
-    assert len(rows.retain) == 1 and torch.equal(rows.forget.embeds[0], null.embeds[0])
-    assert len(rows.forget.embeds.unique(dim=0)) == len(rows.forget) == 5 and set(rows.forget.extra) == set(null.extra)
-    assert model.predict(model.noise([0] * 5), torch.tensor(500), rows.forget).isfinite().all()
 
 
 def test_words_are_searched_in_every_family(model, images, monkeypatch):

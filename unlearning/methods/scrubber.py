@@ -51,7 +51,7 @@ class Scrubber(TrainedMethod):
     Args:
         prototypes: The search for prototypes of the concept.
         target_space: "raw" or "x0".
-        conditioning: "null", "words", "inverted" or "caption".
+        conditioning: "null", "words" or "caption".
         words: Candidates for conditioning=words; None for those that `clip` chooses.
         clip: A CLIP that chooses a hundred candidates: its name on the Hugging Face Hub, or its folder. None for all
             words of the tokenizer as candidates.
@@ -101,9 +101,7 @@ class Scrubber(TrainedMethod):
         teacher, search = self.teacher, self.search
         prototypes = search(teacher, forget, retain)
         M = search.mask(prototypes, teacher, forget)
-        rows = conditioning_rows(
-            self.conditioning, teacher, self.task, forget, retain, M, self.words, self.clip, self.batch_size
-        )
+        rows = conditioning_rows(self.conditioning, teacher, self.task, forget, retain, M, self.words, self.clip)
         if self.conditioning == "words":
             log.info("The teacher denoises the forget images best with the words: %s", ", ".join(rows.words))
             prototypes = search.confirm(prototypes, teacher, forget, retain, rows.forget)

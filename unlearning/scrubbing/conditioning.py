@@ -2,29 +2,23 @@
 
 - null: the null prompt; the write-up's. The path from text to the concept stays open.
 - words: the words of a vocabulary that describe the forget images (scrubbing/words.py).
-- inverted: embeddings that are trained until the teacher denoises the forget images best (Gal et al., 2023,
-  https://arxiv.org/abs/2208.01618, eq. 2; here the text encoder's output and the pooled text are trained).
 - caption: the task's own name for the concept, as a comparison: this uses a label.
 """
 
-# B batch, N images, L tokens, D text width.
+# N images, C H W latent shape.
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unlearning.concepts import UnlearningTask
-from unlearning.errors import UserError, unknown
+from unlearning.errors import unknown
 from unlearning.models.conditioning import Conditioning
 from unlearning.models.diffusion import DiffusionModel
-from unlearning.sampling.denoising import noised
-from unlearning.sampling.inversion import invert
 from unlearning.scrubbing.words import PER_CALL, in_all_templates, spread, words_of
 
-ConditioningKind = Literal["null", "words", "inverted", "caption"]
+ConditioningKind = Literal["null", "words", "caption"]
 RETAIN_WORDS = 64  # words in the prompts of the retain images
 
 
@@ -55,7 +49,6 @@ def conditioning_rows(
     M: Tensor,
     words: Sequence[str] | None = None,
     clip: str | None = None,
-    batch: int = 8,
 ) -> ConditioningRows:
     """The rows for a kind of conditioning.
 
@@ -63,7 +56,6 @@ def conditioning_rows(
         forget, retain: Latents of the images, (N, C, H, W).
         M: Masks of the concept in the forget images, (N, 1, H, W).
         words, clip: Candidates for "words", and the CLIP that chooses them (see `words_of`); by default all words.
-        batch: Images in a step of "inverted".
 
     Raises:
         UserError: For an unknown kind, or if no word helps the teacher to denoise the forget images.
@@ -88,44 +80,4 @@ def conditioning_rows(
             return ConditioningRows(
                 null, with_null(in_all_templates(chosen)), with_null(some), tuple(chosen), tuple(others)
             )
-        case "inverted":
-            return ConditioningRows(null, inverted(teacher, forget, M, batch=batch), null)
     raise unknown("conditioning", kind, get_args(ConditioningKind))
-
-
-def inverted(
-    teacher: DiffusionModel,
-    latents: Tensor,
-    M: Tensor,
-    rows: int = 4,
-    steps: int = 150,
-    batch: int = 8,
-    lr: float = 0.02,
-) -> Conditioning:
-    """`rows` embeddings, trained for the teacher to denoise the masked part of latents, and the null prompt's row.
-
-    Raises:
-        UserError: For a model that is conditioned on a class: there is nothing between two classes.
-    """
-    null = teacher.encode_prompts([""])
-    if not null.embeds.is_floating_point():
-        raise UserError(f"{teacher.name} is conditioned on classes, which cannot be inverted: conditioning=words.")
-    start, dtype = null.expand(rows), null.embeds.dtype
-    embeds = nn.Parameter(start.embeds.float())  # half precision rounds small steps away
-    embeds.data += 0.01 * torch.randn_like(embeds)
-    extra = {k: nn.Parameter(v.float()) for k, v in start.extra.items() if k == "pooled"}
-
-    def current() -> Conditioning:
-        return Conditioning(embeds.to(dtype), {**start.extra, **{k: v.to(dtype) for k, v in extra.items()}})
-
-    def loss() -> Tensor:
-        own = torch.randint(rows, (batch,), device=embeds.device)
-        some = torch.randint(len(latents), (batch,), device=latents.device)
-        z_0, mask = latents[some], M[some]
-        z_t, t = noised(teacher, z_0)
-        error = (teacher.to_x0(teacher.predict(z_t, t, current()[own]), z_t, t) - z_0).square()
-        return (teacher.snr(t).clamp(max=1) * mask * error).mean() / mask.mean()
-
-    invert(teacher, [embeds, *extra.values()], loss, optimizer=partial(torch.optim.Adam, lr=lr), iterations=steps)
-    with torch.no_grad():
-        return Conditioning.cat([null, current()])

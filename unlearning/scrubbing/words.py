@@ -151,8 +151,7 @@ def find_words(
             return chosen
     raise UserError(
         "No word of the vocabulary helps the teacher to denoise the forget images. Give other candidates "
-        "(method.words=[...]), or use the concept's name (method.conditioning=caption) or an embedding "
-        "(method.conditioning=inverted)."
+        "(method.words=[...]), or use the concept's name (method.conditioning=caption)."
     )
 
 
