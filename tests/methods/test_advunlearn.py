@@ -1,6 +1,7 @@
 """AdvUnlearn's theorems (arXiv:2405.15234): ESD's objective for a text encoder, under adversarial tokens."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import pytorch_lightning as pl
@@ -54,7 +55,7 @@ def before_training(model, **settings) -> AdvUnlearn:
 def at(method, model, prompts=("cat",)):
     """Fixed points in the place of those of trajectories."""
     point = model.noise([5] * len(prompts)), torch.full((len(prompts),), 400), model.encode_prompts(list(prompts))
-    method.points = lambda *_: point
+    method.points = Mock(return_value=point)
     return point
 
 

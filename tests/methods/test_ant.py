@@ -112,6 +112,21 @@ def test_those_move_that_every_words_and_seeds_mask_keeps_and_all_others_stay_bi
         assert torch.equal(patch.weights[n] == own[n], ~(masks[0] & masks[1]))
 
 
+def test_each_mask_is_of_points_of_its_own_word_and_training_of_the_name(model, monkeypatch):
+    """With trajectory=reuse, which keeps points of one word while the next one is asked for."""
+    method, asked, drawn, draw = ant(trajectory="reuse", batch_size=1), [], [], ANT.draw
+
+    def recorded(self, prompts, points=None):
+        x_t, t, c = draw(self, prompts, points)
+        asked.append(list(prompts))
+        drawn.append(list(c.prompts))
+        return x_t, t, c
+
+    monkeypatch.setattr(ANT, "draw", recorded)
+    method.fit(model, TASK)
+    assert drawn == asked and ["ox"] in asked and asked[-1] == ["cat"]
+
+
 def test_training_reverses_guidance_in_the_later_steps(model):
     settings = {"mask_share": 1.0, "alpha_1": 0.0, "alpha_2": 0.0, "trajectory": "reuse", "batch_size": 6}
     method = ant(iterations=20, **settings)

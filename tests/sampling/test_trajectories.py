@@ -125,18 +125,6 @@ def test_every_point_of_a_pool_is_used_once_and_every_step_as_often(model):
     assert len(set(times)) == 6 and all(times.count(t) == 4 for t in times)
 
 
-def test_each_point_of_reuse_belongs_to_its_prompt(model):
-    """Also if the prompts change while points of others are left."""
-    source = Reuse(steps=4)
-    for prompts in (["a cat"], ["a dog"], ["a cat", "a dog"], ["a ship", "a cat", "a ship"]):
-        x_t, t, c = source(model, prompts)
-        assert list(c.prompts) == prompts and len(x_t) == len(t) == len(prompts)
-        torch.testing.assert_close(c.embeds, model.encode_prompts(prompts).embeds)
-    again = Reuse(steps=4)
-    again.restore(source.state())
-    assert torch.equal(again(model, ["a cat"])[0], source(model, ["a cat"])[0])
-
-
 def test_reuse_needs_a_tenth_of_the_denoiser_calls(model):
     evaluations = []
     hook = model.denoiser.register_forward_pre_hook(lambda module, args: evaluations.append(len(args[0])))

@@ -173,6 +173,8 @@ class AdvUnlearn(ESD):
         """Searches delta; each step uses new points."""
         if self.attack_init == "random":
             self._adversary.restart()
+        if len(self.task.erase) > 1:
+            self.points.restore([])  # of trajectory=reuse: points of prompts whose delta is not searched now
         delta = list(self._adversary.delta.values())
         adam = torch.optim.Adam(delta, lr=self.inner_lr)
         adam.zero_grad()

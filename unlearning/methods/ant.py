@@ -86,8 +86,13 @@ class ANT(ESD):
         self.points, self.later = (kind(*settings, places) for places in parts)
 
     def setup(self, stage: str) -> None:
-        self.later.restore([])
+        self._without_points()
         super().setup(stage)
+
+    def _without_points(self) -> None:
+        """Forgets points of other prompts, which trajectory=reuse keeps."""
+        self.points.restore([])
+        self.later.restore([])
 
     def constraints(self) -> Mapping[str, Constraint]:
         if self.mask_share == 1:
@@ -97,8 +102,10 @@ class ANT(ESD):
         masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.pair.parameters.items()}
         words = dict.fromkeys(word for concept in self.task.erase for word in concept.words)
         for word, seed in product(words, range(self.mask_seeds)):
+            self._without_points()
             for name, mask in self._mask([self.prompt(word)] * self.batch_size, seed * self.mask_batches).items():
                 masks[name] &= mask
+        self._without_points()
         if not any(mask.any() for mask in masks.values()):
             raise UserError(
                 f"No weight is in all of ANT's {len(words) * self.mask_seeds} masks: a larger method.mask_share, or "

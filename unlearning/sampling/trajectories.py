@@ -1,7 +1,6 @@
 """Latents for trained methods: points (x_t, t, c) on trajectories of the model that is trained."""
 
 # B batch: points in an iteration, C H W latent shape.
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Literal
@@ -71,48 +70,40 @@ class Exact:
 class Reuse(Exact):
     """Many points of each trajectory: the same distribution at a fraction of the evaluations.
 
-    A few trajectories are computed in one batch (sampler.skim). Their points are shuffled, and each prompt keeps enough
-    of its own for `steps` iterations. A point of Exact takes about `steps` evaluations of the denoiser, a point of
-    Reuse less than one. In return, the last points of a pool come from the model of `steps` iterations ago.
+    A few trajectories are computed in one batch (sampler.skim). Their points are shuffled, and enough of them are kept
+    for `steps` iterations. A point of Exact takes about `steps` evaluations of the denoiser, a point of Reuse less than
+    one. In return, the last points of a pool come from the model of `steps` iterations ago.
     """
 
     TRAJECTORIES = 4  # at least, so that neighbouring iterations do not see one image only
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self._pool: dict[str, list[Points]] = {}  # by prompt
+        self._pool: list[Points] = []
 
     def __call__(self, model: DiffusionModel, prompts: list[str]) -> Points:
-        """A point for each of the B prompts."""
-        counts = Counter(prompts)
-        if lacking := [prompt for prompt in prompts if len(self._pool.get(prompt, ())) < counts[prompt]]:
-            self._pool |= self._draw(model, lacking)
-        x_t, t, c = zip(*(self._pool[prompt].pop(0) for prompt in prompts), strict=True)
+        """As many points as there are prompts, of any of them."""
+        B = len(prompts)
+        if len(self._pool) < B:
+            self._pool = self._draw(model, prompts)
+        batch, self._pool = self._pool[:B], self._pool[B:]
+        x_t, t, c = zip(*batch, strict=True)
         return torch.stack(x_t), torch.stack(t), Conditioning.cat(c)
 
     def state(self) -> list[tuple]:
         """The unused points, for a checkpoint."""
-        points = (point for pool in self._pool.values() for point in pool)
-        return [(x_t, t, c.embeds, dict(c.extra), c.prompts, dict(c.gains)) for x_t, t, c in points]
+        return [(x_t, t, c.embeds, dict(c.extra), c.prompts, dict(c.gains)) for x_t, t, c in self._pool]
 
     def restore(self, state: list[tuple]) -> None:
         """Restores the unused points."""
-        self._pool = {}
-        for x_t, t, *own in state:
-            c = Conditioning(*own)
-            self._pool.setdefault(c.prompts[0], []).append((x_t, t, c))
+        self._pool = [(x_t, t, Conditioning(*c)) for x_t, t, *c in state]
 
-    def _draw(self, model: DiffusionModel, prompts: list[str]) -> dict[str, list[Points]]:
+    def _draw(self, model: DiffusionModel, prompts: list[str]) -> list[Points]:
         c = model.encode_prompts([prompts[i % len(prompts)] for i in range(max(self.TRAJECTORIES, len(prompts)))])
         path = list(self._walk(skim, model, c))
         places = [self._point(path, i) for i in self.places]
         points = [(x, t, c[i : i + 1]) for t, x_t in places for i, x in enumerate(x_t)]
-        pool: dict[str, list[Points]] = {prompt: [] for prompt in prompts}
-        for i in torch.randperm(len(points)).tolist():
-            [prompt] = points[i][2].prompts
-            if len(pool[prompt]) < prompts.count(prompt) * len(self.places):
-                pool[prompt].append(points[i])
-        return pool
+        return [points[i] for i in torch.randperm(len(points)).tolist()[: len(prompts) * len(self.places)]]
 
 
 def trajectory(
