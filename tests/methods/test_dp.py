@@ -9,7 +9,7 @@ from unlearning.methods.dp import DP, projector
 from unlearning.models.stable_diffusion import StableDiffusion
 
 TASK = UnlearningTask(erase=(Concept("cat"),), retain=(Concept("dog"), Concept("sea")))
-LAST = {"positions": "last", "energy": 1.0}
+LAST = {"positions": "last", "energy": 1.0, "erased_energy": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,21 @@ def test_to_the_end_all_states_from_the_last_word_piece_on_are_those_of_their_an
     W, c = maps(model), model.encode_prompts(["cat"]).embeds[0, 3:].double()
     S = torch.cat([model.encode_prompts(["dog"]).embeds[0, 3:], model.encode_prompts(["sea"]).embeds[0, 3:]]).double()
     anchors = c @ projector(S, 0.9)
-    with DP(energy=0.9, preserve_null=False).fit(model, TASK).applied_to(model):
+    with DP(energy=0.9, erased_energy=1.0, preserve_null=False).fit(model, TASK).applied_to(model):
         torch.testing.assert_close(c @ maps(model).T, anchors @ W.T, atol=1e-5, rtol=0)
+
+
+def test_what_is_removed_are_the_fewest_directions_with_the_requested_share_of_it(model):
+    W, c = maps(model), model.encode_prompts(["cat"]).embeds[0, 3:].double()
+    S = torch.cat([model.encode_prompts([name]).embeds[0, 3:] for name in ("dog", "sea")]).double()
+    outside = torch.linalg.svdvals(c - c @ projector(S, 0.5)).square()
+    ranks = []
+    for share in (0.5, 0.9, 1.0):
+        with DP(energy=0.5, erased_energy=share, preserve_null=False).fit(model, TASK).applied_to(model):
+            ranks.append(int(torch.linalg.matrix_rank(maps(model) - W, atol=1e-4)))
+        held = outside.cumsum(0) / outside.sum()
+        assert share == 1 or ranks[-1] == int((held < share).sum()) + 1
+    assert ranks[0] < ranks[1] < ranks[2]
 
 
 def test_the_projector_contains_the_requested_share_of_energy():
