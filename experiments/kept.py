@@ -5,8 +5,7 @@
 
 The columns of the file say what is kept: settings (method, seed), then metrics (robustness/asr_cce). A run with one
 of these metrics has a line. Its numbers replace earlier ones of the same settings; those that it lacks stay. In the
-table, seeds are averaged. It
-stands between <!-- NAME --> and <!-- /NAME -->, where NAME.csv is the file.
+table, seeds are averaged. It stands between <!-- NAME --> and <!-- /NAME -->, where NAME.csv is the file.
 """
 
 import argparse

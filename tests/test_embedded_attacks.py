@@ -1,4 +1,4 @@
-"""Attacks on the embedded models, as shipped: what they return, and the two controls."""
+"""Attacks on the embedded models, as shipped."""
 
 from pathlib import Path
 

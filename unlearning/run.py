@@ -194,8 +194,9 @@ class Run:
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.task)
         measure = Measurement(
-            self.evaluators, self.attacks, self.task.name, self.store, self.folder, self.sampler.batch_size, lost
-        )
+            self.evaluators, self.attacks, self.task.name, self.store, self.folder, self.sampler.batch_size, lost,
+            len(self._targets),
+        )  # fmt: skip
         metrics, silent = measure(manifests)
         metrics |= {"cost/silent": Metric(len(silent))} if silent and self.all_must_measure else {}
         metrics |= suppression(metrics)

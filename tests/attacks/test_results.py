@@ -66,10 +66,8 @@ def test_a_learned_word_stands_among_the_attacked_models_own_words(transfer, mod
     with WeightPatch({name: model.named_parameters()[name] + 1.0}).applied_to(model):
         shift = embeds() - before
     expected = torch.ones_like(shift)
-    for i, row in enumerate(own):
-        expected[i, len(row.prompt.replace(" ", ""))] = (
-            0  # after the start of text a token for each letter, the word last
-        )
+    for i, row in enumerate(own):  # the start of text, a token for each letter, and the word is the last of them
+        expected[i, len(row.prompt.replace(" ", ""))] = 0
     torch.testing.assert_close(shift, expected, atol=1e-5, rtol=0)
     assert TASK.erase[0].name not in own[0].prompt.split()
 

@@ -142,6 +142,16 @@ def test_an_accumulating_search_goes_by_the_sum_of_its_gradients(model, monkeypa
     assert used == 2 * expected
 
 
+def test_a_search_takes_points_of_its_own_prompts(model):
+    """Of two concepts, with trajectory=reuse, which keeps points."""
+    method = before_training(model, trajectory="reuse", inner_steps=2)
+    drawn, points = [], method.points
+    method.draw = lambda prompts: drawn.append(points(model, prompts)) or drawn[-1]
+    for prompt in ("cat", "ox"):
+        method.attack([prompt])
+        assert {c.prompts for _, _, c in drawn[-2:]} == {(prompt,)}
+
+
 @pytest.mark.parametrize("attack_init", ["latest", "random"])
 def test_a_search_starts_from_the_last_one_or_from_scratch(model, attack_init):
     method = before_training(model, attack_init=attack_init, inner_lr=1e-9)

@@ -153,3 +153,10 @@ def test_models_with_cross_attention_are_steered_and_others_refused(any_pipeline
     before = Sampler(steps=2)(any_model, ["a cat"], [0])
     with CASteer(**SHORT).fit(any_model, CAT).applied_to(any_model):
         assert not torch.allclose(Sampler(steps=2)(any_model, ["a cat"], [0]), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "templates", ['["a {}","{subject}"]', '["{subject}","{subject}"]', '["a {concept}","{sujet}"]']
+)
+def test_templates_without_their_fields_are_refused(error_of, templates):
+    assert "templates" in error_of("method=casteer", f"method.templates={templates}", "dataset=prompt")

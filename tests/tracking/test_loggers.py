@@ -144,8 +144,8 @@ def test_a_dashboard_gets_groups_tags_settings_and_image_pairs(offline, tmp_path
 
 
 def test_a_dashboard_gets_the_images_and_the_rates_of_each_attack(offline, tmp_path, pairs):
-    rates = {"robustness/asr_cce": 80.0, "robustness/asr_before_cce": 0.0, "robustness/asr_cce_transfer": 10.0}
-    attacked = {"cce": [after for _, after in pairs], "cce_transfer": [pairs[0][0]]}
+    rates = {"robustness/asr_cce": 80.0, "robustness/asr_before_cce": 0.0, "robustness/asr_new_noisy_cce": 10.0}
+    attacked = {"cce": [after for _, after in pairs], "noisy_cce": [pairs[0][0]]}
     built = build(tmp_path / "logs", "wandb")
     loggers.log(built, {**rates, "efficacy/acc_e": 5.0}, attacked=attacked)
     loggers.close(built)
@@ -153,7 +153,7 @@ def test_a_dashboard_gets_the_images_and_the_rates_of_each_attack(offline, tmp_p
     [artifact] = [a for a in whole(tmp_path)["artifact"] if a.name.endswith("-attacks")]
     [table] = [Path(c.local_path) for c in artifact.manifest.contents if c.path == "attacks.table.json"]
     assert json.loads(table.read_text())["data"] == [
-        ["cce", "asr", 80.0], ["cce", "asr_before", 0.0], ["cce_transfer", "asr", 10.0]
+        ["cce", "asr", 80.0], ["cce", "asr_before", 0.0], ["noisy_cce", "asr_new", 10.0]
     ]  # fmt: skip
     shades = [np.array(Image.open(path)).mean() for path in (tmp_path / "logs").rglob("media/images/attacked/*.png")]
     assert sorted(shades) == [100, 200], "W&B keeps equal images once"

@@ -12,6 +12,8 @@ guided prediction eps~ at scale s should equal that of an undefended guidance fo
 
     min_v E || eps_0 + s (eps - eps_0) - eps~(z_t, t, c(v)) ||^2,    eps_0: given the null prompt.
 
+The other words of a prompt have the attacked model's own embeddings.
+
 The authors' code has, in the place of eps, the prediction given the name of the concept (`reference=name`). This is
 possible only if the erasure leaves the weights as they were, as negative prompt and SLD do. For the momentum of SLD,
 their eps~ is the last of 35 predictions within 90 timesteps, all of them differentiated (conf/attack/cce/sld.yaml).

@@ -18,7 +18,6 @@ All latents are for training; the authors hold a tenth out, to choose the epoch.
 # B batch, N latents, C H W latent shape.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -61,7 +60,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         epochs: Of the classifier's training.
         batch_size: Noisy latents in a step.
         scales: s.
-        etas: DDIM's eta, with each of the scales; 0 adds no noise.
+        etas: DDIM's eta, which the images take in turn; 0 adds no noise.
     """
 
     access = "white"
@@ -100,12 +99,13 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Observed
     ) -> AttackResult:
         weights, losses = self._trained(model, observed)
-        settings = settings_for(list(product(self.scales, self.etas)), len(rows))
-        attacked = []
-        for i, (row, (s, eta)) in enumerate(zip(rows, settings, strict=True)):
+        attacked, used = [], set()
+        for i, (row, s) in enumerate(zip(rows, settings_for(self.scales, len(rows)), strict=True)):
+            eta = self.etas[i % len(self.etas)]
+            used.add((s, eta))
             tensors = {"guidance": torch.tensor(s), **(noisy(eta, 1.0, i) if any(self.etas) else {})}
             attacked.append(AttackedPrompt(row.prompt, row.prompt, row.seed, tensors, {"scale": s, "eta": eta}))
-        record = {"settings": len(set(settings)), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
+        record = {"settings": len(used), "epochs": self.epochs, "loss": losses[-1], "first loss": losses[0]}
         return AttackResult(tuple(attacked), record, shared=weights)
 
     def sampler(self, sampler: Sampler) -> Sampler:

@@ -95,7 +95,7 @@ class Recall(Attack[DiffusionModel, Tensor]):
         """a, (B, C, H, W)."""
         if not self.iterations:
             return r
-        c = model.encode_prompts(prompts)
+        c, null = model.encode_prompts(prompts), model.encode_prompts([""]).expand(len(r))
         a, velocity = self.mix * r + (1 - self.mix) * torch.randn_like(r), torch.zeros_like(r)
         steps = self.images.steps
         for n, t in enumerate(model.timesteps((torch.arange(steps) + 0.5) / steps), 1):
@@ -103,10 +103,10 @@ class Recall(Attack[DiffusionModel, Tensor]):
             for _ in range(self.iterations):
                 eps = torch.randn_like(r)
                 with torch.no_grad():
-                    target = self._predictions(model, model.add_noise(r, eps, at), at, c)
+                    target = self._predictions(model, model.add_noise(r, eps, at), at, c, null)
                 with model.without_checkpointing(), torch.enable_grad():
                     a.requires_grad_()
-                    loss = F.mse_loss(self._predictions(model, model.add_noise(a, eps, at), at, c), target)
+                    loss = F.mse_loss(self._predictions(model, model.add_noise(a, eps, at), at, c, null), target)
                     [gradient] = torch.autograd.grad(loss, [a])
                 a = a.detach()
                 scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
@@ -115,11 +115,13 @@ class Recall(Attack[DiffusionModel, Tensor]):
             a = a + self.pull * r if n % 5 == 0 else a
         return a
 
-    def _predictions(self, model: DiffusionModel, z_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+    def _predictions(
+        self, model: DiffusionModel, z_t: Tensor, t: Tensor, c: Conditioning, null: Conditioning
+    ) -> Tensor:
         """Given the null prompt and given c, (2 B, C, H, W); if the guidance has changed, the guided ones, (B, ...)."""
         if model.guidance:
             return prediction(model, z_t, t, c, self.images.guidance_scale, self.images.steps)
-        both = Conditioning.cat([model.encode_prompts([""]).expand(len(c)), c.at(model.step_at(t, self.images.steps))])
+        both = Conditioning.cat([null, c.at(model.step_at(t, self.images.steps))])
         return model.predict(z_t.repeat(2, 1, 1, 1), t.repeat(2), both)
 
     def sampler(self, sampler: Sampler) -> Sampler:

@@ -3,7 +3,7 @@
 Every number is finite, whatever its range.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -23,14 +23,14 @@ Share = Annotated[float, Ge(0), Le(1)]
 Part = Annotated[float, Gt(0), Le(1)]  # a share that is not zero
 
 
-def _with_fields(*fields: str) -> Callable[[str], str]:
+def _with_fields(*fields: str, possible: Collection[str] = ()) -> Callable[[str], str]:
     def check(template: str) -> str:
         wanted = " and ".join(f"{{{field}}}" for field in fields)
         try:
             present = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         except ValueError:  # a brace without its other half
             present = ["{"]
-        if set(present) != set(fields):
+        if set(present) - set(possible) != set(fields):
             raise ValueError(f"text with {wanted} in it, and no other braces")
         return template
 
@@ -38,6 +38,8 @@ def _with_fields(*fields: str) -> Callable[[str], str]:
 
 
 Template = Annotated[str, AfterValidator(_with_fields(""))]  # a name goes in the place of {}
+ConceptTemplate = Annotated[str, AfterValidator(_with_fields("concept", possible=["subject"]))]
+SubjectTemplate = Annotated[str, AfterValidator(_with_fields("subject"))]
 StyledTemplate = Annotated[str, AfterValidator(_with_fields("object", "style"))]
 
 Stage = Literal["fit", "attack", "generate", "evaluate", "report"]  # of a run, in their order

@@ -37,7 +37,11 @@ def with_regions(images: np.ndarray, rows: Sequence[ManifestRow]) -> tuple[np.nd
 
 
 def crop(image: np.ndarray, box: tuple[int, int, int, int], margin: float = MARGIN) -> np.ndarray:
-    """The square around a box (left, top, right, bottom), with a margin, in the size of the image (H, W, 3) uint8."""
+    """The square around a box (left, top, right, bottom), resized to the size of the image (H, W, 3) uint8.
+
+    Args:
+        margin: On each side, as a fraction of the longer side of the box.
+    """
     height, width = image.shape[:2]
     left, top, right, bottom = box
     side = min((1 + 2 * margin) * max(right - left, bottom - top), height, width)

@@ -61,6 +61,7 @@ class Accuracy(Evaluator):
             returns probabilities that are not finite: such an image must not count as erased.
     """
 
+    version = 2
     unrecognisable: ClassVar[dict[str, str]] = {ERASE: "nothing", ATTACK: "nothing_attacked"}  # states by role
     needs: ClassVar[str] = "a dataset whose prompts have labels; clip_score and own_prompt need none"
     higher_is_better: ClassVar[dict[str, bool]] = {

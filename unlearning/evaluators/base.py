@@ -35,6 +35,7 @@ class Evaluator(Metric):
         higher_is_better: The direction of each number that `compute` may give and that has one.
         needs: What is missing if `compute` returns nothing, for the warning.
         details: A JSON object for each image, to be kept beside the numbers.
+        version: Increased when its numbers for the same images change, so that stored ones are not reused.
         oracle: Gives the model whose images the numbers compare with; None if they compare with none.
 
     Raises:
@@ -45,6 +46,7 @@ class Evaluator(Metric):
     higher_is_better: ClassVar[dict[str, bool]] = {}
     needs: ClassVar[str] = "other images"
     details: Sequence[dict] = ()
+    version: ClassVar[int] = 1
     oracle: OracleMethod | None = None
 
     def __init__(self, device: str = "auto"):

@@ -133,6 +133,7 @@ class NudeNet(Evaluator):
         UserError: For an unknown class or rule, an impossible threshold, or an absent model.
     """
 
+    version = 2
     needs: ClassVar[str] = "prompts of the erased concept; the role of all these prompts is retain"
     higher_is_better: ClassVar[dict[str, bool]] = {
         f"efficacy/nudenet_{key}": False

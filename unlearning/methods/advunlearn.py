@@ -174,7 +174,7 @@ class AdvUnlearn(ESD):
         if self.attack_init == "random":
             self._adversary.restart()
         if len(self.task.erase) > 1:
-            self.points.restore([])  # of trajectory=reuse: points of prompts whose delta is not searched now
+            self.points.restore([])  # trajectory=reuse may keep points of prompts whose delta is not searched now
         delta = list(self._adversary.delta.values())
         adam = torch.optim.Adam(delta, lr=self.inner_lr)
         adam.zero_grad()

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from unlearning.concepts import UnlearningTask
-from unlearning.config.values import Count, Finite, Positive, Steps
+from unlearning.config.values import ConceptTemplate, Count, Finite, Positive, Steps, SubjectTemplate
 from unlearning.erasures.base import Erasure
 from unlearning.erasures.composed import composed
 from unlearning.erasures.module_edit import ModuleEdit
@@ -130,7 +130,7 @@ class CASteer(Method):
         kind: Literal["object", "style", "people"] = "object",
         beta: Positive = 2.0,
         subjects: Sequence[str] | None = None,
-        templates: tuple[str, str] | None = None,
+        templates: tuple[ConceptTemplate, SubjectTemplate] | None = None,
         count: Count = 104,
         steps: Steps = 50,
         guidance_scale: Finite = 7.5,

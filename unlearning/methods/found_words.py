@@ -7,7 +7,8 @@ closed form, of
 
     sum_{p erased} || W' c_p - W c_p' ||^2  +  s_p sum_{q retained} || W' c_q - W c_q ||^2  +  lamb || W' - W ||_F^2,
 
-over the text states of prompts p with a found word, p' the same prompts without it, and q prompts with other words.
+over the text states of prompts p with a found word, p' the same prompts without it, and q prompts with other words; of
+models that also read a pooled embedding, over these, too (UCE's `pooled`).
 
 A word's states depend on the words before it, and a style always follows the name of what it shows. So the prompts are
 each found word in five templates and after `contexts` other words, and each retained word in one of the templates and

@@ -2,7 +2,7 @@
 
     min_v E_{z_0, eps, t} || eps - eps_theta(z_t, t, c(v)) ||^2        (Gal et al., 2023, arXiv:2208.01618, eq. 2)
 
-v may be token embeddings of a placeholder in prompts, or the text encoder's states themselves.
+v are token embeddings of a placeholder in prompts.
 """
 
 # B batch, N images, C H W latent shape, P prompts, L tokens of an encoder, D its width.

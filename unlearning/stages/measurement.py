@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unlearning.attacks.base import Attack
-from unlearning.concepts import ERASE
 from unlearning.evaluators.base import Evaluator
 from unlearning.stages.drawings import ATTACKED, BASE, ERASED, Rows
 from unlearning.store.evaluations import evaluation, lines
@@ -30,6 +29,7 @@ class Measurement:
         folder: The run's folder. Its details/ gets the evaluators' records of each image.
         batch_size: Number of images in memory at once.
         failed: The number of images that could not be generated. The protocols state it.
+        targets: The number of images of erased concepts that were asked for, of which an attack may leave out some.
     """
 
     evaluators: Mapping[str, Evaluator]
@@ -39,6 +39,7 @@ class Measurement:
     folder: Path
     batch_size: int
     failed: int = 0
+    targets: int = 0
 
     def __call__(self, manifests: Rows) -> tuple[dict[str, Metric], list[str]]:
         """The metrics of all drawings, and the names of the evaluators that measured nothing.
@@ -56,7 +57,7 @@ class Measurement:
                     write_atomically(self.folder / "details" / f"{about.replace(' ', '-')}.jsonl", lines(made.details))
                 unmeasured += evaluator.failed
                 makers.append(made.made_by)
-                protocol = made.protocol + self._attacked_by(drawing, manifests)
+                protocol = made.protocol + self._attacked_by(drawing, len(rows))
                 protocol += f", images that could not be generated: {self.failed}" if self.failed else ""
                 for key, value in made.values.items():
                     _add(metrics, drawing, key, value, protocol, evaluator.higher_is_better.get(key))
@@ -68,13 +69,12 @@ class Measurement:
         metrics |= {"cost/unmeasured": Metric(unmeasured)} if unmeasured else {}
         return metrics, list(silent)
 
-    def _attacked_by(self, drawing: str, manifests: Rows) -> str:
+    def _attacked_by(self, drawing: str, count: int) -> str:
         """The attack, and how many images it attacked, as the protocol of its drawing states it; "" for the others."""
         if drawing in (BASE, ERASED):
             return ""
         attack = self.attacks[drawing.removeprefix(ATTACKED)]
-        asked = sum(row.role == ERASE for row in manifests[ERASED])
-        number = f"N = {len(manifests[drawing])}" + (f" of {asked}" if len(manifests[drawing]) != asked else "")
+        number = f"N = {count}" + (f" of {self.targets}" if count != self.targets else "")
         return f", by {type(attack).__name__} {attack.version} with settings {key_of(attack)[:8]}, {number}"
 
 

@@ -58,7 +58,7 @@ def evaluation(
         for row in rows
     ]
     evaluator.reset()
-    path = store / "evaluations" / f"{digest(about, content, evaluator.protocol)}.json"
+    path = store / "evaluations" / f"{digest(about, content, evaluator.protocol, evaluator.version)}.json"
     if stored := read_state(path, lambda kept: _restored(kept, path.with_suffix(".jsonl"))):
         return stored
     with tqdm(total=len(rows), desc=label, unit="image", leave=False) as bar:

@@ -229,7 +229,7 @@ def log(
     if sides:
         images = {"base": [row[-2] for row in sides], "erased": [row[-1] for row in sides], **(images or {})}
     images = dict(images or {}) | {f"attacked/{name}": _opened(rows) for name, rows in (attacked or {}).items()}
-    rates = [[name, *rate] for name in attacked or {} for rate in _rates(numbers, name)]
+    rates = _rates(numbers, list(attacked or {}))
     for logger in loggers:
         if config:
             logger.log_hyperparams(dict(config))
@@ -255,14 +255,16 @@ def _opened(rows: Sequence[ManifestRow]) -> list[Image.Image]:
     return images
 
 
-def _rates(numbers: Mapping[str, float], attack: str) -> list[list[Any]]:
-    """[metric, value] of each number about an attack: asr, asr_before, asr_new, ..."""
-    prefix, suffix = "robustness/", f"_{attack}"
-    return [
-        [key.removeprefix(prefix).removesuffix(suffix), value]
-        for key, value in numbers.items()
-        if key.startswith(prefix) and key.endswith(suffix)
-    ]
+def _rates(numbers: Mapping[str, float], attacks: Sequence[str]) -> list[list[Any]]:
+    """[attack, metric, value] of each number about an attack: asr, asr_before, asr_new, ..."""
+    rates = []
+    for key, value in numbers.items():
+        purpose, _, name = key.partition("/")
+        own = [attack for attack in attacks if name.endswith(f"_{attack}")]
+        if purpose == "robustness" and own:
+            attack = max(own, key=len)  # noisy_classifier_guidance, and not classifier_guidance
+            rates.append([attack, name.removesuffix(f"_{attack}"), value])
+    return rates
 
 
 def _sides(pairs: Sequence[tuple[ManifestRow, ManifestRow]]) -> list[list[Any]]:
