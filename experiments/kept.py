@@ -62,7 +62,9 @@ def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, st
 
 def write(file: Path, settings: Sequence[str], metrics: Sequence[str], lines: Lines) -> None:
     """The file, controls first."""
-    order = sorted(lines, key=lambda key: (not set(CONTROLS) & set(key), key))
+    order = sorted(
+        lines, key=lambda key: (not set(CONTROLS) & set(key), [name.zfill(9 * name.isdigit()) for name in key])
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*settings, *metrics])
