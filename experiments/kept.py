@@ -62,9 +62,11 @@ def joined(earlier: Mapping[str, str], later: Mapping[str, str]) -> dict[str, st
 
 def write(file: Path, settings: Sequence[str], metrics: Sequence[str], lines: Lines) -> None:
     """The file, controls first."""
-    order = sorted(
-        lines, key=lambda key: (not set(CONTROLS) & set(key), [name.zfill(9 * name.isdigit()) for name in key])
-    )
+
+    def place(key: tuple[str, ...]) -> tuple:
+        return not set(CONTROLS) & set(key), [name.zfill(9) if name.isdigit() else name for name in key]
+
+    order = sorted(lines, key=place)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*settings, *metrics])
