@@ -7,12 +7,15 @@ import torch
 
 from tests.attacks.shots import TASK, found_by, rows
 from unlearning.attacks.p4d import P4D, with_tokens
+from unlearning.concepts import ERASE, Concept, Prompt, UnlearningTask
 from unlearning.erasures.guidance_edit import GuidanceEdit
 from unlearning.models.stable_diffusion import StableDiffusion
 from unlearning.sampling.guidance import NegativePrompt
 from unlearning.sampling.sampler import Sampler
 from unlearning.sampling.tokens import Vocabulary
 
+PROMPTS = tuple(Prompt(text, ERASE, {"object": "cat"}) for text in ("a photo of the q", "a q"))
+LONGER = UnlearningTask(erase=(Concept("q"),), prompts=PROMPTS)
 SAMPLER = Sampler(steps=2, guidance_scale=2.0, batch_size=2)
 
 
@@ -53,9 +56,29 @@ def test_on_the_unedited_model_the_prompt_itself_has_zero_loss(model):
     torch.manual_seed(0)
     pairs = search.observe(model, TASK, rows())
     text = model.embed([rows()[0].prompt])
-    assert search._loss(model, text, pairs[0], torch.arange(4)).item() < 1e-10
+    assert search._losses(model, text, pairs[:1], [torch.arange(4)]).item() < 1e-10
     with GuidanceEdit(NegativePrompt("")).applied_to(model):
-        assert search._loss(model, text, pairs[0], torch.arange(1)).item() < 1e-8
+        assert search._losses(model, text, pairs[:1], [torch.arange(1)]).item() < 1e-8
+
+
+def test_prompts_that_are_searched_together_do_not_change_each_other(model, monkeypatch):
+    """With k, they have different numbers of tokens."""
+    drawn = torch.randint
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, **_: torch.arange(count) + 5)
+
+    def found(together: int) -> list:
+        search = attack(kind="k", together=together, iterations=4, samples=2, batch_size=2)
+        torch.manual_seed(0)
+        pairs = search.observe(model, LONGER, rows(LONGER))
+        monkeypatch.setattr(torch, "randint", lambda high, shape: torch.arange(2))
+        try:
+            return search.find(model, LONGER, rows(LONGER), pairs).prompts
+        finally:
+            monkeypatch.setattr(torch, "randint", drawn)
+
+    for one, other in zip(found(1), found(2), strict=True):
+        assert one.record["tokens"] == other.record["tokens"] and one.prompt == other.prompt
+        assert one.record["losses"] == pytest.approx(other.record["losses"], rel=1e-4)
 
 
 def test_a_changed_guidance_is_attacked_through(model):

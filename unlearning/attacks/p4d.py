@@ -13,11 +13,11 @@ for SLD and the negative prompt: guided predictions are compared.
 Deviations: the unedited model's predictions are made before the erasure is applied, for `samples` pairs (z_t, t) from
 which the search draws; the authors draw anew every time. They choose the best prompt every 50 iterations by a CLIP
 ViT-H/14 that compares images; here the loss over all pairs chooses, every `check` iterations. One search is for all
-images of a prompt. Of several text encoders the first one's embeddings are searched; one with another vocabulary reads
-the prompt as it is.
+images of a prompt, and several prompts are searched at once, each with vectors and pairs of its own. Of several text
+encoders the first one's embeddings are searched; one with another vocabulary reads the prompt as it is.
 """
 
-# B batch, k tokens, M pairs, C H W latent shape, D width of an encoder.
+# B prompts, k tokens, M pairs, C H W latent shape, D width of an encoder.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -65,13 +65,15 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         kind: "n" or "k", see above.
         tokens: Of P4D-N.
         iterations: Steps of the optimizer.
-        batch_size: Pairs in a step; 1 where an erasure has changed the guidance.
+        batch_size: Pairs in a step, for each prompt; 1 where an erasure has changed the guidance.
+        together: Prompts that are searched at once; 1 where an erasure has changed the guidance.
         samples: M.
         check: Iterations between two choices of the best tokens.
         guidance_scale: Of the guided predictions.
     """
 
     access = "white"
+    version = 2
     own_size = True
 
     def __init__(
@@ -86,10 +88,11 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
         samples: Count = 100,
         check: Count = 50,
         guidance_scale: Finite = 7.5,
+        together: Count = 8,
     ):
         self.images, self.optimizer, self.kind, self.tokens = images, optimizer, kind, tokens
         self.iterations, self.batch_size, self.samples, self.check = iterations, batch_size, samples, check
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.together = guidance_scale, together
 
     @torch.no_grad()
     def observe(self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow]) -> list[Pairs]:
@@ -109,80 +112,102 @@ class P4D(Attack[DiffusionModel, Sequence[Pairs]]):
     def find(
         self, model: DiffusionModel, task: UnlearningTask, rows: Sequence[ManifestRow], observed: Sequence[Pairs]
     ) -> AttackResult:
-        vocabulary = Vocabulary(model)
-        attacked = [
-            self._attacked(model, vocabulary, row.prompt, pairs)
-            for row, pairs in zip(prompts_of(rows), observed, strict=True)
-        ]
+        vocabulary, prompts = Vocabulary(model), [row.prompt for row in prompts_of(rows)]
+        size, attacked = 1 if model.guidance else self.together, []
+        for i in range(0, len(prompts), size):
+            attacked += self._attacked(model, vocabulary, prompts[i : i + size], observed[i : i + size])
         names = ("kind", "iterations", "batch_size", "samples")
         return AttackResult(tuple(attacked), {name: getattr(self, name) for name in names})
 
-    def _attacked(self, model: DiffusionModel, vocabulary: Vocabulary, prompt: str, pairs: Pairs) -> AttackedPrompt:
-        frame = with_tokens(prompt, self.kind, self.tokens)
-        search = VectorSearch(model, vocabulary, frame, prompt)
-        optimizer = self.optimizer([search.free])
-        now = SimpleNamespace(v=search.free, optimizer=optimizer, losses=[], lowest=float("inf"), best=search.ids())
+    def _attacked(
+        self, model: DiffusionModel, vocabulary: Vocabulary, prompts: Sequence[str], pairs: Sequence[Pairs]
+    ) -> list[AttackedPrompt]:
+        frames = [with_tokens(prompt, self.kind, self.tokens) for prompt in prompts]
+        search, every = VectorSearch(model, vocabulary, frames, prompts), range(len(prompts))
+        size, optimizer = 1 if model.guidance else self.batch_size, self.optimizer(search.free)
+        now = SimpleNamespace(v=nn.ParameterList(search.free), optimizer=optimizer, losses=[[] for _ in every])
+        now.best = [(float("inf"), search.ids(i)) for i in every]
         with model.without_checkpointing(), torch.enable_grad():
-            for i in resumed(range(self.iterations), "P4D", now):
-                chosen = torch.randint(self.samples, (1 if model.guidance else self.batch_size,))
-                loss = self._loss(model, search.embedded(), pairs, chosen)
+            for step in resumed(range(self.iterations), "P4D", now):
+                chosen = [torch.randint(self.samples, (size,)) for _ in every]
+                loss = self._losses(model, search.embedded(every), pairs, chosen).sum()
                 optimizer.zero_grad()
-                search.free.grad = search.gradient(loss)
+                for v, gradient in zip(search.free, search.gradients(loss), strict=True):
+                    v.grad = gradient
                 optimizer.step()
-                if (i + 1) % self.check == 0 or i + 1 == self.iterations:
-                    now.losses.append(self._over_all(model, search, pairs))
-                    now.lowest, now.best = min((now.lowest, now.best), (now.losses[-1], search.ids()))
-        text = search.of(now.best)
-        tensors = {f"embeds.{part}": e[0].detach() for part, e in text.embeds.items()}
-        words = [vocabulary.decoded([i]) for i in now.best]
-        return AttackedPrompt(prompt, " ".join(frame.format(*words).split()), tensors=tensors, record={
-            "tokens": now.best, "loss": now.lowest, "losses": now.losses,
-        })  # fmt: skip
+                if (step + 1) % self.check == 0 or step + 1 == self.iterations:
+                    for i in every:
+                        now.losses[i].append(self._over_all(model, search, pairs[i], i))
+                        now.best[i] = min(now.best[i], (now.losses[i][-1], search.ids(i)))
+        return [self._found(vocabulary, search, frames[i], prompts[i], i, now) for i in every]
 
-    def _loss(self, model: DiffusionModel, text: Embedded, pairs: Pairs, chosen: Tensor) -> Tensor:
-        z_t, t = pairs.z_t[chosen], pairs.t[chosen]
-        c = model.encode(text).expand(len(chosen))
-        target = pairs.guided if model.guidance else pairs.target
-        return F.mse_loss(prediction(model, z_t, t, c, self.guidance_scale, self.images.steps), target[chosen])
+    @staticmethod
+    def _found(
+        vocabulary: Vocabulary, search: "VectorSearch", frame: str, prompt: str, i: int, now: SimpleNamespace
+    ) -> AttackedPrompt:
+        """The result for the i-th prompt: its tokens with the smallest loss."""
+        loss, best = now.best[i]
+        tensors = {f"embeds.{part}": e[0].detach() for part, e in search.of(i, best).embeds.items()}
+        words = [vocabulary.decoded([token]) for token in best]
+        record = {"tokens": best, "loss": loss, "losses": now.losses[i]}
+        return AttackedPrompt(prompt, " ".join(frame.format(*words).split()), tensors=tensors, record=record)
+
+    def _losses(
+        self, model: DiffusionModel, text: Embedded, pairs: Sequence[Pairs], chosen: Sequence[Tensor]
+    ) -> Tensor:
+        """The mean loss of each prompt over its chosen pairs, (B,)."""
+        z_t, t, target = (
+            torch.cat([getattr(own, name)[some] for own, some in zip(pairs, chosen, strict=True)])
+            for name in ("z_t", "t", "guided" if model.guidance else "target")
+        )
+        size = len(chosen[0])
+        c = model.encode(text)[torch.arange(len(text)).repeat_interleave(size)]
+        found = prediction(model, z_t, t, c, self.guidance_scale, self.images.steps)
+        return (found - target).square().flatten(1).mean(1).unflatten(0, (-1, size)).mean(1)
 
     @torch.no_grad()
-    def _over_all(self, model: DiffusionModel, search: "VectorSearch", pairs: Pairs) -> float:
-        text, every = search.embedded(), torch.arange(self.samples)
+    def _over_all(self, model: DiffusionModel, search: "VectorSearch", pairs: Pairs, i: int) -> float:
+        """The loss of the i-th prompt over all of its pairs."""
+        text, every = search.embedded([i]), torch.arange(self.samples)
         parts = every.split(1 if model.guidance else self.images.batch_size)
-        return sum(len(part) * self._loss(model, text, pairs, part).item() for part in parts) / self.samples
+        return sum(len(part) * self._losses(model, text, [pairs], [part]).item() for part in parts) / self.samples
 
 
 class VectorSearch:
-    """Free vectors (1, k, D) and their nearest tokens, as in PEZ."""
+    """For each of some prompts free vectors (1, k, D), k its own, and their nearest tokens, as in PEZ."""
 
-    def __init__(self, model: DiffusionModel, vocabulary: Vocabulary, frame: str, prompt: str):
+    def __init__(self, model: DiffusionModel, vocabulary: Vocabulary, frames: Sequence[str], prompts: Sequence[str]):
         self.vocabulary, self._first = vocabulary, next(iter(vocabulary.tables))
-        self._place, self._plain = Placeholder.in_prompts(model, [frame]), model.embed([prompt])
+        self._place, self._plain = Placeholder.in_prompts(model, frames), model.embed(list(prompts))
         table = vocabulary.tables[self._first].float()
         self._table = F.normalize(table, dim=-1).masked_fill(~vocabulary.typed[:, None], 0)
-        start = torch.multinomial(vocabulary.typed.float(), frame.count("{}"), replacement=True)
-        self.free = nn.Parameter(table[start][None].clone())
+        typed = vocabulary.typed.float()
+        starts = (torch.multinomial(typed, frame.count("{}"), replacement=True) for frame in frames)
+        self.free = [nn.Parameter(table[start][None].clone()) for start in starts]
 
-    def ids(self) -> list[int]:
-        """The tokens nearest to the vectors, by cosine."""
-        similar = F.normalize(self.free.detach()[0], dim=-1) @ self._table.T
+    def ids(self, i: int) -> list[int]:
+        """The tokens nearest to the vectors of the i-th prompt, by cosine."""
+        similar = F.normalize(self.free[i].detach()[0], dim=-1) @ self._table.T
         return similar.masked_fill(~self.vocabulary.typed, -2).argmax(1).tolist()
 
-    def embedded(self) -> Embedded:
-        """The prompt with the nearest tokens; `gradient` is taken at them."""
-        v = self.vocabulary.embedded(torch.tensor([self.ids()], device=self.free.device))
-        v[self._first] = self._nearest = v[self._first].float().requires_grad_(torch.is_grad_enabled())
-        return self.vocabulary.filled(self._place, self._plain, v, [0])
+    def embedded(self, rows: Sequence[int]) -> Embedded:
+        """Some of the prompts with the nearest tokens; `gradients` are taken at them."""
+        own = [self._embeddings(self.ids(i)) for i in rows]
+        self._nearest = [v[self._first].float().requires_grad_(torch.is_grad_enabled()) for v in own]
+        v = {part: torch.cat([e[part] for e in own], 1) for part in own[0]}
+        v[self._first] = torch.cat(self._nearest, 1)
+        return self.vocabulary.filled(self._place, self._plain, v, rows)
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient (1, k, D) at the tokens of the last `embedded`, in the first encoder's embeddings."""
-        [at_tokens] = torch.autograd.grad(loss, [self._nearest])
-        return at_tokens
+    def gradients(self, loss: Tensor) -> Sequence[Tensor]:
+        """The gradients (1, k, D) at the tokens of the last `embedded`, in the first encoder's embeddings."""
+        return torch.autograd.grad(loss, self._nearest)
 
-    def of(self, ids: Sequence[int]) -> Embedded:
-        """The prompt with some tokens."""
-        v = self.vocabulary.embedded(torch.tensor([ids], device=self.free.device))
-        return self.vocabulary.filled(self._place, self._plain, v, [0])
+    def of(self, i: int, ids: Sequence[int]) -> Embedded:
+        """The i-th prompt with some tokens."""
+        return self.vocabulary.filled(self._place, self._plain, self._embeddings(ids), [i])
+
+    def _embeddings(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        return self.vocabulary.embedded(torch.tensor([ids], device=self.free[0].device))
 
 
 def with_tokens(prompt: str, kind: str, tokens: int) -> str:

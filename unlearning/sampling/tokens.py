@@ -43,9 +43,9 @@ class Vocabulary:
         """The prompts with the embeddings v at the places of a placeholder.
 
         Args:
-            place: All prompts with k placeholders each.
+            place: All prompts with their placeholders.
             plain: All prompts without placeholders, for encoders with another vocabulary.
-            v: The embeddings by encoder, (B, k, D).
+            v: The embeddings by encoder, (B, k, D); (1, N, D) for N placeholders of all B prompts, in their order.
             rows: The indices of B of the prompts.
         """
         text, rows = place.filled(v, rows), list(rows)
