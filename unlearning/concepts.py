@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,9 @@ ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
 ATTACK = "attack"  # an erased concept, prompted by an attack
 
 References = Callable[[int], Sequence[np.ndarray]]  # a count n -> n real images (uint8)
+
+
+Kind = Literal["object", "style"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class UnlearningTask:
         references: For a role, a function of a count n. It returns n real images (uint8) of what the prompts of this
             role ask for, or fewer if there are fewer: the reference set of an FID.
         skipped: One message for each image or row of the user's data that could not be used.
+        kind: What the erased concepts are, for methods whose prompts depend on it.
 
     Raises:
         UserError: If there is nothing to erase.
@@ -135,6 +140,7 @@ class UnlearningTask:
     forget_boxes: Callable[[], Sequence[Sequence[Box]]] | None = None
     references: dict[str, References] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    kind: Kind = "object"
 
     def __post_init__(self) -> None:
         if not self.erase:

@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from unlearning.concepts import Concept, UnlearningTask
 from unlearning.data.generated import Generated
+from unlearning.data.styles import styles
 from unlearning.errors import UserError
 from unlearning.methods.concept_ablation import TEMPLATES, ConceptAblation
 from unlearning.models.stable_diffusion import StableDiffusion
@@ -172,6 +173,16 @@ def test_the_target_prompt_is_the_anchor_prompt_with_the_word_replaced(ablation)
     assert all("forest" in anchor for anchor in anchors[:5])
     for anchor, target, template in zip(anchors, targets, TEMPLATES["object"], strict=True):
         assert anchor == template.replace("{}", "forest") and target == template.replace("{}", "cat")
+
+
+def test_the_kind_is_the_datasets_unless_it_is_given(ablation):
+    style = styles("neon")
+    for method, task, styled in (
+        (ablation(), style, True), (ablation(), UnlearningTask(erase=style.erase), False),
+        (ablation(kind="object"), style, False),
+    ):  # fmt: skip
+        method.task = task
+        assert all(("in the style of neon" in target) == styled for target in method.prompts()[1])
 
 
 @pytest.mark.parametrize("name", ["Van Gogh", "Van Gogh style"])

@@ -147,6 +147,10 @@ def test_masks_are_of_the_unedited_model_and_styles_have_none(model, make):
     _, loose = make(mask_threshold=0.01).images(model, TASK, TASK.erase[0])
     assert M.sum() < loose.sum()
     assert make(kind="style").images(model, TASK, TASK.erase[0])[1].all()
+    style = replace(TASK, kind="style")
+    assert make().images(model, style, TASK.erase[0])[1].all() and make().prompts(style, "q") != make().prompts(
+        TASK, "q"
+    )
 
 
 def test_training_takes_the_concepts_attention_away(model, make):

@@ -79,6 +79,7 @@ def artists(
         )
     return UnlearningTask(
         erase=erase,
+        kind="style",
         template=template,
         prompts=tuple(prompts),
         images_per_prompt=images_per_prompt,

@@ -54,6 +54,7 @@ def styles(
         erase=tuple(Concept(named(style), anchor=anchor) for style in erased),
         retain=tuple(Concept(named(style)) for style in others),
         template="an image in {}",
+        kind="style",
         prompts=tuple(prompt(thing, style) for style in STYLES for thing in objects),
         images_per_prompt=images_per_prompt,
         forget_images=TrainingImages(shown, shown, erased, pictures, seed=0),

@@ -66,6 +66,7 @@ def unlearncanvas(
     return UnlearningTask(
         erase=tuple(Concept(named(name)) for name in erased),
         retain=tuple(Concept(named(name)) for name in kind_of if kind_of[name] == kind and name not in erased),
+        kind="style" if kind == "style" else "object",
         template="An image in {}." if kind == "style" else "A {} image.",
         prompts=tuple(prompt(style, thing, seed) for style in STYLES for thing in OBJECTS for seed in seeds),
         images_per_prompt=images_per_prompt,

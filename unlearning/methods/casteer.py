@@ -112,7 +112,7 @@ class CASteer(Method):
     """Turns the outputs of cross-attention away from the concept.
 
     Args:
-        kind: The kind of the concept, which decides the prompts: "object", "style" or "people".
+        kind: The kind of the concept, which decides the prompts: "object", "style" or "people"; None for the task's.
         beta: The strength.
         subjects: Subjects of the prompts, in place of the released code's.
         templates: How a prompt is made of a {subject} and the {concept}, and how one of the {subject} alone; None for
@@ -127,7 +127,7 @@ class CASteer(Method):
     def __init__(
         self,
         *,
-        kind: Literal["object", "style", "people"] = "object",
+        kind: Literal["object", "style", "people"] | None = None,
         beta: Positive = 2.0,
         subjects: Sequence[str] | None = None,
         templates: tuple[ConceptTemplate, SubjectTemplate] | None = None,
@@ -137,17 +137,17 @@ class CASteer(Method):
         batch_size: Count = 16,
     ):
         own = [" ".join(parts).strip() for parts in product(PEOPLE, DOING)] if kind == "people" else CLASSES
-        self.kind, self.beta, self.subjects = kind, beta, list(subjects or own)[:count]
-        self.templates = templates or (TEMPLATES[kind], "{subject}")
+        self.kind, self.beta, self.subjects, self.templates = kind, beta, list(subjects or own)[:count], templates
         self.steps, self.guidance_scale, self.batch_size = steps, guidance_scale, batch_size
 
     @torch.no_grad()
     def fit(self, model: DiffusionModel, task: UnlearningTask) -> Erasure:
-        with_concept, plain = self.templates
+        kind = self.kind or task.kind
+        with_concept, plain = self.templates or (TEMPLATES[kind], "{subject}")
         timesteps, without = self.mean_outputs(model, [plain.format(subject=subject) for subject in self.subjects])
         edits = []
         for concept in task.erase:
-            name = concept.style if self.kind == "style" else concept.name
+            name = concept.style if kind == "style" else concept.name
             prompts = dict.fromkeys(with_concept.format(subject=subject, concept=name) for subject in self.subjects)
             _, within = self.mean_outputs(model, list(prompts))
             weights = {f"{name}.direction": normalize(mean - without[name], dim=1) for name, mean in within.items()}

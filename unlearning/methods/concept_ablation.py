@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlearning.concepts import Concept, UnlearningTask
+from unlearning.concepts import Concept, Kind, UnlearningTask
 from unlearning.config.values import Count, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
 from unlearning.erasures.base import Erasure
@@ -50,7 +50,6 @@ from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.sampling.sampler import per_row
 from unlearning.training.forget_retain import ForgetRetain, encoded
 
-Kind = Literal["object", "style"]
 Target = Literal["model", "noise"]
 Teacher = Literal["student", "frozen"]
 GENERIC: dict[str, str] = {"object": "object", "style": "painting"}
@@ -83,7 +82,7 @@ class ConceptAblation(TrainedMethod):
 
     Args:
         generated: Generates the anchor's images, if the store lacks them.
-        kind: "object" or "style".
+        kind: "object" or "style"; None for the task's own.
         target: "model" or "noise".
         teacher: The model whose prediction for the anchor is the model-based target: "student" or "frozen".
         count: N, the number of images, over the anchor prompts of all concepts.
@@ -99,7 +98,7 @@ class ConceptAblation(TrainedMethod):
         self,
         *,
         generated: Generated,
-        kind: Kind = "object",
+        kind: Kind | None = None,
         target: Target = "model",
         teacher: Teacher = "student",
         count: Count = 1000,
@@ -111,11 +110,12 @@ class ConceptAblation(TrainedMethod):
         **training,
     ):
         super().__init__(**training)
-        for name, value, known in (("kind", kind, Kind), ("target", target, Target), ("teacher", teacher, Teacher)):
+        given = (("kind", kind or "object", Kind), ("target", target, Target), ("teacher", teacher, Teacher))
+        for name, value, known in given:
             if value not in get_args(known):
                 raise unknown(name, value, get_args(known))
         self.generated, self.kind, self.based_on, self.predicting = generated, kind, target, teacher
-        self.count, self.templates = count, tuple(templates or TEMPLATES[kind])
+        self.count, self.templates = count, templates
         self.prior_weight, self.flip, self.max_grad_norm = prior_weight, flip, max_grad_norm
         self.fixed_start = fixed_start
 
@@ -130,13 +130,15 @@ class ConceptAblation(TrainedMethod):
 
     def prompts(self) -> tuple[list[str], list[str]]:
         """The P anchor prompts, and for each of them the target prompt."""
-        pairs = [self._pair(template, concept) for template in self.templates for concept in self.task.erase]
+        templates = self.templates or TEMPLATES[self.kind or self.task.kind]
+        pairs = [self._pair(template, concept) for template in templates for concept in self.task.erase]
         return [anchor for anchor, _ in pairs], [target for _, target in pairs]
 
     def _pair(self, template: str, concept: Concept) -> tuple[str, str]:
-        anchor = template.format(concept.anchor or GENERIC[self.kind])
+        kind = self.kind or self.task.kind
+        anchor = template.format(concept.anchor or GENERIC[kind])
         styled = f"{anchor}, in the style of {concept.style}"
-        return anchor, styled if self.kind == "style" else template.format(concept.name)
+        return anchor, styled if kind == "style" else template.format(concept.name)
 
     def data(self) -> ForgetRetain:
         return ForgetRetain(self._drawn, self.batch_size, self.seed)

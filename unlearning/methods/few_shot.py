@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unlearning.concepts import Kind
 from unlearning.config.values import Count, Template
 from unlearning.data.generated import Generated
 from unlearning.errors import UserError
@@ -38,7 +39,6 @@ from unlearning.sampling.denoising import denoising_loss, noised
 from unlearning.training.forget_retain import ForgetRetain, drawn
 from unlearning.training.student import Pair, Student, Weights
 
-Kind = Literal["object", "style"]
 Latents = Literal["drawn", "noise"]
 LAYER = re.compile(r"(text_encoder\w*\.(?:text_model\.)?encoder\.layers\.)(\d+)\.self_attn\.")
 FRAMES = ("a photo of {} {{}}", "a close-up photo of {} {{}}", "a rendition of {} {{}}", "a cropped photo of {} {{}}")
@@ -77,7 +77,7 @@ class FewShot(TrainedMethod):
     Args:
         generated: Generates the images, if the store lacks them.
         count: N, images, over all concepts.
-        kind: "object" or "style".
+        kind: "object" or "style"; None for the task's own.
         templates: How a name becomes a prompt, at random; None for those of this file.
         latents: "drawn": of the images; "noise": of none, the zero-shot variant.
         training: TrainedMethod's arguments; batch_size is the number of images in a step.
@@ -88,14 +88,14 @@ class FewShot(TrainedMethod):
         *,
         generated: Generated,
         count: Count = 4,
-        kind: Kind = "object",
+        kind: Kind | None = None,
         templates: Sequence[Template] | None = None,
         latents: Latents = "drawn",
         **training,
     ):
         super().__init__(**training)
         self.generated, self.count, self.latents = generated, count, latents
-        self.templates = tuple(templates or TEMPLATES[kind])
+        self.kind, self.templates = kind, templates
 
     def data(self) -> ForgetRetain:
         return ForgetRetain(self._images, self.batch_size, self.seed)
@@ -113,8 +113,11 @@ class FewShot(TrainedMethod):
 
     def loss(self, batch: dict[str, tuple[Tensor, ...]]) -> Tensor:
         x_0, concepts = batch["forget"]
-        templates = [self.templates[i] for i in torch.randint(len(self.templates), (len(x_0),)).tolist()]
-        names = [self.task.erase[i].name for i in concepts.tolist()]
+        kind = self.kind or self.task.kind
+        every = self.templates or TEMPLATES[kind]
+        templates = [every[i] for i in torch.randint(len(every), (len(x_0),)).tolist()]
+        named = [self.task.erase[i] for i in concepts.tolist()]
+        names = [concept.style if kind == "style" else concept.name for concept in named]
         x_t, t = noised(self.teacher, x_0)
         c = self.student.encode([template.format(name) for template, name in zip(templates, names, strict=True)])
         return -denoising_loss(self.student, x_0, x_t, t, c)

@@ -35,12 +35,11 @@ Paper and code (commit 057e7a6): in stage 1 the code multiplies its preserve_sca
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unlearning.concepts import Concept, UnlearningTask
+from unlearning.concepts import Concept, Kind, UnlearningTask
 from unlearning.config.values import Count, Finite, NonNegative, Positive, Template
 from unlearning.data.generated import Generated
 from unlearning.erasures.module_edit import Adapter
@@ -71,7 +70,7 @@ class MACE(TrainedMethod):
 
     Args:
         generated: Generates the images of the concepts, if the store lacks them.
-        kind: "object" or "style".
+        kind: "object" or "style"; None for the task's own.
         count: Images of each concept.
         templates: The prompts of a concept, with {} in its place; None for thirty of this file.
         lamb: The weight of the distance to the maps before, in both closed forms.
@@ -89,7 +88,7 @@ class MACE(TrainedMethod):
         self,
         *,
         generated: Generated,
-        kind: Literal["object", "style"] = "object",
+        kind: Kind | None = None,
         count: Count = 8,
         templates: Sequence[Template] | None = None,
         lamb: Positive = 1000.0,
@@ -102,7 +101,7 @@ class MACE(TrainedMethod):
     ):
         super().__init__(**training)
         self.generated, self.kind, self.count = generated, kind, count
-        self.templates = tuple(templates or map("".join, product(*ABOUT[kind])))
+        self.templates = templates
         self.lamb, self.preserve_scale, self.focal = lamb, preserve_scale, focal
         self.refine_scale = preserve_scale if refine_scale is None else refine_scale
         self.mask_threshold, self.max_grad_norm = mask_threshold, max_grad_norm
@@ -130,15 +129,17 @@ class MACE(TrainedMethod):
     def refined(self, model: DiffusionModel, task: UnlearningTask) -> WeightPatch:
         """W_1 of every map."""
         maps = projections(model)
-        old = [prompt for concept in task.erase for prompt in self.prompts(concept.name)]
-        new = [prompt for concept in task.erase for prompt in self.prompts(concept.anchor or GENERIC[self.kind])]
+        anchors = [concept.anchor or GENERIC[self.kind or task.kind] for concept in task.erase]
+        old = [prompt for concept in task.erase for prompt in self.prompts(task, concept.name)]
+        new = [prompt for anchor in anchors for prompt in self.prompts(task, anchor)]
         (e, e_star), c_j = common_places(model, old, new), self._preserved(model, task)
         scale = torch.tensor([1.0] * len(e) + [self.refine_scale] * len(c_j), device=e.device)
         return edited(maps, closed_form(torch.cat([e, c_j]), torch.cat([e_star, c_j]), scale, self.lamb))
 
-    def prompts(self, name: str) -> list[str]:
+    def prompts(self, task: UnlearningTask, name: str) -> list[str]:
         """The prompts of a concept or of its anchor."""
-        return [template.format(name) for template in self.templates]
+        about = ABOUT[self.kind or task.kind]
+        return [template.format(name) for template in self.templates or map("".join, product(*about))]
 
     def _preserved(self, model: DiffusionModel, task: UnlearningTask) -> Tensor:
         """c_j (n, D)."""
@@ -151,7 +152,7 @@ class MACE(TrainedMethod):
         """Latents (N, C, H, W) of a concept's images, and their masks M (N, 1, S, S)."""
         prompt = task.prompt(concept.name)
         x_0 = encoded(model, self.generated(model, [prompt], self.count))
-        if self.kind == "style":
+        if (self.kind or task.kind) == "style":
             return x_0, torch.ones(len(x_0), 1, 1, 1, device=x_0.device)
         t = model.timesteps(torch.full((len(x_0),), MASKED_AT))
         with cross_attention_maps(model) as maps:
@@ -167,7 +168,8 @@ class MACE(TrainedMethod):
     def loss(self, batch: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         x_0, M = batch["forget"]
         name = self.task.erase[0].name
-        prompts = [self.prompts(name)[i] for i in torch.randint(len(self.templates), (len(x_0),)).tolist()]
+        every = self.prompts(self.task, name)
+        prompts = [every[i] for i in torch.randint(len(every), (len(x_0),)).tolist()]
         t = self.timesteps(len(x_0)).to(x_0.device)
         x_t = self.teacher.add_noise(x_0, torch.randn_like(x_0), t)
         with cross_attention_maps(self.student) as maps:
@@ -197,7 +199,7 @@ class MACE(TrainedMethod):
         before = {n: (m.weight, refined.weights[f"{n}.weight"]) for n, m in projections(model).items()}
         pulls = {name: (W.double() - W_1.double()) @ C_p for name, (W, W_1) in before.items()}
         for concept, adapter in zip(task.erase, adapters, strict=True):
-            e = torch.cat(states(model, self.prompts(concept.name), "all")).double()
+            e = torch.cat(states(model, self.prompts(task, concept.name), "all")).double()
             C = e.T @ e
             total += C
             for name, pull in pulls.items():
