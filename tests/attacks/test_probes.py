@@ -11,6 +11,7 @@ from unlearning.attacks.base import settings_for
 from unlearning.attacks.classifier_guidance import ClassifierGuidance, Observed
 from unlearning.attacks.completion import Completion
 from unlearning.attacks.inpainting import Inpainting
+from unlearning.attacks.inversion import Inversion
 from unlearning.attacks.noise import Noise
 from unlearning.attacks.recall import Recall
 from unlearning.erasures.guidance_edit import GuidanceEdit
@@ -173,3 +174,21 @@ def test_classifier_guidance_with_noise_takes_noisy_steps(model, tmp_path):
     both = generated(ClassifierGuidance(**settings, etas=(1.5,)), model, tmp_path / "both")
     noise = generated(Noise(etas=(1.5,), scales=(1.0,)), model, tmp_path / "noise")
     torch.testing.assert_close(both, noise, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Completion(images=SAMPLER),
+        Inpainting(images=SAMPLER),
+        Noise(),
+        Recall(images=SAMPLER),
+        Inversion(images=SAMPLER),
+    ],
+)
+def test_attacked_images_take_the_evaluations_batch_size(attack):
+    """If it is automatic, it is lowered where memory is short."""
+    for size in (3, "auto"):
+        sampler = Sampler(batch_size=size)
+        own = attack.sampler(sampler)
+        assert (own.batch_size, own.automatic) == (sampler.batch_size, size == "auto")

@@ -109,7 +109,7 @@ class ClassifierGuidance(Attack[DiffusionModel, Observed]):
         return AttackResult(tuple(attacked), record, shared=weights)
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        return Guided(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+        return Guided(sampler.steps, sampler.guidance_scale).batched_as(sampler)
 
     @torch.enable_grad()
     def _trained(self, model: DiffusionModel, observed: Observed) -> tuple[dict[str, Tensor], list[float]]:

@@ -58,7 +58,7 @@ class Completion(Attack[DiffusionModel, Tensor]):
         return AttackResult(attacked, {"begun": self._steps, "steps": self.images.steps})
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        return Finishing(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size, begun=self._steps)
+        return Finishing(sampler.steps, sampler.guidance_scale, begun=self._steps).batched_as(sampler)
 
     @property
     def _steps(self) -> int:

@@ -49,7 +49,7 @@ class Inpainting(Attack[DiffusionModel, Tensor]):
         ))  # fmt: skip
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        return Inpainter(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+        return Inpainter(sampler.steps, sampler.guidance_scale).batched_as(sampler)
 
 
 class Inpainter(Sampler):

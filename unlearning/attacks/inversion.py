@@ -93,7 +93,7 @@ class Inversion(Attack[DiffusionModel, Tensor]):
         return AttackResult(attacked, record | {"wasserstein": _wasserstein(likelihood, fresh)})
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        return Returning(self.steps, self.guidance_scale, batch_size=sampler.batch_size)
+        return Returning(self.steps, self.guidance_scale).batched_as(sampler)
 
     def _prompt(self, row: ManifestRow) -> str:
         return PROMPTS.get(self.prompt, row.prompt)

@@ -62,7 +62,7 @@ class Noise(Attack[DiffusionModel, None]):
         return AttackResult(tuple(attacked), {"settings": len(set(settings))})
 
     def sampler(self, sampler: Sampler) -> Sampler:
-        return Noisy(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size)
+        return Noisy(sampler.steps, sampler.guidance_scale).batched_as(sampler)
 
 
 def check_ddim(model: DiffusionModel) -> None:

@@ -126,7 +126,7 @@ class Recall(Attack[DiffusionModel, Tensor]):
 
     def sampler(self, sampler: Sampler) -> Sampler:
         start = sampler.steps - max(1, round(self.strength * sampler.steps))
-        return ImageToImage(sampler.steps, sampler.guidance_scale, batch_size=sampler.batch_size, start=start)
+        return ImageToImage(sampler.steps, sampler.guidance_scale, start=start).batched_as(sampler)
 
 
 class ImageToImage(Sampler):

@@ -2,7 +2,7 @@
 
 # B batch, C H W latent shape.
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from diffusers import SchedulerMixin
@@ -158,6 +158,11 @@ class Sampler:
         self.steps, self.guidance_scale, self.schedule = steps, guidance_scale, schedule
         self.scheduler, self.automatic = scheduler, batch_size == "auto"  # generation.py then lowers it until it fits
         self.batch_size = (MOST if torch.cuda.is_available() else USUAL) if batch_size == "auto" else batch_size
+
+    def batched_as(self, other: "Sampler") -> Self:
+        """This sampler, with the batch size of another one, also if that is automatic."""
+        self.batch_size, self.automatic = other.batch_size, other.automatic
+        return self
 
     @property
     def protocol(self) -> str:
