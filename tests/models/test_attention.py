@@ -96,7 +96,7 @@ def only(states, token):
 def test_a_concepts_places_are_those_where_a_change_of_the_word_begins(family, tmp_path):
     model = tiny.FAMILIES[family].load(str(tiny.save(family, tmp_path)), device="cpu")
     [places] = concept_places(model, ["a b cat"], ["cat"])
-    [more] = concept_places(model, ["a b cat"], ["cat"], after=1)
+    [more] = concept_places(model, ["a b cat"], ["cat"], end=True)
     same = (model.encode_prompts(["a b cat"]).embeds == model.encode_prompts(["a b dog"]).embeds)[0].all(-1)
     sequences = {"sd1": 1, "sdxl": 1, "sd3": 2, "flux": 1}[family]
     assert places.any() and (more & ~places).sum() == sequences
