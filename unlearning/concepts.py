@@ -18,9 +18,7 @@ ERASE, SYNONYM, RETAIN = ROLES = ("erase", "synonym", "retain")
 ATTACK = "attack"  # an erased concept, prompted by an attack
 
 References = Callable[[int], Sequence[np.ndarray]]  # a count n -> n real images (uint8)
-
-
-Kind = Literal["object", "style"]
+Kind = Literal["object", "style"]  # of an erased concept
 
 
 @dataclass(frozen=True)

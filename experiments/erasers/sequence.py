@@ -8,7 +8,6 @@ fits so far, and the size of the artefact.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -19,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
+from experiments import kept
 from tests.composed import config
 from unlearning.data.openmoji import CIFAR10
 from unlearning.erasures.base import Erasure
@@ -31,8 +31,6 @@ from unlearning.sampling.sampler import Sampler
 OBJECTS = ("pig", "cow", "bear", "elephant", "tiger", "pizza", "cake", "hamburger", "mushroom", "flower")  # as in many
 COUNTS, IMAGES = (1, 2, 5, 10), 4
 FILE = Path(__file__).with_suffix(".csv")
-SETTINGS = ("mode", "method", "n", "seed")
-METRICS = ("efficacy/acc_e", "retention/acc_s", "cost/seconds", "cost/artefact_bytes")
 
 
 def fitted(model: DiffusionModel, method: str, concepts: Sequence[str], seed: int) -> Erasure:
@@ -106,21 +104,17 @@ def main() -> None:
         cfg = config(Path(folder), "concept=cat")
     model, judge = instantiate(cfg.model), instantiate(cfg.judge.classifier)
     modes = {mode.__name__: mode for mode in (simultaneous, sequential, independent)}
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as opened:
-        lines = csv.writer(opened, lineterminator="\n")
-        if new:
-            lines.writerow([*SETTINGS, *METRICS])
-        for seed, method, mode in product(options.seeds, options.methods, options.modes):
-            for n, erasure, seconds in modes[mode](model, method, seed):
-                if n not in COUNTS:
-                    continue
-                with torch.no_grad(), erasure.applied_to(model):
-                    left, kept = (recognised(model, judge, names, seed) for names in (OBJECTS[:n], CIFAR10))
-                values = (left, kept, seconds, size(erasure))
-                lines.writerow([mode, method, n, seed, *(f"{value:.6g}" for value in values)])
-                opened.flush()
-                print(mode, method, n, seed, *values, flush=True)
+    settings, metrics, lines = kept.read(FILE)
+    for seed, method, mode in product(options.seeds, options.methods, options.modes):
+        for n, erasure, seconds in modes[mode](model, method, seed):
+            if n not in COUNTS:
+                continue
+            with torch.no_grad(), erasure.applied_to(model):
+                left, retained = (recognised(model, judge, names, seed) for names in (OBJECTS[:n], CIFAR10))
+            values = [f"{value:.6g}" for value in (left, retained, seconds, size(erasure))]
+            lines[mode, method, str(n), str(seed)] = dict(zip(metrics, values, strict=True))
+            kept.write(FILE, settings, metrics, lines)
+            print(mode, method, n, seed, *values, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ paper samples with 100 steps at guidance scale 9. UA, IRA and CRA use the benchm
 
 from collections.abc import Sequence
 
-from unlearning.concepts import ERASE, RETAIN, Concept, Prompt, UnlearningTask, concept_names
+from unlearning.concepts import ERASE, RETAIN, Concept, Kind, Prompt, UnlearningTask, concept_names
 from unlearning.config.values import Count, Seed, StyledTemplate
 from unlearning.data.objects import known
 from unlearning.errors import UserError
@@ -47,7 +47,7 @@ def unlearncanvas(
     Raises:
         UserError: For a name that is neither a style nor an object, or for both kinds at once.
     """
-    kind_of = dict.fromkeys(STYLES, "style") | dict.fromkeys(OBJECTS, "object")
+    kind_of: dict[str, Kind] = {**{name: "style" for name in STYLES}, **{name: "object" for name in OBJECTS}}
     names = (name.replace(" ", "_") for name in concept_names(concept))
     erased = [known(name, list(kind_of), "style or object of UnlearnCanvas") for name in names]
     kind, *mixed = dict.fromkeys(kind_of[name] for name in erased)
@@ -66,7 +66,7 @@ def unlearncanvas(
     return UnlearningTask(
         erase=tuple(Concept(named(name)) for name in erased),
         retain=tuple(Concept(named(name)) for name in kind_of if kind_of[name] == kind and name not in erased),
-        kind="style" if kind == "style" else "object",
+        kind=kind,
         template="An image in {}." if kind == "style" else "A {} image.",
         prompts=tuple(prompt(style, thing, seed) for style in STYLES for thing in OBJECTS for seed in seeds),
         images_per_prompt=images_per_prompt,

@@ -62,7 +62,6 @@ class Accuracy(Evaluator):
     """
 
     version = 2
-    unrecognisable: ClassVar[dict[str, str]] = {ERASE: "nothing", ATTACK: "nothing_attacked"}  # states by role
     needs: ClassVar[str] = "a dataset whose prompts have labels; clip_score and own_prompt need none"
     higher_is_better: ClassVar[dict[str, bool]] = {
         "efficacy/acc_e": False,
@@ -117,9 +116,8 @@ class Accuracy(Evaluator):
                 self._add(rows[i], question, float(a == best) if by_argmax else p)
                 if i in before and question == next(iter(rows[i].labels)):
                     self._compare(before[i], names[a], question, a == best)
-                if NOTHING in names and rows[i].role in self.unrecognisable and question == next(iter(rows[i].labels)):
-                    sums = getattr(self, self.unrecognisable[rows[i].role])
-                    sums += sums.new_tensor([names[best] == NOTHING, 1])
+                if NOTHING in names and question == next(iter(rows[i].labels)):
+                    self._count_nothing(rows[i].role, names[best] == NOTHING)
 
     def _index(self, names: tuple[str, ...], label: str, question: str) -> int:
         if label not in names:
@@ -133,6 +131,12 @@ class Accuracy(Evaluator):
             sums += one
         elif row.role in ROLES:
             self.cross += one
+
+    def _count_nothing(self, role: str, nothing: bool) -> None:
+        if role == ERASE:
+            self.nothing += self.nothing.new_tensor([nothing, 1])
+        elif role == ATTACK:
+            self.nothing_attacked += self.nothing_attacked.new_tensor([nothing, 1])
 
     def _unattacked(self, rows: Sequence[ManifestRow]) -> list[np.ndarray]:
         """The attacked images, or the judged parts of them, before the attack."""
